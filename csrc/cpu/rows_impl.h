@@ -1,0 +1,314 @@
+// The row kernels, written once over the vectors of simd.h. rows_<level>.cpp includes this with its own
+// compiler flags and exports the table that `lit_did_rows_table` makes.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// Entries whose maximum is taken before their exponentials: small enough to stay in the first-level cache,
+// large enough that the reductions over lanes do not count.
+constexpr int64_t kBlock = 512;
+static_assert(kSplit % kBlock == 0, "a split must hold whole blocks");
+
+template <typename V>
+struct BlockMaxima {
+  V policy, reference, difference;
+  V not_finite;  // 0, or NaN where an entry was infinite or NaN
+};
+
+template <typename Real, bool kCareful, typename P, typename R>
+LIT_DID_INLINE BlockMaxima<Vector<Real>> block_maxima(const P* policy, const R* reference, int64_t size) {
+  using V = Vector<Real>;
+  const V lowest = broadcast<V>(minus_infinity<Real>());
+  BlockMaxima<V> m{lowest, lowest, lowest, V{}};
+  for (int64_t i = 0; i < size; i += kLanes<Real>) {
+    const V z = load(policy + i);
+    const V r = load(reference + i);
+    V d = z - r;
+    if constexpr (kCareful) {
+      d = r == minus_infinity<Real>() ? lowest : d;
+    } else {
+      m.not_finite += d * Real(0);
+    }
+    m.policy = maximum(m.policy, z);
+    m.reference = maximum(m.reference, r);
+    m.difference = maximum(m.difference, d);
+  }
+  return m;
+}
+
+template <typename Mask>
+LIT_DID_INLINE bool any(Mask mask) {
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i)
+    if (mask[i]) return true;
+  return false;
+}
+
+// Adds the block's entries to `row`, whose maxima already cover them.
+template <typename Real, bool kCareful, typename P, typename R>
+LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size, Real scale,
+                              RowStatistics<Real, double>& row) {
+  using V = Vector<Real>;
+  const Real z0 = origin(row.policy_max), r0 = origin(row.reference_max), d0 = origin(row.difference_max);
+  const Real x0 = row.log_ratio_origin();
+  V policy_weight{}, policy_log{}, policy_log_ratio{}, reference_weight{}, reference_log{}, reference_log_ratio{},
+      difference_weight{}, difference_log{};
+  decltype(V{} == V{}) policy_holes{}, reference_holes{};
+  for (int64_t i = 0; i < size; i += kLanes<Real>) {
+    const V z = load(policy + i);
+    const V r = load(reference + i);
+    V d = z - r;
+    V log_z = z * scale - z0;
+    V log_r = r * scale - r0;
+    V log_d = d * scale - d0;
+    V x = d * scale - x0;
+    V w_z = exp2(log_z);
+    V w_r = exp2(log_r);
+    V w_d = exp2(log_d);
+    if constexpr (kCareful) {
+      const auto z_hole = z == minus_infinity<Real>();
+      const auto r_hole = r == minus_infinity<Real>();
+      const auto d_hole = z_hole | r_hole;
+      w_z = z_hole ? V{} : w_z;
+      log_z = z_hole ? V{} : log_z;
+      w_r = r_hole ? V{} : w_r;
+      log_r = r_hole ? V{} : log_r;
+      w_d = d_hole ? V{} : w_d;
+      log_d = d_hole ? V{} : log_d;
+      x = d_hole ? V{} : x;
+      policy_holes |= z_hole & ~r_hole;
+      reference_holes |= r_hole & ~z_hole;
+    }
+    policy_weight += w_z;
+    policy_log += w_z * log_z;
+    policy_log_ratio += w_z * x;
+    reference_weight += w_r;
+    reference_log += w_r * log_r;
+    reference_log_ratio += w_r * x;
+    difference_weight += w_d;
+    difference_log += w_d * log_d;
+  }
+  row.policy_weight += lane_sum(policy_weight);
+  row.policy_log += lane_sum(policy_log);
+  row.policy_log_ratio += lane_sum(policy_log_ratio);
+  row.reference_weight += lane_sum(reference_weight);
+  row.reference_log += lane_sum(reference_log);
+  row.reference_log_ratio += lane_sum(reference_log_ratio);
+  row.difference_weight += lane_sum(difference_weight);
+  row.difference_log += lane_sum(difference_log);
+  if constexpr (kCareful) {
+    row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
+  }
+}
+
+template <typename Real, bool kCareful, typename P, typename R>
+LIT_DID_INLINE void rebase_to_block(const BlockMaxima<Vector<Real>>& m, Real scale, RowStatistics<Real, double>& row) {
+  const Real z = lane_maximum(m.policy) * scale;
+  const Real r = lane_maximum(m.reference) * scale;
+  const Real d = lane_maximum(m.difference) * scale;
+  if (z > row.policy_max || r > row.reference_max || d > row.difference_max) {
+    row.rebase(z > row.policy_max ? z : row.policy_max, r > row.reference_max ? r : row.reference_max,
+               d > row.difference_max ? d : row.difference_max);
+  }
+}
+
+template <typename Real, typename P, typename R>
+void accumulate(const void* policy_row, const void* reference_row, int64_t size, double scale_, void* statistics) {
+  const P* policy = static_cast<const P*>(policy_row);
+  const R* reference = static_cast<const R*>(reference_row);
+  const Real scale = static_cast<Real>(scale_);
+  RowStatistics<Real, double> row;
+  const int64_t whole = size - size % kLanes<Real>;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const int64_t n = whole - begin < kBlock ? whole - begin : kBlock;
+    auto m = block_maxima<Real, false>(policy + begin, reference + begin, n);
+    if (lane_sum(m.not_finite) == 0) {
+      rebase_to_block<Real, false, P, R>(m, scale, row);
+      add_block<Real, false>(policy + begin, reference + begin, n, scale, row);
+    } else {
+      m = block_maxima<Real, true>(policy + begin, reference + begin, n);
+      rebase_to_block<Real, true, P, R>(m, scale, row);
+      add_block<Real, true>(policy + begin, reference + begin, n, scale, row);
+    }
+  }
+  if (whole < size) {
+    // The tail, filled up with entries outside the support.
+    alignas(64) Real z[kLanes<Real>], r[kLanes<Real>];
+    bool finite = true;
+    for (int64_t i = 0; i < kLanes<Real>; ++i) {
+      const bool inside = whole + i < size;
+      z[i] = inside ? to_float(policy[whole + i]) : minus_infinity<Real>();
+      r[i] = inside ? to_float(reference[whole + i]) : minus_infinity<Real>();
+      if (inside && (z[i] - r[i]) * 0 != 0) finite = false;
+    }
+    const int flags = row.flags;
+    const auto m = block_maxima<Real, true>(z, r, kLanes<Real>);
+    rebase_to_block<Real, true, Real, Real>(m, scale, row);
+    add_block<Real, true>(z, r, kLanes<Real>, scale, row);
+    if (finite) row.flags = flags;
+  }
+  *static_cast<RowStatistics<Real, double>*>(statistics) = row;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Gradient
+// ---------------------------------------------------------------------------------------------------------
+
+// Gradient of the two log-probabilities alone: one distribution a side, each side needs only its own logits.
+template <typename Real, typename T>
+LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, Real normalizer, Real coefficient,
+                                     T* grad) {
+  using V = Vector<Real>;
+  for (int64_t i = 0; i < size; i += kLanes<Real>) {
+    const V z = load(logits + i);
+    V p = exp2(V(z * scale - normalizer));
+    p = z == minus_infinity<Real>() ? V{} : p;
+    store(grad + i, V(coefficient * p));
+  }
+}
+
+template <typename Real, bool kCareful, bool kPolicy, bool kReference, typename P, typename R>
+LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale, const GradientCoefficients<Real>& c,
+                                  P* grad_policy, R* grad_reference) {
+  using V = Vector<Real>;
+  for (int64_t i = 0; i < size; i += kLanes<Real>) {
+    const V z = load(policy + i);
+    const V r = load(reference + i);
+    const V d = z - r;
+    V log_pi = z * scale - c.policy_origin;
+    V log_rho = r * scale - c.reference_origin;
+    V log_q = d * scale - c.difference_origin;
+    V x = d * scale - c.log_ratio_origin;
+    V pi = exp2(log_pi);
+    V rho = exp2(log_rho);
+    V q = exp2(log_q);
+    if constexpr (kCareful) {
+      const auto z_hole = z == minus_infinity<Real>();
+      const auto r_hole = r == minus_infinity<Real>();
+      const auto d_hole = z_hole | r_hole;
+      pi = z_hole ? V{} : pi;
+      log_pi = z_hole ? V{} : log_pi;
+      rho = r_hole ? V{} : rho;
+      log_rho = r_hole ? V{} : log_rho;
+      q = d_hole ? V{} : q;
+      log_q = d_hole ? V{} : log_q;
+      x = d_hole ? V{} : x;
+    }
+    const V from_q = q * (c.q_0 + c.q_1 * log_q);
+    if constexpr (kPolicy) {
+      store(grad_policy + i,
+            V(pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho));
+    }
+    if constexpr (kReference) {
+      store(grad_reference + i,
+            V(rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi));
+    }
+  }
+}
+
+template <typename Real, typename P, typename R>
+LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale, const GradientCoefficients<Real>& c,
+                                  bool careful, P* grad_policy, R* grad_reference) {
+  if (careful) {
+    if (grad_policy && grad_reference)
+      full_gradient<Real, true, true, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+    else if (grad_policy)
+      full_gradient<Real, true, true, false>(policy, reference, size, scale, c, grad_policy, grad_reference);
+    else
+      full_gradient<Real, true, false, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+  } else {
+    if (grad_policy && grad_reference)
+      full_gradient<Real, false, true, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+    else if (grad_policy)
+      full_gradient<Real, false, true, false>(policy, reference, size, scale, c, grad_policy, grad_reference);
+    else
+      full_gradient<Real, false, false, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+  }
+}
+
+// Up to one vector of entries through buffers of `Real`, filled up with entries outside the support; adds the
+// label's term in full precision before rounding. `label` counts from the first entry, -1 for none.
+template <typename Real, typename P, typename R>
+LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, int64_t size, int64_t label,
+                                         Real scale, const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
+                                         R* grad_reference) {
+  constexpr int64_t n = kLanes<Real>;
+  alignas(64) Real z[n], r[n], grad_z[n], grad_r[n];
+  for (int64_t i = 0; i < n; ++i) {
+    z[i] = i < size && policy ? Real(to_float(policy[i])) : minus_infinity<Real>();
+    r[i] = i < size && reference ? Real(to_float(reference[i])) : minus_infinity<Real>();
+  }
+  if (logprobs_only) {
+    if (grad_policy) logprob_gradient(z, n, scale, c.policy_origin, c.pi_0, grad_z);
+    if (grad_reference) logprob_gradient(r, n, scale, c.reference_origin, c.rho_0, grad_r);
+  } else {
+    full_gradient<Real, Real, Real>(z, r, n, scale, c, true, grad_policy ? grad_z : nullptr,
+                                    grad_reference ? grad_r : nullptr);
+  }
+  if (label >= 0) {
+    grad_z[label] += c.policy_label;
+    grad_r[label] += c.reference_label;
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    if (grad_policy) from_real(grad_z[i], grad_policy[i]);
+    if (grad_reference) from_real(grad_r[i], grad_reference[i]);
+  }
+}
+
+template <typename Real, typename P, typename R>
+void gradient(const void* policy_row, const void* reference_row, int64_t size, int64_t label, double scale_,
+              const void* coefficients, bool logprobs_only, void* grad_policy_row, void* grad_reference_row) {
+  const P* policy = static_cast<const P*>(policy_row);
+  const R* reference = static_cast<const R*>(reference_row);
+  P* grad_policy = static_cast<P*>(grad_policy_row);
+  R* grad_reference = static_cast<R*>(grad_reference_row);
+  const Real scale = static_cast<Real>(scale_);
+  const auto& c = *static_cast<const GradientCoefficients<Real>*>(coefficients);
+  constexpr int64_t lanes = kLanes<Real>;
+
+  const auto at = [](auto* row, int64_t i) { return row ? row + i : row; };
+  const auto whole_vectors = [&](int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    if (!logprobs_only) {
+      full_gradient<Real, P, R>(policy + begin, reference + begin, end - begin, scale, c, c.careful,
+                                at(grad_policy, begin), at(grad_reference, begin));
+      return;
+    }
+    if (grad_policy)
+      logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin);
+    if (grad_reference)
+      logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, grad_reference + begin);
+  };
+  const auto few_entries = [&](int64_t begin, int64_t n) {
+    const bool has_label = label >= begin && label < begin + n;
+    few_entries_gradient<Real, P, R>(at(policy, begin), at(reference, begin), n, has_label ? label - begin : -1, scale, c,
+                                     logprobs_only, at(grad_policy, begin), at(grad_reference, begin));
+  };
+
+  const int64_t whole = size - size % lanes;
+  if (label >= 0 && label < whole) {
+    const int64_t begin = label - label % lanes;
+    whole_vectors(0, begin);
+    few_entries(begin, lanes);
+    whole_vectors(begin + lanes, whole);
+  } else {
+    whole_vectors(0, whole);
+  }
+  if (whole < size) few_entries(whole, size - whole);
+}
+
+}  // namespace
+
+// One level's table. The kernels above have internal linkage: nothing but this table leaves the file.
+#define LIT_DID_ROW(kernel)                                                                       \
+  {{kernel<float, float, float>, kernel<float, float, BFloat16>, kernel<float, float, Float16>, nullptr},          \
+   {kernel<float, BFloat16, float>, kernel<float, BFloat16, BFloat16>, kernel<float, BFloat16, Float16>, nullptr}, \
+   {kernel<float, Float16, float>, kernel<float, Float16, BFloat16>, kernel<float, Float16, Float16>, nullptr},    \
+   {nullptr, nullptr, nullptr, kernel<double, double, double>}}
+
+#define LIT_DID_ROW_TABLE(level, function)                                        \
+  const lit_did::RowKernels& lit_did::function() {                                \
+    static const RowKernels table{level, LIT_DID_ROW(accumulate), LIT_DID_ROW(gradient)}; \
+    return table;                                                                 \
+  }

@@ -1,0 +1,249 @@
+// token_statistics and its backward on the CPU.
+//
+// Computes   eight statistics a row of two [V] logits rows, and the gradient of all of them.
+// Reads      both rows once from memory, forward and backward; ignored rows not at all.
+// Keeps      four numbers a row; never anything of size [rows, V] but the gradient itself.
+// Threads    over rows, or over the splits of rows when rows are fewer than threads. A row's bits depend on V alone.
+#include "../token_statistics.h"
+
+#include <ATen/Parallel.h>
+
+#include "dispatch.h"
+
+namespace lit_did {
+namespace {
+
+ScalarKind kind_of(const at::Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return ScalarKind::kFloat;
+    case at::kBFloat16:
+      return ScalarKind::kBFloat16;
+    case at::kHalf:
+      return ScalarKind::kFloat16;
+    default:
+      return ScalarKind::kDouble;
+  }
+}
+
+// Address of each row of [..., V], whatever the strides of the leading dimensions.
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& logits)
+      : base_(static_cast<char*>(const_cast<void*>(logits.const_data_ptr()))),
+        itemsize_(static_cast<int64_t>(logits.element_size())),
+        sizes_(logits.sizes().slice(0, logits.dim() - 1).vec()),
+        strides_(logits.strides().slice(0, logits.dim() - 1).vec()) {}
+
+  char* row(int64_t index) const {
+    int64_t offset = 0;
+    for (size_t i = sizes_.size(); i-- > 0;) {
+      offset += index % sizes_[i] * strides_[i];
+      index /= sizes_[i];
+    }
+    return base_ + offset * itemsize_;
+  }
+  char* at(int64_t index, int64_t entry) const { return row(index) + entry * itemsize_; }
+
+ private:
+  char* base_;
+  int64_t itemsize_;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+double value_at(const void* row, int64_t index, ScalarKind kind) {
+  switch (kind) {
+    case ScalarKind::kFloat:
+      return static_cast<const float*>(row)[index];
+    case ScalarKind::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(row)[index]);
+    case ScalarKind::kFloat16:
+      return to_float(static_cast<const Float16*>(row)[index]);
+    default:
+      return static_cast<const double*>(row)[index];
+  }
+}
+
+void check_label(int64_t label, int64_t vocabulary, int64_t row, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(label >= 0 && label < vocabulary, "Expected `labels` to be in [0, ", vocabulary,
+                    ") or `ignore_index` (", ignore_index, "), but got ", label, " at row ", row, ".");
+}
+
+template <typename Real>
+void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
+             int64_t ignore_index, double temperature, const std::array<at::Tensor, kNumStatistics>& outputs,
+             const at::Tensor& normalizers) {
+  const Rows policy(policy_logits), reference(reference_logits);
+  const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
+  const AccumulateFn accumulate =
+      cpu::rows().accumulate[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
+  const int64_t vocabulary = policy_logits.size(-1);
+  const int64_t num_rows = labels.numel();
+  const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
+  const Real scale = static_cast<Real>(kLog2e / temperature);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  RowNormalizers* normalizer = reinterpret_cast<RowNormalizers*>(normalizers.data_ptr<double>());
+  std::array<Real*, kNumStatistics> output;
+  for (int i = 0; i < kNumStatistics; ++i) output[i] = outputs[i].data_ptr<Real>();
+  for (int64_t row = 0; row < num_rows; ++row)
+    if (label[row] != ignore_index) check_label(label[row], vocabulary, row, ignore_index);
+
+  const auto split = [&](int64_t row, int64_t index) {
+    RowStatistics<Real, double> statistics;
+    const int64_t begin = index * kSplit;
+    accumulate(policy.at(row, begin), reference.at(row, begin), std::min(kSplit, vocabulary - begin), scale,
+               &statistics);
+    return statistics;
+  };
+  const auto finish = [&](int64_t row, const RowStatistics<Real, double>& statistics) {
+    const double at_policy = value_at(policy.row(row), label[row], policy_kind) * static_cast<double>(scale);
+    const double at_reference = value_at(reference.row(row), label[row], reference_kind) * static_cast<double>(scale);
+    const TokenStatistics<Real> s = statistics.finish(at_policy, at_reference, &normalizer[row]);
+    const Real values[] = {s.policy_logprob, s.reference_logprob, s.did_entropy, s.did_log_partition,
+                           s.policy_entropy, s.reference_entropy, s.kl,          s.reverse_kl};
+    for (int i = 0; i < kNumStatistics; ++i) output[i][row] = values[i];
+  };
+
+  if (num_splits == 1 || num_rows >= 4 * at::get_num_threads()) {
+    at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (label[row] == ignore_index) continue;
+        RowStatistics<Real, double> statistics = split(row, 0);
+        for (int64_t i = 1; i < num_splits; ++i) statistics.merge(split(row, i));
+        finish(row, statistics);
+      }
+    });
+    return;
+  }
+  // Few rows: share each row's splits, then merge them in the same order.
+  std::vector<RowStatistics<Real, double>> partial(num_rows * num_splits);
+  at::parallel_for(0, num_rows * num_splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      if (label[task / num_splits] != ignore_index) partial[task] = split(task / num_splits, task % num_splits);
+  });
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (label[row] == ignore_index) continue;
+    RowStatistics<Real, double>& statistics = partial[row * num_splits];
+    for (int64_t i = 1; i < num_splits; ++i) statistics.merge(partial[row * num_splits + i]);
+    finish(row, statistics);
+  }
+}
+
+void fill_row(char* row, int64_t size, ScalarKind kind, bool nan) {
+  switch (kind) {
+    case ScalarKind::kFloat:
+      std::fill_n(reinterpret_cast<float*>(row), size, nan ? NAN : 0.0f);
+      break;
+    case ScalarKind::kDouble:
+      std::fill_n(reinterpret_cast<double*>(row), size, nan ? static_cast<double>(NAN) : 0.0);
+      break;
+    case ScalarKind::kBFloat16:
+      std::fill_n(reinterpret_cast<uint16_t*>(row), size, nan ? uint16_t{0x7fc0} : uint16_t{0});
+      break;
+    case ScalarKind::kFloat16:
+      std::fill_n(reinterpret_cast<uint16_t*>(row), size, nan ? uint16_t{0x7e00} : uint16_t{0});
+      break;
+  }
+}
+
+template <typename Real>
+void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Tensor& policy_logits,
+              const at::Tensor& reference_logits, const at::Tensor& labels,
+              const std::array<at::Tensor, kNumStatistics>& statistics, const at::Tensor& normalizers,
+              int64_t ignore_index, double temperature, bool policy_needs_grad, bool reference_needs_grad,
+              const at::Tensor& grad_policy, const at::Tensor& grad_reference) {
+  const Rows policy(policy_logits), reference(reference_logits);
+  const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
+  const GradientFn gradient = cpu::rows().gradient[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
+  const int64_t vocabulary = policy_logits.size(-1);
+  const Real scale = static_cast<Real>(kLog2e / temperature);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  const RowNormalizers* normalizer = reinterpret_cast<const RowNormalizers*>(normalizers.const_data_ptr<double>());
+  std::array<const Real*, kNumStatistics> grad{}, value{};
+  bool logprobs_only = true;
+  for (int i = 0; i < kNumStatistics; ++i) {
+    if (grads[i].defined()) {
+      grad[i] = grads[i].const_data_ptr<Real>();
+      if (i >= 2) logprobs_only = false;
+    }
+    value[i] = statistics[i].const_data_ptr<Real>();
+  }
+  const auto gather = [](const std::array<const Real*, kNumStatistics>& from, int64_t row) {
+    const auto at = [&](int i) { return from[i] ? from[i][row] : Real(0); };
+    return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  };
+
+  const Rows to_policy_rows(policy_needs_grad ? grad_policy : policy_logits);
+  const Rows to_reference_rows(reference_needs_grad ? grad_reference : reference_logits);
+  at::parallel_for(0, labels.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      char* to_policy = policy_needs_grad ? to_policy_rows.row(row) : nullptr;
+      char* to_reference = reference_needs_grad ? to_reference_rows.row(row) : nullptr;
+      const bool invalid = std::isnan(normalizer[row].policy);
+      if (label[row] == ignore_index || invalid) {
+        if (to_policy) fill_row(to_policy, vocabulary, policy_kind, label[row] != ignore_index);
+        if (to_reference) fill_row(to_reference, vocabulary, reference_kind, label[row] != ignore_index);
+        continue;
+      }
+      const GradientCoefficients<Real> coefficients =
+          gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], temperature);
+      gradient(policy.row(row), reference.row(row), vocabulary, label[row], scale, &coefficients, logprobs_only,
+               to_policy, to_reference);
+    }
+  });
+}
+
+}  // namespace
+
+TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
+                                  const at::Tensor& labels_, int64_t ignore_index, double temperature) {
+  check_token_arguments(policy_logits, reference_logits, labels_, temperature);
+  const at::Tensor labels = labels_.contiguous();
+  const auto options = policy_logits.options().dtype(statistics_dtype(policy_logits));
+  std::array<at::Tensor, kNumStatistics> out;
+  for (auto& tensor : out) tensor = at::zeros(labels.sizes(), options);  // ignored rows keep their 0
+  auto normalizer_sizes = labels.sizes().vec();
+  normalizer_sizes.push_back(kNumNormalizers);
+  const at::Tensor normalizers = at::zeros(normalizer_sizes, options.dtype(at::kDouble));
+  if (options.dtype() == at::kDouble)
+    forward<double>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
+  else
+    forward<float>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], normalizers};
+}
+
+std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(
+    const c10::List<std::optional<at::Tensor>>& grads_, const at::Tensor& policy_logits,
+    const at::Tensor& reference_logits, const at::Tensor& labels_, at::TensorList statistics_,
+    const at::Tensor& normalizers, int64_t ignore_index, double temperature, bool policy_needs_grad,
+    bool reference_needs_grad) {
+  check_token_arguments(policy_logits, reference_logits, labels_, temperature);
+  TORCH_CHECK_VALUE(grads_.size() == kNumStatistics && statistics_.size() == kNumStatistics, "Expected ",
+                    kNumStatistics, " gradients and statistics, but got ", grads_.size(), " and ", statistics_.size(),
+                    ".");
+  const at::Tensor labels = labels_.contiguous();
+  std::array<at::Tensor, kNumStatistics> grads, statistics;
+  for (int i = 0; i < kNumStatistics; ++i) {
+    const std::optional<at::Tensor> grad = grads_.get(i);
+    if (grad.has_value() && grad->defined()) grads[i] = grad->contiguous();
+    statistics[i] = statistics_[i].contiguous();
+  }
+  const auto output = [](const at::Tensor& logits, bool needed) {
+    return at::empty(needed ? logits.sizes() : at::IntArrayRef{0}, logits.options(), at::MemoryFormat::Contiguous);
+  };
+  const at::Tensor grad_policy = output(policy_logits, policy_needs_grad);
+  const at::Tensor grad_reference = output(reference_logits, reference_needs_grad);
+  if (statistics_dtype(policy_logits) == at::kDouble)
+    backward<double>(grads, policy_logits, reference_logits, labels, statistics, normalizers.contiguous(), ignore_index,
+                     temperature, policy_needs_grad, reference_needs_grad, grad_policy, grad_reference);
+  else
+    backward<float>(grads, policy_logits, reference_logits, labels, statistics, normalizers.contiguous(), ignore_index,
+                    temperature, policy_needs_grad, reference_needs_grad, grad_policy, grad_reference);
+  return {grad_policy, grad_reference};
+}
+
+namespace cpu {
+std::string simd_level() { return rows().level; }
+}  // namespace cpu
+
+}  // namespace lit_did

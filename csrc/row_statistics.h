@@ -1,0 +1,244 @@
+// The maths of one vocabulary row: what is accumulated, how two parts merge, how the statistics and
+// the coefficients of their gradients follow. Plain C++ without torch, shared by every device.
+//
+// One row holds the policy's logits z and the reference's logits r over a vocabulary of V entries.
+// Everything runs in base 2: scale = log2(e) / temperature, so that 2^(scale * z) = e^(z / temperature),
+// and d = z - r. Sums are kept relative to the running maxima of scale * z, scale * r and scale * d.
+//
+// Support. An entry that is -inf on both sides is skipped. -inf in the policy alone has weight 0 and makes
+// KL(reference, policy) infinite; -inf in the reference alone makes KL(policy, reference) and the DID's
+// log-partition infinite and the DID's entropy NaN. NaN or +inf anywhere, or a side without any finite
+// entry, makes every statistic of the row NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define LIT_DID_INLINE __host__ __device__ __forceinline__
+#else
+// always_inline: this header is compiled for several instruction sets, and an out-of-line copy made for
+// the newest must never be the one that the linker keeps for the oldest.
+#define LIT_DID_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace lit_did {
+
+// What one row says, in nats: the fields of lit_did.TokenStatistics, in their order.
+template <typename Real>
+struct TokenStatistics {
+  Real policy_logprob, reference_logprob;
+  Real did_entropy, did_log_partition;
+  Real policy_entropy, reference_entropy, kl, reverse_kl;
+};
+
+constexpr int kNumStatistics = 8;
+
+// What the backward needs of the forward besides the statistics: log2-sum-exp2 of the three rows, and
+// whether the row holds infinities (RowFlag). Doubles, because their rounding would scale a whole row's gradient.
+struct RowNormalizers {
+  double policy, reference, difference;
+  double flags;
+};
+
+constexpr int kNumNormalizers = 4;
+
+enum RowFlag : int {
+  kPolicyHole = 1,     // an entry is -inf in the policy only
+  kReferenceHole = 2,  // an entry is -inf in the reference only
+  kInfinite = 4,       // some entry is not finite: take the careful path
+};
+
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLog2e = 1.44269504088896340736;
+
+template <typename Real>
+LIT_DID_INLINE Real minus_infinity() {
+  return -std::numeric_limits<Real>::infinity();
+}
+
+// Maxima start at -inf; as an origin for sums that are still empty, 0 serves and avoids inf - inf.
+template <typename Real>
+LIT_DID_INLINE Real origin(Real maximum) {
+  return maximum == minus_infinity<Real>() ? Real(0) : maximum;
+}
+
+// Running maxima and eight sums. `Real` is the arithmetic of an entry, `Sum` that of the sums.
+template <typename Real, typename Sum>
+struct RowStatistics {
+  // Maxima of scale * z, scale * r and scale * d.
+  Real policy_max = minus_infinity<Real>();
+  Real reference_max = minus_infinity<Real>();
+  Real difference_max = minus_infinity<Real>();
+  // With w_z = 2^(scale z - policy_max), w_r and w_d alike, and x = scale d - (policy_max - reference_max):
+  Sum policy_weight = 0;         // sum of w_z
+  Sum policy_log = 0;            // sum of w_z * (scale z - policy_max)
+  Sum policy_log_ratio = 0;      // sum of w_z * x
+  Sum reference_weight = 0;      // sum of w_r
+  Sum reference_log = 0;         // sum of w_r * (scale r - reference_max)
+  Sum reference_log_ratio = 0;   // sum of w_r * x
+  Sum difference_weight = 0;     // sum of w_d
+  Sum difference_log = 0;        // sum of w_d * (scale d - difference_max)
+  int flags = 0;
+
+  LIT_DID_INLINE Real log_ratio_origin() const { return origin(policy_max) - origin(reference_max); }
+
+  // Expresses the sums relative to other maxima, none smaller than the present ones.
+  LIT_DID_INLINE void rebase(Real policy_to, Real reference_to, Real difference_to) {
+    // Both origins rounded to Real, as the entries saw them: the rounding cancels in finish().
+    const Sum shift_origin = Sum(log_ratio_origin()) - Sum(Real(origin(policy_to) - origin(reference_to)));
+    shift(policy_max, policy_to, shift_origin, policy_weight, policy_log, policy_log_ratio);
+    shift(reference_max, reference_to, shift_origin, reference_weight, reference_log, reference_log_ratio);
+    Sum unused = 0;
+    shift(difference_max, difference_to, Sum(0), difference_weight, difference_log, unused);
+  }
+
+  LIT_DID_INLINE void merge(RowStatistics other) {
+    const Real p = larger(policy_max, other.policy_max);
+    const Real r = larger(reference_max, other.reference_max);
+    const Real d = larger(difference_max, other.difference_max);
+    rebase(p, r, d);
+    other.rebase(p, r, d);
+    policy_weight += other.policy_weight;
+    policy_log += other.policy_log;
+    policy_log_ratio += other.policy_log_ratio;
+    reference_weight += other.reference_weight;
+    reference_log += other.reference_log;
+    reference_log_ratio += other.reference_log_ratio;
+    difference_weight += other.difference_weight;
+    difference_log += other.difference_log;
+    flags |= other.flags;
+  }
+
+  // True where the row defines no distribution: NaN, +inf, or nothing but -inf on one side.
+  LIT_DID_INLINE bool invalid() const {
+    return !(policy_weight > 0) || !(reference_weight > 0);
+  }
+
+  // The row's statistics, given the label's two logits times scale.
+  LIT_DID_INLINE TokenStatistics<Real> finish(Sum policy_label, Sum reference_label,
+                                              RowNormalizers* normalizers) const {
+    const Real nan = std::numeric_limits<Real>::quiet_NaN();
+    const Real infinity = std::numeric_limits<Real>::infinity();
+    if (invalid()) {
+      *normalizers = {nan, nan, nan, double(kInfinite)};
+      return {nan, nan, nan, nan, nan, nan, nan, nan};
+    }
+    const Sum log_policy = std::log2(policy_weight);
+    const Sum log_reference = std::log2(reference_weight);
+    const Sum log_difference = std::log2(difference_weight);
+    const Sum a = Sum(policy_max) + log_policy;
+    const Sum b = Sum(reference_max) + log_reference;
+    const Sum c = Sum(difference_max) + log_difference;
+    const Sum x0 = Sum(log_ratio_origin());
+    const Sum ln2 = Sum(kLn2);
+
+    TokenStatistics<Real> s;
+    s.policy_logprob = Real(ln2 * (policy_label - a));
+    s.reference_logprob = Real(ln2 * (reference_label - b));
+    s.did_entropy = Real(ln2 * (log_difference - difference_log / difference_weight));
+    s.did_log_partition = Real(ln2 * (c - a + b));
+    s.policy_entropy = Real(ln2 * (log_policy - policy_log / policy_weight));
+    s.reference_entropy = Real(ln2 * (log_reference - reference_log / reference_weight));
+    s.kl = Real(ln2 * (policy_log_ratio / policy_weight + x0 - a + b));
+    s.reverse_kl = Real(ln2 * (a - b - x0 - reference_log_ratio / reference_weight));
+    if (flags & kReferenceHole) {
+      s.did_entropy = nan;
+      s.did_log_partition = infinity;
+      s.kl = infinity;
+    }
+    if (flags & kPolicyHole) s.reverse_kl = infinity;
+    *normalizers = {double(a), double(b), double(c), double(flags)};
+    return s;
+  }
+
+ private:
+  LIT_DID_INLINE static Real larger(Real a, Real b) { return a < b ? b : a; }
+
+  // from <= to. `weight`, `log` and `log_ratio` hold sums of w, w * t and w * x with t relative to `from`.
+  LIT_DID_INLINE static void shift(Real& from, Real to, Sum shift_origin, Sum& weight, Sum& log, Sum& log_ratio) {
+    const Sum delta = Sum(from) - Sum(to);  // -inf while the sums are empty; NaN where both are
+    const Sum factor = from == minus_infinity<Real>() ? Sum(0) : std::exp2(delta);
+    if (from == minus_infinity<Real>()) {
+      weight = log = log_ratio = 0;
+    } else {
+      log = factor * (log + delta * weight);
+      log_ratio = factor * (log_ratio + shift_origin * weight);
+      weight *= factor;
+    }
+    from = to;
+  }
+};
+
+// The gradient of a row is linear in the three distributions, times the log-probabilities:
+//   d/dz = pi  (pi_0  + pi_1  log2 pi  + pi_x  x) + q (q_0 + q_1 log2 q) + rho_for_policy rho
+//   d/dr = rho (rho_0 + rho_1 log2 rho - rho_x x) - q (q_0 + q_1 log2 q) + pi_for_reference pi
+// with x = log2 pi - log2 rho, and policy_label / reference_label added at the label. An entry computes these from
+// scale * z - policy_origin and so on; what rounding the origins to Real loses is made up for in the coefficients.
+template <typename Real>
+struct GradientCoefficients {
+  Real policy_origin, reference_origin, difference_origin, log_ratio_origin;
+  Real pi_0, pi_1, pi_x;
+  Real rho_0, rho_1, rho_x;
+  Real q_0, q_1;
+  Real rho_for_policy, pi_for_reference;
+  Real policy_label, reference_label;
+  bool careful;  // the row holds infinities
+};
+
+// From the gradients `g` of the eight statistics (0 where a statistic was not used). A statistic that is
+// not finite because the supports differ passes no gradient.
+template <typename Real>
+LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<Real> g, TokenStatistics<Real> value,
+                                                                const RowNormalizers& n, double temperature) {
+  const int flags = static_cast<int>(n.flags);
+  if (flags & kReferenceHole) {
+    g.did_entropy = g.did_log_partition = g.kl = 0;
+    value.did_entropy = value.kl = 0;
+  }
+  if (flags & kPolicyHole) g.reverse_kl = value.reverse_kl = 0;
+
+  GradientCoefficients<Real> c;
+  c.policy_origin = Real(n.policy);
+  c.reference_origin = Real(n.reference);
+  c.difference_origin = Real(n.difference);
+  c.log_ratio_origin = Real(n.policy - n.reference);
+  // 2^(scale z - policy_origin) is pi times 2^(n.policy - policy_origin), and its logarithm is off by as much.
+  const double policy_rest = n.policy - double(c.policy_origin);
+  const double reference_rest = n.reference - double(c.reference_origin);
+  const double log_ratio_rest = n.policy - n.reference - double(c.log_ratio_origin);
+  const bool no_difference = n.difference == minus_infinity<double>();  // supports without a common entry
+  const double difference_rest = no_difference ? 0 : n.difference - double(c.difference_origin);
+
+  const double t = 1 / temperature;
+  const double to_pi = t * std::exp2(-policy_rest);
+  const double to_rho = t * std::exp2(-reference_rest);
+  const double to_q = t * std::exp2(-difference_rest);
+  const double pi_1 = -kLn2 * g.policy_entropy, pi_x = kLn2 * g.kl;
+  const double rho_1 = -kLn2 * g.reference_entropy, rho_x = kLn2 * g.reverse_kl;
+  const double q_1 = -kLn2 * g.did_entropy;
+  const double pi_0 = double(g.reverse_kl) - double(g.policy_logprob) - double(g.did_log_partition) -
+                      double(g.policy_entropy) * double(value.policy_entropy) - double(g.kl) * double(value.kl);
+  const double rho_0 = double(g.kl) - double(g.reference_logprob) + double(g.did_log_partition) -
+                       double(g.reference_entropy) * double(value.reference_entropy) -
+                       double(g.reverse_kl) * double(value.reverse_kl);
+  const double q_0 = double(g.did_log_partition) - double(g.did_entropy) * double(value.did_entropy);
+
+  c.pi_0 = Real(to_pi * (pi_0 - pi_1 * policy_rest - pi_x * log_ratio_rest));
+  c.pi_1 = Real(to_pi * pi_1);
+  c.pi_x = Real(to_pi * pi_x);
+  c.rho_0 = Real(to_rho * (rho_0 - rho_1 * reference_rest + rho_x * log_ratio_rest));
+  c.rho_1 = Real(to_rho * rho_1);
+  c.rho_x = Real(to_rho * rho_x);
+  c.q_0 = Real(to_q * (q_0 - q_1 * difference_rest));
+  c.q_1 = Real(to_q * q_1);
+  c.rho_for_policy = Real(-to_rho * g.reverse_kl);
+  c.pi_for_reference = Real(-to_pi * g.kl);
+  c.policy_label = Real(t * g.policy_logprob);
+  c.reference_label = Real(t * g.reference_logprob);
+  c.careful = flags != 0;
+  return c;
+}
+
+}  // namespace lit_did

@@ -1,0 +1,44 @@
+// The operators' shared checks and their implementations a device, behind the schemas in bindings.cpp.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace lit_did {
+
+// Eight statistics and the normalizers [..., 4] that the backward reads.
+using TokenTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                at::Tensor, at::Tensor>;
+
+// policy_logits, reference_logits [..., V], contiguous in V; labels [...] int64.
+TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
+                                  const at::Tensor& labels, int64_t ignore_index, double temperature);
+
+// grads, statistics: eight tensors [...], an absent gradient for a statistic that was not used. Returns the
+// gradients in the logits' dtypes; an empty tensor for a side that needs none.
+std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(
+    const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& policy_logits,
+    const at::Tensor& reference_logits, const at::Tensor& labels, at::TensorList statistics,
+    const at::Tensor& normalizers, int64_t ignore_index, double temperature, bool policy_needs_grad,
+    bool reference_needs_grad);
+
+// What both devices demand of their input. Raises ValueError or TypeError with the argument's name.
+void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
+                           const at::Tensor& labels, double temperature);
+
+// The dtype of the statistics: float64 for float64 logits, otherwise float32.
+at::ScalarType statistics_dtype(const at::Tensor& logits);
+
+namespace cpu {
+// Instruction-set levels in this build, lowest first, and the one in use (the best that the processor has, or a
+// lower one that LIT_DID_SIMD names).
+std::vector<std::string> simd_levels();
+std::string simd_level();
+}  // namespace cpu
+
+}  // namespace lit_did

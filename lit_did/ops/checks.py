@@ -1,0 +1,110 @@
+"""What the operators demand of their input: one clear error that names the argument, whatever the backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_token_arguments(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int, temperature: float
+) -> None:
+    """Checks shapes, dtypes, devices and options.
+
+    Raises:
+        TypeError: An argument is not a tensor, or of a dtype that is not served.
+        ValueError: Shapes, devices or `temperature` do not fit.
+    """
+    named = {"policy_logits": policy_logits, "reference_logits": reference_logits, "labels": labels}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}.")
+    for name in ("policy_logits", "reference_logits"):
+        if named[name].dtype not in LOGITS_DTYPES:
+            raise TypeError(
+                f"Expected `{name}` to be float32, bfloat16, float16 or float64, but got {named[name].dtype}."
+            )
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
+    if policy_logits.dim() < 1 or policy_logits.shape[-1] < 1:
+        raise ValueError(
+            f"Expected `policy_logits` to have shape [..., V] with V >= 1, but got {tuple(policy_logits.shape)}."
+        )
+    if reference_logits.shape[-1:] != policy_logits.shape[-1:]:
+        raise ValueError(
+            "Expected `reference_logits` to have the vocabulary of `policy_logits`, "
+            f"{policy_logits.shape[-1]} entries, but got {tuple(reference_logits.shape)}."
+        )
+    if reference_logits.shape != policy_logits.shape:
+        raise ValueError(
+            f"Expected `reference_logits` to have the shape of `policy_logits`, {tuple(policy_logits.shape)}, "
+            f"but got {tuple(reference_logits.shape)}."
+        )
+    if labels.shape != policy_logits.shape[:-1]:
+        raise ValueError(
+            f"Expected `labels` to have shape {tuple(policy_logits.shape[:-1])}, but got {tuple(labels.shape)}."
+        )
+    for name in ("reference_logits", "labels"):
+        if named[name].device != policy_logits.device:
+            raise ValueError(
+                f"Expected `{name}` on the device of `policy_logits`, {policy_logits.device}, "
+                f"but got {named[name].device}."
+            )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"Expected `ignore_index` to be an integer, but got {ignore_index!r}.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"Expected `temperature` to be a number, but got {temperature!r}.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"Expected `temperature` to be a finite number above 0, but got {temperature}.")
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Checks that every label is in [0, vocabulary) or `ignore_index`. Reads the labels' values.
+
+    Raises:
+        ValueError: A label is out of range.
+    """
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        row = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"Expected `labels` to be in [0, {vocabulary}) or `ignore_index` ({ignore_index}), "
+            f"but got {int(labels.flatten()[row])} at row {row}."
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, policy_logits: Tensor) -> None:
+    """Checks the packed layout: `cu_seqlens` [sequences + 1] rises from 0 to the number of tokens.
+
+    The values of a tensor that is not on the CPU are not read, so as not to wait for the device.
+
+    Raises:
+        TypeError: `cu_seqlens` is not an int32 or int64 tensor.
+        ValueError: Its shape, device or values do not fit `policy_logits` [tokens, V].
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"Expected `cu_seqlens` to be an int32 or int64 tensor, but got {got}.")
+    if policy_logits.dim() != 2:
+        raise ValueError(
+            "Expected `policy_logits` to have shape [tokens, V] with `cu_seqlens`, "
+            f"but got {tuple(policy_logits.shape)}."
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"Expected `cu_seqlens` to have shape [sequences + 1], but got {tuple(cu_seqlens.shape)}.")
+    if cu_seqlens.device != policy_logits.device:
+        raise ValueError(
+            f"Expected `cu_seqlens` on the device of `policy_logits`, {policy_logits.device}, "
+            f"but got {cu_seqlens.device}."
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    tokens = policy_logits.shape[0]
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"Expected `cu_seqlens` to rise from 0 to the number of tokens, {tokens}, but got {cu_seqlens.tolist()}."
+        )

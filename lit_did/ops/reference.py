@@ -1,0 +1,60 @@
+"""The specification in plain torch: slow, short, differentiable, on any device. The fused code is tested against it.
+
+With z and r the two rows of logits divided by the temperature, pi = softmax(z), rho = softmax(r) and
+q = softmax(z - r). An entry that is -inf on both sides is outside the support and skipped; -inf on the policy side only
+has weight 0 and makes KL(rho, pi) infinite; -inf on the reference side only makes log Z and KL(pi, rho) infinite
+and H(q) NaN. A statistic that is not finite for this reason passes no gradient. NaN or +inf anywhere in a row, or a side
+without any finite entry, makes every statistic and gradient of that row NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_did.ops.statistics import TokenStatistics
+
+
+def token_statistics(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int, temperature: float
+) -> TokenStatistics:
+    """`lit_did.token_statistics` for checked arguments: logits [..., V], labels [...] int64."""
+    ignored = labels == ignore_index
+    # masked_fill, not multiplication: what an ignored row holds, NaN included, reaches neither value nor gradient.
+    z = policy_logits.masked_fill(ignored[..., None], 0) / temperature
+    r = reference_logits.masked_fill(ignored[..., None], 0) / temperature
+    y = labels.masked_fill(ignored, 0)[..., None]
+
+    invalid = ~((_defines_a_distribution(z)) & (_defines_a_distribution(r)))
+    poison = torch.zeros_like(z[..., 0]).masked_fill(invalid, torch.nan)[..., None]
+    z, r = z + poison, r + poison
+
+    z_hole, r_hole = z == -torch.inf, r == -torch.inf
+    no_ratio = z_hole | r_hole
+    policy_hole, reference_hole = (z_hole & ~r_hole).any(-1), (r_hole & ~z_hole).any(-1)
+
+    d = (z - r).masked_fill(no_ratio, -torch.inf)
+    log_pi, log_rho, log_q = z.log_softmax(-1), r.log_softmax(-1), d.log_softmax(-1)
+    pi, rho, q = log_pi.exp(), log_rho.exp(), log_q.exp()
+    log_ratios = (log_pi - log_rho).masked_fill(no_ratio, 0)
+
+    def entropy(p: Tensor, log_p: Tensor, hole: Tensor) -> Tensor:
+        return -(p * log_p.masked_fill(hole, 0)).sum(-1)
+
+    log_partition = d.logsumexp(-1) - z.logsumexp(-1) + r.logsumexp(-1)
+    statistics = TokenStatistics(
+        policy_logprob=log_pi.gather(-1, y)[..., 0],
+        reference_logprob=log_rho.gather(-1, y)[..., 0],
+        did_entropy=entropy(q, log_q, no_ratio).masked_fill(reference_hole, torch.nan),
+        did_log_partition=log_partition.masked_fill(reference_hole, torch.inf),
+        policy_entropy=entropy(pi, log_pi, z_hole),
+        reference_entropy=entropy(rho, log_rho, r_hole),
+        kl=(pi * log_ratios).sum(-1).masked_fill(reference_hole, torch.inf),
+        reverse_kl=-(rho * log_ratios).sum(-1).masked_fill(policy_hole, -torch.inf),
+    )
+    return TokenStatistics(*(value.masked_fill(ignored, 0) for value in statistics))
+
+
+def _defines_a_distribution(logits: Tensor) -> Tensor:
+    """[...]: no NaN, no +inf, and at least one finite entry in the row."""
+    return (logits < torch.inf).all(-1) & (logits > -torch.inf).any(-1)

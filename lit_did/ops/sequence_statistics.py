@@ -1,0 +1,91 @@
+"""sequence_statistics: the token statistics of every sequence, summed or averaged over its labelled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_did.ops.checks import check_cu_seqlens, check_token_arguments
+from lit_did.ops.statistics import SequenceStatistics
+from lit_did.ops.token_statistics import token_statistics
+
+
+def sequence_statistics(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> SequenceStatistics:
+    """Log-ratio rewards, DID statistics, entropies and divergences of every sequence.
+
+    Args:
+        policy_logits: [..., T, V], or [tokens, V] with `cu_seqlens`. Dtypes and strides as in `token_statistics`.
+        reference_logits: The same shape.
+        labels: [..., T], or [tokens]: the token that each position's logits predict.
+        cu_seqlens: [sequences + 1] int32 or int64: sequence i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]. Without
+            it the last dimension of `labels` is one sequence.
+        ignore_index, temperature, backend: As in `token_statistics`.
+
+    Returns:
+        SequenceStatistics: tensors [...] (or [sequences]) of sums and means over labelled tokens, in nats.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `token_statistics`; also where `cu_seqlens` does not rise from 0 to the
+            number of tokens (checked on the CPU), or `labels` has no dimension to sum over.
+
+    Example:
+        >>> import torch
+        >>> from lit_did import sequence_statistics
+        >>> policy, reference = torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 0.0]]), torch.zeros(3, 2)
+        >>> packed = sequence_statistics(
+        ...     policy, reference, torch.tensor([1, 0, -100]), cu_seqlens=torch.tensor([0, 2, 3]))
+        >>> packed.log_ratio
+        tensor([0.5662, 0.0000])
+        >>> packed.num_tokens
+        tensor([2, 0])
+    """
+    check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, policy_logits)
+    elif labels.dim() < 1:
+        raise ValueError("Expected `labels` to have shape [..., T], but got ().")
+    tokens = token_statistics(
+        policy_logits, reference_logits, labels, ignore_index=ignore_index, temperature=temperature, backend=backend
+    )
+    total = _total_over_sequences(cu_seqlens, labels.shape[-1])
+    num_tokens = total((labels != ignore_index).to(torch.float64))
+    dtype = tokens.policy_logprob.dtype
+
+    def summed(values: Tensor) -> Tensor:
+        return total(values.double()).to(dtype)
+
+    def mean(values: Tensor) -> Tensor:
+        return (total(values.double()) / num_tokens.clamp(min=1)).to(dtype)
+
+    return SequenceStatistics(
+        policy_logprob=summed(tokens.policy_logprob),
+        reference_logprob=summed(tokens.reference_logprob),
+        log_ratio=summed(tokens.log_ratio),
+        did_entropy=mean(tokens.did_entropy),
+        policy_entropy=mean(tokens.policy_entropy),
+        reference_entropy=mean(tokens.reference_entropy),
+        kl=mean(tokens.kl),
+        reverse_kl=mean(tokens.reverse_kl),
+        did_log_partition=summed(tokens.did_log_partition),
+        num_tokens=num_tokens.long(),
+    )
+
+
+def _total_over_sequences(cu_seqlens: Tensor | None, tokens: int) -> Callable[[Tensor], Tensor]:
+    """The sum over each sequence. Ignored tokens count nothing: their statistics are 0."""
+    if cu_seqlens is None:
+        return lambda values: values.sum(-1)
+    offsets = cu_seqlens.long()
+    sequence = torch.searchsorted(offsets[1:], torch.arange(tokens, device=offsets.device), right=True)
+    return lambda values: values.new_zeros(offsets.shape[0] - 1).index_add(0, sequence, values)

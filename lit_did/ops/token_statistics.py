@@ -1,0 +1,78 @@
+"""token_statistics: everything that one position's two rows of logits say, in one pass over both.
+
+In plain torch, for z = policy_logits / temperature and r = reference_logits / temperature:
+
+    policy_logprob = z.log_softmax(-1)[label]           reference_logprob = r.log_softmax(-1)[label]
+    did_entropy = Categorical(logits=z - r).entropy()   did_log_partition = log(sum(softmax(z) / softmax(r)))
+    policy_entropy, reference_entropy = entropy of softmax(z), of softmax(r)
+    kl = KL(softmax(z), softmax(r))                     reverse_kl = KL(softmax(r), softmax(z))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_did.ops import reference
+from lit_did.ops.checks import check_labels, check_token_arguments
+from lit_did.ops.extension import EXTENSION, choose_backend
+from lit_did.ops.statistics import TokenStatistics
+
+if EXTENSION.module is not None:
+    from lit_did.ops import fused
+
+
+def token_statistics(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> TokenStatistics:
+    """Statistics of every token of a policy and its reference (arXiv 2505.23761, per token).
+
+    Args:
+        policy_logits: [..., V] float32, bfloat16, float16 or float64. Any strides; a last dimension that is not
+            contiguous is copied.
+        reference_logits: [..., V], the same shape; its dtype may differ.
+        labels: [...] integers: labels[t] is the token that position t's logits predict, so callers shift.
+        ignore_index: Rows with this label are not read; they return 0 and get a gradient of 0.
+        temperature: Both logits are divided by it.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused where it serves, else the reference.
+
+    Returns:
+        TokenStatistics: eight tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
+        number of times with the reference) in both logits. No rows give empty tensors. Infinite and NaN logits: see
+        `lit_did.ops.reference`.
+
+    Raises:
+        TypeError: An argument has a type or dtype that is not served.
+        ValueError: Shapes or devices do not fit, a label is out of range (checked on the CPU and by the reference),
+            `temperature` is not above 0, or `backend` is unknown.
+        RuntimeError: `backend="fused"` where it does not serve the device.
+
+    Example:
+        >>> import torch
+        >>> from lit_did import token_statistics
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+        >>> statistics = token_statistics(logits, torch.zeros(2, 3), torch.tensor([2, -100]))
+        >>> statistics.log_ratio
+        tensor([0.6910, 0.0000])
+        >>> statistics.did_entropy  # the reference is uniform: the DID is the policy itself
+        tensor([0.8324, 0.0000])
+    """
+    check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)
+    chosen = choose_backend(backend, policy_logits.device)
+    double = torch.float64 in (policy_logits.dtype, reference_logits.dtype)
+    labels = labels.long()
+    if double:
+        policy_logits, reference_logits = policy_logits.double(), reference_logits.double()
+    if chosen == "fused":
+        return fused.token_statistics(policy_logits, reference_logits, labels, ignore_index, temperature)
+    if not torch.compiler.is_compiling():
+        check_labels(labels, policy_logits.shape[-1], ignore_index)
+    if not double:
+        policy_logits, reference_logits = policy_logits.float(), reference_logits.float()
+    return reference.token_statistics(policy_logits, reference_logits, labels, ignore_index, temperature)
