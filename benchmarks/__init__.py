@@ -1,0 +1,1 @@
+"""Benchmarks: one file a question, all with one harness. `python -m benchmarks --help`."""

@@ -1,0 +1,143 @@
+"""The demo's run: load, measure held-out pairs, train, measure them again, show the difference."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_did.data import PreferenceDataModule, read_pairs
+from lit_did.demo.model import smollm2
+from lit_did.demo.results import HeldOut, print_table
+from lit_did.modules import LitDPO
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the message is for them."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains and writes `metrics.csv`, `training.png` and `held_out.png` into `options.output`.
+
+    Raises:
+        InputError: The data, the model or the output folder cannot be used. Nothing is written then.
+    """
+    begun = time.perf_counter()
+    try:
+        _check_output(options.output)
+        rows = read_pairs(options.data)[: options.max_pairs]
+        tokenizer, model = load_model(options.model)
+        data = PreferenceDataModule(
+            [{**row.pair._asdict()} for row in rows],
+            tokenizer,
+            val_fraction=options.val_fraction,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            as_chat=tokenizer.chat_template is not None,
+            seed=options.seed,
+        )
+        data.setup("fit")
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(error) from error
+    tags = {i: row.pair.tag or "all pairs" for i, row in enumerate(rows)}
+    print(
+        f"{len(data.train_dataset)} pairs to train on, {len(data.val_dataset)} held out, "
+        f"from {options.data.name}; model {options.model or 'SmolLM2-135M-Instruct'}"
+    )
+
+    lightning.seed_everything(options.seed, verbose=False)
+    module = LitDPO(
+        model,
+        beta=options.beta,
+        loss=options.loss,
+        lora={"r": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "target_modules": "all-linear"},
+        learning_rate=options.learning_rate,
+        warmup_steps=0.1,
+        schedule="linear",
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".lit_did_demo_") as work:
+        trainer = lightning.Trainer(
+            accelerator="cpu" if not torch.cuda.is_available() else "auto",
+            devices=1,
+            max_steps=options.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            logger=CSVLogger(work, name="", version=""),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        before = _held_out(trainer, module, data, tags)
+        trainer.fit(module, data)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        after = _held_out(trainer, module, data, tags)
+        written = _write(Path(work), options.output, before, after)
+    print_table(before, after)
+    print(f"\nWritten: {', '.join(str(path) for path in written)}")
+    print(f"{options.max_steps} steps; {time.perf_counter() - begun:.0f} s in all.")
+
+
+def load_model(name: str | None) -> tuple[Any, Any]:
+    """The tokenizer and the model `name`, or SmolLM2-135M-Instruct.
+
+    Raises:
+        InputError: It is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = smollm2() if name is None else name
+    looks_like_a_path = name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+    if name is not None and (looks_like_a_path or os.path.exists(name)):
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"Expected --model to be a folder with a transformers model, but {path} "
+                f"{'holds no config.json' if path.is_dir() else 'is not a folder'}."
+            )
+    try:
+        return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:  # transformers raises OSError, ValueError, HTTP and JSON errors alike for a bad model
+        if isinstance(path, Path):
+            raise InputError(f"The model in {path} does not load: {_first_line(error)}") from error
+        raise InputError(
+            f"Expected --model {name} to be a folder on this machine or a model on the Hugging Face hub, but there is "
+            f"no such folder, and the hub gave none: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _held_out(trainer: lightning.Trainer, module: LitDPO, data: PreferenceDataModule, tags: dict[int, str]) -> HeldOut:
+    return HeldOut.collect(trainer.predict(module, data), tags)
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Expected --output to be a folder, but {folder} is a file.")
+
+
+def _write(work: Path, output: Path, before: HeldOut, after: HeldOut) -> list[Path]:
+    from lit_did.report import held_out_picture, training_picture
+
+    training_picture(work / "metrics.csv", work / "training.png")
+    held_out_picture(before, after, work / "held_out.png")
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in ("metrics.csv", "training.png", "held_out.png"):
+        written.append(output / name)
+        shutil.move(work / name, written[-1])
+    return written

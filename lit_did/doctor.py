@@ -1,0 +1,66 @@
+"""`python -m lit_did.doctor`: what is installed, what is built, and what serves which device."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "peft", "trl", "datasets", "matplotlib", "gguf")
+
+
+def report() -> str:
+    """The whole report as text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the extension's problem is reported below
+        import lit_did
+        from lit_did.ops.extension import EXTENSION, fused_devices
+
+    lines = [
+        f"lit-did       {lit_did.__version__}",
+        f"Python        {platform.python_version()} ({sys.executable})",
+        f"platform      {platform.platform()}",
+        *(f"{name:13} {_installed(name)}" for name in PACKAGES),
+        "",
+    ]
+    built = EXTENSION.module
+    if built is None:
+        lines += [f"extension     none: {EXTENSION.problem}"]
+    else:
+        lines += [
+            f"extension     built for torch {built.torch_version}",
+            f"CPU           SIMD levels {', '.join(built.simd_levels)}; this processor uses {built.simd_level()}",
+            f"CUDA          {_cuda(built)}",
+        ]
+    served = fused_devices()
+    lines += ["", f"cpu tensors   {_serves('cpu', served)}"]
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        lines += [f"cuda tensors  {_serves('cuda', served)} ({names})"]
+    else:
+        lines += ["cuda tensors  no CUDA device, or a torch without CUDA"]
+    return "\n".join(lines)
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda(built) -> str:
+    if built.cuda_version is None:
+        return "not in this build"
+    return f"{built.cuda_version}, architectures {', '.join(built.cuda_architectures)}"
+
+
+def _serves(device: str, served: tuple[str, ...]) -> str:
+    return "served by the fused operators" if device in served else "served by the reference, in plain torch"
+
+
+if __name__ == "__main__":
+    print(report())

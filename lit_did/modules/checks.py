@@ -1,0 +1,78 @@
+"""What LitDPO checks of its models and of the first batch it meets, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lit_did.modules.models import active_dropout
+
+IGNORE_INDEX = -100
+
+
+def check_batch(batch: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the batch has the layout that LitDPO documents, its labels shifted."""
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name not in batch:
+            raise ValueError(f"Expected the batch to hold `{name}`, but got {', '.join(map(str, batch))}.")
+        shape = tuple(batch["input_ids"].shape)
+        if tuple(batch[name].shape) != shape or len(shape) != 2 or shape[0] % 2 or not all(shape):
+            raise ValueError(
+                f"Expected `{name}` to have the shape [2 pairs, T] of `input_ids`, {shape}, "
+                f"but got {tuple(batch[name].shape)}."
+            )
+    labels, input_ids = batch["labels"], batch["input_ids"]
+    labelled = labels != IGNORE_INDEX
+    if (labelled[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])).any() or labelled[:, -1].any():
+        raise ValueError(
+            "Expected `labels[:, t]` to be the token that position t predicts, `input_ids[:, t + 1]`, or -100, but got "
+            "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions."
+        )
+    if not labelled.any(1).all():
+        raise ValueError("Expected every sequence to have completion tokens, but got one whose labels are all -100.")
+
+
+def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError if the two configurations name different vocabulary sizes."""
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (policy, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"Expected `reference` to have the policy's vocabulary, {sizes[0]} entries, but got {sizes[1]}."
+        )
+
+
+def warn_unless_policy_is_reference(
+    policy: nn.Module, adapter: bool, log_ratio: Tensor, num_tokens: Tensor, loss: Tensor, expected_loss: Tensor
+) -> None:
+    """Warns, with the cause, if the policy does not start as its reference.
+
+    Args:
+        policy: The policy, in the mode it is trained in.
+        adapter: Whether the reference is the policy with its adapter off.
+        log_ratio, num_tokens: [sequences] of the first batch.
+        loss, expected_loss: Scalars: the first batch's, and the one where every log-ratio is 0.
+    """
+    parameter = next(policy.parameters())
+    full = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
+    # Rounding grows with length: a token's log-probability is good to 1e-5 in float32, to 1e-2 in half precision.
+    tolerance = (1e-4 if full else 1e-2) * num_tokens
+    largest = log_ratio.abs().max()
+    if not ((log_ratio.abs() > tolerance).any() or largest.isnan()):
+        return
+    dropping = active_dropout(policy)
+    if largest.isnan():
+        cause = "the logits of the policy or the reference hold NaN"
+    elif dropping:
+        cause = f"dropout is active in {len(dropping)} modules of the policy, {dropping[0]} the first"
+    elif adapter:
+        cause = "the adapter does not start at zero: it was trained before, or its initialisation is not zero"
+    else:
+        cause = "the reference's weights are not those that the policy starts from, or its numerics differ"
+    warnings.warn(
+        f"At the first step the policy should be its reference, with loss {expected_loss:.4f} and every margin 0, but "
+        f"the loss is {loss:.4f} and the largest |log-ratio| {largest:.4g} nats. Cause: {cause}.",
+        stacklevel=3,
+    )

@@ -1,0 +1,321 @@
+"""LitDPO: direct preference optimisation as a LightningModule, with the DID's statistics logged as it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from lit_did.functional import preference_loss, reward_accuracy, reward_margin
+from lit_did.functional.preference import check_preference_loss
+from lit_did.metrics import WeightedMeans
+from lit_did.modules import models
+from lit_did.modules.checks import IGNORE_INDEX, check_batch, check_same_vocabulary, warn_unless_policy_is_reference
+from lit_did.modules.optimizer import SCHEDULES, adamw, scheduler
+from lit_did.ops import SequenceStatistics, sequence_statistics
+from lit_did.ops.extension import BACKENDS
+
+LOGGED = (
+    "loss",
+    "reward_margin",
+    "reward_accuracy",
+    "chosen_log_ratio",
+    "rejected_log_ratio",
+    "did_entropy",
+    "did_log_partition",
+    "policy_entropy",
+    "kl",
+)
+
+
+class PairStatistics(NamedTuple):
+    """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats."""
+
+    index: Tensor
+    """the pair's row in its source, int64; -1 where the batch does not say"""
+    chosen: SequenceStatistics
+    rejected: SequenceStatistics
+    loss: Tensor
+    reward_margin: Tensor
+    """beta (chosen.log_ratio - rejected.log_ratio)"""
+
+
+class LitDPO(lightning.LightningModule):
+    """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290).
+
+    Batches are dicts, as `PreferenceDataModule` makes them: `input_ids`, `attention_mask` and `labels` [2 pairs, T],
+    the chosen sequences first, then the rejected ones in the same order, padded on the right; labels[:, t] is the
+    token that position t predicts, -100 outside completions. `weight` [pairs] (0 leaves a pair out of validation and
+    prediction) and `index` [pairs] may be absent.
+
+    Logs `train/` (each optimiser step, averaged over its micro-batches and all processes) and `val/` (each epoch):
+    loss, reward_margin, reward_accuracy, chosen_log_ratio and rejected_log_ratio as means over pairs; did_entropy,
+    did_log_partition, policy_entropy and kl as means over completion tokens, in nats.
+
+    Args:
+        policy: A transformers causal language model, or its name or path. A `PeftModel` keeps its adapter.
+        reference: The same, never trained. None: a PeftModel's reference is itself with the adapter off; any other
+            policy's is a frozen copy of the policy as it is given.
+        beta: DPO's inverse temperature.
+        loss: "sigmoid", "ipo" or "hinge": see `lit_did.functional.preference_loss`.
+        label_smoothing: For "sigmoid": the share of pairs assumed to be labelled the wrong way round.
+        lora: Adds a LoRA adapter to the policy: a `peft.LoraConfig`, or its arguments as a dict.
+        learning_rate, adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed.
+        warmup_steps: Optimiser steps over which the learning rate rises; below 1, as a share of all steps.
+        schedule: What follows the warmup: "constant", "linear" or "cosine" (both to 0 at the end of training).
+        disable_dropout: Sets the policy's dropout probabilities to 0.
+        gradient_checkpointing: Recomputes the policy's activations in the backward pass.
+        model_kwargs: For `from_pretrained`, where models are given by name.
+        backend: Of the operators: "auto", "fused" or "reference".
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: str | nn.Module,
+        reference: str | nn.Module | None = None,
+        *,
+        beta: float = 0.1,
+        loss: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        lora: Any = None,
+        learning_rate: float = 1e-6,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: float = 0,
+        schedule: str = "constant",
+        disable_dropout: bool = True,
+        gradient_checkpointing: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_preference_loss(beta=beta, loss=loss, label_smoothing=label_smoothing)
+        for name, model in (("policy", policy), ("reference", reference)):
+            if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
+                raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
+        if reference is not None and reference is policy and isinstance(policy, nn.Module):
+            raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
+        if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
+            raise ValueError(
+                f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}."
+            )
+        for name, value, choices in (("schedule", schedule, SCHEDULES), ("backend", backend, BACKENDS)):
+            if value not in choices:
+                raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+        # A module or a LoraConfig is not a hyperparameter: hand it to load_from_checkpoint again.
+        arguments = {"policy": policy, "reference": reference, "lora": lora}
+        plain = (str, dict, type(None))
+        self.save_hyperparameters(ignore=[name for name, value in arguments.items() if not isinstance(value, plain)])
+        self._given = arguments
+        self._model_kwargs = dict(model_kwargs or {})
+        self._batch_checked = self._start_checked = False
+        self.policy: nn.Module | None = None
+        self.reference: nn.Module | None = None
+        self.train_means = WeightedMeans(LOGGED)
+        self.val_means = nn.ModuleList()  # one a validation dataloader
+        # The checkpoint holds what is trained and nothing else; on_load_checkpoint checks that it is all there.
+        self.strict_loading = False
+        if not isinstance(policy, str) and not isinstance(reference, str):
+            self.configure_model()
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Models
+    # -----------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
+        if self.policy is not None:
+            return
+        policy = models.load_model(self._given["policy"], "policy", self._model_kwargs)
+        reference = self._given["reference"]
+        if reference is not None:
+            reference = models.freeze(models.load_model(reference, "reference", self._model_kwargs))
+            check_same_vocabulary(policy, reference)
+        elif self._given["lora"] is None and not models.is_peft(policy):
+            reference = models.frozen_copy(policy)
+        if self._given["lora"] is not None:
+            policy = models.add_lora(policy, self._given["lora"])
+        if self.hparams.disable_dropout:
+            models.switch_off_dropout(policy)
+        if self.hparams.gradient_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint
+        # from_pretrained leaves eval mode, which Lightning keeps.
+        self.policy = policy.train()
+        self.reference = reference
+        self._given = {}
+
+    def train(self, mode: bool = True) -> LitDPO:
+        """Puts the policy in train or eval mode; the reference stays in eval mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what is trained: not the reference, and of a LoRA policy the adapter alone."""
+        frozen = self._frozen_names()
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if name not in frozen and not name.startswith("reference.")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that lacks a trained parameter."""
+        self.configure_model()
+        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        missing = sorted(trained - checkpoint["state_dict"].keys())
+        if missing:
+            raise ValueError(
+                f"Expected the checkpoint to hold the {len(trained)} trained parameters of this policy, but "
+                f"{len(missing)} are missing, {missing[0]} the first: was it saved with another `policy` or `lora`?"
+            )
+        self._start_checked = True  # a resumed policy has left its reference
+
+    def _frozen_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Steps
+    # -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Mapping[str, Tensor]) -> SequenceStatistics:
+        """The statistics of every completion: [2 pairs], chosen first, differentiable in the policy."""
+        positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        policy_logits = models.completion_logits(self.policy, batch, positions)
+        if self.reference is None:
+            with models.adapter_off(self.policy):
+                reference_logits = models.completion_logits(self.policy, batch, positions)
+        else:
+            with torch.no_grad():
+                reference_logits = models.completion_logits(self.reference, batch, positions)
+        return sequence_statistics(
+            policy_logits,
+            reference_logits,
+            batch["labels"][:, positions],
+            ignore_index=IGNORE_INDEX,
+            backend=self.hparams.backend,
+        )
+
+    def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
+        """The statistics, loss and reward margin of every pair of a batch."""
+        if not self._batch_checked:
+            check_batch(batch)
+            self._batch_checked = True
+        statistics = self(batch)
+        pairs = batch["input_ids"].shape[0] // 2
+        chosen = SequenceStatistics(*(value[:pairs] for value in statistics))
+        rejected = SequenceStatistics(*(value[pairs:] for value in statistics))
+        loss = self._loss(chosen.log_ratio, rejected.log_ratio)
+        index = batch.get("index", torch.full((pairs,), -1, device=loss.device))
+        return PairStatistics(
+            index, chosen, rejected, loss, reward_margin(chosen.log_ratio, rejected.log_ratio, self.hparams.beta)
+        )
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss of the batch's pairs."""
+        pairs = self.pair_statistics(batch)
+        if not self._start_checked:
+            self._check_start(pairs)
+            self._start_checked = True
+        self.train_means.update(_means(pairs, torch.ones_like(pairs.loss)))
+        return pairs.loss.mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the means over all micro-batches and processes of this optimiser step."""
+        self._log("train/", self.train_means, ("loss", "reward_margin", "did_entropy"))
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts one set of means a validation dataloader."""
+        loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
+        self.val_means = nn.ModuleList(WeightedMeans(LOGGED).to(self.device) for _ in range(loaders))
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds the batch to the epoch's means."""
+        pairs = self.pair_statistics(batch)
+        self.val_means[dataloader_idx].update(_means(pairs, batch.get("weight", torch.ones_like(pairs.loss))))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over the epoch and all processes."""
+        for i, means in enumerate(self.val_means):
+            suffix = f"/dataloader_idx_{i}" if len(self.val_means) > 1 else ""
+            self._log("val/", means, ("loss", "reward_margin", "reward_accuracy"), suffix)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> PairStatistics:
+        """The statistics of every pair, without the rows that only pad a process's share."""
+        pairs = self.pair_statistics(batch)
+        if "weight" not in batch:
+            return pairs
+        kept = batch["weight"] > 0
+
+        def select(value: Any) -> Any:
+            return value[kept] if isinstance(value, Tensor) else type(value)(*map(select, value))
+
+        return select(pairs)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the trained parameters, its schedule stepped every optimiser step."""
+        h = self.hparams
+        optimizer = adamw(
+            self.policy.parameters(),
+            learning_rate=h.learning_rate,
+            betas=tuple(h.adam_betas),
+            eps=h.adam_eps,
+            weight_decay=h.weight_decay,
+        )
+        total = self.trainer.estimated_stepping_batches
+        warmup = int(h.warmup_steps) if h.warmup_steps >= 1 else round(h.warmup_steps * total)
+        schedule = scheduler(optimizer, warmup_steps=warmup, total_steps=total, schedule=h.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _loss(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
+        h = self.hparams
+        return preference_loss(
+            chosen_log_ratio, rejected_log_ratio, beta=h.beta, loss=h.loss, label_smoothing=h.label_smoothing
+        )
+
+    def _check_start(self, pairs: PairStatistics) -> None:
+        warn_unless_policy_is_reference(
+            self.policy,
+            self.reference is None,
+            torch.cat([pairs.chosen.log_ratio, pairs.rejected.log_ratio]).detach(),
+            torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
+            pairs.loss.mean(),
+            self._loss(torch.zeros(()), torch.zeros(())),
+        )
+
+    def _log(self, prefix: str, means: WeightedMeans, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
+        # Already means over all processes: every rank logs the same number.
+        for name, value in means.compute().items():
+            self.log(f"{prefix}{name}{suffix}", value.float(), prog_bar=name in on_progress_bar, rank_zero_only=False)
+        means.reset()
+
+
+def _means(pairs: PairStatistics, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every logged quantity with its weights: pairs count by `weight`, token means by their tokens too."""
+    chosen, rejected = pairs.chosen, pairs.rejected
+    values = {
+        "loss": (pairs.loss, weight),
+        "reward_margin": (pairs.reward_margin, weight),
+        "reward_accuracy": (reward_accuracy(chosen.log_ratio, rejected.log_ratio), weight),
+        "chosen_log_ratio": (chosen.log_ratio, weight),
+        "rejected_log_ratio": (rejected.log_ratio, weight),
+    }
+    tokens = torch.cat([chosen.num_tokens * weight, rejected.num_tokens * weight])
+    for name in ("did_entropy", "policy_entropy", "kl"):
+        values[name] = (torch.cat([getattr(chosen, name), getattr(rejected, name)]), tokens)
+    partition = torch.cat([chosen.did_log_partition, rejected.did_log_partition])
+    values["did_log_partition"] = (
+        partition / torch.cat([chosen.num_tokens, rejected.num_tokens]).clamp(min=1), tokens,
+    )  # fmt: skip
+    return values

@@ -1,0 +1,115 @@
+"""The two models of preference optimisation: loading them, adding LoRA, and what makes a reference."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_model(model: str | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """A causal language model of transformers, from its name or path; a module is returned as it is.
+
+    Weights are float32 unless `model_kwargs` says otherwise: AdamW's steps at a learning rate of 1e-6 vanish in
+    bfloat16 weights. Mixed precision is the Trainer's.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, str):
+        raise TypeError(f"Expected `{argument}` to be a model or its name, but got {type(model).__name__}.")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **model_kwargs})
+
+
+def add_lora(model: nn.Module, lora: Any) -> nn.Module:
+    """`model` with a LoRA adapter: `lora` is a `peft.LoraConfig`, or its arguments as a dict."""
+    if is_peft(model):
+        raise ValueError(
+            "Expected `lora` to be None for a policy that is a PeftModel already, but got a configuration."
+        )
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("`lora` needs the package peft: pip install 'lit-did[lora]'.") from error
+    if isinstance(lora, Mapping):
+        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    return peft.get_peft_model(model, lora)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether `model` is a PeftModel, whose reference is itself with the adapter off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without gradients."""
+    return freeze(copy.deepcopy(model))
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """`model` itself, in eval mode without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """`model`, a PeftModel, as its own reference: without the adapter, in eval mode, without gradients.
+
+    Every submodule has its own mode back afterwards: some may be in eval mode on purpose.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), model.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: the log-ratio compares two models, not two draws of noise."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def active_dropout(model: nn.Module) -> list[str]:
+    """Names of the modules that would drop something in a training forward pass."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+            or any(
+                isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) > 0
+                for attribute in ("attention_dropout", "dropout")
+            )
+        )
+    ]
+
+
+def completion_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """The logits [sequences, positions, V] that `model` gives at `positions` [positions] of every sequence.
+
+    Models that can, compute no others: the output layer is skipped for prompt tokens.
+    """
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    forward = (model.get_base_model() if is_peft(model) else model).forward
+    parameters = inspect.signature(forward).parameters
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in parameters:
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]

@@ -1,0 +1,55 @@
+"""AdamW and its learning-rate schedule, stepped every optimiser step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> AdamW:
+    """AdamW over the trainable parameters; vectors (biases, norms) are not decayed."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str) -> float:
+    """What the learning rate is multiplied by in optimiser step `step`, counted from 0.
+
+    It rises linearly over `warmup_steps`, reaching 1 in the last of them, then stays ("constant") or falls to 0 at
+    `total_steps`.
+
+    Example:
+        >>> [learning_rate_factor(s, warmup_steps=2, total_steps=4, schedule="linear") for s in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def scheduler(optimizer: AdamW, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:
+    """The schedule as PyTorch wants it. To be stepped once an optimiser step."""
+    return LambdaLR(
+        optimizer,
+        lambda step: learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule),
+    )
