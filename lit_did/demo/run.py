@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> None:
         rows = read_pairs(options.data)[: options.max_pairs]
         tokenizer, model = load_model(options.model)
         data = PreferenceDataModule(
-            [{**row.pair._asdict()} for row in rows],
+            # The file itself where all of it is used: errors in tokenising then name its lines.
+            options.data if options.max_pairs is None else [row.pair._asdict() for row in rows],
             tokenizer,
             val_fraction=options.val_fraction,
             batch_size=options.batch_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,10 @@ class WeightedMeans(Metric):
         # float64: a float32 count stops growing at 2**24.
         self.add_state("totals", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("weights", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
-        self.set_dtype(torch.float64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> WeightedMeans:
+        # Moves with its module but stays float64: `precision="bf16-true"` casts everything it finds.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def update(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Adds values and their weights, tensors of one shape a quantity; weight 0 leaves a value out, NaN too."""

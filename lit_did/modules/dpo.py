@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -145,8 +146,7 @@ class LitDPO(lightning.LightningModule):
         if self.hparams.disable_dropout:
             models.switch_off_dropout(policy)
         if self.hparams.gradient_checkpointing:
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            policy.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint
+            models.checkpoint_activations(policy)
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
@@ -229,6 +229,11 @@ class LitDPO(lightning.LightningModule):
         self.train_means.update(_means(pairs, torch.ones_like(pairs.loss)))
         return pairs.loss.mean()
 
+    def on_fit_start(self) -> None:
+        """Keeps Lightning from warning of modules in eval mode where these are the reference's, as they should be."""
+        if all(module.training for module in self.policy.modules()):
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the means over all micro-batches and processes of this optimiser step."""
         self._log("train/", self.train_means, ("loss", "reward_margin", "did_entropy"))
@@ -291,13 +296,18 @@ class LitDPO(lightning.LightningModule):
             torch.cat([pairs.chosen.log_ratio, pairs.rejected.log_ratio]).detach(),
             torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
             pairs.loss.mean(),
-            self._loss(torch.zeros(()), torch.zeros(())),
+            self._loss(torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)),
         )
 
     def _log(self, prefix: str, means: WeightedMeans, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
         # Already means over all processes: every rank logs the same number.
         for name, value in means.compute().items():
-            self.log(f"{prefix}{name}{suffix}", value.float(), prog_bar=name in on_progress_bar, rank_zero_only=False)
+            self.log(
+                f"{prefix}{name}{suffix}",
+                value.float(),
+                prog_bar=name in on_progress_bar,
+                add_dataloader_idx=False,  # the suffix says it
+            )
         means.reset()
 
 

@@ -57,6 +57,16 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recomputes activations in the backward pass, whatever the installed transformers calls it."""
+    # Not reentrant: that kind needs an input with a gradient, which frozen embeddings do not give.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """`model`, a PeftModel, as its own reference: without the adapter, in eval mode, without gradients.

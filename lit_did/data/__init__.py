@@ -1,0 +1,64 @@
+"""Preference data: reading, checking, templates, tokenising, collating and the LightningDataModule.
+
+Importing this package loads neither lightning, transformers nor datasets: each name is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_did.data.collating import IGNORE_INDEX, collate_pairs
+    from lit_did.data.datamodule import PreferenceDataModule
+    from lit_did.data.dataset import PreferenceDataset
+    from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
+    from lit_did.data.pairs import PreferencePair, parse_pair
+    from lit_did.data.reading import SourceRow, read_pairs
+    from lit_did.data.tokenizing import TokenizedPair, tokenize_pair, truncate_pair
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EvaluationSampler",
+    "PreferenceDataModule",
+    "PreferenceDataset",
+    "PreferencePair",
+    "ResumableDataLoader",
+    "ResumableSampler",
+    "SourceRow",
+    "TokenizedPair",
+    "collate_pairs",
+    "parse_pair",
+    "read_pairs",
+    "tokenize_pair",
+    "truncate_pair",
+]
+
+_HOME = {
+    "IGNORE_INDEX": "collating",
+    "EvaluationSampler": "loading",
+    "PreferenceDataModule": "datamodule",
+    "PreferenceDataset": "dataset",
+    "PreferencePair": "pairs",
+    "ResumableDataLoader": "loading",
+    "ResumableSampler": "loading",
+    "SourceRow": "reading",
+    "TokenizedPair": "tokenizing",
+    "collate_pairs": "collating",
+    "parse_pair": "pairs",
+    "read_pairs": "reading",
+    "tokenize_pair": "tokenizing",
+    "truncate_pair": "tokenizing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

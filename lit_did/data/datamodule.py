@@ -1,0 +1,210 @@
+"""`PreferenceDataModule`: preference pairs from files or memory to batches, on any number of ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lit_did.data.collating import collate_pairs
+from lit_did.data.dataset import PreferenceDataset
+from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
+from lit_did.data.reading import SourceRow, read_pairs
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Reads, checks, tokenises and batches preference pairs; `collate_pairs` describes a batch.
+
+    Training order is a function of `seed` and the epoch; a run resumed from a checkpoint (`trainer.fit(...,
+    ckpt_path=...)`) continues with the batch that would have come next, also in the middle of an epoch. Evaluation
+    keeps the order of the source; see `EvaluationSampler` for several ranks.
+
+    Args:
+        train: pairs to train on: a path, a list of dicts or a `datasets.Dataset`, see `read_pairs`. None to only
+            evaluate.
+        tokenizer: a transformers tokenizer, or the name or path of one, loaded when first needed.
+        val: pairs to validate on.
+        val_fraction: without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
+            rounded to the nearest number, at least one. Files sorted by topic should be shuffled before.
+        predict: pairs for `trainer.predict`; by default those of validation.
+        batch_size: pairs per batch and rank. A batch has twice as many sequences.
+        eval_batch_size: the same for validation and prediction; by default `batch_size`.
+        max_length: the most tokens of a prompt and its completion together; `truncate_pair` says what is cut.
+        chat_template: a Jinja template to use instead of the tokenizer's.
+        as_chat: wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
+        num_workers: processes per loader that collate. Tokenising is done before, so 0 is often fastest.
+        shuffle: whether to reorder the training rows, anew for every epoch.
+        drop_last: leave out the rows that do not fill a last training batch. Otherwise, with several ranks, the first
+            rows of the order are repeated until all ranks have equally many.
+        seed: of the training order.
+
+    Attributes:
+        train_dataset, val_dataset, predict_dataset: `PreferenceDataset` or None, with counts of dropped, identical
+            and truncated pairs. Made in `setup`, each once.
+
+    Raises:
+        ValueError: for an argument out of range, or `val` together with `val_fraction`. Malformed data raises in
+            `setup`; see `read_pairs`.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        tokenizer: Any,
+        *,
+        val: Any = None,
+        val_fraction: float = 0.0,
+        predict: Any = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 1024,
+        chat_template: str | None = None,
+        as_chat: bool = False,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        _check_integer("batch_size", batch_size, 1)
+        _check_integer("eval_batch_size", eval_batch_size, 1)
+        _check_integer("max_length", max_length, 2)
+        _check_integer("num_workers", num_workers, 0)
+        _check_integer("seed", seed, 0)
+        if not 0.0 <= val_fraction < 1.0:
+            raise ValueError(f"Expected `val_fraction` to be in [0, 1), but got {val_fraction}.")
+        if val is not None and val_fraction:
+            raise ValueError(f"Expected only one of `val` and `val_fraction`, but got both ({val_fraction=}).")
+        if val_fraction and train is None:
+            raise ValueError(f"Expected `train` for `val_fraction={val_fraction}` to hold rows out of, but got None.")
+        self.train, self.val, self.predict = train, val, predict
+        self.val_fraction = val_fraction
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.max_length = max_length
+        self.chat_template, self.as_chat = chat_template, as_chat
+        self.num_workers = num_workers
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.train_dataset: PreferenceDataset | None = None
+        self.val_dataset: PreferenceDataset | None = None
+        self.predict_dataset: PreferenceDataset | None = None
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded on first use if a name or path was given."""
+        if not callable(self._tokenizer):
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+        return self._tokenizer
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenises what `stage` needs ("fit", "validate", "predict"; None: all), on every rank, once.
+
+        Raises:
+            ValueError: if the stage's pairs were not given, or are malformed.
+        """
+        has_val = self.val is not None or self.val_fraction > 0
+        needs_train = stage == "fit" or (stage is None and self.train is not None)
+        needs_val = has_val and (stage != "predict" or self.predict is None)
+        needs_predict = stage == "predict" or (stage is None and (self.predict is not None or has_val))
+        if stage == "fit" and self.train is None:
+            raise ValueError("Expected `train` for fitting, but got None.")
+        if stage == "validate" and not has_val:
+            raise ValueError("Expected `val` or `val_fraction` for validating, but got neither.")
+        if stage == "predict" and self.predict is None and not has_val:
+            raise ValueError("Expected `predict`, `val` or `val_fraction` for predicting, but got none of them.")
+
+        makes_train = needs_train and self.train_dataset is None
+        makes_val = needs_val and self.val_dataset is None
+        if makes_train or (makes_val and self.val is None):
+            train_rows, val_rows = self._split_train()
+        if makes_train:
+            self.train_dataset = self._tokenize("train", train_rows)
+        if makes_val:
+            self.val_dataset = self._tokenize("val", val_rows if self.val is None else read_pairs(self.val, "val"))
+        if needs_predict and self.predict_dataset is None:
+            self.predict_dataset = (
+                self.val_dataset
+                if self.predict is None
+                else self._tokenize("predict", read_pairs(self.predict, "predict"))
+            )
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Shuffled batches of this rank's training rows.
+
+        Raises:
+            ValueError: if `drop_last` leaves no batch.
+        """
+        replicas = self._replicas()
+        sampler = ResumableSampler(
+            self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
+        )
+        if self.drop_last and len(sampler) < self.batch_size:
+            raise ValueError(
+                f"Expected at least batch_size * ranks = {self.batch_size * replicas['num_replicas']} training pairs "
+                f"with `drop_last=True`, but got {len(self.train_dataset)}."
+            )
+        return ResumableDataLoader(
+            self.train_dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self._collate(),
+            drop_last=self.drop_last,
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches of this rank's validation rows in order; an empty list, for no validation, if there are none."""
+        return [] if self.val_dataset is None else self._evaluation_loader(self.val_dataset)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of this rank's rows for prediction, in order."""
+        return self._evaluation_loader(self.predict_dataset)
+
+    def _evaluation_loader(self, dataset: PreferenceDataset) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationSampler(dataset, **self._replicas()),
+            num_workers=self.num_workers,
+            collate_fn=self._collate(),
+        )
+
+    def _collate(self) -> Any:
+        # Padding is masked by length, so that any id in the vocabulary will do.
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return partial(collate_pairs, pad_token_id=next(token for token in candidates if token is not None))
+
+    def _replicas(self) -> dict[str, int]:
+        """The ranks to divide the data among: the Trainer's data-parallel ones, all without tensor parallelism."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
+
+    def _split_train(self) -> tuple[list[SourceRow], list[SourceRow]]:
+        """The rows of `train` to train on and those held out."""
+        rows = read_pairs(self.train, "train")
+        held_out = max(1, round(len(rows) * self.val_fraction)) if self.val_fraction else 0
+        if held_out >= len(rows):
+            raise ValueError(
+                f"Expected `train` to have rows left after holding out val_fraction={self.val_fraction}, "
+                f"but got {len(rows)} in all."
+            )
+        return rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+
+    def _tokenize(self, name: str, rows: list[SourceRow]) -> PreferenceDataset:
+        dataset = PreferenceDataset(
+            rows, self.tokenizer, self.max_length, chat_template=self.chat_template, as_chat=self.as_chat
+        )
+        log = rank_zero_warn if dataset.num_dropped or dataset.num_identical else rank_zero_info
+        log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
+        return dataset
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")

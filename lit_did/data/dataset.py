@@ -1,0 +1,101 @@
+"""All pairs of one split, tokenised once and kept in memory, with the counts of what tokenising changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lit_did.data.pairs import to_chat
+from lit_did.data.reading import SourceRow
+from lit_did.data.rendering import RenderedPair, render_pair
+from lit_did.data.tokenizing import TokenizedPair, tokenize_rendered, truncate_pair
+
+_CHUNK = 1024  # rows a tokenizer call: enough for its threads, little enough text in memory
+
+
+class Example(NamedTuple):
+    """One pair as the collate function takes it: int32 ids, the row's number in its source, and its weight."""
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    index: int
+    weight: float
+
+
+class PreferenceDataset(Dataset):
+    """Tokenised pairs.
+
+    Positions from `len(dataset)` on are valid too: they repeat the rows with weight 0. `EvaluationSampler` hands them
+    out so that all ranks get equally many rows.
+
+    Attributes:
+        num_rows: rows before dropping.
+        num_dropped: rows left out because a completion has no tokens.
+        num_identical: rows kept although chosen and rejected have the same token ids, and so carry no preference.
+        num_truncated: rows kept that lost tokens to `max_length`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[SourceRow],
+        tokenizer: Any,
+        max_length: int,
+        *,
+        chat_template: str | None = None,
+        as_chat: bool = False,
+    ) -> None:
+        """Tokenises `rows` by the rules of `tokenize_pair`; its arguments are explained there.
+
+        Raises:
+            ValueError: if a row cannot be rendered (naming it), or if no row is left.
+        """
+        self.num_rows = len(rows)
+        self.num_dropped = self.num_identical = self.num_truncated = 0
+        self._examples: list[Example] = []
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            rendered = [_render(row, tokenizer, chat_template, as_chat) for row in chunk]
+            for row, pair in zip(chunk, tokenize_rendered(rendered, tokenizer), strict=True):
+                self._add(row.index, pair, truncate_pair(pair, max_length, tokenizer.bos_token_id))
+        if not self._examples:
+            raise ValueError(
+                f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows."
+            )
+
+    def _add(self, index: int, whole: TokenizedPair, pair: TokenizedPair) -> None:
+        if not pair.chosen_ids or not pair.rejected_ids:
+            self.num_dropped += 1
+            return
+        self.num_identical += pair.chosen_ids == pair.rejected_ids
+        self.num_truncated += pair != whole
+        # Arrays take 4 bytes a token where lists of int take up to 36, and move to worker processes as they are.
+        self._examples.append(Example(*(np.array(ids, dtype=np.int32) for ids in pair), index=index, weight=1.0))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, position: int) -> Example:
+        if position < len(self):
+            return self._examples[position]
+        return self._examples[position % len(self)]._replace(weight=0.0)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._examples)  # without this, Python would ask for positions past the end for ever
+
+    def summary(self) -> str:
+        """The counts in one line."""
+        return (
+            f"{len(self)} pairs of {self.num_rows} rows: {self.num_dropped} dropped (a completion without tokens), "
+            f"{self.num_identical} with identical chosen and rejected, {self.num_truncated} truncated"
+        )
+
+
+def _render(row: SourceRow, tokenizer: Any, chat_template: str | None, as_chat: bool) -> RenderedPair:
+    try:
+        return render_pair(to_chat(row.pair) if as_chat else row.pair, tokenizer, chat_template)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error

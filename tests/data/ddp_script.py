@@ -1,0 +1,77 @@
+"""Run by test_resuming.py: trains, resumes, validates and predicts on two processes, and writes down what each saw."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, where the package is not installed
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lit_did.data import PreferenceDataModule
+
+ROWS = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 11
+
+
+class Recorder(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: dict[str, list] = {"train": [], "val": [], "predict": []}
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"].append(batch["index"].tolist())
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen["val"] += zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True)
+
+    def predict_step(self, batch, batch_idx):
+        self.seen["predict"] += zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(folder: Path, checkpoint: Path | None = None) -> tuple[Recorder, Trainer]:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    data = PreferenceDataModule(
+        ROWS, PreTrainedTokenizerFast(tokenizer_object=tokenizer), val=ROWS[:5], batch_size=2, num_workers=1
+    )
+    module = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=2,
+        logger=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    module.seen["val"] = module.seen["val"][:3]  # of the first epoch
+    if checkpoint is None:
+        trainer.predict(module, data)
+    return module, trainer
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    out = Path(sys.argv[1])
+    whole, trainer = run(out)
+    resumed, _ = run(out, out / "step=4.ckpt")
+    seen = {
+        "whole": whole.seen["train"],
+        "resumed": resumed.seen["train"],
+        "validated": whole.seen["val"],
+        "predicted": whole.seen["predict"],
+    }
+    torch.save(seen, out / f"rank{trainer.global_rank}.pt")

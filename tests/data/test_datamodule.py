@@ -1,0 +1,216 @@
+"""The data module: arguments, stages, splits, batches, what it logs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_did.data import PreferenceDataModule
+
+ROWS = [{"prompt": "a", "chosen": "b" * (n % 3 + 1), "rejected": "c" * (n % 2 + 1)} for n in range(10)]
+
+
+def _indices(dataset) -> list[int]:
+    return [example.index for example in dataset]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 1}, "Expected `max_length` to be an integer of at least 2, but got 1."),
+        ({"max_length": 2.0}, "Expected `max_length` to be an integer of at least 2, but got 2.0."),
+        ({"batch_size": 0}, "Expected `batch_size` to be an integer of at least 1, but got 0."),
+        ({"batch_size": True}, "Expected `batch_size` to be an integer of at least 1, but got True."),
+        ({"eval_batch_size": 0}, "Expected `eval_batch_size` to be an integer of at least 1, but got 0."),
+        ({"num_workers": -1}, "Expected `num_workers` to be an integer of at least 0, but got -1."),
+        ({"seed": -1}, "Expected `seed` to be an integer of at least 0, but got -1."),
+        ({"val_fraction": 1.0}, "Expected `val_fraction` to be in .0, 1., but got 1.0."),
+        ({"val_fraction": -0.1}, "Expected `val_fraction` to be in .0, 1., but got -0.1."),
+        ({"val_fraction": 0.1, "val": ROWS}, "Expected only one of `val` and `val_fraction`, but got both"),
+        ({"val_fraction": 0.1, "train": None}, "Expected `train` for `val_fraction=0.1` to hold rows out of"),
+    ],
+)
+def test_arguments_are_checked(no_specials, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceDataModule(arguments.pop("train", ROWS), no_specials, **arguments)
+
+
+def test_val_fraction_holds_out_the_last_rows(no_specials):
+    for fraction, held_out in ((0.3, [7, 8, 9]), (0.01, [9]), (0.26, [7, 8, 9]), (0.9, [1, 2, 3, 4, 5, 6, 7, 8, 9])):
+        data = PreferenceDataModule(ROWS, no_specials, val_fraction=fraction)
+        data.setup("fit")
+        assert _indices(data.val_dataset) == held_out
+        assert _indices(data.train_dataset) == [n for n in range(10) if n not in held_out]
+    with pytest.raises(ValueError, match=r"rows left after holding out val_fraction=0\.99, but got 10 in all"):
+        PreferenceDataModule(ROWS, no_specials, val_fraction=0.99).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "made"),
+    [
+        ("fit", {}, "train"),
+        ("fit", {"val": ROWS[:2]}, "train val"),
+        ("validate", {"val": ROWS[:2]}, "val"),
+        ("validate", {"val_fraction": 0.2}, "val"),
+        ("predict", {"val_fraction": 0.2}, "val predict"),
+        ("predict", {"predict": ROWS[:3], "val": ROWS[:2]}, "predict"),
+        (None, {}, "train"),
+        (None, {"predict": ROWS[:3], "val": ROWS[:2]}, "train val predict"),
+        (None, {"train": None, "predict": ROWS[:3]}, "predict"),
+    ],
+)
+def test_setup_makes_what_a_stage_needs_and_once(no_specials, stage, arguments, made):
+    data = PreferenceDataModule(arguments.pop("train", ROWS), no_specials, **arguments)
+    data.setup(stage)
+    datasets = {"train": data.train_dataset, "val": data.val_dataset, "predict": data.predict_dataset}
+    assert [name for name, dataset in datasets.items() if dataset is not None] == made.split()
+    if "predict" in made:
+        assert len(data.predict_dataset) == (3 if "predict" in arguments else 2)
+    data.setup(stage)
+    assert all(getattr(data, f"{name}_dataset") is dataset for name, dataset in datasets.items())
+
+
+def test_later_stages_reuse_earlier_datasets(no_specials):
+    data = PreferenceDataModule(ROWS, no_specials, val_fraction=0.2)
+    data.setup("fit")
+    val = data.val_dataset
+    data.setup("validate")
+    data.setup("predict")
+    assert data.val_dataset is val
+    assert data.predict_dataset is val
+
+
+@pytest.mark.parametrize(
+    ("stage", "train", "message"),
+    [
+        ("fit", None, "Expected `train` for fitting, but got None."),
+        ("validate", ROWS, "Expected `val` or `val_fraction` for validating, but got neither."),
+        ("predict", ROWS, "Expected `predict`, `val` or `val_fraction` for predicting, but got none of them."),
+    ],
+)
+def test_missing_sources_are_named(no_specials, stage, train, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceDataModule(train, no_specials).setup(stage)
+
+
+def test_batches(no_specials):
+    data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], batch_size=4, eval_batch_size=2, seed=1)
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert [len(batch["index"]) for batch in batches] == [4, 4, 2]
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(10))
+    for loader in (data.val_dataloader(), data.predict_dataloader()):
+        assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+    batch = next(iter(data.val_dataloader()))
+    # Row 0: a b / a c; row 1: a bb / a cc. No padding id, so 0.
+    assert batch["input_ids"].tolist() == [[0, 1, 0], [0, 1, 1], [0, 2, 0], [0, 2, 2]]
+    assert batch["labels"].tolist() == [[1, -100, -100], [1, 1, -100], [2, -100, -100], [2, 2, -100]]
+
+
+@pytest.mark.parametrize("kind", ["no_bos", "llama3"])
+def test_padding_id(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * 30}]
+    data = PreferenceDataModule(rows, tokenizer)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {tokenizer.pad_token_id}
+
+
+def test_drop_last_and_shuffle(no_specials):
+    data = PreferenceDataModule(ROWS, no_specials, batch_size=4, drop_last=True, shuffle=False)
+    data.setup("fit")
+    assert [batch["index"].tolist() for batch in data.train_dataloader()] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    data = PreferenceDataModule(ROWS, no_specials, batch_size=11, drop_last=True)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"Expected at least batch_size \* ranks = 11 training pairs .* but got 10"):
+        data.train_dataloader()
+
+
+def test_seed_sets_the_training_order(no_specials):
+    orders = []
+    for seed in (0, 1, 1):
+        data = PreferenceDataModule(ROWS, no_specials, batch_size=10, seed=seed)
+        data.setup("fit")
+        orders.append(next(iter(data.train_dataloader()))["index"].tolist())
+    assert orders[0] != orders[1] == orders[2]
+
+
+def test_workers_are_for_every_loader(no_specials):
+    data = PreferenceDataModule(ROWS, no_specials, val=ROWS, num_workers=2)
+    data.setup()
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader())
+    assert [loader.num_workers for loader in loaders] == [2, 2, 2]
+
+
+def test_two_ranks(no_specials):
+    means, seen = [], []
+    for rank in range(2):
+        data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], batch_size=2)
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
+        data.setup()
+        assert len(data.train_dataloader()) == 3
+        batches = list(data.val_dataloader())
+        assert [len(batch["index"]) for batch in batches] == [2, 1]
+        weight = torch.cat([batch["weight"] for batch in batches])
+        index = torch.cat([batch["index"] for batch in batches])
+        means.append(((weight * index).sum(), weight.sum()))
+        seen += index[weight > 0].tolist()
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert sum(total for total, _ in means) / sum(weight for _, weight in means) == 2.0  # exactly the mean of 0..4
+
+
+def test_counts_are_logged_once(no_specials):
+    rows = [*ROWS, {"prompt": "a", "chosen": " ", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": " b"}]
+    data = PreferenceDataModule(rows, no_specials, max_length=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+        data.setup("fit")
+    assert [str(warning.message) for warning in caught] == [
+        "train: 11 pairs of 12 rows: 1 dropped (a completion without tokens), 1 with identical chosen and rejected, "
+        "3 truncated to max_length=3."
+    ]
+
+
+def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):
+    no_bos.save_pretrained(tmp_path)
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    for path in (str(tmp_path), tmp_path):
+        data = PreferenceDataModule(ROWS[:1], path, chat_template=template, as_chat=True)
+        data.setup("fit")
+        example = data.train_dataset[0]
+        assert data.tokenizer.decode(example.prompt_ids) == "[user]a"
+        assert data.tokenizer.decode(example.chosen_ids) == "[assistant]b</s>"
+    with pytest.raises(ValueError, match="train, row 0: Expected a tokenizer with a chat template"):
+        PreferenceDataModule(ROWS, no_bos, as_chat=True).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["alpacaeval_pairs.jsonl", "hh_rlhf_harmless_test.jsonl.gz"])
+def test_real_files(shared_data, no_bos, name):
+    open_file = gzip.open if name.endswith(".gz") else open
+    with open_file(shared_data / name, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    data = PreferenceDataModule(shared_data / name, no_bos, max_length=100_000, batch_size=4)
+    data.setup("fit")
+    assert len(data.train_dataset) == len(rows)
+    assert (data.train_dataset.num_dropped, data.train_dataset.num_truncated) == (0, 0)
+    for batch in list(data.train_dataloader())[:10]:
+        count = len(batch["index"])
+        for place, ids in enumerate(batch["input_ids"]):
+            row = rows[batch["index"][place % count]]
+            text = no_bos.decode(ids[batch["attention_mask"][place] == 1])
+            side = row["chosen"] if place < count else row["rejected"]
+            assert text == row.get("prompt", "") + side + "</s>"
+            label_ids = batch["labels"][place]
+            completion = no_bos.decode(label_ids[label_ids != -100])
+            assert text.endswith(completion)
+            if "prompt" in row:
+                assert completion == side + "</s>"
+            else:
+                assert text[: -len(completion)].endswith("\n\nAssistant:")

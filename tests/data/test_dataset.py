@@ -1,0 +1,82 @@
+"""What a dataset keeps, drops and counts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from lit_did.data.dataset import PreferenceDataset
+from lit_did.data.reading import read_pairs
+
+ROWS = [
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"prompt": "a b c", "chosen": " ", "rejected": "c"},  # no tokens in chosen: dropped
+    {"prompt": "a", "chosen": "b", "rejected": " b"},  # other text, the same tokens: kept
+    {"prompt": "a b c", "chosen": "b", "rejected": "c"},  # too long: truncated
+    {"prompt": "a", "chosen": "b c", "rejected": "b b c"},  # the same tokens once truncated
+]
+
+
+def _ids(example) -> tuple:
+    return (*(ids.tolist() for ids in example[:3]), *example[3:])
+
+
+def test_rows_and_counts(no_specials):
+    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    assert [_ids(example) for example in dataset] == [
+        ([0], [1], [2], 0, 1.0),
+        ([0], [1], [1], 2, 1.0),
+        ([1, 2], [1], [2], 3, 1.0),
+        ([0], [1, 2], [1, 1], 4, 1.0),
+    ]
+    assert [dataset[position].index for position in range(len(dataset))] == [0, 2, 3, 4]
+    counts = (dataset.num_rows, dataset.num_dropped, dataset.num_identical, dataset.num_truncated)
+    assert counts == (5, 1, 1, 2)
+    assert dataset.summary() == (
+        "4 pairs of 5 rows: 1 dropped (a completion without tokens), 1 with identical chosen and rejected, 2 truncated"
+    )
+
+
+def test_identical_is_counted_after_truncation(no_specials):
+    rows = [{"prompt": "a", "chosen": "b b", "rejected": "b c"}]
+    assert PreferenceDataset(read_pairs(rows), no_specials, max_length=2).num_identical == 1
+
+
+def test_positions_past_the_end_repeat_rows_with_weight_zero(no_specials):
+    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    for position in range(4, 12):
+        assert _ids(dataset[position]) == (*_ids(dataset[position % 4])[:4], 0.0)
+    assert dataset[-1].weight == 1.0
+
+
+def test_rows_stay_in_order_over_many_tokenizer_calls(no_specials, monkeypatch):
+    monkeypatch.setattr("lit_did.data.dataset._CHUNK", 3)
+    rows = [{"prompt": "a", "chosen": "b " * (n + 1), "rejected": "c"} for n in range(10)]
+    dataset = PreferenceDataset(read_pairs(rows), no_specials, max_length=50)
+    assert [(example.index, len(example.chosen_ids)) for example in dataset] == [(n, n + 1) for n in range(10)]
+
+
+def test_nothing_left_is_an_error(no_specials):
+    with pytest.raises(ValueError, match=r"Expected preference pairs with tokens in both .*none in 1 rows"):
+        PreferenceDataset(read_pairs(ROWS[1:2]), no_specials, max_length=3)
+
+
+def test_rendering_errors_name_the_line(no_bos, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+    lines = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": chat, "rejected": chat}]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 2: Expected a tokenizer with a chat template"):
+        PreferenceDataset(read_pairs(path), no_bos, max_length=8)
+    path.write_text(json.dumps({"prompt": "", "chosen": "b", "rejected": "c"}))
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: Expected a prompt to wrap"):
+        PreferenceDataset(read_pairs(path), no_bos, max_length=8, as_chat=True)
+
+
+def test_workers_get_only_the_tokens(no_bos):
+    # Four bytes a token, and neither the tokenizer nor the text.
+    dataset = PreferenceDataset(read_pairs(ROWS), no_bos, max_length=3)
+    assert dataset[0].prompt_ids.dtype == "int32"
+    assert b"okenizer" not in pickle.dumps(dataset).replace(b"lit_did.data.tokenizing", b"")

@@ -1,0 +1,31 @@
+"""The door of the package: quick to import, and every public name is behind it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit_did.data
+
+
+def test_import_is_light():
+    code = (
+        "import sys, lit_did.data; lit_did.data.parse_pair; lit_did.data.read_pairs; lit_did.data.tokenize_pair\n"
+        "print([name for name in ('lightning', 'transformers', 'datasets', 'pyarrow', 'torch') if name in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    # Whatever the package above imports is its own matter; only what this part is said not to load is looked at.
+    assert not {"lightning", "transformers", "datasets", "pyarrow"} & set(eval(run.stdout))
+
+
+def test_public_names_resolve():
+    assert lit_did.data.__all__ == sorted(lit_did.data.__all__, key=lambda name: (not name.isupper(), name))
+    for name in lit_did.data.__all__:
+        assert getattr(lit_did.data, name) is not None
+        assert name in dir(lit_did.data)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lit_did.data.nothing  # noqa: B018

@@ -1,0 +1,124 @@
+"""Through a real Trainer: a resumed run sees the batches that the uninterrupted run saw, and no others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_did.data import PreferenceDataModule
+
+ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 11  # 6 batches of 2 an epoch
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers, precision and the like
+
+
+class Recorder(LightningModule):
+    """Writes down the rows of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[tuple[int, int, list[int]]] = []
+        self.evaluated: list[list[int]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch_idx, batch["index"].tolist()))
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated.append(batch["index"].tolist())
+
+    def predict_step(self, batch, batch_idx):
+        return batch["index"], batch["weight"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _fit(tokenizer, folder, *, checkpoint=None, save=None, num_workers=0, val=None, **kwargs):
+    """Trains and returns what the module saw; `save` are the arguments of ModelCheckpoint."""
+    module = Recorder()
+    data = PreferenceDataModule(ROWS, tokenizer, val=val, batch_size=2, num_workers=num_workers, seed=3)
+    callbacks = [ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **save)] if save else []
+    kwargs = {"callbacks": callbacks, "enable_checkpointing": bool(save), "default_root_dir": folder, **kwargs}
+    trainer = Trainer(accelerator="cpu", **QUIET, **kwargs)
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return module.seen
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 18, "max_epochs": -1}])
+def test_resuming_after_any_batch(no_specials, tmp_path, num_workers, limit):
+    whole = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, num_workers=num_workers, **limit)
+    assert [len(whole), whole[8][:2]] == [18, (1, 2)]
+    orders = [[*chain(*(rows for epoch, _, rows in whole if epoch == number))] for number in range(3)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]  # the premise: reshuffled every epoch
+    # The middle of epochs 1 and 2, and exactly their ends.
+    for step in (2, 6, 8, 12, 17) if num_workers == 0 else (6, 8):
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        resumed = _fit(no_specials, tmp_path, checkpoint=checkpoint, num_workers=num_workers, **limit)
+        assert resumed == whole[step:], f"after {step} batches"
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 18, "max_epochs": -1}])
+@pytest.mark.parametrize("when", [{"save_on_train_epoch_end": True}, {"save_on_train_epoch_end": False}])
+def test_resuming_after_an_epoch(no_specials, tmp_path, limit, when):
+    # Saved by the hooks at the end of an epoch, or after validation.
+    whole = _fit(no_specials, tmp_path, save={"every_n_epochs": 1, **when}, val=ROWS[:2], **limit)
+    # Resumed a second time, from the middle of the next epoch of the resumed run.
+    again = {"checkpoint": tmp_path / "step=6.ckpt", "save": {"every_n_train_steps": 1}, "val": ROWS[:2], **limit}
+    assert _fit(no_specials, tmp_path / "again", **again) == whole[6:]
+    checkpoint = tmp_path / "again" / "step=15.ckpt"
+    assert _fit(no_specials, tmp_path, checkpoint=checkpoint, val=ROWS[:2], **limit) == whole[15:]
+
+
+def test_stopped_run_resumes(no_specials, tmp_path):
+    # Not only from a checkpoint along the way: really stopped in the middle of the second epoch.
+    whole = _fit(no_specials, tmp_path, max_epochs=3)
+    head = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, max_steps=9, max_epochs=3)
+    tail = _fit(no_specials, tmp_path, checkpoint=tmp_path / "step=9.ckpt", max_epochs=3)
+    assert head + tail == whole
+
+
+def test_overfit_batches_and_no_validation(no_specials, tmp_path):
+    # The Trainer rebuilds our loader around its own sampler.
+    seen = _fit(no_specials, tmp_path, max_epochs=2, overfit_batches=2)
+    assert [rows for _, _, rows in seen] == [[0, 1], [2, 3]] * 2
+
+
+def test_evaluation_and_prediction_through_the_trainer(no_specials, tmp_path):
+    module = Recorder()
+    data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], predict=ROWS[:3], batch_size=2)
+    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **QUIET)
+    trainer.validate(module, data)
+    assert module.evaluated == [[0, 1], [2, 3], [4]]
+    assert [index.tolist() for index, _ in trainer.predict(module, data)] == [[0, 1], [2]]
+
+
+def test_two_processes(tmp_path):
+    """DDP: the ranks share each epoch, a resumed run continues it, evaluation sees each row once."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(Path(__file__).with_name("ddp_script.py")), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for rank in ranks:
+        assert len(rank["whole"]) == 6
+        assert rank["resumed"] == rank["whole"][4:]
+    for epoch in range(2):
+        rows = [*chain(*(batch for rank in ranks for batch in rank["whole"][3 * epoch : 3 * epoch + 3]))]
+        assert len(rows) == 12
+        assert sorted(set(rows)) == list(range(11))
+    for evaluated in ("validated", "predicted"):
+        pairs = [pair for rank in ranks for pair in rank[evaluated]]
+        assert sorted(index for index, weight in pairs if weight) == [0, 1, 2, 3, 4]
+        assert [len(rank[evaluated]) for rank in ranks] == [3, 3]

@@ -1,0 +1,140 @@
+"""The reference: which model it is, its mode, and the check that training starts from it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+
+from lit_did import LitDPO
+from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
+
+LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}
+
+
+def scramble_adapter(module: LitDPO) -> None:
+    with torch.no_grad():
+        for name, parameter in module.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+
+
+def test_lora_reference_is_the_base_model(pairs):
+    base = tiny_llama()
+    module = LitDPO(copy.deepcopy(base), lora=LORA, disable_dropout=False)
+    scramble_adapter(module)
+    statistics = module.train().pair_statistics(collate(pairs))
+    truth = LitDPO(copy.deepcopy(base), copy.deepcopy(base)).eval().pair_statistics(collate(pairs))
+    # Equal to the bit although the policy is training with dropout: the reference pass is the base model's.
+    assert torch.equal(statistics.chosen.reference_logprob, truth.chosen.policy_logprob)
+    assert (statistics.chosen.log_ratio.abs() > 1e-2).all()  # the premise: the adapter does something
+
+
+def test_reference_pass_leaves_every_mode_as_it_was(pairs):
+    module = LitDPO(tiny_llama(), lora=LORA).train()
+    module.policy.get_input_embeddings().eval()  # a part that its owner wants in eval mode
+    before = {name: m.training for name, m in module.policy.named_modules()}
+    assert len(set(before.values())) == 2
+    loss = module.pair_statistics(collate(pairs)).loss.mean()
+    assert {name: m.training for name, m in module.policy.named_modules()} == before
+    loss.backward()  # the adapter is on again, with its gradients
+    assert all(p.grad is not None for n, p in module.policy.named_parameters() if "lora" in n)
+
+
+def test_full_policys_reference_is_a_frozen_copy_of_the_start(pairs):
+    start = tiny_llama()
+    module = LitDPO(copy.deepcopy(start), learning_rate=1e-2)
+    trainer(max_epochs=2).fit(module, loader(pairs, 3))
+    for now, then in zip(module.reference.parameters(), start.parameters(), strict=True):
+        assert torch.equal(now, then)
+    assert not any(
+        torch.equal(now, then) for now, then in zip(module.policy.parameters(), start.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_modes_during_training_and_after_validation(pairs, lora):
+    seen = set()
+
+    class Watch(LitDPO):
+        def pair_statistics(self, batch):
+            reference = self.reference and self.reference.training
+            seen.add((self.trainer.state.stage.value, self.policy.training, reference))
+            return super().pair_statistics(batch)
+
+    module = Watch(tiny_gpt2().eval(), lora=lora)  # from_pretrained gives models in eval mode
+    trainer(max_epochs=2, num_sanity_val_steps=1, val_check_interval=1).fit(module, loader(pairs, 3), loader(pairs, 6))
+    reference = None if lora else False
+    assert seen == {
+        ("sanity_check", False, reference),
+        ("train", True, reference),
+        ("validate", False, reference),
+    }
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_starts_at_ln_2_without_a_warning(pairs, lora, make):
+    module = LitDPO(make(), lora=lora)
+    run = trainer(max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*At the first step.*")
+        run.fit(module, loader(pairs, 6))
+    assert run.callback_metrics["train/loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert run.callback_metrics["train/reward_margin"].item() == pytest.approx(0, abs=1e-6)
+
+
+def dropping() -> LitDPO:
+    return LitDPO(tiny_gpt2(resid_pdrop=0.5), disable_dropout=False)
+
+
+def other_reference() -> LitDPO:
+    return LitDPO(tiny_llama(0), tiny_llama(1))
+
+
+def trained_adapter() -> LitDPO:
+    module = LitDPO(tiny_llama(), lora={"r": 4, "target_modules": "all-linear"})
+    scramble_adapter(module)
+    return module
+
+
+def broken_weights() -> LitDPO:
+    module = LitDPO(tiny_llama())
+    with torch.no_grad():
+        module.policy.lm_head.weight[3] = torch.nan
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (dropping, "dropout is active in"),
+        (other_reference, "the reference's weights are not those that the policy starts from"),
+        (trained_adapter, "the adapter does not start at zero"),
+        (broken_weights, "hold NaN"),
+    ],
+)
+def test_another_start_is_told_with_its_cause(pairs, make, cause):
+    with pytest.warns(
+        UserWarning, match=f"At the first step the policy should be its reference, with loss 0.6931.*{cause}"
+    ):
+        trainer(max_steps=1).fit(make(), loader(pairs, 6))
+
+
+def test_resuming_does_not_warn(pairs, tmp_path):
+    module = LitDPO(tiny_llama(), learning_rate=1e-2)
+    run = trainer(max_steps=2)
+    run.fit(module, loader(pairs, 3))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*At the first step.*")
+        trainer(max_steps=4).fit(LitDPO(tiny_llama()), loader(pairs, 3), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_bfloat16_start_is_no_false_alarm(pairs):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*At the first step.*")
+        trainer(max_steps=1, precision="bf16-mixed").fit(LitDPO(tiny_llama()), loader(make_pairs(8, seed=3), 8))

@@ -1,0 +1,74 @@
+"""Trains and validates LitDPO on one or two CPU processes and saves what came of it: run by test_two_processes.py.
+
+python -m tests.modules.two_processes PROCESSES LORA FILE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lit_did import LitDPO
+from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
+
+
+class Save(lightning.Callback):
+    """Writes the trained weights, the validation metrics and every training step's metrics, on each rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.steps.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+    def on_fit_end(self, trainer, module):
+        torch.save(
+            {
+                "weights": {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad},
+                "steps": self.steps,
+                "val": {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
+            },
+            f"{self.path}.{trainer.global_rank}",
+        )
+
+
+class Pairs(lightning.LightningDataModule):
+    """Fixed pairs, dealt to the ranks in turn: every step sees the same pairs however many ranks there are."""
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(make_pairs(12), 6 // self.trainer.world_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(make_pairs(8, seed=1), 4)
+
+    def _loader(self, pairs: list, batch_size: int) -> DataLoader:
+        sampler = DistributedSampler(pairs, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(pairs, batch_size, sampler=sampler, collate_fn=collate)
+
+
+def main(processes: int, lora: bool, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    module = LitDPO(
+        tiny_llama(),
+        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if lora else None,
+        learning_rate=1e-2,
+        adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
+    )
+    run = trainer(
+        devices=processes,
+        strategy="ddp_spawn" if processes > 1 else "auto",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[Save(path)],
+    )
+    run.fit(module, datamodule=Pairs())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2] == "lora", sys.argv[3])
