@@ -158,11 +158,10 @@ struct RowStatistics {
 
   // from <= to. `weight`, `log` and `log_ratio` hold sums of w, w * t and w * x with t relative to `from`.
   LIT_DID_INLINE static void shift(Real& from, Real to, Sum shift_origin, Sum& weight, Sum& log, Sum& log_ratio) {
-    const Sum delta = Sum(from) - Sum(to);  // -inf while the sums are empty; NaN where both are
-    const Sum factor = from == minus_infinity<Real>() ? Sum(0) : std::exp2(delta);
-    if (from == minus_infinity<Real>()) {
-      weight = log = log_ratio = 0;
-    } else {
+    // Until the first finite entry the sums are 0, or NaN where an entry was: neither has anything to shift.
+    if (from != minus_infinity<Real>()) {
+      const Sum delta = Sum(from) - Sum(to);
+      const Sum factor = std::exp2(delta);
       log = factor * (log + delta * weight);
       log_ratio = factor * (log_ratio + shift_origin * weight);
       weight *= factor;

@@ -222,17 +222,29 @@ std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(
                     kNumStatistics, " gradients and statistics, but got ", grads_.size(), " and ", statistics_.size(),
                     ".");
   const at::Tensor labels = labels_.contiguous();
+  const auto check_sizes = [](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "Expected `", name, "` to have shape ", sizes, ", but got ",
+                      tensor.sizes(), ".");
+  };
   std::array<at::Tensor, kNumStatistics> grads, statistics;
   for (int i = 0; i < kNumStatistics; ++i) {
     const std::optional<at::Tensor> grad = grads_.get(i);
-    if (grad.has_value() && grad->defined()) grads[i] = grad->contiguous();
+    if (grad.has_value() && grad->defined()) {
+      check_sizes("grads", *grad, labels.sizes());
+      grads[i] = grad->contiguous();
+    }
+    check_sizes("statistics", statistics_[i], labels.sizes());
     statistics[i] = statistics_[i].contiguous();
   }
+  auto normalizer_sizes = labels.sizes().vec();
+  normalizer_sizes.push_back(kNumNormalizers);
+  check_sizes("normalizers", normalizers, normalizer_sizes);
   const auto output = [](const at::Tensor& logits, bool needed) {
     return at::empty(needed ? logits.sizes() : at::IntArrayRef{0}, logits.options(), at::MemoryFormat::Contiguous);
   };
   const at::Tensor grad_policy = output(policy_logits, policy_needs_grad);
   const at::Tensor grad_reference = output(reference_logits, reference_needs_grad);
+  if (!policy_needs_grad && !reference_needs_grad) return {grad_policy, grad_reference};
   if (statistics_dtype(policy_logits) == at::kDouble)
     backward<double>(grads, policy_logits, reference_logits, labels, statistics, normalizers.contiguous(), ignore_index,
                      temperature, policy_needs_grad, reference_needs_grad, grad_policy, grad_reference);

@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     _quieten()
     from lit_did.demo import run
 
+    for name in ("lightning.pytorch", "lightning.fabric"):  # after the import, which sets their levels
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run.run(options)
     except run.InputError as error:
@@ -85,8 +87,6 @@ def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers", ".*LeafSpec", ".*is_gradient_checkpointing", ".*in eval mode"):
         warnings.filterwarnings("ignore", message=message)
 

@@ -97,7 +97,9 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         InputError: It is not there.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = smollm2() if name is None else name
     looks_like_a_path = name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1)
     if name is not None and (looks_like_a_path or os.path.exists(name)):

@@ -82,4 +82,9 @@ def _backward(ctx, *grads):
     return (grad_policy if needs_policy else None, grad_reference if needs_reference else None, None, None, None)
 
 
+def _no_second_backward(ctx, *grads):
+    raise RuntimeError("The fused token statistics are differentiable once: use `backend='reference'` for more.")
+
+
 torch.library.register_autograd("lit_did::token_statistics", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lit_did::token_statistics_backward", _no_second_backward)

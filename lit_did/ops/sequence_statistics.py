@@ -59,7 +59,8 @@ def sequence_statistics(
         policy_logits, reference_logits, labels, ignore_index=ignore_index, temperature=temperature, backend=backend
     )
     total = _total_over_sequences(cu_seqlens, labels.shape[-1])
-    num_tokens = total((labels != ignore_index).to(torch.float64))
+    # long: against a narrow dtype, an `ignore_index` out of its range would wrap round and meet a label.
+    num_tokens = total((labels.long() != ignore_index).to(torch.float64))
     dtype = tokens.policy_logprob.dtype
 
     def summed(values: Tensor) -> Tensor:

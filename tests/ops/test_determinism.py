@@ -1,0 +1,112 @@
+"""The same row gives the same bits: alone or in a batch, at any address, with any number of threads, every time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lit_did import sequence_statistics, token_statistics
+from tests.helpers import DTYPES, random_logits
+
+SPLIT = 16384
+# Below a vector; vectors, a block and a tail; three splits, which threads share when rows are few.
+VOCABULARIES = [7, 530, 2 * SPLIT + 21]
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def call(policy, reference, labels):
+    """The statistics [8, rows] and both gradients, as bits."""
+    inputs = (policy.detach().requires_grad_(), reference.detach().requires_grad_())
+    statistics = token_statistics(*inputs, labels, backend="fused")
+    return torch.stack(statistics).detach(), *torch.autograd.grad([s.sum() for s in statistics], inputs)
+
+
+def same(result, expected, rows=slice(None)):
+    values, *grads = result
+    expected_values, *expected_grads = expected
+    return torch.equal(values, expected_values[:, rows]) and all(
+        torch.equal(grad, of_expected[rows]) for grad, of_expected in zip(grads, expected_grads, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_threads(vocabulary, dtype):
+    """12 rows are 4 and more a thread: with one thread and two rows are shared, with eight a row's splits are."""
+    batch = random_logits(12, vocabulary, DTYPES[dtype], DTYPES[dtype])
+    with threads(1):
+        expected = call(*batch)
+    for number in (1, 2, 8):
+        with threads(number):
+            assert same(call(*batch), expected), f"{number} threads"
+            assert same(call(*batch), expected), f"{number} threads, again"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_alone_or_in_a_batch(vocabulary, dtype, number):
+    batch = random_logits(12, vocabulary, DTYPES[dtype], DTYPES[dtype])
+    with threads(number):
+        expected = call(*batch)
+        for row in (0, 5, 11):
+            alone = slice(row, row + 1)
+            assert same(call(*(x[alone].clone() for x in batch)), expected, alone)
+        backwards = torch.arange(11, -1, -1)
+        assert same(call(*(x[backwards] for x in batch)), expected, backwards)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_any_address(vocabulary, dtype):
+    """Rows that begin 0 to 3 entries after a 64-byte boundary, on either side."""
+    policy, reference, labels = random_logits(2, vocabulary, DTYPES[dtype], DTYPES[dtype])
+    expected = call(policy, reference, labels)
+
+    def moved(logits, by):
+        memory = torch.full((2, vocabulary + 64), torch.nan, dtype=logits.dtype)
+        memory[:, by : by + vocabulary] = logits
+        return memory[:, by : by + vocabulary]
+
+    for by in range(1, 4):
+        assert same(call(moved(policy, by), reference, labels), expected)
+        assert same(call(moved(policy, 3 - by), moved(reference, by), labels), expected)
+
+
+@pytest.mark.parametrize("level", ["careful", "plain"])
+def test_with_holes(level):
+    """Blocks with infinities take another path: it too depends on the row alone."""
+    policy, reference, labels = random_logits(12, 2 * SPLIT + 21, torch.float32, torch.float32)
+    if level == "careful":
+        policy[::2, 5::7], reference[::2, 5::7] = -torch.inf, -torch.inf
+        labels[:] = 0
+    with threads(1):
+        expected = call(policy, reference, labels)
+        assert same(call(policy[2:3], reference[2:3], labels[2:3]), expected, slice(2, 3))
+    with threads(8):
+        assert same(call(policy, reference, labels), expected)
+
+
+def test_sequences():
+    """Sums over tokens too, in both layouts."""
+    policy, reference, labels = random_logits(24, 530, torch.float32, torch.float32)
+    offsets = torch.tensor([0, 5, 5, 24])
+    results = []
+    for number in (1, 2, 8):
+        with threads(number):
+            packed = sequence_statistics(policy, reference, labels, cu_seqlens=offsets)
+            padded = sequence_statistics(policy.view(3, 8, -1), reference.view(3, 8, -1), labels.view(3, 8))
+        results.append([*packed, *padded])
+    for result in results[1:]:
+        assert all(torch.equal(ours, expected) for ours, expected in zip(result, results[0], strict=True))
