@@ -8,7 +8,8 @@
 // Support. An entry that is -inf on both sides is skipped. -inf in the policy alone has weight 0 and makes
 // KL(reference, policy) infinite; -inf in the reference alone makes KL(policy, reference) and the DID's
 // log-partition infinite and the DID's entropy NaN. NaN or +inf anywhere, or a side without any finite
-// entry, makes every statistic of the row NaN.
+// entry, makes every statistic of the row NaN. Logits that are beyond kLargestLogit once divided by the temperature
+// count as infinite: masks such as -1e9 or finfo.min mean -inf, and float has no digits left for their differences.
 #pragma once
 
 #include <cmath>
@@ -47,8 +48,10 @@ constexpr int kNumNormalizers = 4;
 enum RowFlag : int {
   kPolicyHole = 1,     // an entry is -inf in the policy only
   kReferenceHole = 2,  // an entry is -inf in the reference only
-  kInfinite = 4,       // some entry is not finite: take the careful path
+  kInfinite = 4,       // some entry is not finite, or counts as infinite: take the careful path
 };
+
+constexpr double kLargestLogit = 1e6;
 
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2e = 1.44269504088896340736;
@@ -56,6 +59,12 @@ constexpr double kLog2e = 1.44269504088896340736;
 template <typename Real>
 LIT_DID_INLINE Real minus_infinity() {
   return -std::numeric_limits<Real>::infinity();
+}
+
+// The logit as it counts; `limit` is kLargestLogit * temperature.
+template <typename Real>
+LIT_DID_INLINE Real effective_logit(Real logit, Real limit) {
+  return logit < -limit ? minus_infinity<Real>() : logit > limit ? -minus_infinity<Real>() : logit;
 }
 
 // Maxima start at -inf; as an origin for sums that are still empty, 0 serves and avoids inf - inf.
@@ -186,6 +195,12 @@ struct GradientCoefficients {
   bool careful;  // the row holds infinities
 };
 
+// What rounding took from a normalizer; nothing where it is -inf, for supports without a common entry.
+template <typename Real>
+LIT_DID_INLINE double rounding(double exact, Real rounded) {
+  return exact == minus_infinity<double>() ? 0.0 : exact - double(rounded);
+}
+
 // From the gradients `g` of the eight statistics (0 where a statistic was not used). A statistic that is
 // not finite because the supports differ passes no gradient.
 template <typename Real>
@@ -204,11 +219,10 @@ LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<
   c.difference_origin = Real(n.difference);
   c.log_ratio_origin = Real(n.policy - n.reference);
   // 2^(scale z - policy_origin) is pi times 2^(n.policy - policy_origin), and its logarithm is off by as much.
-  const double policy_rest = n.policy - double(c.policy_origin);
-  const double reference_rest = n.reference - double(c.reference_origin);
-  const double log_ratio_rest = n.policy - n.reference - double(c.log_ratio_origin);
-  const bool no_difference = n.difference == minus_infinity<double>();  // supports without a common entry
-  const double difference_rest = no_difference ? 0 : n.difference - double(c.difference_origin);
+  const double policy_rest = rounding(n.policy, c.policy_origin);
+  const double reference_rest = rounding(n.reference, c.reference_origin);
+  const double log_ratio_rest = rounding(n.policy - n.reference, c.log_ratio_origin);
+  const double difference_rest = rounding(n.difference, c.difference_origin);
 
   const double t = 1 / temperature;
   const double to_pi = t * std::exp2(-policy_rest);

@@ -9,7 +9,7 @@ namespace lit_did::cpu {
 std::vector<const RowKernels*> usable_rows() {
   std::vector<const RowKernels*> tables{&baseline_rows()};
 #if defined(LIT_DID_HAS_X86_LEVELS)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     tables.push_back(&avx2_rows());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {

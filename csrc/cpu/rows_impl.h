@@ -11,24 +11,37 @@ namespace {
 constexpr int64_t kBlock = 512;
 static_assert(kSplit % kBlock == 0, "a split must hold whole blocks");
 
+// effective_logit of every lane.
+template <typename V, typename Real>
+LIT_DID_INLINE V effective(V logits, Real limit) {
+  logits = logits < -limit ? broadcast<V>(minus_infinity<Real>()) : logits;
+  return logits > limit ? broadcast<V>(-minus_infinity<Real>()) : logits;
+}
+
 template <typename V>
 struct BlockMaxima {
   V policy, reference, difference;
-  V not_finite;  // 0, or NaN where an entry was infinite or NaN
+  V lowest;      // the least logit of either side
+  V not_finite;  // 0, or NaN where an entry was NaN or infinite
 };
 
 template <typename Real, bool kCareful, typename P, typename R>
-LIT_DID_INLINE BlockMaxima<Vector<Real>> block_maxima(const P* policy, const R* reference, int64_t size) {
+LIT_DID_INLINE BlockMaxima<Vector<Real>> block_maxima(const P* policy, const R* reference, int64_t size, Real limit) {
   using V = Vector<Real>;
   const V lowest = broadcast<V>(minus_infinity<Real>());
-  BlockMaxima<V> m{lowest, lowest, lowest, V{}};
+  BlockMaxima<V> m{lowest, lowest, lowest, V{}, V{}};
   for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    const V z = load(policy + i);
-    const V r = load(reference + i);
+    V z = load(policy + i);
+    V r = load(reference + i);
+    if constexpr (kCareful) {
+      z = effective(z, limit);
+      r = effective(r, limit);
+    }
     V d = z - r;
     if constexpr (kCareful) {
-      d = r == minus_infinity<Real>() ? lowest : d;
+      d = (z == minus_infinity<Real>()) | (r == minus_infinity<Real>()) ? lowest : d;
     } else {
+      m.lowest = minimum(minimum(m.lowest, z), r);
       m.not_finite += d * Real(0);
     }
     m.policy = maximum(m.policy, z);
@@ -36,6 +49,13 @@ LIT_DID_INLINE BlockMaxima<Vector<Real>> block_maxima(const P* policy, const R* 
     m.difference = maximum(m.difference, d);
   }
   return m;
+}
+
+// Whether the block holds anything but logits between -limit and limit.
+template <typename Real>
+LIT_DID_INLINE bool needs_care(const BlockMaxima<Vector<Real>>& m, Real limit) {
+  return !(lane_sum(m.not_finite) == 0 && lane_minimum(m.lowest) >= -limit && lane_maximum(m.policy) <= limit &&
+           lane_maximum(m.reference) <= limit);
 }
 
 template <typename Mask>
@@ -47,7 +67,7 @@ LIT_DID_INLINE bool any(Mask mask) {
 
 // Adds the block's entries to `row`, whose maxima already cover them.
 template <typename Real, bool kCareful, typename P, typename R>
-LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size, Real scale,
+LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size, Real scale, Real limit,
                               RowStatistics<Real, double>& row) {
   using V = Vector<Real>;
   const Real z0 = origin(row.policy_max), r0 = origin(row.reference_max), d0 = origin(row.difference_max);
@@ -56,8 +76,12 @@ LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size,
       difference_weight{}, difference_log{};
   decltype(V{} == V{}) policy_holes{}, reference_holes{};
   for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    const V z = load(policy + i);
-    const V r = load(reference + i);
+    V z = load(policy + i);
+    V r = load(reference + i);
+    if constexpr (kCareful) {
+      z = effective(z, limit);
+      r = effective(r, limit);
+    }
     V d = z - r;
     V log_z = z * scale - z0;
     V log_r = r * scale - r0;
@@ -118,18 +142,19 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
   const P* policy = static_cast<const P*>(policy_row);
   const R* reference = static_cast<const R*>(reference_row);
   const Real scale = static_cast<Real>(scale_);
+  const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale_);
   RowStatistics<Real, double> row;
   const int64_t whole = size - size % kLanes<Real>;
   for (int64_t begin = 0; begin < whole; begin += kBlock) {
     const int64_t n = whole - begin < kBlock ? whole - begin : kBlock;
-    auto m = block_maxima<Real, false>(policy + begin, reference + begin, n);
-    if (lane_sum(m.not_finite) == 0) {
+    auto m = block_maxima<Real, false>(policy + begin, reference + begin, n, limit);
+    if (!needs_care(m, limit)) {
       rebase_to_block<Real, false, P, R>(m, scale, row);
-      add_block<Real, false>(policy + begin, reference + begin, n, scale, row);
+      add_block<Real, false>(policy + begin, reference + begin, n, scale, limit, row);
     } else {
-      m = block_maxima<Real, true>(policy + begin, reference + begin, n);
+      m = block_maxima<Real, true>(policy + begin, reference + begin, n, limit);
       rebase_to_block<Real, true, P, R>(m, scale, row);
-      add_block<Real, true>(policy + begin, reference + begin, n, scale, row);
+      add_block<Real, true>(policy + begin, reference + begin, n, scale, limit, row);
     }
   }
   if (whole < size) {
@@ -140,12 +165,12 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
       const bool inside = whole + i < size;
       z[i] = inside ? to_float(policy[whole + i]) : minus_infinity<Real>();
       r[i] = inside ? to_float(reference[whole + i]) : minus_infinity<Real>();
-      if (inside && (z[i] - r[i]) * 0 != 0) finite = false;
+      finite = finite && (!inside || (std::fabs(z[i]) <= limit && std::fabs(r[i]) <= limit));
     }
     const int flags = row.flags;
-    const auto m = block_maxima<Real, true>(z, r, kLanes<Real>);
+    const auto m = block_maxima<Real, true>(z, r, kLanes<Real>, limit);
     rebase_to_block<Real, true, Real, Real>(m, scale, row);
-    add_block<Real, true>(z, r, kLanes<Real>, scale, row);
+    add_block<Real, true>(z, r, kLanes<Real>, scale, limit, row);
     if (finite) row.flags = flags;
   }
   *static_cast<RowStatistics<Real, double>*>(statistics) = row;
@@ -160,8 +185,9 @@ template <typename Real, typename T>
 LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, Real normalizer, Real coefficient,
                                      T* grad) {
   using V = Vector<Real>;
+  const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
   for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    const V z = load(logits + i);
+    const V z = effective(load(logits + i), limit);
     V p = exp2(V(z * scale - normalizer));
     p = z == minus_infinity<Real>() ? V{} : p;
     store(grad + i, V(coefficient * p));
@@ -172,9 +198,14 @@ template <typename Real, bool kCareful, bool kPolicy, bool kReference, typename 
 LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale, const GradientCoefficients<Real>& c,
                                   P* grad_policy, R* grad_reference) {
   using V = Vector<Real>;
+  const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
   for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    const V z = load(policy + i);
-    const V r = load(reference + i);
+    V z = load(policy + i);
+    V r = load(reference + i);
+    if constexpr (kCareful) {
+      z = effective(z, limit);
+      r = effective(r, limit);
+    }
     const V d = z - r;
     V log_pi = z * scale - c.policy_origin;
     V log_rho = r * scale - c.reference_origin;
@@ -234,7 +265,7 @@ LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, in
                                          Real scale, const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
                                          R* grad_reference) {
   constexpr int64_t n = kLanes<Real>;
-  alignas(64) Real z[n], r[n], grad_z[n], grad_r[n];
+  alignas(64) Real z[n], r[n], grad_z[n] = {}, grad_r[n] = {};
   for (int64_t i = 0; i < n; ++i) {
     z[i] = i < size && policy ? Real(to_float(policy[i])) : minus_infinity<Real>();
     r[i] = i < size && reference ? Real(to_float(reference[i])) : minus_infinity<Real>();

@@ -30,6 +30,7 @@ namespace {
 using namespace lit_did;
 
 typedef float FloatVector __attribute__((vector_size(LIT_DID_VECTOR_BYTES)));
+typedef uint32_t UnsignedVector __attribute__((vector_size(LIT_DID_VECTOR_BYTES)));
 typedef int32_t IntVector __attribute__((vector_size(LIT_DID_VECTOR_BYTES)));
 typedef double DoubleVector __attribute__((vector_size(LIT_DID_VECTOR_BYTES)));
 
@@ -58,6 +59,11 @@ LIT_DID_INLINE V broadcast(Real value) {
 template <typename V>
 LIT_DID_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
+}
+
+template <typename V>
+LIT_DID_INLINE V minimum(V a, V b) {
+  return a < b ? a : b;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -104,9 +110,9 @@ LIT_DID_INLINE FloatVector load(const Float16* from) {
 
 LIT_DID_INLINE void store(BFloat16* to, FloatVector v) {
   // Round to nearest, ties to even; NaN stays a quiet NaN.
-  IntVector bits = (IntVector)v;
-  bits = bits + 0x7fff + ((bits >> 16) & 1);
-  bits = v == v ? bits : IntVector{} + 0x7fc00000;
+  UnsignedVector bits = (UnsignedVector)v;
+  bits = bits + 0x7fffu + ((bits >> 16) & 1u);
+  bits = v == v ? bits : 0x7fc00000u - UnsignedVector{};
   bits >>= 16;
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)bits));
@@ -156,6 +162,11 @@ LIT_DID_INLINE double lane_maximum(DoubleVector v) {
   double result = v[0];
   for (int i = 1; i < kLanes<double>; ++i) result = result > v[i] ? result : v[i];
   return result;
+}
+
+template <typename V>
+LIT_DID_INLINE auto lane_minimum(V v) {
+  return -lane_maximum(-v);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
   const int64_t num_rows = labels.numel();
   const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
   const Real scale = static_cast<Real>(kLog2e / temperature);
+  const double limit = kLargestLogit * temperature;
   const int64_t* label = labels.const_data_ptr<int64_t>();
   RowNormalizers* normalizer = reinterpret_cast<RowNormalizers*>(normalizers.data_ptr<double>());
   std::array<Real*, kNumStatistics> output;
@@ -96,8 +97,9 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
     return statistics;
   };
   const auto finish = [&](int64_t row, const RowStatistics<Real, double>& statistics) {
-    const double at_policy = value_at(policy.row(row), label[row], policy_kind) * static_cast<double>(scale);
-    const double at_reference = value_at(reference.row(row), label[row], reference_kind) * static_cast<double>(scale);
+    const double at_policy = effective_logit(value_at(policy.row(row), label[row], policy_kind), limit) * scale;
+    const double at_reference =
+        effective_logit(value_at(reference.row(row), label[row], reference_kind), limit) * scale;
     const TokenStatistics<Real> s = statistics.finish(at_policy, at_reference, &normalizer[row]);
     const Real values[] = {s.policy_logprob, s.reference_logprob, s.did_entropy, s.did_log_partition,
                            s.policy_entropy, s.reference_entropy, s.kl,          s.reverse_kl};

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def check_token_arguments(
         raise TypeError(f"Expected `ignore_index` to be an integer, but got {ignore_index!r}.")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"Expected `temperature` to be a number, but got {temperature!r}.")
-    if not 0 < temperature < math.inf:  # a SymFloat of torch.compile has no isfinite
+    if not 0 < temperature <= sys.float_info.max:  # a SymFloat of torch.compile has no isfinite
         raise ValueError(f"Expected `temperature` to be a finite number above 0, but got {temperature}.")
 
 

@@ -28,7 +28,10 @@ def _load() -> Extension:
         return Extension(
             None, f"lit_did's extension is not built (this is torch {torch.__version__}). To build it: {REBUILD}"
         )
-    built_for = json.loads(record.read_text())["torch"]
+    try:
+        built_for = json.loads(record.read_text())["torch"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return Extension(None, f"lit_did's build record {record} cannot be read ({error!r}). To rebuild: {REBUILD}")
     # Compared before the library is loaded: against another torch it may load and then crash.
     if built_for != torch.__version__:
         return Extension(

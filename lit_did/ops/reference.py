@@ -4,7 +4,8 @@ With z and r the two rows of logits divided by the temperature, pi = softmax(z),
 q = softmax(z - r). An entry that is -inf on both sides is outside the support and skipped; -inf on the policy side
 only has weight 0 and makes KL(rho, pi) infinite; -inf on the reference side only makes log Z and KL(pi, rho) infinite
 and H(q) NaN. A statistic that is not finite for this reason passes no gradient. NaN or +inf anywhere in a row, or a
-side without any finite entry, makes every statistic and gradient of that row NaN.
+side without any finite entry, makes every statistic and gradient of that row NaN. Logits beyond
+1e6 once divided by the temperature count as infinite: masks such as -1e9 or finfo.min mean -inf.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lit_did.ops.statistics import TokenStatistics
 
+LARGEST_LOGIT = 1e6  # float32 has no digits left for differences of larger numbers
+
 
 def token_statistics(
     policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int, temperature: float
@@ -21,8 +24,8 @@ def token_statistics(
     """`lit_did.token_statistics` for checked arguments: logits [..., V], labels [...] int64."""
     ignored = labels == ignore_index
     # masked_fill, not multiplication: what an ignored row holds, NaN included, reaches neither value nor gradient.
-    z = policy_logits.masked_fill(ignored[..., None], 0) / temperature
-    r = reference_logits.masked_fill(ignored[..., None], 0) / temperature
+    z = _scaled(policy_logits.masked_fill(ignored[..., None], 0), temperature)
+    r = _scaled(reference_logits.masked_fill(ignored[..., None], 0), temperature)
     y = labels.masked_fill(ignored, 0)[..., None]
 
     invalid = ~((_defines_a_distribution(z)) & (_defines_a_distribution(r)))
@@ -53,6 +56,11 @@ def token_statistics(
         reverse_kl=-(rho * log_ratios).sum(-1).masked_fill(policy_hole, -torch.inf),
     )
     return TokenStatistics(*(value.masked_fill(ignored, 0) for value in statistics))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    scaled = logits / temperature
+    return scaled.masked_fill(scaled < -LARGEST_LOGIT, -torch.inf).masked_fill(scaled > LARGEST_LOGIT, torch.inf)
 
 
 def _defines_a_distribution(logits: Tensor) -> Tensor:
