@@ -2,6 +2,7 @@
 
 Environment: LIT_DID_EXTENSION=0 installs pure Python. LIT_DID_CUDA=1 demands the CUDA kernels, 0 leaves them out;
 unset, they are built where nvcc and a CUDA build of torch are found. TORCH_CUDA_ARCH_LIST chooses architectures.
+This version has no CUDA sources yet, so that 1 fails and CUDA tensors are served by the reference.
 """
 
 import json
@@ -47,13 +48,17 @@ def extension_arguments() -> dict:
 
     wants_cuda = switch("LIT_DID_CUDA")
     has_nvcc = cpp_extension.CUDA_HOME is not None and (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists()
-    cuda = wants_cuda is not False and has_nvcc and torch.version.cuda is not None
-    if wants_cuda and not cuda:
+    cuda_sources = sorted(map(str, CSRC.glob("cuda/*.cu")))
+    can_cuda = has_nvcc and torch.version.cuda is not None
+    if wants_cuda and not can_cuda:
         sys.exit(
             "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch, but got "
             f"nvcc: {'found' if has_nvcc else 'missing (set CUDA_HOME)'}, torch {torch.__version__}: "
             f"{'CUDA ' + torch.version.cuda if torch.version.cuda else 'a build without CUDA'}."
         )
+    if wants_cuda and not cuda_sources:
+        sys.exit("LIT_DID_CUDA=1 demands the CUDA kernels, but this version of lit-did has none yet: only the CPU's.")
+    cuda = wants_cuda is not False and can_cuda and bool(cuda_sources)
     print(f"lit-did: building {'with' if cuda else 'without'} CUDA for torch {torch.__version__}", file=sys.stderr)
 
     class BuildExtension(cpp_extension.BuildExtension):
@@ -78,7 +83,7 @@ def extension_arguments() -> dict:
         "include_dirs": [pybind11.get_include()],
     }
     if cuda:
-        arguments["sources"] += sorted(map(str, CSRC.glob("cuda/*.cu")))
+        arguments["sources"] += cuda_sources
         flags.append("-DLIT_DID_WITH_CUDA")
         arguments["extra_compile_args"] = {"cxx": flags, "nvcc": ["-O3", "-DLIT_DID_WITH_CUDA"]}
         extension = cpp_extension.CUDAExtension(**arguments)

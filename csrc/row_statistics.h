@@ -81,14 +81,14 @@ struct RowStatistics {
   Real reference_max = minus_infinity<Real>();
   Real difference_max = minus_infinity<Real>();
   // With w_z = 2^(scale z - policy_max), w_r and w_d alike, and x = scale d - (policy_max - reference_max):
-  Sum policy_weight = 0;         // sum of w_z
-  Sum policy_log = 0;            // sum of w_z * (scale z - policy_max)
-  Sum policy_log_ratio = 0;      // sum of w_z * x
-  Sum reference_weight = 0;      // sum of w_r
-  Sum reference_log = 0;         // sum of w_r * (scale r - reference_max)
-  Sum reference_log_ratio = 0;   // sum of w_r * x
-  Sum difference_weight = 0;     // sum of w_d
-  Sum difference_log = 0;        // sum of w_d * (scale d - difference_max)
+  Sum policy_weight = 0;        // sum of w_z
+  Sum policy_log = 0;           // sum of w_z * (scale z - policy_max)
+  Sum policy_log_ratio = 0;     // sum of w_z * x
+  Sum reference_weight = 0;     // sum of w_r
+  Sum reference_log = 0;        // sum of w_r * (scale r - reference_max)
+  Sum reference_log_ratio = 0;  // sum of w_r * x
+  Sum difference_weight = 0;    // sum of w_d
+  Sum difference_log = 0;       // sum of w_d * (scale d - difference_max)
   int flags = 0;
 
   LIT_DID_INLINE Real log_ratio_origin() const { return origin(policy_max) - origin(reference_max); }
@@ -121,9 +121,7 @@ struct RowStatistics {
   }
 
   // True where the row defines no distribution: NaN, +inf, or nothing but -inf on one side.
-  LIT_DID_INLINE bool invalid() const {
-    return !(policy_weight > 0) || !(reference_weight > 0);
-  }
+  LIT_DID_INLINE bool invalid() const { return !(policy_weight > 0) || !(reference_weight > 0); }
 
   // The row's statistics, given the label's two logits times scale.
   LIT_DID_INLINE TokenStatistics<Real> finish(Sum policy_label, Sum reference_label,

@@ -21,11 +21,13 @@ TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Ten
 
 // grads, statistics: eight tensors [...], an absent gradient for a statistic that was not used. Returns the
 // gradients in the logits' dtypes; an empty tensor for a side that needs none.
-std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(
-    const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& policy_logits,
-    const at::Tensor& reference_logits, const at::Tensor& labels, at::TensorList statistics,
-    const at::Tensor& normalizers, int64_t ignore_index, double temperature, bool policy_needs_grad,
-    bool reference_needs_grad);
+std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,
+                                                                 const at::Tensor& policy_logits,
+                                                                 const at::Tensor& reference_logits,
+                                                                 const at::Tensor& labels, at::TensorList statistics,
+                                                                 const at::Tensor& normalizers, int64_t ignore_index,
+                                                                 double temperature, bool policy_needs_grad,
+                                                                 bool reference_needs_grad);
 
 // What both devices demand of their input. Raises ValueError or TypeError with the argument's name.
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,

@@ -24,14 +24,12 @@ enum class ScalarKind : int { kFloat = 0, kBFloat16 = 1, kFloat16 = 2, kDouble =
 constexpr int64_t kSplit = 16384;
 
 // Accumulates entries [0, size) of one split of a row. `statistics`: RowStatistics<Real, double>, begun afresh.
-using AccumulateFn = void (*)(const void* policy, const void* reference, int64_t size, double scale,
-                              void* statistics);
+using AccumulateFn = void (*)(const void* policy, const void* reference, int64_t size, double scale, void* statistics);
 
 // Writes the gradient of one whole row. Either output may be null. `coefficients`: GradientCoefficients<Real>.
 // `label` < 0 or >= size adds nothing.
 using GradientFn = void (*)(const void* policy, const void* reference, int64_t size, int64_t label, double scale,
-                            const void* coefficients, bool logprobs_only,
-                            void* grad_policy, void* grad_reference);
+                            const void* coefficients, bool logprobs_only, void* grad_policy, void* grad_reference);
 
 struct RowKernels {
   const char* level;

@@ -195,8 +195,8 @@ LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, 
 }
 
 template <typename Real, bool kCareful, bool kPolicy, bool kReference, typename P, typename R>
-LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale, const GradientCoefficients<Real>& c,
-                                  P* grad_policy, R* grad_reference) {
+LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
+                                  const GradientCoefficients<Real>& c, P* grad_policy, R* grad_reference) {
   using V = Vector<Real>;
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
   for (int64_t i = 0; i < size; i += kLanes<Real>) {
@@ -228,8 +228,7 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
     }
     const V from_q = q * (c.q_0 + c.q_1 * log_q);
     if constexpr (kPolicy) {
-      store(grad_policy + i,
-            V(pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho));
+      store(grad_policy + i, V(pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho));
     }
     if constexpr (kReference) {
       store(grad_reference + i,
@@ -239,8 +238,9 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
 }
 
 template <typename Real, typename P, typename R>
-LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale, const GradientCoefficients<Real>& c,
-                                  bool careful, P* grad_policy, R* grad_reference) {
+LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
+                                  const GradientCoefficients<Real>& c, bool careful, P* grad_policy,
+                                  R* grad_reference) {
   if (careful) {
     if (grad_policy && grad_reference)
       full_gradient<Real, true, true, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
@@ -261,8 +261,8 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
 // Up to one vector of entries through buffers of `Real`, filled up with entries outside the support; adds the
 // label's term in full precision before rounding. `label` counts from the first entry, -1 for none.
 template <typename Real, typename P, typename R>
-LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, int64_t size, int64_t label,
-                                         Real scale, const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
+LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, int64_t size, int64_t label, Real scale,
+                                         const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
                                          R* grad_reference) {
   constexpr int64_t n = kLanes<Real>;
   alignas(64) Real z[n], r[n], grad_z[n] = {}, grad_r[n] = {};
@@ -306,15 +306,14 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
                                 at(grad_policy, begin), at(grad_reference, begin));
       return;
     }
-    if (grad_policy)
-      logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin);
+    if (grad_policy) logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin);
     if (grad_reference)
       logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, grad_reference + begin);
   };
   const auto few_entries = [&](int64_t begin, int64_t n) {
     const bool has_label = label >= begin && label < begin + n;
-    few_entries_gradient<Real, P, R>(at(policy, begin), at(reference, begin), n, has_label ? label - begin : -1, scale, c,
-                                     logprobs_only, at(grad_policy, begin), at(grad_reference, begin));
+    few_entries_gradient<Real, P, R>(at(policy, begin), at(reference, begin), n, has_label ? label - begin : -1, scale,
+                                     c, logprobs_only, at(grad_policy, begin), at(grad_reference, begin));
   };
 
   const int64_t whole = size - size % lanes;
@@ -332,14 +331,18 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
 }  // namespace
 
 // One level's table. The kernels above have internal linkage: nothing but this table leaves the file.
-#define LIT_DID_ROW(kernel)                                                                       \
-  {{kernel<float, float, float>, kernel<float, float, BFloat16>, kernel<float, float, Float16>, nullptr},          \
-   {kernel<float, BFloat16, float>, kernel<float, BFloat16, BFloat16>, kernel<float, BFloat16, Float16>, nullptr}, \
-   {kernel<float, Float16, float>, kernel<float, Float16, BFloat16>, kernel<float, Float16, Float16>, nullptr},    \
-   {nullptr, nullptr, nullptr, kernel<double, double, double>}}
+#define LIT_DID_ROW(kernel)                                                                                            \
+  {                                                                                                                    \
+    {kernel<float, float, float>, kernel<float, float, BFloat16>, kernel<float, float, Float16>, nullptr},             \
+        {kernel<float, BFloat16, float>, kernel<float, BFloat16, BFloat16>, kernel<float, BFloat16, Float16>,          \
+         nullptr},                                                                                                     \
+        {kernel<float, Float16, float>, kernel<float, Float16, BFloat16>, kernel<float, Float16, Float16>, nullptr}, { \
+      nullptr, nullptr, nullptr, kernel<double, double, double>                                                        \
+    }                                                                                                                  \
+  }
 
-#define LIT_DID_ROW_TABLE(level, function)                                        \
-  const lit_did::RowKernels& lit_did::function() {                                \
+#define LIT_DID_ROW_TABLE(level, function)                                                \
+  const lit_did::RowKernels& lit_did::function() {                                        \
     static const RowKernels table{level, LIT_DID_ROW(accumulate), LIT_DID_ROW(gradient)}; \
-    return table;                                                                 \
+    return table;                                                                         \
   }

@@ -214,11 +214,13 @@ TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Ten
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], normalizers};
 }
 
-std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(
-    const c10::List<std::optional<at::Tensor>>& grads_, const at::Tensor& policy_logits,
-    const at::Tensor& reference_logits, const at::Tensor& labels_, at::TensorList statistics_,
-    const at::Tensor& normalizers, int64_t ignore_index, double temperature, bool policy_needs_grad,
-    bool reference_needs_grad) {
+std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads_,
+                                                                 const at::Tensor& policy_logits,
+                                                                 const at::Tensor& reference_logits,
+                                                                 const at::Tensor& labels_, at::TensorList statistics_,
+                                                                 const at::Tensor& normalizers, int64_t ignore_index,
+                                                                 double temperature, bool policy_needs_grad,
+                                                                 bool reference_needs_grad) {
   check_token_arguments(policy_logits, reference_logits, labels_, temperature);
   TORCH_CHECK_VALUE(grads_.size() == kNumStatistics && statistics_.size() == kNumStatistics, "Expected ",
                     kNumStatistics, " gradients and statistics, but got ", grads_.size(), " and ", statistics_.size(),

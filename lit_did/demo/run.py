@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import lightning
 import torch
@@ -109,8 +111,10 @@ def load_model(name: str | None) -> tuple[Any, Any]:
                 f"Expected --model to be a folder with a transformers model, but {path} "
                 f"{'holds no config.json' if path.is_dir() else 'is not a folder'}."
             )
+    local = {"local_files_only": isinstance(path, Path) or not _hub_answers()}
     try:
-        return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **local)
     except Exception as error:  # transformers raises OSError, ValueError, HTTP and JSON errors alike for a bad model
         if isinstance(path, Path):
             raise InputError(f"The model in {path} does not load: {_first_line(error)}") from error
@@ -118,6 +122,20 @@ def load_model(name: str | None) -> tuple[Any, Any]:
             f"Expected --model {name} to be a folder on this machine or a model on the Hugging Face hub, but there is "
             f"no such folder, and the hub gave none: {_first_line(error)}"
         ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: without a network, its client tries for most of a minute."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy knows names that this machine does not
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -60,7 +60,9 @@ def token_statistics(
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     scaled = logits / temperature
-    return scaled.masked_fill(scaled < -LARGEST_LOGIT, -torch.inf).masked_fill(scaled > LARGEST_LOGIT, torch.inf)
+    beyond = torch.zeros_like(scaled)
+    beyond = beyond.masked_fill(scaled < -LARGEST_LOGIT, -torch.inf).masked_fill(scaled > LARGEST_LOGIT, torch.inf)
+    return scaled + beyond  # a sum, so that an entry counted as infinite has the gradient of an infinite one
 
 
 def _defines_a_distribution(logits: Tensor) -> Tensor:

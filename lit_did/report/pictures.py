@@ -43,6 +43,8 @@ def training_picture(metrics: Path, target: Path) -> None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(unit)
+        axes.yaxis.get_major_formatter().set_useOffset(False)  # 10.802, not 0.002 beside "+1.08e1"
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(target, format="png")
@@ -58,14 +60,15 @@ def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:
     groups = sorted(set(after.tags))
     for group in groups:
         member = tags == group
-        margin = np.sort(after.values["reward_margin"].numpy()[member])
-        margins.step(margin, np.linspace(0, 1, len(margin)), where="post", label=group)
+        margins.ecdf(after.values["reward_margin"].numpy()[member], label=group)
         information.scatter(
             after.values["kl"].numpy()[member], after.values["did_entropy"].numpy()[member], s=14, label=group
         )
     margins.axvline(0, color="grey", linewidth=0.8)
     _describe(margins, "Reward margin after training", "beta times log-ratio difference", "share of pairs below")
-    _describe(information, "Information learned, a pair each", "KL from the reference (nats a token)", "DID entropy")
+    _describe(
+        information, "Information learned, a pair each", "KL from the reference (nats a token)", "DID entropy (nats)"
+    )
 
     positions = np.arange(len(groups))
     for offset, (held_out, label) in enumerate(((before, "before"), (after, "after"))):
@@ -94,3 +97,4 @@ def _describe(axes, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(frameon=False, fontsize=8)
+    axes.yaxis.get_major_formatter().set_useOffset(False)

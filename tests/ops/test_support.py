@@ -264,11 +264,10 @@ def test_disjoint_supports(vocabulary, dtype, backend):
 
 
 @with_backends
-@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30, -1e37])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_finite_mask_on_both_sides(dtype, mask, backend):
-    """A large negative number instead of -inf is an entry like any other: weight 0 in both models, 1 in their ratio."""
-    policy, reference, labels, support = rows_with("vectors-and-tail", dtype, mask, mask)
+def test_moderate_mask_on_both_sides_is_an_entry(dtype, backend):
+    """-1e4 is a logit like any other: weight 0 in both models, 1 in their ratio."""
+    policy, reference, labels, support = rows_with("vectors-and-tail", dtype, -1e4, -1e4)
     values, *grads = call(policy, reference, labels, backend, UPSTREAM)
     inside = tuple(x.detach()[1:2, support].double() for x in (policy, reference))
     expected = naive(*inside, support[: labels[1]].sum()[None])
@@ -280,3 +279,27 @@ def test_finite_mask_on_both_sides(dtype, mask, backend):
     torch.testing.assert_close(values["did_entropy"][1].double(), entropy, rtol=2e-6, atol=2e-6)
     for grad in grads:
         assert grad.isfinite().all()
+
+
+@with_backends
+@pytest.mark.parametrize("mask", [-1e9, -1e30, -1e37, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_large_mask_is_minus_infinity(dtype, sides, mask, backend):
+    """Beyond 1e6 a logit counts as infinite, on either side: equal to the bit to -inf in its place."""
+    results = []
+    for value in (mask, -torch.inf):
+        fill = [value if side else 0.5 for side in sides]
+        results.append(call(*rows_with("vectors-and-tail", dtype, *fill)[:3], backend, UPSTREAM))
+    (masked, *masked_grads), (infinite, *infinite_grads) = results
+    for name in FIELDS:
+        assert torch.equal(masked[name].nan_to_num(nan=7e7), infinite[name].nan_to_num(nan=7e7)), name
+    for a, b in zip(masked_grads, infinite_grads, strict=True):
+        assert torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7))
+
+
+@with_backends
+def test_huge_positive_logit_is_plus_infinity(backend):
+    policy, reference, labels, _ = rows_with("vectors-and-tail", "f32", 2e6, 0.5)
+    values, *_ = call(policy, reference, labels, backend, UPSTREAM)
+    assert all(values[name][1].isnan() for name in FIELDS)
