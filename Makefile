@@ -20,13 +20,14 @@ install: $(VENV)/installed  ## .venv with lit-did and all it needs, the extensio
 # The stamp remembers TORCH: another one is another install.
 $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)):
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt setuptools wheel pybind11 ninja
-	$(PIP) install --quiet $(if $(TORCH),"$(TORCH)",--constraint constraints.txt torch)
+	$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11 ninja
+	$(PIP) install -qq $(if $(TORCH),"$(TORCH)",--constraint constraints.txt torch)
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)) $(SOURCES)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(PIP) install -qq --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m lit_did.doctor | grep -E '^(extension|CPU|CUDA) '
 	touch $@
 
 test: install  ## the tests, doctests included

@@ -70,7 +70,9 @@ def _download(work: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     """Reads the quantised weights once and keeps them as float32 safetensors, which load in a second."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     print("Converting its weights (once) ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -1,0 +1,25 @@
+"""The doctor's report says what is true of this install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from lit_did.ops.extension import EXTENSION, fused_devices
+
+
+def test_report():
+    result = subprocess.run([sys.executable, "-m", "lit_did.doctor"], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    lines = {line[:13].strip(): line[13:].strip() for line in result.stdout.splitlines() if line}
+    assert lines["torch"] == torch.__version__
+    assert lines["trl"] == "not installed" or lines["trl"][0].isdigit()
+    served = "fused operators" if "cpu" in fused_devices() else "reference"
+    assert served in lines["cpu tensors"]
+    if EXTENSION.module is None:
+        assert EXTENSION.problem in lines["extension"]
+    else:
+        assert lines["extension"] == f"built for torch {torch.__version__}"
+        assert lines["CPU"].endswith(f"this processor uses {EXTENSION.module.simd_level()}")
