@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import socket
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
             accelerator="cpu" if not torch.cuda.is_available() else "auto",
             devices=1,
             max_steps=options.max_steps,
-            max_epochs=-1,
+            max_epochs=math.ceil(options.max_steps * options.accumulate * options.batch_size / len(data.train_dataset)),
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=1.0,
             limit_val_batches=0,
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
+        print("The held-out pairs before training, the training, and the held-out pairs after it:")
         before = _held_out(trainer, module, data, tags)
         trainer.fit(module, data)
         if trainer.interrupted:

@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps lit-did (or `.` in a clone)"
+_CLONE = Path(__file__).parents[2]
+# In a clone Python takes the package from the current folder, so that only an editable install is seen there.
+REBUILD = (
+    f"pip install --no-build-isolation --no-deps --editable {_CLONE}"
+    if (_CLONE / "setup.py").is_file()
+    else "pip install --no-build-isolation --no-deps --force-reinstall lit-did"
+)
 BACKENDS = ("auto", "fused", "reference")
 
 
