@@ -126,7 +126,7 @@ LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size,
   }
 }
 
-template <typename Real, bool kCareful, typename P, typename R>
+template <typename Real>
 LIT_DID_INLINE void rebase_to_block(const BlockMaxima<Vector<Real>>& m, Real scale, RowStatistics<Real, double>& row) {
   const Real z = lane_maximum(m.policy) * scale;
   const Real r = lane_maximum(m.reference) * scale;
@@ -149,11 +149,11 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
     const int64_t n = whole - begin < kBlock ? whole - begin : kBlock;
     auto m = block_maxima<Real, false>(policy + begin, reference + begin, n, limit);
     if (!needs_care(m, limit)) {
-      rebase_to_block<Real, false, P, R>(m, scale, row);
+      rebase_to_block(m, scale, row);
       add_block<Real, false>(policy + begin, reference + begin, n, scale, limit, row);
     } else {
       m = block_maxima<Real, true>(policy + begin, reference + begin, n, limit);
-      rebase_to_block<Real, true, P, R>(m, scale, row);
+      rebase_to_block(m, scale, row);
       add_block<Real, true>(policy + begin, reference + begin, n, scale, limit, row);
     }
   }
@@ -169,7 +169,7 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
     }
     const int flags = row.flags;
     const auto m = block_maxima<Real, true>(z, r, kLanes<Real>, limit);
-    rebase_to_block<Real, true, Real, Real>(m, scale, row);
+    rebase_to_block(m, scale, row);
     add_block<Real, true>(z, r, kLanes<Real>, scale, limit, row);
     if (finite) row.flags = flags;
   }

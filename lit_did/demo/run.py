@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo.model import smollm2
-from lit_did.demo.results import HeldOut, print_table
 from lit_did.modules import LitDPO
+from lit_did.report import HeldOut, held_out_picture, print_table, training_picture
 
 
 class InputError(Exception):
@@ -154,8 +154,6 @@ def _check_output(folder: Path) -> None:
 
 
 def _write(work: Path, output: Path, before: HeldOut, after: HeldOut) -> list[Path]:
-    from lit_did.report import held_out_picture, training_picture
-
     training_picture(work / "metrics.csv", work / "training.png")
     held_out_picture(before, after, work / "held_out.png")
     output.mkdir(parents=True, exist_ok=True)

@@ -307,6 +307,7 @@ class LitDPO(lightning.LightningModule):
                 value.float(),
                 prog_bar=name in on_progress_bar,
                 add_dataloader_idx=False,  # the suffix says it
+                sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
             )
         means.reset()
 

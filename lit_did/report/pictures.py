@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lit_did.demo.results import HeldOut
+    from lit_did.report.held_out import HeldOut
 
 PANELS = (
     ("Loss", "nats", ("loss",)),

@@ -1,4 +1,4 @@
-"""What the demo shows of held-out pairs: means by tag, before and after training."""
+"""Held-out pairs by tag: their means, and the table of before and after training."""
 
 from __future__ import annotations
 
