@@ -16,7 +16,8 @@ BASELINE = "fused"
 
 def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
     """The eight quantities as one would write them in torch: no ignored rows, no infinities."""
-    z, r = policy_logits.float(), reference_logits.float()
+    real = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
+    z, r = policy_logits.to(real), reference_logits.to(real)
     a, b = z.logsumexp(-1, keepdim=True), r.logsumexp(-1, keepdim=True)
     d = z - r
     c = d.logsumexp(-1, keepdim=True)

@@ -32,7 +32,7 @@ def report() -> str:
     else:
         lines += [
             f"extension     built for torch {built.torch_version}",
-            f"CPU           SIMD levels {', '.join(built.simd_levels)}; this processor uses {built.simd_level()}",
+            f"CPU           SIMD levels {', '.join(built.simd_levels)}; {_simd_level(built)}",
             f"CUDA          {_cuda(built)}",
         ]
     served = fused_devices()
@@ -50,6 +50,13 @@ def _installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _simd_level(built) -> str:
+    try:
+        return f"this processor uses {built.simd_level()}"
+    except ValueError as error:  # LIT_DID_SIMD names one that it has not
+        return str(error)
 
 
 def _cuda(built) -> str:

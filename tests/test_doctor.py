@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -23,3 +24,10 @@ def test_report():
     else:
         assert lines["extension"] == f"built for torch {torch.__version__}"
         assert lines["CPU"].endswith(f"this processor uses {EXTENSION.module.simd_level()}")
+
+
+def test_unknown_simd_level_is_told():
+    environment = {**os.environ, "LIT_DID_SIMD": "mmx"}
+    command = [sys.executable, "-m", "lit_did.doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert EXTENSION.module is None or "LIT_DID_SIMD to be one of baseline" in result.stdout

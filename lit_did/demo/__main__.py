@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=_positive(float), default=0.1, help="DPO's inverse temperature")
     add("--loss", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="preference loss")
     add("--lora-rank", type=_positive(int), default=16, help="rank of the LoRA adapter, on all linear layers")
-    add("--seed", type=int, default=0, help="of the adapter's initialisation and the training order")
+    add("--seed", type=_seed, default=0, help="of the adapter's initialisation and the training order")
     return parser.parse_args(arguments)
 
 
@@ -50,6 +50,13 @@ def _positive(kind: type):
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, but got {text}")
+    return value
 
 
 def _share(text: str) -> float:
@@ -76,8 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     except run.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns the first into the second.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("Stopped; nothing was written.", file=sys.stderr)
         return 130
     return 0
 

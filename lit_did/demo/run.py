@@ -35,9 +35,10 @@ def run(options: argparse.Namespace) -> None:
     """
     begun = time.perf_counter()
     try:
-        _check_output(options.output)
+        _make_parent(options.output)
         rows = read_pairs(options.data)[: options.max_pairs]
         tokenizer, model = load_model(options.model)
+        _check_context(model, options.max_length)
         data = PreferenceDataModule(
             # The file itself where all of it is used: errors in tokenising then name its lines.
             options.data if options.max_pairs is None else [row.pair._asdict() for row in rows],
@@ -67,7 +68,6 @@ def run(options: argparse.Namespace) -> None:
         warmup_steps=0.1,
         schedule="linear",
     )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".lit_did_demo_") as work:
         trainer = lightning.Trainer(
             accelerator="cpu" if not torch.cuda.is_available() else "auto",
@@ -85,8 +85,6 @@ def run(options: argparse.Namespace) -> None:
         print("The held-out pairs before training, the training, and the held-out pairs after it:")
         before = _held_out(trainer, module, data, tags)
         trainer.fit(module, data)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         after = _held_out(trainer, module, data, tags)
         written = _write(Path(work), options.output, before, after)
     print_table(before, after)
@@ -148,9 +146,21 @@ def _held_out(trainer: lightning.Trainer, module: LitDPO, data: PreferenceDataMo
     return HeldOut.collect(trainer.predict(module, data), tags)
 
 
-def _check_output(folder: Path) -> None:
+def _make_parent(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Expected --output to be a folder, but {folder} is a file.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"Expected --output to be a folder that can be made, but got {folder}: {error}") from error
+
+
+def _check_context(model: Any, max_length: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise InputError(f"Expected --max-length to be within the model's {context} positions, but got {max_length}.")
 
 
 def _write(work: Path, output: Path, before: HeldOut, after: HeldOut) -> list[Path]:

@@ -15,7 +15,7 @@ from lit_did.functional.preference import check_preference_loss
 from lit_did.metrics import WeightedMeans
 from lit_did.modules import models
 from lit_did.modules.checks import IGNORE_INDEX, check_batch, check_same_vocabulary, warn_unless_policy_is_reference
-from lit_did.modules.optimizer import SCHEDULES, adamw, scheduler
+from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
 from lit_did.ops import SequenceStatistics, sequence_statistics
 from lit_did.ops.extension import BACKENDS
 
@@ -110,10 +110,10 @@ class LitDPO(lightning.LightningModule):
         for name, value, choices in (("schedule", schedule, SCHEDULES), ("backend", backend, BACKENDS)):
             if value not in choices:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-        # A module or a LoraConfig is not a hyperparameter: hand it to load_from_checkpoint again.
+        # Modules and configuration objects are not hyperparameters: hand them to load_from_checkpoint again.
         arguments = {"policy": policy, "reference": reference, "lora": lora}
-        plain = (str, dict, type(None))
-        self.save_hyperparameters(ignore=[name for name, value in arguments.items() if not isinstance(value, plain)])
+        objects = {**arguments, "model_kwargs": model_kwargs}
+        self.save_hyperparameters(ignore=[name for name, value in objects.items() if not _is_plain(value)])
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
         self._batch_checked = self._start_checked = False
@@ -137,12 +137,16 @@ class LitDPO(lightning.LightningModule):
         policy = models.load_model(self._given["policy"], "policy", self._model_kwargs)
         reference = self._given["reference"]
         if reference is not None:
-            reference = models.freeze(models.load_model(reference, "reference", self._model_kwargs))
+            reference = models.load_model(reference, "reference", self._model_kwargs)
+            models.check_separate(policy, reference)
             check_same_vocabulary(policy, reference)
+            models.freeze(reference)
         elif self._given["lora"] is None and not models.is_peft(policy):
             reference = models.frozen_copy(policy)
         if self._given["lora"] is not None:
             policy = models.add_lora(policy, self._given["lora"])
+        if reference is None:
+            models.check_adapter_is_all_that_trains(policy)
         if self.hparams.disable_dropout:
             models.switch_off_dropout(policy)
         if self.hparams.gradient_checkpointing:
@@ -277,7 +281,7 @@ class LitDPO(lightning.LightningModule):
             weight_decay=h.weight_decay,
         )
         total = self.trainer.estimated_stepping_batches
-        warmup = int(h.warmup_steps) if h.warmup_steps >= 1 else round(h.warmup_steps * total)
+        warmup = count_warmup_steps(h.warmup_steps, total, h.schedule)
         schedule = scheduler(optimizer, warmup_steps=warmup, total_steps=total, schedule=h.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
 
@@ -330,3 +334,12 @@ def _means(pairs: PairStatistics, weight: Tensor) -> dict[str, tuple[Tensor, Ten
         partition / torch.cat([chosen.num_tokens, rejected.num_tokens]).clamp(min=1), tokens,
     )  # fmt: skip
     return values
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold `value` and be loaded with `weights_only=True`."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool, torch.dtype)

@@ -47,6 +47,34 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
+def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
+    """Raises ValueError unless a PeftModel with its adapter off stays what it is while it is trained."""
+    config = policy.active_peft_config
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"Expected `policy` to have an adapter inside its layers, such as LoRA, but got {config.peft_type.value}: "
+            "its virtual tokens shift every position."
+        )
+    inside = (policy.base_model.prefix, "modules_to_save", "trainable_tokens")
+    outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in inside)]
+    if outside:
+        raise ValueError(
+            "Expected the adapter to be all that is trained of `policy`, whose reference is itself with the adapter "
+            f"off, but {len(outside)} other parameters are too, {outside[0]} the first: freeze them (LoRA's `bias` must "
+            "be 'none'), or give a `reference` of its own."
+        )
+
+
+def check_separate(policy: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError if the two models share parameters: freezing or training one would do it to the other."""
+    own = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in own for parameter in reference.parameters()):
+        raise ValueError(
+            "Expected `reference` to be another module than `policy`, but they share parameters. peft changes a model "
+            "in place: for a PeftModel leave `reference` out, its base model is the reference."
+        )
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients."""
     return freeze(copy.deepcopy(model))
@@ -84,12 +112,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+_DROPOUT_ATTRIBUTES = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout")
+
+
 def switch_off_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0: the log-ratio compares two models, not two draws of noise."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout"):
+        for name in _DROPOUT_ATTRIBUTES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 
@@ -104,7 +135,7 @@ def active_dropout(model: nn.Module) -> list[str]:
             (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
             or any(
                 isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) > 0
-                for attribute in ("attention_dropout", "dropout")
+                for attribute in _DROPOUT_ATTRIBUTES
             )
         )
     ]

@@ -22,6 +22,11 @@ def adamw(
 ) -> AdamW:
     """AdamW over the trainable parameters; vectors (biases, norms) are not decayed."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "Expected `policy` to have trainable parameters, but all are frozen: load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
@@ -45,6 +50,20 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, sc
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def count_warmup_steps(warmup_steps: float, total_steps: float, schedule: str) -> int:
+    """Warmup in optimiser steps, where below 1 it is a share of all steps.
+
+    Raises:
+        ValueError: A share or a falling schedule, and nobody knows how many steps there will be.
+    """
+    if math.isinf(total_steps) and (schedule != "constant" or 0 < warmup_steps < 1):
+        raise ValueError(
+            "Expected a Trainer with `max_steps`, or `max_epochs` and data of known length, for "
+            f"schedule={schedule!r} and warmup_steps={warmup_steps}, but got no end of training."
+        )
+    return int(warmup_steps) if warmup_steps >= 1 or not warmup_steps else round(warmup_steps * total_steps)
 
 
 def scheduler(optimizer: AdamW, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:

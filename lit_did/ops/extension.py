@@ -14,9 +14,9 @@ import torch
 _CLONE = Path(__file__).parents[2]
 # In a clone Python takes the package from the current folder, so that only an editable install is seen there.
 REBUILD = (
-    f"pip install --no-build-isolation --no-deps --editable {_CLONE}"
+    f"pip install --no-build-isolation --no-deps --editable '{_CLONE}'"
     if (_CLONE / "setup.py").is_file()
-    else "pip install --no-build-isolation --no-deps --force-reinstall lit-did"
+    else "pip install --no-build-isolation --no-deps --force-reinstall . (in a clone of lit-did)"
 )
 BACKENDS = ("auto", "fused", "reference")
 

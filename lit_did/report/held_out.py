@@ -60,14 +60,14 @@ class HeldOut:
         }
         return cls([tags[int(i)] for batch in batches for i in batch.index], values, tokens)
 
-    def groups(self) -> list[str]:
-        """The tags in order, and "all" where there are several."""
+    def groups(self) -> list[str | None]:
+        """The tags in order, and None, for all pairs, where there are several."""
         tags = sorted(set(self.tags))
-        return [*tags, "all"] if len(tags) > 1 else tags
+        return [*tags, None] if len(tags) > 1 else tags
 
-    def mean(self, statistic: str, group: str) -> float:
-        """The mean over the group's pairs; over its tokens for `did_entropy` and `kl`."""
-        member = torch.tensor([group == "all" or tag == group for tag in self.tags])
+    def mean(self, statistic: str, group: str | None) -> float:
+        """The mean over the group's pairs, None being all; over its tokens for `did_entropy` and `kl`."""
+        member = torch.tensor([group is None or tag == group for tag in self.tags])
         weight = self.tokens * member if statistic in ("did_entropy", "kl") else member.double()
         return float((self.values[statistic] * weight).sum() / weight.sum())
 
@@ -80,7 +80,7 @@ def print_table(before: HeldOut, after: HeldOut) -> None:
     table = Table(title="Held-out pairs, before → after training")
     table.add_column("")
     for group in before.groups():
-        table.add_column(f"{group} ({_count(before, group)})", justify="right")
+        table.add_column(f"{'all' if group is None else group} ({_count(before, group)})", justify="right")
     for statistic, title in ROWS.items():
         cells = [
             f"{before.mean(statistic, group):.3f} → {after.mean(statistic, group):.3f}" for group in before.groups()
@@ -89,5 +89,5 @@ def print_table(before: HeldOut, after: HeldOut) -> None:
     Console().print(table)
 
 
-def _count(held_out: HeldOut, group: str) -> int:
-    return len(held_out.tags) if group == "all" else held_out.tags.count(group)
+def _count(held_out: HeldOut, group: str | None) -> int:
+    return len(held_out.tags) if group is None else held_out.tags.count(group)

@@ -60,7 +60,9 @@ def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:
     groups = sorted(set(after.tags))
     for group in groups:
         member = tags == group
-        margins.ecdf(after.values["reward_margin"].numpy()[member], label=group)
+        margin = after.values["reward_margin"].numpy()[member]
+        if np.isfinite(margin).any():  # a run that diverged has a picture too
+            margins.ecdf(margin[np.isfinite(margin)], label=group)
         information.scatter(
             after.values["kl"].numpy()[member], after.values["did_entropy"].numpy()[member], s=14, label=group
         )
@@ -77,7 +79,8 @@ def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:
     change.set_xticks(positions, groups)
     lowest = min(after.mean("did_entropy", group) for group in groups)
     highest = max(before.mean("did_entropy", group) for group in groups)
-    change.set_ylim(lowest - 2 * max(highest - lowest, 1e-3), highest + max(highest - lowest, 1e-3))
+    if np.isfinite([lowest, highest]).all():
+        change.set_ylim(lowest - 2 * max(highest - lowest, 1e-3), highest + max(highest - lowest, 1e-3))
     _describe(change, "DID entropy (axis cut)", "", "nats a token")
     figure.savefig(target, format="png")
 

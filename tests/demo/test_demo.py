@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lit_did import LitDPO
 from lit_did.data import read_pairs
 from lit_did.demo import __main__ as demo
 from lit_did.demo.model import smollm2
@@ -142,6 +143,33 @@ def test_models_that_cannot_be_used(tmp_path, capsys, tiny_model):
     assert "broken does not load" in refused(capsys, "--model", tmp_path / "broken")
     (tmp_path / "file").write_text("")
     assert "--output to be a folder" in refused(capsys, "--model", tiny_model, "--output", tmp_path / "file")
+
+
+def test_more_tokens_than_positions_and_folders_that_cannot_be_made(tiny_model, tmp_path, capsys):
+    assert "within the model's 512 positions, but got 513" in refused(
+        capsys, "--model", tiny_model, "--output", tmp_path / "out", "--max-length", 513
+    )
+    (tmp_path / "file").write_text("")
+    assert "folder that can be made" in refused(capsys, "--model", tiny_model, "--output", tmp_path / "file" / "out")
+    with pytest.raises(SystemExit, match="2"):
+        run("--seed", 2**32)
+
+
+def test_a_run_that_diverges_still_writes(tiny_model, tmp_path, capsys):
+    arguments = ["--max-pairs", 10, "--max-steps", 3, "--learning-rate", 1e30]
+    assert run("--model", tiny_model, "--output", tmp_path / "out", *arguments) == 0
+    assert "nan" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_ctrl_c_leaves_nothing_behind(tiny_model, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LitDPO, "training_step", interrupt)
+    assert run("--model", tiny_model, "--output", tmp_path / "out", "--max-pairs", 10) == 130
+    assert "Stopped; nothing was written." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_name_without_a_network():

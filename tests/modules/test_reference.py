@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 
+import peft
 import pytest
 import torch
 
@@ -138,3 +139,29 @@ def test_bfloat16_start_is_no_false_alarm(pairs):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*At the first step.*")
         trainer(max_steps=1, precision="bf16-mixed").fit(LitDPO(tiny_llama()), loader(make_pairs(8, seed=3), 8))
+
+
+def test_an_adapter_whose_reference_would_move_is_refused():
+    with pytest.raises(ValueError, match=r"all that is trained of `policy`.*`bias` must"):
+        LitDPO(tiny_gpt2(), lora={"r": 2, "target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True})
+    thawed = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
+    thawed.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"other parameters are too, .*embed_tokens"):
+        LitDPO(thawed)
+    LitDPO(thawed, tiny_llama())  # with a reference of its own it may
+    saved = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    LitDPO(peft.get_peft_model(tiny_llama(), saved))  # peft keeps the original of these
+
+
+def test_prompt_tuning_is_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="adapter inside its layers, such as LoRA, but got PROMPT_TUNING"):
+        LitDPO(peft.get_peft_model(tiny_llama(), config))
+
+
+def test_reference_that_shares_parameters_is_refused():
+    base = tiny_llama()
+    policy = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="they share parameters"):
+        LitDPO(policy, base)
+    assert any(p.requires_grad for p in policy.parameters())  # and nothing was frozen on the way

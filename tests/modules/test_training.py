@@ -6,6 +6,7 @@ import copy
 import math
 
 import lightning
+import peft
 import pytest
 import torch
 
@@ -217,3 +218,32 @@ def test_the_policy_given_is_not_frozen_by_its_reference():
     before = copy.deepcopy(reference.state_dict())
     trainer(max_epochs=1).fit(LitDPO(tiny_llama(), reference, learning_rate=1e-2), loader(make_pairs(4), 2))
     assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+
+
+def test_training_without_an_end():
+    data = loader(make_pairs(2), 2)
+    run = trainer(max_epochs=-1, max_time={"seconds": 1})
+    run.fit(LitDPO(tiny_llama(), warmup_steps=2), data)
+    assert run.global_step > 0
+    for arguments in ({"warmup_steps": 0.1}, {"schedule": "cosine"}):
+        with pytest.raises(ValueError, match="but got no end of training"):
+            trainer(max_epochs=-1, max_time={"seconds": 1}).fit(LitDPO(tiny_llama(), **arguments), data)
+
+
+def test_nothing_to_train_is_told():
+    frozen = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear")).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`policy` to have trainable parameters.*is_trainable=True"):
+        trainer(max_steps=1).fit(LitDPO(frozen), loader(make_pairs(2), 2))
+
+
+def test_configuration_objects_stay_out_of_the_checkpoint(tmp_path):
+    lora = {**LORA, "task_type": peft.TaskType.CAUSAL_LM}
+    run = trainer(max_steps=1)
+    run.fit(LitDPO(tiny_llama(), lora=lora, model_kwargs={"dtype": torch.bfloat16}), loader(make_pairs(2), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert "lora" not in saved
+    assert saved["model_kwargs"] == {"dtype": torch.bfloat16}
+    trainer(max_steps=2).fit(
+        LitDPO(tiny_llama(), lora=lora), loader(make_pairs(2), 2), ckpt_path=tmp_path / "last.ckpt"
+    )
