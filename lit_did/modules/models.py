@@ -60,8 +60,8 @@ def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
     if outside:
         raise ValueError(
             "Expected the adapter to be all that is trained of `policy`, whose reference is itself with the adapter "
-            f"off, but {len(outside)} other parameters are too, {outside[0]} the first: freeze them (LoRA's `bias` must "
-            "be 'none'), or give a `reference` of its own."
+            f"off, but {len(outside)} other parameters are too, {outside[0]} the first: freeze them (LoRA's `bias` "
+            "must be 'none'), or give a `reference` of its own."
         )
 
 
