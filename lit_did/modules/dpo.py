@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -98,6 +99,7 @@ class LitDPO(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_preference_loss(beta=beta, loss=loss, label_smoothing=label_smoothing)
+        policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
         for name, model in (("policy", policy), ("reference", reference)):
             if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
                 raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")

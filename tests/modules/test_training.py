@@ -185,7 +185,7 @@ def _with_total(module: LitDPO, total: int):
 
 def test_load_from_checkpoint_by_name_and_by_object(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
-    module = LitDPO(str(tmp_path / "model"), lora=LORA, learning_rate=1e-2)
+    module = LitDPO(tmp_path / "model", lora=LORA, learning_rate=1e-2)
     assert module.policy is None  # a sharded strategy creates it where it belongs
     run = trainer(max_steps=2)
     run.fit(module, loader(make_pairs(4), 2))
