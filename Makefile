@@ -19,6 +19,7 @@ install: $(VENV)/installed  ## .venv with lit-did and all it needs, the extensio
 
 # The stamp remembers TORCH: another one is another install.
 $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)):
+	@echo "Making $(VENV): a minute or two for torch and the others, another to build the extension."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) install -qq $(if $(TORCH),"$(TORCH)",--constraint constraints.txt torch)

@@ -90,7 +90,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse_line(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: Expected UTF-8, but got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line."

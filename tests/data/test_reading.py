@@ -157,3 +157,10 @@ def test_real_files(shared_data):
     assert len(rows) == 789
     assert [row.pair[:3] for row in rows] == [(row["prompt"], row["chosen"], row["rejected"]) for row in expected]
     assert len(read_pairs(shared_data / "hh_rlhf_harmless_test.jsonl.gz")) == 2312
+
+
+def test_column_of_broken_json_is_where_it_breaks(tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"chosen": \n')
+    with pytest.raises(ValueError, match=r"cut.jsonl, line 1: .*\(column 11\)"):
+        read_pairs(path)
