@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install test test-slow demo bench lint format clean
+.PHONY: help install test test-slow demo bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made

@@ -84,8 +84,7 @@ def extension_arguments() -> dict:
     }
     if cuda:
         arguments["sources"] += cuda_sources
-        flags.append("-DLIT_DID_WITH_CUDA")
-        arguments["extra_compile_args"] = {"cxx": flags, "nvcc": ["-O3", "-DLIT_DID_WITH_CUDA"]}
+        arguments["extra_compile_args"] = {"cxx": flags, "nvcc": ["-O3"]}
         extension = cpp_extension.CUDAExtension(**arguments)
     else:
         extension = cpp_extension.CppExtension(**arguments, extra_compile_args={"cxx": flags})
