@@ -165,3 +165,14 @@ def test_reference_that_shares_parameters_is_refused():
     with pytest.raises(ValueError, match="they share parameters"):
         LitDPO(policy, base)
     assert any(p.requires_grad for p in policy.parameters())  # and nothing was frozen on the way
+
+
+def test_reference_never_drops_anything(pairs):
+    base = tiny_gpt2(resid_pdrop=0.5)
+    truth = LitDPO(copy.deepcopy(base), copy.deepcopy(base)).eval().pair_statistics(collate(pairs))
+    for lora in (None, {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}):
+        module = LitDPO(copy.deepcopy(base), lora=lora, disable_dropout=False).train()
+        assert module.reference is None or not module.reference.training
+        statistics = module.pair_statistics(collate(pairs))
+        assert torch.equal(statistics.chosen.reference_logprob, truth.chosen.policy_logprob)
+        assert not torch.equal(statistics.chosen.policy_logprob, truth.chosen.policy_logprob)  # the premise

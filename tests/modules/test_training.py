@@ -247,3 +247,24 @@ def test_configuration_objects_stay_out_of_the_checkpoint(tmp_path):
     trainer(max_steps=2).fit(
         LitDPO(tiny_llama(), lora=lora), loader(make_pairs(2), 2), ckpt_path=tmp_path / "last.ckpt"
     )
+
+
+def test_every_step_logs_its_own_loss():
+    class Compare(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            assert trainer.logged_metrics["train/loss"].item() == pytest.approx(outputs["loss"].item(), rel=1e-5)
+
+    run = trainer(max_epochs=2, callbacks=[Compare()])
+    run.fit(LitDPO(tiny_llama(0), tiny_llama(1), learning_rate=1e-2), loader(make_pairs(6), 2))
+    assert run.global_step == 6
+
+
+def test_buffers_of_the_reference_stay_out_of_the_checkpoint(tmp_path):
+    policy = tiny_llama()
+    policy.register_buffer("calibration", torch.ones(3))
+    run = trainer(max_steps=1)
+    run.fit(LitDPO(policy), loader(make_pairs(2), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert "policy.calibration" in state
+    assert not any(name.startswith("reference.") for name in state)
