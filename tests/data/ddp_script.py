@@ -42,9 +42,8 @@ class Recorder(LightningModule):
 def run(folder: Path, checkpoint: Path | None = None) -> tuple[Recorder, Trainer]:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    data = PreferenceDataModule(
-        ROWS, PreTrainedTokenizerFast(tokenizer_object=tokenizer), val=ROWS[:5], batch_size=2, num_workers=1
-    )
+    # No workers: forking while Lightning's and gloo's threads run deadlocks now and then in CPython 3.11's os.fork.
+    data = PreferenceDataModule(ROWS, PreTrainedTokenizerFast(tokenizer_object=tokenizer), val=ROWS[:5], batch_size=2)
     module = Recorder()
     trainer = Trainer(
         accelerator="cpu",
@@ -75,3 +74,5 @@ if __name__ == "__main__":
         "predicted": whole.seen["predict"],
     }
     torch.save(seen, out / f"rank{trainer.global_rank}.pt")
+    torch.distributed.barrier()  # rank 0 is the one that is waited for
+    torch.distributed.destroy_process_group()

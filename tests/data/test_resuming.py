@@ -108,7 +108,7 @@ def test_two_processes(tmp_path):
     """DDP: the ranks share each epoch, a resumed run continues it, evaluation sees each row once."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(Path(__file__).with_name("ddp_script.py")), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in ranks:

@@ -18,7 +18,7 @@ def test_two_processes_equal_one(tmp_path, kind):
     for processes in (1, 2):
         path = tmp_path / str(processes)
         command = [sys.executable, "-m", "tests.modules.two_processes", str(processes), kind, str(path)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
         results[processes] = [torch.load(f"{path}.{rank}") for rank in range(processes)]
     one = results[1][0]
     assert len(one["steps"]) == 4
