@@ -1,15 +1,29 @@
 // The row kernels, written once over the vectors of simd.h. rows_<level>.cpp includes this with its own
-// compiler flags and exports the table that `lit_did_rows_table` makes.
+// compiler flags and exports the table that `LIT_DID_ROW_TABLE` makes.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
 namespace {
 
-// Entries whose maximum is taken before their exponentials: small enough to stay in the first-level cache,
-// large enough that the reductions over lanes do not count.
-constexpr int64_t kBlock = 512;
-static_assert(kSplit % kBlock == 0, "a split must hold whole blocks");
+// Vectors go in pairs (load_pair); what is left over takes the careful path through a buffer.
+template <typename Real>
+constexpr int64_t kPair = 2 * kLanes<Real>;
+
+template <typename P, typename R>
+constexpr bool kInterleaved = std::is_same_v<P, BFloat16> && std::is_same_v<R, BFloat16>;
+
+// Entries summed in `Real` before the sums move on to doubles. They stay in the first-level cache, and 64 additions
+// a lane neither lose digits nor let the reductions over lanes count.
+template <typename Real>
+constexpr int64_t kBlock = 64 * kLanes<Real>;
+static_assert(kSplit % kBlock<float> == 0 && kSplit % kBlock<double> == 0, "a split must hold whole blocks");
+
+// How far, in powers of 2, a block's maxima may exceed the origins of the sums. The logarithms are then as large, and
+// their rounding (2^-24 of 4) is still below what the logits' own rounding does.
+constexpr int kSlack = 4;
 
 // effective_logit of every lane.
 template <typename V, typename Real>
@@ -39,9 +53,9 @@ LIT_DID_INLINE BlockMaxima<Vector<Real>> block_maxima(const P* policy, const R* 
     }
     V d = z - r;
     if constexpr (kCareful) {
-      d = (z == minus_infinity<Real>()) | (r == minus_infinity<Real>()) ? lowest : d;
+      d = ((z == minus_infinity<Real>()) | (r == minus_infinity<Real>())) ? lowest : d;
     } else {
-      m.lowest = minimum(minimum(m.lowest, z), r);
+      m.lowest = minimum(m.lowest, minimum(z, r));
       m.not_finite += d * Real(0);
     }
     m.policy = maximum(m.policy, z);
@@ -58,26 +72,19 @@ LIT_DID_INLINE bool needs_care(const BlockMaxima<Vector<Real>>& m, Real limit) {
            lane_maximum(m.reference) <= limit);
 }
 
-template <typename Mask>
-LIT_DID_INLINE bool any(Mask mask) {
-  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i)
-    if (mask[i]) return true;
-  return false;
-}
-
-// Adds the block's entries to `row`, whose maxima already cover them.
+// Adds the block's entries to `row`, relative to its origins. Without `kCareful`, adds nothing and returns false where
+// the block holds NaN, infinities or a logit below -limit, or exceeds the origins by more than kSlack.
 template <typename Real, bool kCareful, typename P, typename R>
-LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size, Real scale, Real limit,
+LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size, Real scale, Real limit,
                               RowStatistics<Real, double>& row) {
   using V = Vector<Real>;
   const Real z0 = origin(row.policy_max), r0 = origin(row.reference_max), d0 = origin(row.difference_max);
   const Real x0 = row.log_ratio_origin();
   V policy_weight{}, policy_log{}, policy_log_ratio{}, reference_weight{}, reference_log{}, reference_log_ratio{},
       difference_weight{}, difference_log{};
+  V highest{}, lowest{};
   decltype(V{} == V{}) policy_holes{}, reference_holes{};
-  for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    V z = load(policy + i);
-    V r = load(reference + i);
+  const auto add = [&](V z, V r) __attribute__((always_inline)) {
     if constexpr (kCareful) {
       z = effective(z, limit);
       r = effective(r, limit);
@@ -103,6 +110,9 @@ LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size,
       x = d_hole ? V{} : x;
       policy_holes |= z_hole & ~r_hole;
       reference_holes |= r_hole & ~z_hole;
+    } else {
+      highest = maximum(highest, maximum(maximum(log_z, log_r), log_d));
+      lowest = minimum(lowest, minimum(z, r));
     }
     policy_weight += w_z;
     policy_log += w_z * log_z;
@@ -112,6 +122,23 @@ LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size,
     reference_log_ratio += w_r * x;
     difference_weight += w_d;
     difference_log += w_d * log_d;
+  };
+  for (int64_t i = 0; i < size; i += kPair<Real>) {
+    V z, r, next_z, next_r;
+    prefetch<kPair<Real> * sizeof(P)>(policy + i);
+    prefetch<kPair<Real> * sizeof(R)>(reference + i);
+    load_pair<kInterleaved<P, R>>(policy + i, z, next_z);
+    load_pair<kInterleaved<P, R>>(reference + i, r, next_r);
+    add(z, r);
+    add(next_z, next_r);
+  }
+  if constexpr (kCareful) {
+    row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
+  } else {
+    // NaN may vanish from `highest` and take what was there along, but shows in the weights as NaN or infinity, or
+    // comes of two -inf.
+    const V weights = policy_weight + reference_weight;
+    if (any((highest > Real(kSlack)) | (lowest < -limit) | (weights - weights != V{}))) return false;
   }
   row.policy_weight += lane_sum(policy_weight);
   row.policy_log += lane_sum(policy_log);
@@ -121,9 +148,7 @@ LIT_DID_INLINE void add_block(const P* policy, const R* reference, int64_t size,
   row.reference_log_ratio += lane_sum(reference_log_ratio);
   row.difference_weight += lane_sum(difference_weight);
   row.difference_log += lane_sum(difference_log);
-  if constexpr (kCareful) {
-    row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
-  }
+  return true;
 }
 
 template <typename Real>
@@ -137,40 +162,53 @@ LIT_DID_INLINE void rebase_to_block(const BlockMaxima<Vector<Real>>& m, Real sca
   }
 }
 
+// Adds one block whatever it holds: its maxima first, then its entries relative to them.
+template <typename Real, typename P, typename R>
+__attribute__((noinline)) void rebase_and_add_block(const P* policy, const R* reference, int64_t size, Real scale,
+                                                    Real limit, RowStatistics<Real, double>& row) {
+  auto m = block_maxima<Real, false>(policy, reference, size, limit);
+  if (!needs_care(m, limit)) {
+    rebase_to_block(m, scale, row);
+    add_block<Real, false>(policy, reference, size, scale, limit, row);
+  } else {
+    m = block_maxima<Real, true>(policy, reference, size, limit);
+    rebase_to_block(m, scale, row);
+    add_block<Real, true>(policy, reference, size, scale, limit, row);
+  }
+}
+
+// Every block is tried with the origins of those before it, which saves a pass for its maxima; the few that hold a
+// much larger logit, or none but infinities, are done again.
 template <typename Real, typename P, typename R>
 void accumulate(const void* policy_row, const void* reference_row, int64_t size, double scale_, void* statistics) {
   const P* policy = static_cast<const P*>(policy_row);
   const R* reference = static_cast<const R*>(reference_row);
   const Real scale = static_cast<Real>(scale_);
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale_);
+  const Real highest_origin = limit * scale - 2 * kSlack;  // so that a block within kSlack of it is below the limit
   RowStatistics<Real, double> row;
-  const int64_t whole = size - size % kLanes<Real>;
-  for (int64_t begin = 0; begin < whole; begin += kBlock) {
-    const int64_t n = whole - begin < kBlock ? whole - begin : kBlock;
-    auto m = block_maxima<Real, false>(policy + begin, reference + begin, n, limit);
-    if (!needs_care(m, limit)) {
-      rebase_to_block(m, scale, row);
-      add_block<Real, false>(policy + begin, reference + begin, n, scale, limit, row);
-    } else {
-      m = block_maxima<Real, true>(policy + begin, reference + begin, n, limit);
-      rebase_to_block(m, scale, row);
-      add_block<Real, true>(policy + begin, reference + begin, n, scale, limit, row);
-    }
+  const int64_t whole = size - size % kPair<Real>;
+  for (int64_t begin = 0; begin < whole; begin += kBlock<Real>) {
+    const int64_t n = whole - begin < kBlock<Real> ? whole - begin : kBlock<Real>;
+    const bool has_origins = row.difference_max > minus_infinity<Real>() && row.policy_max < highest_origin &&
+                             row.reference_max < highest_origin;
+    if (has_origins && add_block<Real, false>(policy + begin, reference + begin, n, scale, limit, row)) continue;
+    rebase_and_add_block(policy + begin, reference + begin, n, scale, limit, row);
   }
   if (whole < size) {
     // The tail, filled up with entries outside the support.
-    alignas(64) Real z[kLanes<Real>], r[kLanes<Real>];
+    alignas(64) Real z[kPair<Real>], r[kPair<Real>];
     bool finite = true;
-    for (int64_t i = 0; i < kLanes<Real>; ++i) {
+    for (int64_t i = 0; i < kPair<Real>; ++i) {
       const bool inside = whole + i < size;
       z[i] = inside ? to_float(policy[whole + i]) : minus_infinity<Real>();
       r[i] = inside ? to_float(reference[whole + i]) : minus_infinity<Real>();
       finite = finite && (!inside || (std::fabs(z[i]) <= limit && std::fabs(r[i]) <= limit));
     }
     const int flags = row.flags;
-    const auto m = block_maxima<Real, true>(z, r, kLanes<Real>, limit);
+    const auto m = block_maxima<Real, true>(z, r, kPair<Real>, limit);
     rebase_to_block(m, scale, row);
-    add_block<Real, true>(z, r, kLanes<Real>, scale, limit, row);
+    add_block<Real, true>(z, r, kPair<Real>, scale, limit, row);
     if (finite) row.flags = flags;
   }
   *static_cast<RowStatistics<Real, double>*>(statistics) = row;
@@ -183,25 +221,31 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
 // Gradient of the two log-probabilities alone: one distribution a side, each side needs only its own logits.
 template <typename Real, typename T>
 LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, Real normalizer, Real coefficient,
-                                     T* grad) {
+                                     T* grad, bool past_caches) {
   using V = Vector<Real>;
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
-  for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    const V z = effective(load(logits + i), limit);
+  const auto gradient = [&](V z) __attribute__((always_inline)) {
+    z = effective(z, limit);
     V p = exp2(V(z * scale - normalizer));
     p = z == minus_infinity<Real>() ? V{} : p;
-    store(grad + i, V(coefficient * p));
+    return V(coefficient * p);
+  };
+  for (int64_t i = 0; i < size; i += kPair<Real>) {
+    V z, next_z;
+    prefetch<kPair<Real> * sizeof(T)>(logits + i);
+    load_pair<kInterleaved<T, T>>(logits + i, z, next_z);
+    store_pair<kInterleaved<T, T>>(grad + i, gradient(z), gradient(next_z), past_caches);
   }
 }
 
 template <typename Real, bool kCareful, bool kPolicy, bool kReference, typename P, typename R>
 LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
-                                  const GradientCoefficients<Real>& c, P* grad_policy, R* grad_reference) {
+                                  const GradientCoefficients<Real>& c, P* grad_policy, R* grad_reference,
+                                  bool past_caches) {
   using V = Vector<Real>;
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
-  for (int64_t i = 0; i < size; i += kLanes<Real>) {
-    V z = load(policy + i);
-    V r = load(reference + i);
+  // Overwrites both logits with their gradients.
+  const auto gradient = [&](V& z, V& r) __attribute__((always_inline)) {
     if constexpr (kCareful) {
       z = effective(z, limit);
       r = effective(r, limit);
@@ -227,55 +271,68 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
       x = d_hole ? V{} : x;
     }
     const V from_q = q * (c.q_0 + c.q_1 * log_q);
-    if constexpr (kPolicy) {
-      store(grad_policy + i, V(pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho));
-    }
-    if constexpr (kReference) {
-      store(grad_reference + i,
-            V(rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi));
-    }
+    if constexpr (kPolicy) z = pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho;
+    if constexpr (kReference) r = rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi;
+  };
+  constexpr bool interleaved = kInterleaved<P, R>;
+  for (int64_t i = 0; i < size; i += kPair<Real>) {
+    V z, r, next_z, next_r;
+    prefetch<kPair<Real> * sizeof(P)>(policy + i);
+    prefetch<kPair<Real> * sizeof(R)>(reference + i);
+    load_pair<interleaved>(policy + i, z, next_z);
+    load_pair<interleaved>(reference + i, r, next_r);
+    gradient(z, r);
+    gradient(next_z, next_r);
+    if constexpr (kPolicy) store_pair<interleaved>(grad_policy + i, z, next_z, past_caches);
+    if constexpr (kReference) store_pair<interleaved>(grad_reference + i, r, next_r, past_caches);
   }
 }
 
 template <typename Real, typename P, typename R>
 LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
-                                  const GradientCoefficients<Real>& c, bool careful, P* grad_policy,
-                                  R* grad_reference) {
+                                  const GradientCoefficients<Real>& c, bool careful, P* grad_policy, R* grad_reference,
+                                  bool past_caches) {
+  const auto run = [&](auto kCareful, auto kPolicy, auto kReference) __attribute__((always_inline)) {
+    full_gradient<Real, kCareful, kPolicy, kReference>(policy, reference, size, scale, c, grad_policy, grad_reference,
+                                                       past_caches);
+  };
+  const std::true_type yes;
+  const std::false_type no;
   if (careful) {
     if (grad_policy && grad_reference)
-      full_gradient<Real, true, true, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(yes, yes, yes);
     else if (grad_policy)
-      full_gradient<Real, true, true, false>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(yes, yes, no);
     else
-      full_gradient<Real, true, false, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(yes, no, yes);
   } else {
     if (grad_policy && grad_reference)
-      full_gradient<Real, false, true, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(no, yes, yes);
     else if (grad_policy)
-      full_gradient<Real, false, true, false>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(no, yes, no);
     else
-      full_gradient<Real, false, false, true>(policy, reference, size, scale, c, grad_policy, grad_reference);
+      run(no, no, yes);
   }
 }
 
-// Up to one vector of entries through buffers of `Real`, filled up with entries outside the support; adds the
+// Up to one pair of vectors through buffers of `Real`, filled up with entries outside the support; adds the
 // label's term in full precision before rounding. `label` counts from the first entry, -1 for none.
 template <typename Real, typename P, typename R>
 LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, int64_t size, int64_t label, Real scale,
                                          const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
                                          R* grad_reference) {
-  constexpr int64_t n = kLanes<Real>;
+  constexpr int64_t n = kPair<Real>;
   alignas(64) Real z[n], r[n], grad_z[n] = {}, grad_r[n] = {};
   for (int64_t i = 0; i < n; ++i) {
     z[i] = i < size && policy ? Real(to_float(policy[i])) : minus_infinity<Real>();
     r[i] = i < size && reference ? Real(to_float(reference[i])) : minus_infinity<Real>();
   }
   if (logprobs_only) {
-    if (grad_policy) logprob_gradient(z, n, scale, c.policy_origin, c.pi_0, grad_z);
-    if (grad_reference) logprob_gradient(r, n, scale, c.reference_origin, c.rho_0, grad_r);
+    if (grad_policy) logprob_gradient(z, n, scale, c.policy_origin, c.pi_0, grad_z, false);
+    if (grad_reference) logprob_gradient(r, n, scale, c.reference_origin, c.rho_0, grad_r, false);
   } else {
     full_gradient<Real, Real, Real>(z, r, n, scale, c, true, grad_policy ? grad_z : nullptr,
-                                    grad_reference ? grad_r : nullptr);
+                                    grad_reference ? grad_r : nullptr, false);
   }
   if (label >= 0) {
     grad_z[label] += c.policy_label;
@@ -289,26 +346,31 @@ LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, in
 
 template <typename Real, typename P, typename R>
 void gradient(const void* policy_row, const void* reference_row, int64_t size, int64_t label, double scale_,
-              const void* coefficients, bool logprobs_only, void* grad_policy_row, void* grad_reference_row) {
+              const void* coefficients, bool logprobs_only, bool large, void* grad_policy_row,
+              void* grad_reference_row) {
   const P* policy = static_cast<const P*>(policy_row);
   const R* reference = static_cast<const R*>(reference_row);
   P* grad_policy = static_cast<P*>(grad_policy_row);
   R* grad_reference = static_cast<R*>(grad_reference_row);
   const Real scale = static_cast<Real>(scale_);
   const auto& c = *static_cast<const GradientCoefficients<Real>*>(coefficients);
-  constexpr int64_t lanes = kLanes<Real>;
+  constexpr int64_t pair = kPair<Real>;
+  const auto aligned = [](const void* row) { return reinterpret_cast<uintptr_t>(row) % sizeof(Vector<Real>) == 0; };
+  const bool past_caches = large && aligned(grad_policy) && aligned(grad_reference);
 
   const auto at = [](auto* row, int64_t i) { return row ? row + i : row; };
   const auto whole_vectors = [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     if (!logprobs_only) {
       full_gradient<Real, P, R>(policy + begin, reference + begin, end - begin, scale, c, c.careful,
-                                at(grad_policy, begin), at(grad_reference, begin));
+                                at(grad_policy, begin), at(grad_reference, begin), past_caches);
       return;
     }
-    if (grad_policy) logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin);
+    if (grad_policy)
+      logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin, past_caches);
     if (grad_reference)
-      logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, grad_reference + begin);
+      logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, grad_reference + begin,
+                       past_caches);
   };
   const auto few_entries = [&](int64_t begin, int64_t n) {
     const bool has_label = label >= begin && label < begin + n;
@@ -316,16 +378,17 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
                                      c, logprobs_only, at(grad_policy, begin), at(grad_reference, begin));
   };
 
-  const int64_t whole = size - size % lanes;
+  const int64_t whole = size - size % pair;
   if (label >= 0 && label < whole) {
-    const int64_t begin = label - label % lanes;
+    const int64_t begin = label - label % pair;
     whole_vectors(0, begin);
-    few_entries(begin, lanes);
-    whole_vectors(begin + lanes, whole);
+    few_entries(begin, pair);
+    whole_vectors(begin + pair, whole);
   } else {
     whole_vectors(0, whole);
   }
   if (whole < size) few_entries(whole, size - whole);
+  if (past_caches) finish_stores();
 }
 
 }  // namespace

@@ -3,10 +3,17 @@
 // Computes   eight statistics a row of two [V] logits rows, and the gradient of all of them.
 // Reads      both rows once from memory, forward and backward; ignored rows not at all.
 // Keeps      four numbers a row; never anything of size [rows, V] but the gradient itself.
-// Threads    over rows, or over the splits of rows when rows are fewer than threads. A row's bits depend on V alone.
+// Threads    take a row at a time (backward: a split of a row) until none is left, so that ignored rows, wherever they
+//            lie, leave no thread idle; with few rows they share the splits of each. A row's bits depend on V alone.
 #include "../token_statistics.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
 
 #include "dispatch.h"
 
@@ -69,6 +76,15 @@ void check_label(int64_t label, int64_t vocabulary, int64_t row, int64_t ignore_
                     ") or `ignore_index` (", ignore_index, "), but got ", label, " at row ", row, ".");
 }
 
+// Calls `work(task)` for each of [0, count), once each, from every thread; whoever is free takes the next.
+template <typename Work>
+void share(int64_t count, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task);
+  });
+}
+
 template <typename Real>
 void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
              int64_t ignore_index, double temperature, const std::array<at::Tensor, kNumStatistics>& outputs,
@@ -81,7 +97,7 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
   const int64_t num_rows = labels.numel();
   const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
   const Real scale = static_cast<Real>(kLog2e / temperature);
-  const double limit = kLargestLogit * temperature;
+  const double limit = static_cast<Real>(kLargestLogit * kLog2e / scale);  // as the row kernels have it
   const int64_t* label = labels.const_data_ptr<int64_t>();
   RowNormalizers* normalizer = reinterpret_cast<RowNormalizers*>(normalizers.data_ptr<double>());
   std::array<Real*, kNumStatistics> output;
@@ -106,22 +122,21 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
     for (int i = 0; i < kNumStatistics; ++i) output[i][row] = values[i];
   };
 
-  if (num_splits == 1 || num_rows >= 4 * at::get_num_threads()) {
-    at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (label[row] == ignore_index) continue;
-        RowStatistics<Real, double> statistics = split(row, 0);
-        for (int64_t i = 1; i < num_splits; ++i) statistics.merge(split(row, i));
-        finish(row, statistics);
-      }
+  constexpr size_t kLargestPartial = 1 << 18;  // bytes, so that memory does not grow with the number of threads
+  const bool few_rows = num_rows < 4 * at::get_num_threads();
+  if (num_splits == 1 || !few_rows || num_rows * num_splits * sizeof(RowStatistics<Real, double>) > kLargestPartial) {
+    share(num_rows, [&](int64_t row) {
+      if (label[row] == ignore_index) return;
+      RowStatistics<Real, double> statistics = split(row, 0);
+      for (int64_t i = 1; i < num_splits; ++i) statistics.merge(split(row, i));
+      finish(row, statistics);
     });
     return;
   }
   // Few rows: share each row's splits, then merge them in the same order.
   std::vector<RowStatistics<Real, double>> partial(num_rows * num_splits);
-  at::parallel_for(0, num_rows * num_splits, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      if (label[task / num_splits] != ignore_index) partial[task] = split(task / num_splits, task % num_splits);
+  share(num_rows * num_splits, [&](int64_t task) {
+    if (label[task / num_splits] != ignore_index) partial[task] = split(task / num_splits, task % num_splits);
   });
   for (int64_t row = 0; row < num_rows; ++row) {
     if (label[row] == ignore_index) continue;
@@ -148,12 +163,44 @@ void fill_row(char* row, int64_t size, ScalarKind kind, bool nan) {
   }
 }
 
+constexpr size_t kLargeGradient = 1 << 25;  // bytes: more than caches hold
+
+// Where one side's gradient goes: an undefined tensor if that side needs none.
+struct Gradient {
+  at::Tensor tensor;
+  bool is_zero = false;  // already, everywhere
+};
+
+// Memory for a gradient. First touching large new memory in small pages takes as long as the gradient itself. On Linux
+// it is therefore mapped here, in huge pages where the system grants them; it comes as zeros, so that the rows of
+// ignored labels are neither written nor ever touched.
+Gradient new_gradient(const at::Tensor& logits) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 1 << 21;
+  if (logits.nbytes() >= kLargeGradient) {
+    const size_t bytes = logits.nbytes() + kHugePage;
+    void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory != MAP_FAILED) {
+      const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+      madvise(reinterpret_cast<void*>(begin), logits.nbytes(), MADV_HUGEPAGE);  // a hint
+      return {at::for_blob(reinterpret_cast<void*>(begin), logits.sizes())
+                  .deleter([=](void*) { munmap(memory, bytes); })
+                  .options(logits.options())
+                  .resizeable_storage()
+                  .allocator(c10::GetCPUAllocator())
+                  .make_tensor(),
+              true};
+    }
+  }
+#endif
+  return {at::empty(logits.sizes(), logits.options(), at::MemoryFormat::Contiguous)};
+}
+
 template <typename Real>
 void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Tensor& policy_logits,
               const at::Tensor& reference_logits, const at::Tensor& labels,
               const std::array<at::Tensor, kNumStatistics>& statistics, const at::Tensor& normalizers,
-              int64_t ignore_index, double temperature, bool policy_needs_grad, bool reference_needs_grad,
-              const at::Tensor& grad_policy, const at::Tensor& grad_reference) {
+              int64_t ignore_index, double temperature, const Gradient& grad_policy, const Gradient& grad_reference) {
   const Rows policy(policy_logits), reference(reference_logits);
   const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
   const GradientFn gradient = cpu::rows().gradient[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
@@ -175,30 +222,51 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
     return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
   };
 
-  const Rows to_policy_rows(policy_needs_grad ? grad_policy : policy_logits);
-  const Rows to_reference_rows(reference_needs_grad ? grad_reference : reference_logits);
-  at::parallel_for(0, labels.numel(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      char* to_policy = policy_needs_grad ? to_policy_rows.row(row) : nullptr;
-      char* to_reference = reference_needs_grad ? to_reference_rows.row(row) : nullptr;
-      const bool invalid = std::isnan(normalizer[row].policy);
-      if (label[row] == ignore_index || invalid) {
-        if (to_policy) fill_row(to_policy, vocabulary, policy_kind, label[row] != ignore_index);
-        if (to_reference) fill_row(to_reference, vocabulary, reference_kind, label[row] != ignore_index);
-        continue;
-      }
-      const GradientCoefficients<Real> coefficients =
-          gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], temperature);
-      gradient(policy.row(row), reference.row(row), vocabulary, label[row], scale, &coefficients, logprobs_only,
-               to_policy, to_reference);
+  const bool to_policy = grad_policy.tensor.defined(), to_reference = grad_reference.tensor.defined();
+  const Rows policy_grad(to_policy ? grad_policy.tensor : policy_logits);
+  const Rows reference_grad(to_reference ? grad_reference.tensor : reference_logits);
+  const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
+  const auto in_new_memory = [](const at::Tensor& to, const at::Tensor& from) {
+    return to.const_data_ptr() != from.const_data_ptr() && to.nbytes() >= kLargeGradient;
+  };
+  const bool large = to_policy ? in_new_memory(grad_policy.tensor, policy_logits)
+                               : in_new_memory(grad_reference.tensor, reference_logits);
+  share(labels.numel() * num_splits, [&](int64_t task) {
+    const int64_t row = task / num_splits, begin = task % num_splits * kSplit;
+    const int64_t size = std::min(kSplit, vocabulary - begin);
+    char* policy_at = to_policy ? policy_grad.at(row, begin) : nullptr;
+    char* reference_at = to_reference ? reference_grad.at(row, begin) : nullptr;
+    const bool ignored = label[row] == ignore_index;
+    if (ignored || std::isnan(normalizer[row].policy)) {
+      if (to_policy && !(ignored && grad_policy.is_zero)) fill_row(policy_at, size, policy_kind, !ignored);
+      if (to_reference && !(ignored && grad_reference.is_zero)) fill_row(reference_at, size, reference_kind, !ignored);
+      return;
     }
+    const GradientCoefficients<Real> coefficients =
+        gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], temperature);
+    gradient(policy.at(row, begin), reference.at(row, begin), size, label[row] - begin, scale, &coefficients,
+             logprobs_only, large, policy_at, reference_at);
   });
+}
+
+// Checks what both backwards take, and writes the gradients. A gradient may be its side's logits: an entry is read
+// before it is written.
+void write_gradients(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& policy_logits,
+                     const at::Tensor& reference_logits, const at::Tensor& labels, at::TensorList statistics,
+                     const at::Tensor& normalizers, int64_t ignore_index, double temperature,
+                     const Gradient& grad_policy, const Gradient& grad_reference) {
+  const BackwardTensors t = check_backward_arguments(grads, labels, statistics, normalizers);
+  if (!grad_policy.tensor.defined() && !grad_reference.tensor.defined()) return;
+  const auto write = statistics_dtype(policy_logits) == at::kDouble ? backward<double> : backward<float>;
+  write(t.grads, policy_logits, reference_logits, t.labels, t.statistics, t.normalizers, ignore_index, temperature,
+        grad_policy, grad_reference);
 }
 
 }  // namespace
 
 TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
-                                  const at::Tensor& labels_, int64_t ignore_index, double temperature) {
+                                  const at::Tensor& labels_, int64_t ignore_index, double temperature,
+                                  bool /*inplace_backward*/) {
   check_token_arguments(policy_logits, reference_logits, labels_, temperature);
   const at::Tensor labels = labels_.contiguous();
   const auto options = policy_logits.options().dtype(statistics_dtype(policy_logits));
@@ -214,48 +282,32 @@ TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Ten
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], normalizers};
 }
 
-std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads_,
+std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,
                                                                  const at::Tensor& policy_logits,
                                                                  const at::Tensor& reference_logits,
-                                                                 const at::Tensor& labels_, at::TensorList statistics_,
+                                                                 const at::Tensor& labels, at::TensorList statistics,
                                                                  const at::Tensor& normalizers, int64_t ignore_index,
                                                                  double temperature, bool policy_needs_grad,
                                                                  bool reference_needs_grad) {
-  check_token_arguments(policy_logits, reference_logits, labels_, temperature);
-  TORCH_CHECK_VALUE(grads_.size() == kNumStatistics && statistics_.size() == kNumStatistics, "Expected ",
-                    kNumStatistics, " gradients and statistics, but got ", grads_.size(), " and ", statistics_.size(),
-                    ".");
-  const at::Tensor labels = labels_.contiguous();
-  const auto check_sizes = [](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "Expected `", name, "` to have shape ", sizes, ", but got ",
-                      tensor.sizes(), ".");
-  };
-  std::array<at::Tensor, kNumStatistics> grads, statistics;
-  for (int i = 0; i < kNumStatistics; ++i) {
-    const std::optional<at::Tensor> grad = grads_.get(i);
-    if (grad.has_value() && grad->defined()) {
-      check_sizes("grads", *grad, labels.sizes());
-      grads[i] = grad->contiguous();
-    }
-    check_sizes("statistics", statistics_[i], labels.sizes());
-    statistics[i] = statistics_[i].contiguous();
-  }
-  auto normalizer_sizes = labels.sizes().vec();
-  normalizer_sizes.push_back(kNumNormalizers);
-  check_sizes("normalizers", normalizers, normalizer_sizes);
-  const auto output = [](const at::Tensor& logits, bool needed) {
-    return at::empty(needed ? logits.sizes() : at::IntArrayRef{0}, logits.options(), at::MemoryFormat::Contiguous);
-  };
-  const at::Tensor grad_policy = output(policy_logits, policy_needs_grad);
-  const at::Tensor grad_reference = output(reference_logits, reference_needs_grad);
-  if (!policy_needs_grad && !reference_needs_grad) return {grad_policy, grad_reference};
-  if (statistics_dtype(policy_logits) == at::kDouble)
-    backward<double>(grads, policy_logits, reference_logits, labels, statistics, normalizers.contiguous(), ignore_index,
-                     temperature, policy_needs_grad, reference_needs_grad, grad_policy, grad_reference);
-  else
-    backward<float>(grads, policy_logits, reference_logits, labels, statistics, normalizers.contiguous(), ignore_index,
-                    temperature, policy_needs_grad, reference_needs_grad, grad_policy, grad_reference);
-  return {grad_policy, grad_reference};
+  check_token_arguments(policy_logits, reference_logits, labels, temperature);
+  const Gradient grad_policy = policy_needs_grad ? new_gradient(policy_logits) : Gradient{};
+  const Gradient grad_reference = reference_needs_grad ? new_gradient(reference_logits) : Gradient{};
+  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature,
+                  grad_policy, grad_reference);
+  return {policy_needs_grad ? grad_policy.tensor : at::empty({0}, policy_logits.options()),
+          reference_needs_grad ? grad_reference.tensor : at::empty({0}, reference_logits.options())};
+}
+
+void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Tensor>>& grads,
+                                           const at::Tensor& policy_logits, const at::Tensor& reference_logits,
+                                           const at::Tensor& labels, at::TensorList statistics,
+                                           const at::Tensor& normalizers, int64_t ignore_index, double temperature,
+                                           bool policy_needs_grad, bool reference_needs_grad) {
+  check_token_arguments(policy_logits, reference_logits, labels, temperature);
+  claim_logits(policy_logits, reference_logits, policy_needs_grad, reference_needs_grad);
+  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature,
+                  policy_needs_grad ? Gradient{policy_logits} : Gradient{},
+                  reference_needs_grad ? Gradient{reference_logits} : Gradient{});
 }
 
 namespace cpu {

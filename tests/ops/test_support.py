@@ -22,6 +22,7 @@ PLACES = {
     "a-short-row": (5, [0, 3]),
     "vectors-and-tail": (530, [0, 1, 17, 200, 511, 512, 529]),
     "the-first-block": (1100, range(512)),
+    "a-later-block": (3000, [2100]),
     "all-but-two": (1100, [i for i in range(1100) if i not in (600, 1099)]),
     "the-whole-tail": (530, [*range(528, 530)]),
     "two-splits": (2 * SPLIT + 5, [7, SPLIT - 1, SPLIT, 2 * SPLIT, 2 * SPLIT + 4]),
@@ -285,12 +286,13 @@ def test_moderate_mask_on_both_sides_is_an_entry(dtype, backend):
 @pytest.mark.parametrize("mask", [-1e9, -1e30, -1e37, torch.finfo(torch.bfloat16).min])
 @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_large_mask_is_minus_infinity(dtype, sides, mask, backend):
+@pytest.mark.parametrize("place", ["vectors-and-tail", "a-later-block"])
+def test_large_mask_is_minus_infinity(place, dtype, sides, mask, backend):
     """Beyond 1e6 a logit counts as infinite, on either side: equal to the bit to -inf in its place."""
     results = []
     for value in (mask, -torch.inf):
         fill = [value if side else 0.5 for side in sides]
-        results.append(call(*rows_with("vectors-and-tail", dtype, *fill)[:3], backend, UPSTREAM))
+        results.append(call(*rows_with(place, dtype, *fill)[:3], backend, UPSTREAM))
     (masked, *masked_grads), (infinite, *infinite_grads) = results
     for name in FIELDS:
         assert torch.equal(masked[name].nan_to_num(nan=7e7), infinite[name].nan_to_num(nan=7e7)), name
@@ -299,7 +301,16 @@ def test_large_mask_is_minus_infinity(dtype, sides, mask, backend):
 
 
 @with_backends
-def test_huge_positive_logit_is_plus_infinity(backend):
-    policy, reference, labels, _ = rows_with("vectors-and-tail", "f32", 2e6, 0.5)
+@pytest.mark.parametrize("place", ["vectors-and-tail", "a-later-block"])
+def test_huge_positive_logit_is_plus_infinity(place, backend):
+    policy, reference, labels, _ = rows_with(place, "f32", 2e6, 0.5)
     values, *_ = call(policy, reference, labels, backend, UPSTREAM)
     assert all(values[name][1].isnan() for name in FIELDS)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_label_at_the_limit_counts_as_the_entries_do(sign):
+    """Where rounding to float32 decides whether a logit is finite, its log-probability agrees with the row."""
+    policy = torch.full((1, 20), 690000.0625) * sign
+    statistics = token_statistics(policy, torch.zeros(1, 20), torch.tensor([3]), temperature=0.69, backend="fused")
+    assert statistics.policy_logprob.isfinite() == statistics.policy_entropy.isfinite()

@@ -169,6 +169,25 @@ def test_far_apart(backend):
     check(policy * 30, reference.flip(-1) * 30, labels, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("order", ["rising", "falling", "steps"])
+def test_sorted_logits(order, dtype, backend):
+    """Every block's maxima above those before it, below, or by a little more at each: where sums change origins."""
+    policy, reference, labels = random_logits(3, 6000, DTYPES[dtype], DTYPES[dtype])
+    if order == "steps":
+        block = torch.arange(6000) // 256
+        policy, reference = (
+            x.clamp(-9, 9) + (block * step).to(x.dtype) for x, step in ((policy, 1.7), (reference, 0.6))
+        )
+    else:
+        by_policy = policy[0].argsort(descending=order == "falling")
+        policy, reference = policy[:, by_policy], reference[:, by_policy]
+        policy[1], reference[1] = policy[1].sort(descending=order == "falling").values, reference[1]
+        policy[2], reference[2] = policy[2], reference[2].sort(descending=order == "falling").values
+    check(policy, reference, labels, backend)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Ignored rows
 # ----------------------------------------------------------------------------------------------------------
