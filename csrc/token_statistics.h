@@ -9,15 +9,19 @@
 #include <tuple>
 #include <vector>
 
+#include "row_statistics.h"
+
 namespace lit_did {
 
 // Eight statistics and the normalizers [..., 4] that the backward reads.
 using TokenTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                 at::Tensor, at::Tensor>;
 
-// policy_logits, reference_logits [..., V], contiguous in V; labels [...] int64.
+// policy_logits, reference_logits [..., V], contiguous in V; labels [...] int64. `inplace_backward` is for autograd,
+// which keeps it for the backward; the forward does the same either way.
 TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
-                                  const at::Tensor& labels, int64_t ignore_index, double temperature);
+                                  const at::Tensor& labels, int64_t ignore_index, double temperature,
+                                  bool inplace_backward);
 
 // grads, statistics: eight tensors [...], an absent gradient for a statistic that was not used. Returns the
 // gradients in the logits' dtypes; an empty tensor for a side that needs none.
@@ -29,9 +33,31 @@ std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List
                                                                  double temperature, bool policy_needs_grad,
                                                                  bool reference_needs_grad);
 
+// The same gradients, bit for bit, each written over its side's logits; a side that needs none is left alone.
+void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Tensor>>& grads,
+                                           const at::Tensor& policy_logits, const at::Tensor& reference_logits,
+                                           const at::Tensor& labels, at::TensorList statistics,
+                                           const at::Tensor& normalizers, int64_t ignore_index, double temperature,
+                                           bool policy_needs_grad, bool reference_needs_grad);
+
 // What both devices demand of their input. Raises ValueError or TypeError with the argument's name.
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature);
+
+// What the backward reads besides the logits: contiguous; an undefined gradient for a statistic that was not used.
+struct BackwardTensors {
+  std::array<at::Tensor, kNumStatistics> grads, statistics;
+  at::Tensor labels, normalizers;
+};
+
+// Raises ValueError with the argument's name where numbers or shapes do not fit.
+BackwardTensors check_backward_arguments(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& labels,
+                                         at::TensorList statistics, const at::Tensor& normalizers);
+
+// For the backward in place, before anything is written: each logit to be written must be the only one at its
+// address, else ValueError. Bumps the written logits' versions, so that autograd refuses other uses of their values.
+void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_logits, bool write_policy,
+                  bool write_reference);
 
 // The dtype of the statistics: float64 for float64 logits, otherwise float32.
 at::ScalarType statistics_dtype(const at::Tensor& logits);

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -58,8 +56,40 @@ def check_token_arguments(
         raise TypeError(f"Expected `ignore_index` to be an integer, but got {ignore_index!r}.")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"Expected `temperature` to be a number, but got {temperature!r}.")
-    if not 0 < temperature <= sys.float_info.max:  # a SymFloat of torch.compile has no isfinite
-        raise ValueError(f"Expected `temperature` to be a finite number above 0, but got {temperature}.")
+    if not 1e-30 <= temperature <= 1e30:  # float32 holds its inverse, and the logits that count as infinite
+        raise ValueError(f"Expected `temperature` to be in [1e-30, 1e30], but got {temperature}.")
+
+
+def check_inplace_backward(inplace_backward: bool, backend: str) -> None:
+    """Checks the switch against the backend that the caller chose.
+
+    Raises:
+        TypeError: `inplace_backward` is not a bool.
+        ValueError: It is True with `backend="reference"`, which cannot honour it.
+    """
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"Expected `inplace_backward` to be a bool, but got {inplace_backward!r}.")
+    if inplace_backward and backend == "reference":
+        raise ValueError(
+            "Expected `inplace_backward` to be False with `backend='reference'`, which is plain torch and cannot write "
+            "gradients over the logits, but got True."
+        )
+
+
+def check_not_leaves(policy_logits: Tensor, reference_logits: Tensor) -> None:
+    """Checks that a backward in place would not overwrite a parameter, or another tensor that keeps its gradient.
+
+    Raises:
+        ValueError: Logits that require a gradient are a leaf of the graph or a view of one.
+    """
+    for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
+        owners = (logits,) if logits._base is None else (logits, logits._base)
+        if logits.requires_grad and torch.is_grad_enabled() and any(owner.is_leaf for owner in owners):
+            raise ValueError(
+                f"Expected `{name}` not to be a leaf that requires a gradient, nor a view of one, with "
+                "`inplace_backward=True`: its values would be overwritten by its gradient. "
+                f"Pass `{name}.clone()`, or `inplace_backward=False`."
+            )
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

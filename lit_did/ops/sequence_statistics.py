@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from lit_did.ops.checks import check_cu_seqlens, check_token_arguments
-from lit_did.ops.statistics import SequenceStatistics
+from lit_did.ops.extension import EXTENSION, choose_backend
+from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 from lit_did.ops.token_statistics import token_statistics
+
+if EXTENSION.module is not None:
+    from lit_did.ops import fused
 
 
 def sequence_statistics(
@@ -21,6 +25,7 @@ def sequence_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     backend: str = "auto",
+    inplace_backward: bool = False,
 ) -> SequenceStatistics:
     """Log-ratio rewards, DID statistics, entropies and divergences of every sequence.
 
@@ -30,7 +35,7 @@ def sequence_statistics(
         labels: [..., T], or [tokens]: the token that each position's logits predict.
         cu_seqlens: [sequences + 1] int32 or int64: sequence i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]. Without
             it the last dimension of `labels` is one sequence.
-        ignore_index, temperature, backend: As in `token_statistics`.
+        ignore_index, temperature, backend, inplace_backward: As in `token_statistics`.
 
     Returns:
         SequenceStatistics: tensors [...] (or [sequences]) of sums and means over labelled tokens, in nats.
@@ -56,11 +61,28 @@ def sequence_statistics(
     elif labels.dim() < 1:
         raise ValueError("Expected `labels` to have shape [..., T], but got ().")
     tokens = token_statistics(
-        policy_logits, reference_logits, labels, ignore_index=ignore_index, temperature=temperature, backend=backend
+        policy_logits,
+        reference_logits,
+        labels,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+        inplace_backward=inplace_backward,
     )
-    total = _total_over_sequences(cu_seqlens, labels.shape[-1])
     # long: against a narrow dtype, an `ignore_index` out of its range would wrap round and meet a label.
-    num_tokens = total((labels.long() != ignore_index).to(torch.float64))
+    labels = labels.long()
+    offsets = None if cu_seqlens is None else cu_seqlens.long()
+    if choose_backend(backend, policy_logits.device) == "fused":
+        return fused.sequence_reduction(tokens, labels, offsets, ignore_index)
+    return _reference_reduction(tokens, labels, offsets, ignore_index)
+
+
+def _reference_reduction(
+    tokens: TokenStatistics, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
+) -> SequenceStatistics:
+    """The specification of the fused reduction, in plain torch."""
+    total = _total_over_sequences(cu_seqlens, labels.shape[-1])
+    num_tokens = total((labels != ignore_index).to(torch.float64))
     dtype = tokens.policy_logprob.dtype
 
     def summed(values: Tensor) -> Tensor:
@@ -87,6 +109,5 @@ def _total_over_sequences(cu_seqlens: Tensor | None, tokens: int) -> Callable[[T
     """The sum over each sequence. Ignored tokens count nothing: their statistics are 0."""
     if cu_seqlens is None:
         return lambda values: values.sum(-1)
-    offsets = cu_seqlens.long()
-    sequence = torch.searchsorted(offsets[1:], torch.arange(tokens, device=offsets.device), right=True)
-    return lambda values: values.new_zeros(offsets.shape[0] - 1).index_add(0, sequence, values)
+    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=cu_seqlens.device), right=True)
+    return lambda values: values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_did.ops import reference
-from lit_did.ops.checks import check_labels, check_token_arguments
+from lit_did.ops.checks import check_inplace_backward, check_labels, check_token_arguments
 from lit_did.ops.extension import EXTENSION, choose_backend
 from lit_did.ops.statistics import TokenStatistics
 
@@ -30,6 +30,7 @@ def token_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     backend: str = "auto",
+    inplace_backward: bool = False,
 ) -> TokenStatistics:
     """Statistics of every token of a policy and its reference (arXiv 2505.23761, per token).
 
@@ -41,16 +42,32 @@ def token_statistics(
         ignore_index: Rows with this label are not read; they return 0 and get a gradient of 0.
         temperature: Both logits are divided by it.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused where it serves, else the reference.
+        inplace_backward: Give the logits up: the backward writes each gradient over its logits instead of into new
+            memory. See below.
 
     Returns:
         TokenStatistics: eight tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
         number of times with the reference) in both logits. No rows give empty tensors. Infinite and NaN logits: see
         `lit_did.ops.reference`.
 
+    With `inplace_backward=True` the backward allocates nothing of size [..., V]: one such tensor less for each side
+    that requires a gradient, and the time to touch its memory first. In exchange those logits hold their gradients
+    after the backward. Whatever else in the graph kept their values (the backward of a final tanh or softmax, another
+    loss, a second backward) then raises autograd's error for variables "modified by an inplace operation"; code that
+    reads them outside the graph, after the backward, reads gradients. Values and gradients are the same, bit for bit.
+    - Only the logits that the kernel itself reads are written: where this function copies first (one side float64 and
+      the other not, or a last dimension that is not contiguous) the copy is, and the caller's logits stay.
+    - Logits that require no gradient, or under `torch.no_grad`, are left alone.
+    - The ordinary backward runs instead under `torch.compile`, which plans the memory itself; with `create_graph=True`;
+      and within hooks on saved tensors (activation checkpointing or offloading), where autograd does not check for
+      overwritten values. So it does where "auto" chooses the reference.
+
     Raises:
         TypeError: An argument has a type or dtype that is not served.
         ValueError: Shapes or devices do not fit, a label is out of range (checked on the CPU and by the reference),
-            `temperature` is not above 0, or `backend` is unknown.
+            `temperature` is not in [1e-30, 1e30], or `backend` is unknown. With `inplace_backward=True`: `backend` is
+            "reference"; logits that require a gradient are a leaf or a view of one; or, from the backward, they have
+            rows that overlap (expanded) or share memory with the other side.
         RuntimeError: `backend="fused"` where it does not serve the device.
 
     Example:
@@ -64,13 +81,16 @@ def token_statistics(
         tensor([0.8324, 0.0000])
     """
     check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)
+    check_inplace_backward(inplace_backward, backend)
     chosen = choose_backend(backend, policy_logits.device)
     double = torch.float64 in (policy_logits.dtype, reference_logits.dtype)
     labels = labels.long()
     if double:
         policy_logits, reference_logits = policy_logits.double(), reference_logits.double()
     if chosen == "fused":
-        return fused.token_statistics(policy_logits, reference_logits, labels, ignore_index, temperature)
+        return fused.token_statistics(
+            policy_logits, reference_logits, labels, ignore_index, temperature, inplace_backward
+        )
     if not torch.compiler.is_compiling():
         check_labels(labels, policy_logits.shape[-1], ignore_index)
     if not double:
