@@ -1,0 +1,243 @@
+// The backward: the gradient of a function of the eight statistics, in the logits of either side or both.
+//
+// Computes   what row_statistics.h says below GradientCoefficients, entry by entry.
+// Reads      the rows once (of the log-probabilities' gradient alone: one side's row for that side's gradient).
+// Writes     the gradient once, where the logits lie if the caller gave them up; 0 for a row whose label is ignored.
+// Threads    one block a stretch of a row, a chunk a thread at a time; chunks begin where the gradient's memory lies on
+//            a 16-byte boundary. No entry depends on another, so neither do the bits on any of this.
+#pragma once
+
+#include "entries.cuh"
+
+namespace lit_did::cuda {
+
+constexpr int kBackwardThreads = 256;
+// Blocks that the registers of a multiprocessor hold.
+template <typename Real>
+constexpr int kBackwardBlocks = sizeof(Real) == 4 ? 3 : 2;
+// Entries that a block takes: enough to pay for the coefficients, which its first thread works out.
+constexpr int kBackwardStretch = kEntriesABlock;
+
+// A side's row in one block's stretch: `size` entries from here, chunks counted from the first.
+template <typename T>
+struct Stretch {
+  const T* logits;
+  T* grad;              // null where this side needs none
+  int logits_past;      // bytes of a chunk's address past a 16-byte boundary
+  bool entry_by_entry;  // the words around a chunk may be written meanwhile
+};
+
+// Where chunks begin relative to the stretch's first entry, so that those of `grad` lie on 16-byte boundaries:
+// -kEntries < offset <= 0. A stretch is a whole number of chunks long, so that this holds for every stretch of the row.
+template <typename T, int kEntries>
+__device__ __forceinline__ int chunk_offset(const T* grad) {
+  const int past = bytes_past_boundary(grad) / static_cast<int>(sizeof(T));
+  // Where an entry is wider than the other side's, a chunk is several times 16 bytes: any of them will do.
+  return -(past % kEntries);
+}
+
+template <typename T>
+__device__ __forceinline__ Stretch<T> stretch_of(const Logits& logits, const Logits& grad, int64_t row, int64_t begin,
+                                                 int offset) {
+  Stretch<T> s;
+  s.logits = row_of<const T>(logits, row) + begin;
+  s.grad = grad.data ? row_of<T>(grad, row) + begin : nullptr;
+  s.logits_past = bytes_past_boundary(s.logits + offset);
+  s.entry_by_entry = grad.data == logits.data;
+  return s;
+}
+
+template <typename T, int kEntries>
+__device__ __forceinline__ Chunk<T, kEntries> load_chunk(const Stretch<T>& s, int begin, int size) {
+  if (s.logits_past != 0 && s.entry_by_entry) return load_entries<T, kEntries>(s.logits, begin, size);
+  return load_chunk<T, kEntries, false, false>(s.logits, begin, size, s.logits_past);
+}
+
+template <typename Real, bool kCareful, typename P, typename R, int kEntries>
+__device__ __forceinline__ void chunk_gradient(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
+                                               const GradientCoefficients<Real>& c, const Scaling<Real>& by,
+                                               Real (&grad_policy)[kEntries], Real (&grad_reference)[kEntries]) {
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) {
+    Real z = policy[i], r = reference[i];
+    bool z_inside = true, r_inside = true;
+    if constexpr (kCareful) {
+      z = effective_logit<Real>(z, by.limit);
+      r = effective_logit<Real>(r, by.limit);
+      z_inside = z != minus_infinity<Real>();
+      r_inside = r != minus_infinity<Real>();
+    }
+    const bool d_inside = z_inside && r_inside;
+    const Real d = z - r;
+    const Real log_pi = z_inside ? multiply_add(z, by.scale, -c.policy_origin) : Real(0);
+    const Real log_rho = r_inside ? multiply_add(r, by.scale, -c.reference_origin) : Real(0);
+    const Real log_q = d_inside ? multiply_add(d, by.scale, -c.difference_origin) : Real(0);
+    const Real x = d_inside ? multiply_add(d, by.scale, -c.log_ratio_origin) : Real(0);
+    const Real pi = z_inside ? fast_exp2(log_pi) : Real(0);
+    const Real rho = r_inside ? fast_exp2(log_rho) : Real(0);
+    const Real q = d_inside ? fast_exp2(log_q) : Real(0);
+    const Real from_q = q * (c.q_0 + c.q_1 * log_q);
+    grad_policy[i] = pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho;
+    grad_reference[i] = rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi;
+  }
+}
+
+template <typename Real, int kEntries>
+__device__ __forceinline__ void add_at_label(Real (&grad)[kEntries], int label, Real value) {
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i)
+    if (i == label) grad[i] += value;
+}
+
+template <typename Real, bool kCareful, typename P, typename R>
+__device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const Stretch<R>& reference, int offset,
+                                                 int size, int label, const GradientCoefficients<Real>& c,
+                                                 const Scaling<Real>& by) {
+  constexpr int kEntries = kChunk<P, R>;
+  constexpr int kStep = kBackwardThreads * kEntries;
+  constexpr int kUnroll = sizeof(P) == sizeof(R) ? 2 : 1;  // a wider side takes two loads a chunk already
+#pragma unroll 1
+  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < size; first += kUnroll * kStep) {
+    Chunk<P, kEntries> z[kUnroll];
+    Chunk<R, kEntries> r[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      z[u] = load_chunk<P, kEntries>(policy, first + u * kStep, size);
+      r[u] = load_chunk<R, kEntries>(reference, first + u * kStep, size);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = first + u * kStep;
+      if (at >= size) break;
+      Real grad_policy[kEntries], grad_reference[kEntries];
+      chunk_gradient<Real, kCareful>(z[u], r[u], c, by, grad_policy, grad_reference);
+      if (label >= at && label < at + kEntries) {
+        add_at_label(grad_policy, label - at, c.policy_label);
+        add_at_label(grad_reference, label - at, c.reference_label);
+      }
+      if (policy.grad) store_chunk(policy.grad, at, size, Chunk<P, kEntries>::of(grad_policy));
+      if (reference.grad) store_chunk(reference.grad, at, size, Chunk<R, kEntries>::of(grad_reference));
+    }
+  }
+}
+
+// Entries [0, size) of a gradient that is the same everywhere.
+template <typename T, typename Real>
+__device__ __forceinline__ void fill(T* grad, int offset, int size, Real value) {
+  constexpr int kEntries = 16 / static_cast<int>(sizeof(T));
+  Real values[kEntries];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) values[i] = value;
+  const auto chunk = Chunk<T, kEntries>::of(values);
+  for (int at = offset + static_cast<int>(threadIdx.x) * kEntries; at < size; at += kBackwardThreads * kEntries)
+    store_chunk(grad, at, size, chunk);
+}
+
+template <typename Real>
+__device__ __forceinline__ TokenStatistics<Real> statistics_at(const void* const (&from)[kNumStatistics], int64_t row) {
+  const auto at = [&](int i) { return from[i] ? static_cast<const Real*>(from[i])[row] : Real(0); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+}
+
+// The coefficients of a row. By the first thread; the barrier lets the others see them.
+template <typename Real>
+__device__ __forceinline__ const GradientCoefficients<Real>& coefficients_of(const BackwardArguments& a, int64_t row) {
+  __shared__ GradientCoefficients<Real> shared;
+  if (threadIdx.x == 0) {
+    shared = gradient_coefficients(statistics_at<Real>(a.grads, row), statistics_at<Real>(a.statistics, row),
+                                   a.normalizers[row], a.problem.temperature);
+  }
+  __syncthreads();
+  return shared;
+}
+
+// The stretch of a row that a block works on, and whether its gradient is the same everywhere.
+struct Task {
+  int64_t row, begin;
+  int size;   // entries
+  int label;  // counted from `begin`; may lie outside
+  bool ignored, invalid;
+};
+
+__device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretches) {
+  Task t;
+  t.row = blockIdx.x / stretches;
+  t.begin = int64_t(blockIdx.x % stretches) * kBackwardStretch;
+  const int64_t rest = a.problem.vocabulary - t.begin, label = a.problem.labels[t.row];
+  t.size = rest < kBackwardStretch ? static_cast<int>(rest) : kBackwardStretch;
+  t.label = label >= t.begin && label < t.begin + t.size ? static_cast<int>(label - t.begin) : -kBackwardStretch;
+  t.ignored = label == a.problem.ignore_index;
+  const double normalizer = t.ignored ? 0 : a.normalizers[t.row].policy;
+  // A label out of range made the log-probabilities NaN: so is their gradient.
+  const bool label_counts = a.grads[0] || a.grads[1];
+  t.invalid = normalizer != normalizer || (label_counts && (label < 0 || label >= a.problem.vocabulary));
+  return t;
+}
+
+// The gradient of all eight statistics, in one side's logits or both's. One block a stretch: row * stretches + stretch.
+template <typename P, typename R>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<P>::type>)
+    backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, int stretches) {
+  using Real = typename RealOf<P>::type;
+  constexpr int kEntries = kChunk<P, R>;
+  const Task t = task_of(a, stretches);
+  const int offset = a.grad_policy.data ? chunk_offset<P, kEntries>(row_of<P>(a.grad_policy, t.row) + t.begin)
+                                        : chunk_offset<R, kEntries>(row_of<R>(a.grad_reference, t.row) + t.begin);
+  const auto policy = stretch_of<P>(a.problem.policy, a.grad_policy, t.row, t.begin, offset);
+  const auto reference = stretch_of<R>(a.problem.reference, a.grad_reference, t.row, t.begin, offset);
+  if (t.ignored || t.invalid) {
+    const Real value = t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+    if (policy.grad) fill(policy.grad, chunk_offset<P, 16 / sizeof(P)>(policy.grad), t.size, value);
+    if (reference.grad) fill(reference.grad, chunk_offset<R, 16 / sizeof(R)>(reference.grad), t.size, value);
+    return;
+  }
+  const GradientCoefficients<Real>& c = coefficients_of<Real>(a, t.row);
+  if (c.careful)
+    stretch_gradient<Real, true>(policy, reference, offset, t.size, t.label, c, by);
+  else
+    stretch_gradient<Real, false>(policy, reference, offset, t.size, t.label, c, by);
+}
+
+// The gradient of one side's log-probabilities alone, in that side's logits: nothing of the other side is read.
+template <typename T, bool kPolicy>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<T>::type>)
+    logprob_backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<T>::type> by, int stretches) {
+  using Real = typename RealOf<T>::type;
+  constexpr int kEntries = 16 / sizeof(T);
+  const Task t = task_of(a, stretches);
+  const Logits& logits = kPolicy ? a.problem.policy : a.problem.reference;
+  const Logits& grad = kPolicy ? a.grad_policy : a.grad_reference;
+  const int offset = chunk_offset<T, kEntries>(row_of<T>(grad, t.row) + t.begin);
+  const auto side = stretch_of<T>(logits, grad, t.row, t.begin, offset);
+  if (t.ignored || t.invalid) {
+    fill(side.grad, offset, t.size, t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN());
+    return;
+  }
+  const GradientCoefficients<Real>& c = coefficients_of<Real>(a, t.row);
+  const Real normalizer = kPolicy ? c.policy_origin : c.reference_origin;
+  const Real coefficient = kPolicy ? c.pi_0 : c.rho_0;
+  const Real at_label = kPolicy ? c.policy_label : c.reference_label;
+  constexpr int kStep = kBackwardThreads * kEntries, kUnroll = 4;
+#pragma unroll 1
+  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < t.size; first += kUnroll * kStep) {
+    Chunk<T, kEntries> chunk[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) chunk[u] = load_chunk<T, kEntries>(side, first + u * kStep, t.size);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = first + u * kStep;
+      if (at >= t.size) break;
+      Real values[kEntries];
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        const Real z = effective_logit<Real>(chunk[u][i], by.limit);
+        values[i] =
+            z == minus_infinity<Real>() ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
+      }
+      if (t.label >= at && t.label < at + kEntries) add_at_label(values, t.label - at, at_label);
+      store_chunk(side.grad, at, t.size, Chunk<T, kEntries>::of(values));
+    }
+  }
+}
+
+}  // namespace lit_did::cuda
