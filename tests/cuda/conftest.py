@@ -1,0 +1,33 @@
+"""Emulators of the CUDA kernels, each built once a session. Their objects are kept from one session to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.emulator import CSRC, Emulator, why_not
+
+reason_against = cache(why_not)
+
+
+@pytest.fixture(scope="session")
+def build(request, tmp_path_factory) -> Callable[..., Emulator]:
+    """build(sanitizer, csrc) -> Emulator; skips where there is no such compiler."""
+    store = getattr(request.config, "cache", None)
+    folder = store.mkdir("cuda-emulation") if store else tmp_path_factory.mktemp("cuda-emulation")
+
+    @cache
+    def built(sanitizer: str, csrc: Path = CSRC) -> Emulator:
+        if reason := reason_against(sanitizer):
+            pytest.skip(reason)
+        return Emulator(sanitizer, folder, csrc)
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def emulator(build) -> Emulator:
+    return build("plain")

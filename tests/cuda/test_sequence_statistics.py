@@ -1,0 +1,95 @@
+"""The CUDA kernel of sums and means over sequences, run on the host, against the same in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.cuda.emulator import SequenceCase
+from tests.helpers import FIELDS
+
+THREADS = 128
+# The fields of lit_did.SequenceStatistics; all but the first three and the last are means.
+SUMS = ("policy_logprob", "reference_logprob", "log_ratio")
+MEANS = ("did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+
+
+def packed_case(lengths, dtype=torch.float32, ignore_index=-100, seed=0):
+    """Sequences of those lengths, a token in five ignored; what an ignored token holds is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = int(offsets[-1])
+    statistics = 5 * torch.randn(8, tokens, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(1, 100, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.2] = ignore_index
+    statistics[:, labels == ignore_index] = torch.nan
+    return SequenceCase(statistics, labels, offsets, ignore_index=ignore_index, seed=seed + 1)
+
+
+def expected_of(case, begin, end):
+    kept = case.labels[begin:end] != case.ignore_index
+    tokens = dict(zip(FIELDS, case.statistics[:, begin:end][:, kept].double(), strict=True))
+    tokens["log_ratio"] = tokens["policy_logprob"] - tokens["reference_logprob"]
+    sums = [tokens[name].sum() for name in SUMS]
+    means = [tokens[name].sum() / kept.sum().clamp(min=1) for name in MEANS]
+    return torch.stack([*sums, *means, tokens["did_log_partition"].sum()]), kept.sum()
+
+
+def assert_right(case, result, offsets):
+    for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        values, count = expected_of(case, begin, end)
+        # Sums in double; then one rounding.
+        rtol = 1e-13 if case.statistics.dtype == torch.float64 else 1e-7
+        torch.testing.assert_close(result.statistics[:, i].double(), values, rtol=rtol, atol=1e-12)
+        assert result.num_tokens[i] == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_packed(dtype, emulator):
+    """Empty sequences, one token, threads with one token, with several, and a warp's worth and one."""
+    case = packed_case([0, 1, 2, 31, 33, 0, THREADS, THREADS + 1, 1000, 0], dtype)
+    (result,) = emulator.run([case])
+    assert_right(case, result, case.cu_seqlens.tolist())
+
+
+@pytest.mark.parametrize("length", [1, 7, THREADS, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_length(dtype, length, emulator):
+    case = packed_case([length] * 3, dtype, ignore_index=2**40)
+    offsets, case.cu_seqlens, case.length = case.cu_seqlens.tolist(), None, length
+    (result,) = emulator.run([case])
+    assert_right(case, result, offsets)
+
+
+def test_only_ignored_tokens(emulator):
+    case = packed_case([40, 5])
+    case.labels[:40] = -100
+    case.statistics[:, :40] = torch.nan
+    (result,) = emulator.run([case])
+    assert (result.statistics[:, 0] == 0).all()
+    assert result.num_tokens[0] == 0
+    assert_right(case, result, [0, 40, 45])
+
+
+def test_no_sequences(emulator):
+    case = SequenceCase(torch.zeros(8, 0), torch.zeros(0, dtype=torch.int64), torch.tensor([0]))
+    (result,) = emulator.run([case])
+    assert result.statistics.shape == (9, 0)
+
+
+def test_offsets_beyond_the_tokens(emulator):
+    """Nothing can be raised on a device: they count as the first or the last."""
+    case = packed_case([50, 50])
+    case.cu_seqlens = torch.tensor([-3, 50, 2**40])
+    (result,) = emulator.run([case])
+    assert_right(case, result, [0, 50, 100])
+
+
+def test_same_bits_alone_or_in_a_batch(emulator):
+    """Wherever the sequence lies, packed or not, in whatever order threads run."""
+    batch = packed_case([17, 300, 5])
+    alone = SequenceCase(batch.statistics[:, 17:317], batch.labels[17:317], None, length=300, seed=9)
+    in_batch, result = emulator.run([batch, alone])
+    assert torch.equal(result.statistics[:, 0], in_batch.statistics[:, 1])
