@@ -1,15 +1,22 @@
 # Everything a clone needs. `make demo` and `make test` work as the first command: they make .venv themselves.
 #   PYTHON=python3.12   the interpreter that .venv is made with
 #   TORCH=torch==X.Y    another torch than the pinned one
+#   CUDA_TORCH=...      the CUDA build of torch that `make cuda-build` builds against
 PYTHON ?= python3
 TORCH ?=
+CUDA_TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CHECK_VENV := .venv-cuda-check
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(abspath $(CUDA_VENV))/bin
+CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PACKAGE := $(shell find lit_did -name '*.py')
+CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-slow demo bench lint format clean
+.PHONY: help install test test-slow demo bench lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -40,8 +47,56 @@ test-slow: install  ## the tests that take minutes or many gigabytes
 demo: install  ## trains a 135M-parameter model with DPO and shows its DID: ARGS="--max-steps 5"
 	$(BIN)/python -m lit_did.demo $(ARGS)
 
-bench: install  ## times the operators against plain torch
+bench: install  ## races the operators against torch, some minutes: ARGS="--races table", ARGS=--help
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# ---------------------------------------------------------------------------------------------------------
+# CUDA. The first two need nvcc and no GPU.
+# ---------------------------------------------------------------------------------------------------------
+
+cuda-check: $(CHECK_VENV)/installed  ## compiles the kernels for every architecture and reads their machine code
+	$(CHECK_VENV)/bin/python -m tools.cuda_check $(ARGS)
+
+# What reads machine code is no part of every toolkit; it needs neither torch nor this package.
+$(CHECK_VENV)/installed: constraints.txt
+	$(PYTHON) -m venv --clear $(CHECK_VENV)
+	$(CHECK_VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+		rich nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
+	touch $@
+
+cuda-build: cuda-folder  ## builds the CUDA extension against a CUDA torch, in .venv-cuda, and tests it
+	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python tools/cuda_build_check.py
+	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python -m pytest -q tests/ops tests/test_doctor.py
+
+gpu:  ## all that needs a GPU: tests on CUDA tensors, compute-sanitizer, benchmarks
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || (echo "make gpu: nvidia-smi finds no GPU here."; false)
+	$(MAKE) cuda-folder
+	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python tools/gpu.py $(ARGS)
+
+# What is run there stands apart from lit_did/, so that `import lit_did` finds what was installed.
+cuda-folder: $(CUDA_VENV)/installed
+	rm -rf $(CUDA_VENV)/run && mkdir $(CUDA_VENV)/run
+	cp -r tests tools benchmarks csrc setup.py pyproject.toml $(CUDA_VENV)/run
+
+$(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)):
+	@command -v nvcc > /dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || \
+		(echo "The CUDA build needs nvcc: install the CUDA toolkit, or name its folder in CUDA_HOME."; false)
+	@echo "Making $(CUDA_VENV): gigabytes of torch with CUDA."
+	$(PYTHON) -m venv --clear $(CUDA_VENV)
+	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_PIP) install -qq --constraint $(CUDA_VENV)/constraints.txt \
+		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich
+	touch $@
+
+# A wheel, built and tried apart from the clone, whose own build/ and lit_did/_C*.so belong to another torch.
+$(CUDA_VENV)/installed: $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)) $(SOURCES) $(PACKAGE)
+	rm -rf $(CUDA_VENV)/wheels $(CUDA_VENV)/build/lib*
+	printf '[build]\nbuild_base = $(CUDA_VENV)/build\n' > $(CUDA_VENV)/build.cfg
+	@echo "Building the extension with CUDA, some minutes: $(CUDA_VENV)/build.log"
+	LIT_DID_CUDA=1 DIST_EXTRA_CONFIG=$(CUDA_VENV)/build.cfg $(CUDA_PIP) wheel --no-build-isolation --no-deps \
+		--wheel-dir $(CUDA_VENV)/wheels . > $(CUDA_VENV)/build.log 2>&1 || (cat $(CUDA_VENV)/build.log; false)
+	$(CUDA_PIP) install -qq --no-deps --force-reinstall $(CUDA_VENV)/wheels/*.whl
+	touch $@
 
 lint: install  ## ruff, clang-format, codespell
 	$(BIN)/ruff check .
@@ -55,5 +110,5 @@ format: install  ## rewrites the code as `make lint` wants it
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## removes what was built and written
-	rm -rf $(VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json demo_output bench_output
+	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json demo_output bench_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,13 +1,16 @@
 """Builds the extension `lit_did._C`; everything else about the package is in pyproject.toml.
 
 Environment: LIT_DID_EXTENSION=0 installs pure Python. LIT_DID_CUDA=1 demands the CUDA kernels, 0 leaves them out;
-unset, they are built where nvcc and a CUDA build of torch are found. TORCH_CUDA_ARCH_LIST chooses architectures.
-This version has no CUDA sources yet, so that 1 fails and CUDA tensors are served by the reference.
+unset, they are built where there are nvcc and a CUDA build of torch of the same major version. CUDA_HOME says where
+nvcc is (CUDA_HOME/bin/nvcc), TORCH_CUDA_ARCH_LIST which architectures are compiled for.
 """
 
+import importlib.util
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +19,15 @@ from pathlib import Path
 from setuptools import setup
 
 CSRC = Path("csrc")
+ROWS = str(CSRC / "cpu/rows_")  # compiled apart, once an instruction set
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Without it at::parallel_for runs on one thread and does not say so. Apple's compiler has none.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def switch(name: str) -> bool | None:
@@ -35,6 +42,9 @@ def extension_arguments() -> dict:
     """The `setup` arguments that build the extension; empty for a pure Python install."""
     if switch("LIT_DID_EXTENSION") is False:
         return {}
+    toolkit = find_toolkit()
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # read when torch's builder is imported
     try:
         import pybind11
         import torch
@@ -45,21 +55,7 @@ def extension_arguments() -> dict:
             "`pip install torch setuptools pybind11 ninja`, then `pip install --no-build-isolation .` "
             "(or LIT_DID_EXTENSION=0 for pure Python)."
         )
-
-    wants_cuda = switch("LIT_DID_CUDA")
-    has_nvcc = cpp_extension.CUDA_HOME is not None and (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists()
-    cuda_sources = sorted(map(str, CSRC.glob("cuda/*.cu")))
-    can_cuda = has_nvcc and torch.version.cuda is not None
-    if wants_cuda and not can_cuda:
-        sys.exit(
-            "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch, but got "
-            f"nvcc: {'found' if has_nvcc else 'missing (set CUDA_HOME)'}, torch {torch.__version__}: "
-            f"{'CUDA ' + torch.version.cuda if torch.version.cuda else 'a build without CUDA'}."
-        )
-    if wants_cuda and not cuda_sources:
-        sys.exit("LIT_DID_CUDA=1 demands the CUDA kernels, but this version of lit-did has none yet: only the CPU's.")
-    cuda = wants_cuda is not False and can_cuda and bool(cuda_sources)
-    print(f"lit-did: building {'with' if cuda else 'without'} CUDA for torch {torch.__version__}", file=sys.stderr)
+    cuda = wants_cuda(toolkit, torch.__version__, torch.version.cuda)
 
     class BuildExtension(cpp_extension.BuildExtension):
         """Compiles the row kernels once an instruction set, each with its own flags, then the rest."""
@@ -75,20 +71,106 @@ def extension_arguments() -> dict:
             built = {"torch": torch.__version__, "cuda": torch.version.cuda if cuda else None}
             (package / "_build.json").write_text(json.dumps(built) + "\n")
 
-    flags = ["-O3", "-std=c++20", f'-DLIT_DID_TORCH_VERSION="{torch.__version__}"', *levels_define()]
-    sources = ["bindings.cpp", "checks.cpp", "cpu/dispatch.cpp", "cpu/token_statistics.cpp"]
+    flags = ["-O3", "-std=c++20", *OPENMP, f'-DLIT_DID_TORCH_VERSION="{torch.__version__}"', *levels_define()]
     arguments = {
         "name": "lit_did._C",
-        "sources": [str(CSRC / source) for source in sources],
+        "sources": [path for path in sources("*.cpp", "cpu/*.cpp") if not path.startswith(ROWS)],
+        "depends": sources("*.h", "*/*.h", "cpu/rows_*.cpp", "cuda/*.cuh", "cuda/nvcc_flags.txt"),
         "include_dirs": [pybind11.get_include()],
+        "extra_link_args": OPENMP,
     }
     if cuda:
-        arguments["sources"] += cuda_sources
-        arguments["extra_compile_args"] = {"cxx": flags, "nvcc": ["-O3"]}
+        # torch's builder turns the variable into flags.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda_architectures(toolkit)
+        print(f"lit-did: CUDA architectures {architectures}", file=sys.stderr)
+        flags += [f'-DLIT_DID_CUDA_VERSION="{toolkit.version}"', *headers_that_torch_brings(toolkit)]
+        flags.append(f'-DLIT_DID_CUDA_ARCHITECTURES="{architectures}"')
+        arguments["sources"] += sources("cuda/*.cpp", "cuda/*.cu")
+        # The kernels know nothing of torch: `make cuda-check` compiles them with the same flags.
+        nvcc_flags = (CSRC / "cuda/nvcc_flags.txt").read_text().split()
+        arguments["extra_compile_args"] = {"cxx": flags, "nvcc": nvcc_flags}
         extension = cpp_extension.CUDAExtension(**arguments)
     else:
         extension = cpp_extension.CppExtension(**arguments, extra_compile_args={"cxx": flags})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# CUDA
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Toolkit:
+    """The CUDA toolkit that an nvcc belongs to."""
+
+    def __init__(self, nvcc: str):
+        self.nvcc = nvcc
+        # Asked of nvcc, because the one on PATH may be a script that calls another.
+        says = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", says, flags=re.MULTILINE)
+        self.home = Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
+        says = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        self.version = re.search(r"release (\d+\.\d+)", says).group(1)
+
+
+def find_toolkit() -> Toolkit | None:
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        nvcc = shutil.which("nvcc", path=str(Path(named) / "bin"))
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return Toolkit(nvcc) if nvcc else None
+
+
+def wants_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | None) -> bool:
+    """Whether the CUDA kernels are built; says so and why, or ends where they are demanded and cannot be."""
+    has_nvcc = f"found (CUDA {toolkit.version})" if toolkit else "missing (set CUDA_HOME)"
+    has_torch = f"torch {torch_version}: {f'CUDA {torch_cuda}' if torch_cuda else 'a build without CUDA'}"
+    possible = toolkit is not None and torch_cuda is not None and _major(toolkit.version) == _major(torch_cuda)
+    wanted = switch("LIT_DID_CUDA")
+    if wanted and not possible:
+        sys.exit(
+            "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch of the same major "
+            f"version, but got nvcc: {has_nvcc}, {has_torch}."
+        )
+    cuda = possible and wanted is not False
+    why = "LIT_DID_CUDA=0" if wanted is False else f"nvcc: {has_nvcc}, {has_torch}"
+    print(f"lit-did: building {'with' if cuda else 'without'} CUDA for torch {torch_version} ({why})", file=sys.stderr)
+    return cuda
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
+
+
+def cuda_architectures(toolkit: Toolkit) -> str:
+    """TORCH_CUDA_ARCH_LIST, or those of ours that this nvcc knows, the last as PTX too for processors to come."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ")
+    if named:
+        return named
+    known = subprocess.run([toolkit.nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return " ".join(name for name in CUDA_ARCHITECTURES if f"sm_{name.replace('.', '')}" in known) + "+PTX"
+
+
+def headers_that_torch_brings(toolkit: Toolkit) -> list[str]:
+    """torch's headers include cuSPARSE's and others'; where the toolkit lacks them, torch's nvidia packages have them.
+
+    After the toolkit's own (-idirafter), so that what it has is not mixed with another version.
+    """
+    packages = importlib.util.find_spec("nvidia")
+    if (toolkit.home / "include/cusparse.h").exists() or packages is None:
+        return []
+    folders = [folder for root in packages.submodule_search_locations for folder in Path(root).glob("*/include")]
+    return [flag for folder in sorted(folders) for flag in ("-idirafter", str(folder))]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# CPU
+# ----------------------------------------------------------------------------------------------------------
 
 
 def levels_define() -> list[str]:

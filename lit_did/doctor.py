@@ -32,7 +32,8 @@ def report() -> str:
     else:
         lines += [
             f"extension     built for torch {built.torch_version}",
-            f"CPU           SIMD levels {', '.join(built.simd_levels)}; {_simd_level(built)}",
+            f"CPU           SIMD levels {', '.join(built.simd_levels)}; {_simd_level(built)}; "
+            + ("torch's threads" if built.parallel else "one thread: built without OpenMP"),
             f"CUDA          {_cuda(built)}",
         ]
     served = fused_devices()
@@ -40,12 +41,16 @@ def report() -> str:
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         lines += [f"cuda tensors  {_serves('cuda', served)} ({names})"]
+    elif torch.version.cuda is None:
+        lines += ["cuda tensors  none: this torch is a build without CUDA"]
     else:
-        lines += ["cuda tensors  no CUDA device, or a torch without CUDA"]
+        lines += [f"cuda tensors  {_serves('cuda', served)}, once there is a CUDA device: none is found"]
     return "\n".join(lines)
 
 
 def _installed(name: str) -> str:
+    if name == "torch":
+        return torch.__version__  # with its build: 2.14.1+cu130
     try:
         return version(name)
     except PackageNotFoundError:

@@ -141,24 +141,128 @@ def test_cuda_demanded_but_missing():
     assert "nvcc: found" in message or "nvcc: missing (set CUDA_HOME)" in message
 
 
-@needs_setup
-@pytest.mark.parametrize("switch", ["LIT_DID_CUDA", "LIT_DID_EXTENSION"])
-def test_bad_switch(switch):
-    message = last_line(setup_py(**{switch: "banana"}))
-    assert message == f"Expected the environment variable {switch} to be 0 or 1, but got 'banana'."
+# Stands for nvcc: what setup.py asks of it, as CUDA {version} answers.
+NVCC = """#!/bin/sh
+case "$1" in
+  --dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;
+  --version) echo 'Cuda compilation tools, release {version}, V{version}.88' ;;
+  --list-gpu-code) printf '%s\\n' {architectures} ;;
+esac
+"""
 
 
-@needs_setup
-@pytest.mark.parametrize("missing", ["torch", "pybind11"])
-def test_build_without_what_it_needs(missing):
-    message = last_line(setup_py(blocked=missing))
-    assert message.startswith("lit-did's extension is built against the torch and pybind11 that are installed")
-    assert missing in message.split("(")[1]
-    assert "`pip install torch setuptools pybind11 ninja`, then `pip install --no-build-isolation .`" in message
+# Stands for torch, so that it may be any build: setup.py asks for its version and hands it the extension to build.
+TORCH = """
+class version:
+    cuda = {cuda!r}
+__version__ = "9.9"
+"""
+CPP_EXTENSION = """
+import os, sys
+from setuptools import Extension
+BuildExtension = object
+def CUDAExtension(**arguments):
+    print("CUDA_HOME", os.environ["CUDA_HOME"])
+    print("TORCH_CUDA_ARCH_LIST", os.environ["TORCH_CUDA_ARCH_LIST"])
+    print("cxx", *arguments["extra_compile_args"]["cxx"])
+    return CppExtension(**arguments)
+def CppExtension(extra_compile_args, **arguments):
+    return Extension(**arguments)
+"""
 
 
-@needs_setup
-def test_pure_python_needs_no_torch():
-    result = setup_py(blocked="torch", LIT_DID_EXTENSION="0")
+def cuda_setup(folder, nvcc="13.0", torch_cuda="13.0", architectures="sm_80 sm_90 sm_120", **environment):
+    """setup.py with a toolkit of version `nvcc` (None: no nvcc) and a torch that was built for `torch_cuda`."""
+    home, torch_utils = folder / "toolkit", folder / "torch/utils"
+    (home / "bin").mkdir(parents=True)
+    torch_utils.mkdir(parents=True)
+    if nvcc:
+        script(home / "bin/nvcc", NVCC.format(home=home, version=nvcc, architectures=architectures))
+    (folder / "torch/__init__.py").write_text(TORCH.format(cuda=torch_cuda))
+    (torch_utils / "__init__.py").touch()
+    (torch_utils / "cpp_extension.py").write_text(CPP_EXTENSION)
+    environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "", "PYTHONPATH": str(folder)} | environment
+    return setup_py(**environment)
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def cuda_lines(result):
+    """What the build says of CUDA."""
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == "lit-did"
+    return [line.removeprefix("lit-did: ") for line in result.stderr.splitlines() if line.startswith("lit-did: ")]
+
+
+@needs_setup
+@pytest.mark.parametrize("switch", [{}, {"LIT_DID_CUDA": "1"}], ids=["unset", "demanded"])
+@pytest.mark.parametrize("nvcc", ["13.0", "13.2"])
+def test_cuda_where_it_can_be(nvcc, switch, tmp_path):
+    """Another minor version will do. Of our architectures, those that this nvcc knows."""
+    result = cuda_setup(tmp_path, nvcc, "13.0", **switch)
+    assert cuda_lines(result) == [
+        f"building with CUDA for torch 9.9 (nvcc: found (CUDA {nvcc}), torch 9.9: CUDA 13.0)",
+        "CUDA architectures 8.0 9.0 12.0+PTX",
+    ]
+    assert "TORCH_CUDA_ARCH_LIST 8.0 9.0 12.0+PTX" in result.stdout
+    assert f'-DLIT_DID_CUDA_VERSION="{nvcc}"' in result.stdout
+    assert '-DLIT_DID_CUDA_ARCHITECTURES="8.0 9.0 12.0+PTX"' in result.stdout
+
+
+@needs_setup
+def test_named_architectures(tmp_path):
+    result = cuda_setup(tmp_path, TORCH_CUDA_ARCH_LIST="8.6;9.0+PTX")
+    assert cuda_lines(result)[1] == "CUDA architectures 8.6 9.0+PTX"
+    assert "TORCH_CUDA_ARCH_LIST 8.6 9.0+PTX" in result.stdout
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("nvcc", "torch_cuda", "why"),
+    [
+        (None, "13.0", "nvcc: missing (set CUDA_HOME), torch 9.9: CUDA 13.0"),
+        ("12.8", "13.0", "nvcc: found (CUDA 12.8), torch 9.9: CUDA 13.0"),
+        ("13.0", None, "nvcc: found (CUDA 13.0), torch 9.9: a build without CUDA"),
+    ],
+    ids=["no-nvcc", "another-version", "no-cuda-in-torch"],
+)
+def test_cuda_where_it_cannot_be(nvcc, torch_cuda, why, tmp_path):
+    """Left out with a word of why; an error where it is demanded."""
+    expected = [f"building without CUDA for torch 9.9 ({why})"]
+    assert cuda_lines(cuda_setup(tmp_path / "unset", nvcc, torch_cuda)) == expected
+    assert last_line(cuda_setup(tmp_path / "demanded", nvcc, torch_cuda, LIT_DID_CUDA="1")) == (
+        "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch of the same major version, "
+        f"but got {why}."
+    )
+
+
+@needs_setup
+def test_cuda_left_out(tmp_path):
+    lines = cuda_lines(cuda_setup(tmp_path, LIT_DID_CUDA="0"))
+    assert lines == ["building without CUDA for torch 9.9 (LIT_DID_CUDA=0)"]
+
+
+@needs_setup
+def test_nvcc_that_calls_another(tmp_path):
+    """A script on PATH that stands for nvcc: the toolkit is where the real one says, not beside the script."""
+    (tmp_path / "path").mkdir()
+    script(tmp_path / "path/nvcc", f'#!/bin/sh\nexec {tmp_path}/toolkit/bin/nvcc "$@"\n')
+    path = f"{tmp_path}/path{os.pathsep}{os.environ['PATH']}"
+    result = cuda_setup(tmp_path, CUDA_HOME="", CUDA_PATH="", PATH=path)
+    assert cuda_lines(result)[0].startswith("building with CUDA")
+    assert f"CUDA_HOME {tmp_path}/toolkit\n" in result.stdout
+
+
+@needs_setup
+@pytest.mark.parametrize("toolkit_has_them", [False, True])
+def test_headers_that_torch_brings(toolkit_has_them, tmp_path):
+    """torch's headers include cuSPARSE's: of torch's own packages where the toolkit is without, after the toolkit's."""
+    (tmp_path / "nvidia/cu13/include").mkdir(parents=True)
+    if toolkit_has_them:
+        (tmp_path / "toolkit/include").mkdir(parents=True)
+        (tmp_path / "toolkit/include/cusparse.h").touch()
+    result = cuda_setup(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (f"-idirafter {tmp_path}/nvidia/cu13/include" in result.stdout) is not toolkit_has_them

@@ -19,11 +19,22 @@ def test_report():
     assert lines["trl"] == "not installed" or lines["trl"][0].isdigit()
     served = "fused operators" if "cpu" in fused_devices() else "reference"
     assert served in lines["cpu tensors"]
+    if torch.version.cuda is None:
+        assert lines["cuda tensors"] == "none: this torch is a build without CUDA"
+    elif not torch.cuda.is_available():
+        served = "fused operators" if "cuda" in fused_devices() else "reference"
+        assert served in lines["cuda tensors"]
+        assert lines["cuda tensors"].endswith("once there is a CUDA device: none is found")
     if EXTENSION.module is None:
         assert EXTENSION.problem in lines["extension"]
     else:
         assert lines["extension"] == f"built for torch {torch.__version__}"
-        assert lines["CPU"].endswith(f"this processor uses {EXTENSION.module.simd_level()}")
+        built = EXTENSION.module
+        threads = "torch's threads" if built.parallel else "one thread: built without OpenMP"
+        assert lines["CPU"].endswith(f"; this processor uses {built.simd_level()}; {threads}")
+        architectures = ", ".join(built.cuda_architectures)
+        expected = f"{built.cuda_version}, architectures {architectures}" if built.cuda_version else "not in this build"
+        assert lines["CUDA"] == expected
 
 
 def test_unknown_simd_level_is_told():

@@ -1,0 +1,326 @@
+"""`make cuda-check`: compiles the CUDA kernels for every architecture, without torch and without a GPU, and reads the
+machine code: no warning, no spill, no stack frame, and 128-bit loads in the loops that read logits.
+
+Needs nvcc (12.8 or later for all architectures) and, from PyPI, nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from tools import machine_code
+from tools.machine_code import Turn
+from tools.occupancy import MULTIPROCESSORS, occupancy
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()  # setup.py reads the same
+STRICT = ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v,--warn-on-spills"]
+COMPILERS_AT_A_TIME = 2
+
+
+class Work(NamedTuple):
+    """What a kernel's main loop moves in 128-bit loads and stores."""
+
+    sides: int  # of logits that it reads: 0, 1, or policy and reference
+    writes: bool  # gradients
+
+
+# An unknown kernel is refused.
+KERNELS = {
+    "forward_kernel": Work(2, False),
+    "finish_kernel": Work(0, False),
+    "backward_kernel": Work(2, True),
+    "logprob_backward_kernel": Work(1, True),
+    "sequence_kernel": Work(0, False),
+}
+ENTRY_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
+SHORT_NAMES = {"lit_did::BFloat16": "bf16", "lit_did::Float16": "f16", "float": "f32", "double": "f64"}
+
+
+class Kernel(NamedTuple):
+    """One instantiation for one architecture; the fields that are printed."""
+
+    kernel: str
+    architecture: str
+    threads: int  # a block
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    occupancy: float
+    entries: int | None  # of each side, that a thread reads in one turn of its main loop
+    exp2: float | None  # exp2 instructions an entry in the main loop
+
+
+class Refused(Exception):
+    """What is wrong with a kernel or a source, in one line."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tools
+# ----------------------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    beside = [shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes if home]
+    return next((nvcc for nvcc in [*beside[:-1], shutil.which("nvcc"), beside[-1]] if nvcc), None)
+
+
+def find_tool(name: str) -> str:
+    """nvdisasm or cuobjdump: of the PyPI package, else of the toolkit."""
+    try:
+        for file in metadata.files(f"nvidia-cuda-{name}") or ():
+            if file.name == name:
+                return str(file.locate())
+    except metadata.PackageNotFoundError:
+        pass
+    beside = Path(find_nvcc() or name).parent / name
+    found = shutil.which(name) or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise Refused(f"{name} is missing: pip install nvidia-cuda-{name}")
+    return found
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One source for one architecture
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[str]]:
+    """The kernels of `source`, and a line for everything that is wrong."""
+    where = f"sm_{architecture} {source.name}"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / f"{source.stem}.cubin")
+        command = [find_nvcc(), "-cubin", f"-arch=sm_{architecture}", *FLAGS, *STRICT, str(source), "-o", cubin]
+        result = subprocess.run(command, capture_output=True, text=True)
+        messages = result.stdout + result.stderr
+        if result.returncode != 0:
+            return [], [f"{where}: {reason}" for reason in compiler_reasons(messages)]
+        resources = resource_usage(messages)
+        if not resources:
+            return [], []
+        code = machine_code.functions(output_of(find_tool("nvdisasm"), "--emit-json", cubin))
+        threads = block_threads(output_of(find_tool("cuobjdump"), "--dump-elf", cubin))
+    kernels, failures = [], []
+    for mangled, used in resources.items():
+        name = short_name(demangled(mangled))
+        try:
+            base = re.split(r"[<(]", name)[0]
+            if base not in KERNELS:
+                raise Refused(f"unknown: name it in KERNELS of {Path(__file__).name}")
+            if mangled not in threads:
+                raise Refused("no __launch_bounds__, so that its registers have no limit")
+            work = KERNELS[base]
+            turn = main_turn(code[mangled])
+            entries = entries_of(name, turn, work.sides)
+            kernel = Kernel(
+                name,
+                f"sm_{architecture}",
+                threads[mangled],
+                **used,
+                occupancy=occupancy(architecture, threads[mangled], used["registers"], used["shared"]),
+                entries=entries,
+                exp2=turn.exp2 / entries if entries and turn.exp2 else None,
+            )
+            kernels.append(kernel)
+            failures += [f"{where} {name}: {reason}" for reason in wrongs(kernel, work, turn)]
+        except Refused as reason:
+            failures.append(f"{where} {name}: {reason}")
+    return kernels, failures
+
+
+def wrongs(kernel: Kernel, work: Work, turn: Turn) -> list[str]:
+    """Everything that a kernel must not be."""
+    found = []
+    if kernel.stack:
+        found.append(f"a stack frame of {kernel.stack} bytes")
+    if kernel.spills:
+        found.append(f"{kernel.spills} bytes of spilled registers")
+    if not kernel.occupancy:
+        found.append("not one block fits on a multiprocessor")
+    if work.sides and not turn.wide_bytes:
+        found.append("no 128-bit global loads in the main loop")
+    elif work.sides and turn.narrow_bytes:
+        found.append(f"{turn.narrow_bytes} bytes of narrow loads beside 128-bit loads in the main loop")
+    if work.writes and (turn.narrow_stores or not turn.wide_stores):
+        found.append("no 128-bit global stores in the main loop, or narrow ones too")
+    return found
+
+
+def main_turn(code: list[machine_code.Instruction]) -> Turn:
+    """A turn of the loop that does the kernel's work."""
+    blocks = machine_code.basic_blocks(code)
+    turns = [machine_code.one_turn(blocks, loop) for loop in machine_code.loops(blocks)]
+    # Loops that only store fill rows whose gradient is the same everywhere.
+    return max(turns, key=lambda turn: (turn.loads, *machine_code.worth(turn)), default=machine_code.count([]))
+
+
+def entries_of(name: str, turn: Turn, sides: int) -> int | None:
+    """Entries of each side that a turn reads: its bytes over those of an entry of every side."""
+    if not sides or not turn.wide_bytes:
+        return None
+    sizes = [ENTRY_BYTES[word] for word in re.findall(r"\w+", name) if word in ENTRY_BYTES][:sides]
+    if len(sizes) < sides:
+        raise Refused(f"its first template arguments are not {sides} of {', '.join(SHORT_NAMES)}")
+    entries, rest = divmod(turn.wide_bytes, sum(sizes))
+    if rest:
+        raise Refused(
+            f"{turn.wide_bytes} bytes in a turn are not whole entries of {' and '.join(map(str, sizes))} bytes"
+        )
+    return entries
+
+
+def compiler_reasons(messages: str) -> list[str]:
+    lines = [line.strip() for line in messages.splitlines()]
+    found = [line for line in lines if re.search(r"\b(error|warning|fatal)\b", line, re.IGNORECASE)] or lines[-1:]
+    return list(dict.fromkeys(line.removeprefix(f"{ROOT}/") for line in found))
+
+
+def resource_usage(messages: str) -> dict[str, dict[str, int]]:
+    """{mangled name: registers, stack, spills and shared bytes} of `ptxas -v`."""
+    found: dict[str, dict[str, int]] = {}
+    for entry in re.split(r"(?=Compiling entry function)", messages)[1:]:
+        (name,) = re.findall(r"Compiling entry function '(\w+)'", entry)
+        numbers = {
+            "stack": r"(\d+) bytes stack frame",
+            "stores": r"(\d+) bytes spill stores",
+            "loads": r"(\d+) bytes spill loads",
+            "registers": r"Used (\d+) registers",
+            "shared": r"(\d+) bytes smem",
+        }
+        numbers = {key: sum(map(int, re.findall(pattern, entry)[:1])) for key, pattern in numbers.items()}
+        found[name] = {
+            "registers": numbers["registers"],
+            "stack": numbers["stack"],
+            "spills": numbers["stores"] + numbers["loads"],
+            "shared": numbers["shared"],
+        }
+    return found
+
+
+def block_threads(elf: str) -> dict[str, int]:
+    """{mangled name: threads of __launch_bounds__} of `cuobjdump --dump-elf`."""
+    found = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x\w+) (0x\w+) (0x\w+)", section)
+        if bounds:
+            x, y, z = (int(number, 16) for number in bounds.groups())
+            found[section.split()[0]] = x * y * z
+    return found
+
+
+def demangled(name: str) -> str:
+    return output_of("c++filt", name).strip()
+
+
+def short_name(signature: str) -> str:
+    """`void lit_did::cuda::(anonymous namespace)::kernel<float, 2>(float*)` is kernel<f32, 2>."""
+    signature = signature.replace("(anonymous namespace)::", "")
+    depth, end = 0, len(signature)
+    for i, character in enumerate(signature):  # the parameters open the first bracket outside <>
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            end = i
+            break
+    name = signature[:end].removeprefix("void ")
+    head, angle, arguments = name.partition("<")
+    arguments = re.sub(r"[\w:]+", lambda word: SHORT_NAMES.get(word.group(), word.group()), arguments)
+    return head.rsplit("::", 1)[-1] + angle + arguments
+
+
+# ----------------------------------------------------------------------------------------------------------
+# All of it
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check(sources: list[Path], architectures: list[str]) -> tuple[list[Kernel], list[str]]:
+    """Every source for every architecture; kernels in a fixed order, and the failures."""
+    pairs = [(source, architecture) for source in sources for architecture in architectures]
+    with ThreadPoolExecutor(COMPILERS_AT_A_TIME) as pool:
+        results = list(pool.map(lambda pair: check_source(*pair), pairs))
+    kernels = [kernel for found, _ in results for kernel in found]
+    failures = [failure for _, found in results for failure in found]
+    for source in sources:
+        if not any(found for (s, _), (found, wrong) in zip(pairs, results, strict=True) if s == source or wrong):
+            failures.append(f"{source.name}: holds no kernel")
+    return sorted(kernels, key=lambda k: (k.kernel, int(k.architecture[3:]))), failures
+
+
+def show(kernels: list[Kernel]) -> None:
+    """A row a kernel and a column an architecture; what is the same for all of them stands in front."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    architectures = sorted({k.architecture for k in kernels}, key=lambda name: int(name[3:]))
+    table = Table(title="Registers a thread, occupancy, exp2 instructions an entry", pad_edge=False)
+    table.add_column("kernel", overflow="fold")
+    for heading in ("threads", *architectures):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in dict.fromkeys(k.kernel for k in kernels):
+        of_name = {k.architecture: k for k in kernels if k.kernel == name}
+        cells = [_cell(of_name[a]) if a in of_name else "" for a in architectures]
+        table.add_row(name, str(next(iter(of_name.values())).threads), *cells)
+    console.print(table)
+
+
+def _cell(kernel: Kernel) -> str:
+    exp2 = "   -" if kernel.exp2 is None else f"{kernel.exp2:.2f}"
+    return f"{kernel.registers:3} {kernel.occupancy:4.0%} {exp2}"
+
+
+def write_csv(kernels: list[Kernel], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Kernel._fields)
+        writer.writerows(kernels)
+
+
+def main() -> int:
+    """Parses the command line and checks; 0 where nothing is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, default=sorted((ROOT / "csrc/cuda").glob("*.cu")))
+    parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS))
+    parser.add_argument("--csv", type=Path, help="where the table goes too")
+    options = parser.parse_args()
+    if find_nvcc() is None:
+        print("cuda-check: nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to it.", file=sys.stderr)
+        return 2
+    try:
+        find_tool("nvdisasm"), find_tool("cuobjdump")
+    except Refused as reason:
+        print(f"cuda-check: {reason}", file=sys.stderr)
+        return 2
+    if not options.sources:
+        print("cuda-check: csrc/cuda holds no .cu file.", file=sys.stderr)
+        return 2
+    kernels, failures = check(options.sources, options.arch)
+    if kernels:
+        show(kernels)
+    if options.csv:
+        write_csv(kernels, options.csv)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    architectures = ", ".join(f"sm_{a}" for a in options.arch)
+    print(f"cuda-check: {len(kernels)} kernels for {architectures}; {len(failures)} failures.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
