@@ -1,36 +1,155 @@
-"""`python -m benchmarks`: times the operators and prints how they compare."""
+"""`python -m benchmarks`: races the operators, prints how they compare and which targets they meet."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import token_statistics
-from benchmarks.harness import show, write_csv
+from benchmarks import contestants, read_limit, report
+from benchmarks.chart import draw
+from benchmarks.harness import Result
+from benchmarks.targets import judge
+from benchmarks.token_statistics import ON_CPU_ONLY, RACES, Plan
+
+ROWS = {"cpu": 512, "cuda": 4096}
+VOCABULARIES = {"cpu": [49152, 151936, 262144], "cuda": [32768, 49152, 131072, 262144]}
+BUSY = 0.5  # runnable processes a core, over the last minute
+RACES_HELP = """races:
+  table      every contestant at every vocabulary size and dtype: what the targets are judged by
+  threads    one thread against two (CPU)
+  ignored    no row ignored against 60% of them
+  few-rows   1, 2, 4 and 8 rows of the last vocabulary size, with one thread and with all
+  growth     smaller vocabularies, and fewer and more rows, for the chart
+  sequence   sequence_statistics of packed sequences beside token_statistics
+
+contestants (docs/benchmarks.md says more):
+  fused              lit_did.token_statistics, the compiled operators
+  fused in place     the same, its gradients written over the logits (inplace_backward=True): backward only
+  compile            torch.compile of eager: the fastest torch that we know of
+  eager              the eight statistics in plain torch
+  trl                TRL's log-probabilities and the policy's entropy: less work; only where TRL is installed
+  reference          lit_did's own specification, never tuned
+  compile reference  torch.compile of it: slower than compile
+
+The limit is what merely moving the memory takes: on the CPU reading both inputs, on CUDA a copy."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Parses the command line and runs."""
+    options = _parse(arguments)
+    if options.device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    begin = time.perf_counter()
+    plan = _plan(options)
+    title = report.machine(options.device)
+    print(title, flush=True)
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > BUSY * (os.cpu_count() or 1):
+        plan.notes.append(f"Others were using this machine (load {busy:.1f} at the start): do not trust these figures.")
+    results: list[Result] = []
+    try:
+        for name in options.races:
+            sizes = set()
+            for result in RACES[name](plan):
+                results.append(result)
+                size = f"{name}: {result.rows} x {result.vocabulary} {result.dtype}"
+                if size not in sizes:
+                    print(f"  {size} done after {time.perf_counter() - begin:.0f} s", flush=True)
+                sizes.add(size)
+    except KeyboardInterrupt:
+        plan.notes.append("Interrupted: only what was finished is here.")
+    report.show(results)
+    report.show_verdicts(judge(results), title)
+    report.write_csv(results, options.output / "benchmarks.csv")
+    written = [options.output / "benchmarks.csv"]
+    try:
+        draw(results, plan.rows, plan.vocabularies[0], title, options.output / "benchmarks.png")
+        written.append(options.output / "benchmarks.png")
+    except ImportError as error:
+        plan.notes.append(f"No chart: it needs matplotlib, pip install 'lit-did[bench]' ({error}).")
+    for note in plan.notes:
+        print(f"Note: {note}")
+    print(f"Written: {', '.join(map(str, written))}. This took {time.perf_counter() - begin:.0f} s.")
+    return results
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    notes, read = [], None
+    if options.device.type == "cpu":
+        try:
+            read = read_limit.load()
+        except RuntimeError as error:
+            notes.append(f"No read limit, and no target that needs it: {error}.")
+    return Plan(
+        device=options.device,
+        rows=options.rows,
+        vocabularies=options.vocabulary,
+        dtypes=[getattr(torch, name) for name in options.dtype],
+        contestants=options.made,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        read=read,
+        notes=notes,
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks", description=__doc__, epilog=RACES_HELP, formatter_class=Formatter
     )
     add = parser.add_argument
-    add("--rows", type=int, default=512, help="tokens")
-    add("--vocabulary", type=int, nargs="+", default=[49152], help="vocabulary sizes")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
+    add("--races", nargs="+", choices=RACES, help="which races (default: all that the device has)")
+    add("--rows", type=int, help=f"tokens (default: {ROWS['cpu']}, on CUDA {ROWS['cuda']})")
+    add(
+        "--vocabulary",
+        type=int,
+        nargs="+",
+        help=f"sizes (default: {VOCABULARIES['cpu']}, on CUDA {VOCABULARIES['cuda']})",
+    )
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16", "float64"])
-    add("--contestants", nargs="+", default=["fused", "eager"], choices=["fused", "eager", "reference", "compile"])
-    add("--repeats", type=int, default=7, help="timed calls of each")
-    add("--csv", type=Path, default=Path("bench_output/token_statistics.csv"), help="where all figures go")
-    options = parser.parse_args()
-    if token_statistics.BASELINE not in options.contestants:
-        parser.error("--contestants must hold fused: the others are compared with it")
-    dtypes = [getattr(torch, name) for name in options.dtype]
-    results = list(token_statistics.run(options.rows, options.vocabulary, dtypes, options.contestants, options.repeats))
-    show(results, token_statistics.BASELINE)
-    write_csv(results, options.csv)
-    print(f"Written: {options.csv}")
+    add("--contestants", nargs="+", choices=contestants.MAKERS, help="in the table (default: all but the references)")
+    add("--repeats", type=int, default=5, help="timed calls of each contestant")
+    add(
+        "--seconds",
+        type=float,
+        default=4,
+        help="of timed calls: slower contestants are called less often, at least once",
+    )
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the CPU; the targets are for 2")
+    add("--output", type=Path, default=Path("bench_output"), help="folder for benchmarks.csv and benchmarks.png")
+    options = parser.parse_args(arguments)
+    device = options.device
+    options.rows = ROWS[device] if options.rows is None else options.rows
+    options.vocabulary = options.vocabulary or VOCABULARIES[device]
+    options.races = options.races or [name for name in RACES if device == "cpu" or name not in ON_CPU_ONLY]
+    options.contestants = options.contestants or contestants.default()
+    for name in ("rows", "vocabulary", "repeats", "seconds", "threads"):
+        value = getattr(options, name)
+        if min(value if isinstance(value, list) else [value]) <= 0:
+            parser.error(f"--{name} must be above 0")
+    if contestants.BASELINE not in options.contestants:
+        parser.error(f"--contestants must hold {contestants.BASELINE}: the others are compared with it")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    if device == "cuda" and set(options.races) & set(ON_CPU_ONLY):
+        parser.error(f"--races {' '.join(ON_CPU_ONLY)}: on the CPU only")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output {options.output}: not a folder")
+    try:
+        options.made = contestants.make(options.contestants)
+    except RuntimeError as error:
+        parser.error(str(error))
+    options.device = torch.device(device)
+    return options
 
 
 if __name__ == "__main__":

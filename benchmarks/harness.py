@@ -1,119 +1,201 @@
-"""Timing with honest comparisons: contestants take turns within one run, so that a drifting machine hits all alike."""
+"""Racing with honest comparisons: contestants take turns within one run, so that a drifting machine hits all alike.
+
+A runner is checked on its first full-size call, before it is timed; its memory is measured on its last warm-up call.
+"""
 
 from __future__ import annotations
 
-import csv
-import platform
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
+from torch import Tensor
+
+from benchmarks import memory
+
+LIMIT = "limit"  # the contestant, and the direction, that merely moves the memory
+MEBIBYTE = 2**20
+_AWAKE = torch.zeros(2**17)  # large enough for torch to use all its threads
+
+
+@dataclass(frozen=True)
+class Size:
+    """The inputs of a race: logits [rows, vocabulary] of `dtype`, a share of the rows `ignored`."""
+
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
+    ignored: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.vocabulary} {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant at one size. Times in milliseconds."""
+    """One contestant, in one direction, at one size: a line of the CSV. NaN: not measured."""
 
-    question: str
+    race: str
     contestant: str
     direction: str
+    """forward, backward, both, or limit"""
+    device: str
+    threads: int
+    dtype: str
     rows: int
     vocabulary: int
-    dtype: str
+    ignored: float
     median_ms: float
     fastest_ms: float
     slowest_ms: float
     repeats: int
     gigabytes_per_second: float
-    """bytes of both inputs (and of the gradients written) over the median"""
+    """bytes that must be moved (inputs read, gradients written) over the median"""
+    percent_of_limit: float
+    """of the limit's GB/s in the same race: on the CPU merely reading the inputs, on CUDA copying them"""
+    peak_mib: float
+    """the most memory during the call, beyond its inputs"""
+    extra_mib: float
+    """the same, beyond what it returns: statistics and gradients"""
 
 
-def race(contestants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, {contestant: [repeats]}: each round calls every contestant once, in turn."""
-    for run in contestants.values():
-        for _ in range(warmup):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return times
+@dataclass(frozen=True)
+class Runner:
+    """A contestant at the start: `prepare()` is not timed, then every step is, each given what the last returned.
+
+    `directions` names the figures to report: the steps that each adds up, and the bytes that they must move.
+    """
+
+    contestant: str
+    size: Size
+    prepare: Callable[[], object]
+    steps: Sequence[Callable[[object], object]]
+    directions: Mapping[str, tuple[slice, int]]
+    verify: Callable[[object], None] = lambda returned: None
+    warmup: int = 2
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
-def result(
-    question: str, contestant: str, direction: str, logits: torch.Tensor, times: list[float], gigabytes: float
-) -> Result:
-    """The summary of one contestant's times; `gigabytes` must be moved at least."""
-    median = statistics.median(times)
-    return Result(
-        question=question,
-        contestant=contestant,
-        direction=direction,
-        rows=logits.shape[0],
-        vocabulary=logits.shape[1],
-        dtype=str(logits.dtype).removeprefix("torch."),
-        median_ms=1e3 * median,
-        fastest_ms=1e3 * min(times),
-        slowest_ms=1e3 * max(times),
-        repeats=len(times),
-        gigabytes_per_second=gigabytes / median,
-    )
+def race(name: str, runners: Sequence[Runner], *, repeats: int, seconds: float = math.inf) -> list[Result]:
+    """Checks and warms up every runner, then times them in rounds: each round calls every runner once, in turn.
+
+    A runner whose `repeats` calls would take more than `seconds` is left out of some rounds, but not of all.
+    """
+    before = torch.get_num_threads()
+    try:
+        peaks, turns = [], []
+        for runner in runners:
+            torch.set_num_threads(runner.threads)
+            bytes_at_peak, duration = _warm_up(runner)
+            peaks.append(bytes_at_peak)
+            turns.append(max(1, int(min(repeats, seconds / duration))))
+        times: list[list[list[float]]] = [[] for _ in runners]
+        for turn in range(repeats):
+            for runner, wanted, mine in zip(runners, turns, times, strict=True):
+                if turn * wanted % repeats < wanted:  # spread over the rounds
+                    if torch.get_num_threads() != runner.threads:
+                        torch.set_num_threads(runner.threads)
+                        _timed(runner)  # threads just begun share a processor until the system moves them
+                    mine.append(_timed(runner)[0])
+    finally:
+        torch.set_num_threads(before)
+    return _results(name, runners, times, peaks)
 
 
-def machine() -> str:
-    """One line on what the figures were measured with."""
-    from lit_did.ops.extension import EXTENSION
-
-    level = EXTENSION.module.simd_level() if EXTENSION.module else "no extension"
-    return (
-        f"{platform.machine()} ({level}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
-    )
-
-
-def show(results: list[Result], baseline: str) -> None:
-    """Prints a table, with every time over that of the contestant `baseline` in the same race."""
-    from rich.console import Console
-    from rich.table import Table
-
-    base = {_race(r): r.median_ms for r in results if r.contestant == baseline}
-    table = Table(title=machine())
-    for column in ("dtype", "rows x V", "direction", "contestant"):
-        table.add_column(column, no_wrap=True)
-    for column in ("median ms", "spread", "GB/s", f"over {baseline}"):
-        table.add_column(column, justify="right", no_wrap=True)
-    previous = None
-    for r in results:
-        if previous is not None and _race(r) != previous:
-            table.add_section()
-        previous = _race(r)
-        table.add_row(
-            r.dtype,
-            f"{r.rows} x {r.vocabulary}",
-            r.direction,
-            r.contestant,
-            f"{r.median_ms:.2f}",
-            f"{(r.slowest_ms - r.fastest_ms) / r.median_ms:.0%}",
-            f"{r.gigabytes_per_second:.1f}",
-            f"{r.median_ms / base[_race(r)]:.1f} x",
-        )
-    Console(width=max(100, Console().width)).print(table)
-    print(f"`over {baseline}`: the median over that of {baseline} in the same race. `spread`: slowest less fastest.")
+def _warm_up(runner: Runner) -> tuple[tuple[float, float], float]:
+    """The bytes at its peak, beyond its inputs and beyond what it returned too; the seconds of the last call."""
+    for turn in range(runner.warmup):
+        state = runner.prepare()
+        inputs = list(tensors(state))
+        at_peak, (durations, returned) = memory.peak(lambda state=state: _timed(runner, state), runner.size.device)
+        if turn == 0:
+            runner.verify(returned)
+        beyond = at_peak - memory.held(tensors(returned), apart_from=inputs)
+        beyond = 0.0 if beyond < 0 else beyond  # pages counted late
+        del state, inputs, returned
+    return (at_peak, beyond), sum(durations)
 
 
-def _race(r: Result) -> tuple:
-    return r.question, r.direction, r.rows, r.vocabulary, r.dtype
+def _timed(runner: Runner, state: object = None) -> tuple[list[float], object]:
+    """Seconds of every step, and what the last returned."""
+    state = runner.prepare() if state is None else state
+    if runner.size.device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runner.steps) + 1)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: launches are not timed
+        events[0].record()
+        for step, event in zip(runner.steps, events[1:], strict=True):
+            state = step(state)
+            event.record()
+        torch.cuda.synchronize()
+        return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)], state
+    # Threads sleep between calls: whoever came first would be timed waking them.
+    _AWAKE.add_(1)
+    clock = [time.perf_counter()]
+    for step in runner.steps:
+        state = step(state)
+        clock.append(time.perf_counter())
+    return [end - begin for begin, end in pairwise(clock)], state
 
 
-def write_csv(results: list[Result], path: Path) -> None:
-    """Writes all results, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in results)
+def tensors(value: object) -> Iterable[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors(entry)
+
+
+def _results(
+    name: str,
+    runners: Sequence[Runner],
+    times: Sequence[Sequence[Sequence[float]]],
+    peaks: Sequence[tuple[float, float]],
+) -> list[Result]:
+    calls = {}
+    for i, runner in enumerate(runners):
+        for direction, (steps, _) in runner.directions.items():
+            calls[i, direction] = sorted(sum(call[steps]) for call in times[i])
+    # The limit of a runner is the one with its size and threads.
+    limits = {
+        (runner.size, runner.threads): runner.directions[LIMIT][1] / statistics.median(calls[i, LIMIT])
+        for i, runner in enumerate(runners)
+        if runner.contestant == LIMIT
+    }
+    results = []
+    for i, runner in enumerate(runners):
+        size = runner.size
+        limit = limits.get((size, runner.threads), math.nan)
+        for direction, (_, moved) in runner.directions.items():
+            durations = calls[i, direction]
+            median = statistics.median(durations)
+            # What backward alone takes is not seen: its peak is that of both.
+            at_peak, beyond = (math.nan, math.nan) if direction == "backward" else peaks[i]
+            results.append(
+                Result(
+                    race=name,
+                    contestant=runner.contestant,
+                    direction=direction,
+                    device=size.device.type,
+                    threads=runner.threads,
+                    dtype=str(size.dtype).removeprefix("torch."),
+                    rows=size.rows,
+                    vocabulary=size.vocabulary,
+                    ignored=size.ignored,
+                    median_ms=1e3 * median,
+                    fastest_ms=1e3 * durations[0],
+                    slowest_ms=1e3 * durations[-1],
+                    repeats=len(durations),
+                    gigabytes_per_second=moved / median / 1e9,
+                    percent_of_limit=100 * moved / median / limit,
+                    peak_mib=at_peak / MEBIBYTE,
+                    extra_mib=beyond / MEBIBYTE,
+                )
+            )
+    return results

@@ -1,88 +1,228 @@
-"""How fast are the eight token statistics, and their gradient, beside plain torch computing the same?"""
+"""The races: how fast are the token statistics and their gradient, beside others, beside merely reading, by size?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result, race, result
-from lit_did import TokenStatistics, token_statistics
+from benchmarks import check, memory
+from benchmarks.contestants import BASELINE, Contestant
+from benchmarks.harness import LIMIT, Result, Runner, Size, race
+from lit_did import SequenceStatistics, sequence_statistics
 
-QUESTION = "token_statistics"
-BASELINE = "fused"
+FORWARD, BACKWARD = slice(0, 1), slice(1, 2)
+BOTH = slice(0, 2)
+FEW_ROWS = (1, 2, 4, 8)
+IGNORED = 0.6
 
 
-def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
-    """The eight quantities as one would write them in torch: no ignored rows, no infinities."""
-    real = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
-    z, r = policy_logits.to(real), reference_logits.to(real)
-    a, b = z.logsumexp(-1, keepdim=True), r.logsumexp(-1, keepdim=True)
-    d = z - r
-    c = d.logsumexp(-1, keepdim=True)
-    log_pi, log_rho, log_q = z - a, r - b, d - c
-    pi, rho, q = log_pi.exp(), log_rho.exp(), log_q.exp()
-    log_ratio = log_pi - log_rho
-    return TokenStatistics(
-        policy_logprob=log_pi.gather(-1, labels[:, None])[:, 0],
-        reference_logprob=log_rho.gather(-1, labels[:, None])[:, 0],
-        did_entropy=-(q * log_q).sum(-1),
-        did_log_partition=(c - a + b)[:, 0],
-        policy_entropy=-(pi * log_pi).sum(-1),
-        reference_entropy=-(rho * log_rho).sum(-1),
-        kl=(pi * log_ratio).sum(-1),
-        reverse_kl=-(rho * log_ratio).sum(-1),
+@dataclass
+class Plan:
+    """What to race, as asked for on the command line."""
+
+    device: torch.device
+    rows: int
+    vocabularies: Sequence[int]
+    dtypes: Sequence[torch.dtype]
+    contestants: dict[str, Contestant]
+    repeats: int
+    seconds: float
+    read: Callable[[Tensor, int], int] | None
+    """reads a tensor (`read_limit.load()`); None: no limit is raced on the CPU"""
+    notes: list[str] = field(default_factory=list)
+    """what was left out, and why"""
+
+    def race(self, name: str, runners: Sequence[Runner]) -> list[Result]:
+        return race(name, runners, repeats=self.repeats, seconds=self.seconds)
+
+    @property
+    def ours(self) -> dict[str, Contestant]:
+        return {name: contestant for name, contestant in self.contestants.items() if name.startswith(BASELINE)}
+
+
+class Inputs:
+    """Logits as peaked as language models', a reference near its policy, labels; and the runners on them."""
+
+    def __init__(self, plan: Plan, size: Size) -> None:
+        self.plan, self.size = plan, size
+        generator = torch.Generator(size.device).manual_seed(0)
+        random = partial(torch.randn, size.rows, size.vocabulary, generator=generator, device=size.device)
+        policy = random().mul_(3)
+        self.reference = random().mul_(0.5).add_(policy).to(size.dtype)
+        self.policy = policy.to(size.dtype)
+        self.labels = torch.randint(size.vocabulary, (size.rows,), generator=generator, device=size.device)
+        # Four sequences, each with its prompt ignored.
+        length = -(-size.rows // 4)
+        place = (torch.arange(size.rows, device=size.device) % length + 0.5) / length
+        self.labels[place < size.ignored] = -100
+        self._truths: dict[object, check.Truth] = {}
+
+    def runners(self, name: str, contestant: Contestant, **options) -> list[Runner]:
+        """The contestant forward, and forward + backward; only the latter where its backward overwrites."""
+        policy, reference, labels = self.policy, self.reference, self.labels
+        bytes_read = round((policy.nbytes + reference.nbytes) * (1 - self.size.ignored))
+        common = {"size": self.size, "warmup": contestant.warmup, **options}
+        truth = self._truth(contestant)
+
+        def forward(state: tuple) -> tuple:
+            return contestant.function(*state, labels)
+
+        def prepare() -> tuple[Tensor, Tensor]:
+            leaves = policy.detach().requires_grad_(), reference.detach().requires_grad_()
+            return (leaves[0].clone(), leaves[1].clone()) if contestant.overwrites else leaves
+
+        def forward_for_backward(state: tuple) -> tuple:
+            return state, contestant.function(*state, labels)
+
+        def backward(state: tuple) -> tuple:
+            logits, values = state
+            gradients = torch.autograd.grad(list(values), logits, check.upstream(values))
+            return [value.detach() for value in values], gradients
+
+        forwards = Runner(
+            name,
+            prepare=lambda: (policy, reference),
+            steps=(forward,),
+            directions={"forward": (FORWARD, bytes_read)},
+            verify=lambda values: truth.verify(name, contestant.fields, values),
+            **common,
+        )
+        both = Runner(
+            name,
+            prepare=prepare,
+            steps=(forward_for_backward, backward),
+            # Backward reads both inputs and writes both gradients, those of ignored rows too.
+            directions={
+                "backward": (BACKWARD, bytes_read + policy.nbytes + reference.nbytes),
+                "both": (BOTH, 2 * bytes_read + policy.nbytes + reference.nbytes),
+            },
+            verify=lambda returned: truth.verify(name, contestant.fields, *returned),
+            **common,
+        )
+        return [both] if contestant.overwrites else [forwards, both]
+
+    def limit(self, threads: int | None = None) -> list[Runner]:
+        """Merely reading both inputs; on CUDA copying the policy's logits, which reads and writes."""
+        threads, read = threads or torch.get_num_threads(), self.plan.read
+        moved = self.policy.nbytes + self.reference.nbytes
+        if self.size.device.type == "cuda":
+            target = torch.empty_like(self.policy)
+            steps = (target.copy_,)
+        elif read is not None:
+            steps = (lambda policy: (read(policy, threads), read(self.reference, threads)),)
+        else:
+            return []
+        directions = {LIMIT: (FORWARD, moved)}
+        return [Runner(LIMIT, self.size, lambda: self.policy, steps, directions, threads=threads)]
+
+    def _truth(self, contestant: Contestant) -> check.Truth:
+        key = contestant.fields
+        if key not in self._truths:
+            self._truths[key] = check.Truth(contestant.truth, self.policy, self.reference, self.labels)
+        return self._truths[key]
+
+
+def table(plan: Plan) -> Iterator[Result]:
+    """Every contestant at every vocabulary size and dtype."""
+    for vocabulary in plan.vocabularies:
+        for dtype in plan.dtypes:
+            size = Size(plan.rows, vocabulary, dtype, plan.device)
+            inputs = Inputs(plan, size)
+            memory.free(plan.device)
+            torch.compiler.reset()  # after a few sizes it would give up compiling, and run eagerly without a word
+            runners = inputs.limit()
+            for name, contestant in plan.contestants.items():
+                needed = contestant.copies * 4 * size.rows * size.vocabulary
+                free = memory.available(plan.device)
+                if needed > free:
+                    plan.notes.append(
+                        f"{name} left out at {size}: it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free."
+                    )
+                    continue
+                runners += inputs.runners(name, contestant)
+            yield from plan.race("table", runners)
+
+
+def threads(plan: Plan) -> Iterator[Result]:
+    """One thread against two, at the first vocabulary size."""
+    for dtype in plan.dtypes:
+        inputs = Inputs(plan, Size(plan.rows, plan.vocabularies[0], dtype, plan.device))
+        runners = []
+        for count in (1, 2):
+            runners += inputs.limit(count)
+            for name, contestant in plan.ours.items():
+                runners += inputs.runners(name, contestant, threads=count)
+        yield from plan.race("threads", runners)
+
+
+def ignored(plan: Plan) -> Iterator[Result]:
+    """No row ignored against `IGNORED` of them, at the first vocabulary size."""
+    for dtype in plan.dtypes:
+        runners = []
+        for share in (0.0, IGNORED):
+            inputs = Inputs(plan, Size(plan.rows, plan.vocabularies[0], dtype, plan.device, share))
+            for name, contestant in plan.ours.items():
+                runners += inputs.runners(name, contestant)
+        yield from plan.race("ignored", runners)
+
+
+def few_rows(plan: Plan) -> Iterator[Result]:
+    """So few rows that threads have none each, at the last vocabulary size; on the CPU with one thread and with all."""
+    several = sorted({1, torch.get_num_threads()}) if plan.device.type == "cpu" else [torch.get_num_threads()]
+    for dtype in plan.dtypes:
+        for rows in FEW_ROWS:
+            inputs = Inputs(plan, Size(rows, plan.vocabularies[-1], dtype, plan.device))
+            runners = []
+            for count in several:
+                runners += inputs.limit(count)
+                for name, contestant in plan.ours.items():
+                    runners += inputs.runners(name, contestant, threads=count)
+            yield from plan.race("few-rows", runners)
+
+
+def growth(plan: Plan) -> Iterator[Result]:
+    """The cost by vocabulary size up to the first, and by rows at the first: the table adds the larger vocabularies."""
+    most, rows = plan.vocabularies[0], plan.rows
+    sizes = {(rows, v) for v in (most // 64, most // 16, most // 4, most) if v}
+    sizes |= {(r, most) for r in (rows // 64, rows // 16, rows // 4, 2 * rows) if r}
+    for dtype in plan.dtypes:
+        for rows, vocabulary in sorted(sizes):
+            inputs = Inputs(plan, Size(rows, vocabulary, dtype, plan.device))
+            runners = inputs.limit()
+            for name, contestant in plan.ours.items():
+                runners += inputs.runners(name, contestant)
+            yield from plan.race("growth", runners)
+
+
+def sequence(plan: Plan) -> Iterator[Result]:
+    """Packed sequences of `check.ROWS` tokens: what summing over them costs on top of the token statistics."""
+    packed = Contestant(
+        partial(_packed_sequences, backend="fused"),
+        fields=SequenceStatistics._fields[:-1],  # num_tokens, the last, is a count without a gradient
+        truth=partial(_packed_sequences, backend="reference"),
     )
+    for dtype in plan.dtypes:
+        inputs = Inputs(plan, Size(plan.rows, plan.vocabularies[0], dtype, plan.device))
+        runners = inputs.limit() + inputs.runners(BASELINE, plan.contestants[BASELINE])
+        yield from plan.race("sequence", runners + inputs.runners("fused sequences", packed))
 
 
-def contestants(names: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], TokenStatistics]]:
-    """The functions to race, by name: fused, reference, eager, compile."""
-    every = {
-        "fused": lambda z, r, y: token_statistics(z, r, y, backend="fused"),
-        "reference": lambda z, r, y: token_statistics(z, r, y, backend="reference"),
-        "eager": eager,
-        "compile": torch.compile(eager, dynamic=False),
-    }
-    return {name: every[name] for name in names}
+def _packed_sequences(policy: Tensor, reference: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, ...]:
+    rows = len(labels)
+    ends = torch.arange(0, rows + check.ROWS, check.ROWS, device=labels.device).clamp(max=rows)
+    return sequence_statistics(policy, reference, labels, cu_seqlens=ends, backend=backend)[:-1]
 
 
-def run(
-    rows: int, vocabularies: list[int], dtypes: list[torch.dtype], names: list[str], repeats: int
-) -> Iterator[Result]:
-    """Checks every contestant against float64, then races them, forward and forward + backward."""
-    for vocabulary in vocabularies:
-        for dtype in dtypes:
-            generator = torch.Generator().manual_seed(0)
-            z = torch.randn(rows, vocabulary, generator=generator).mul_(3)
-            r = z.add(torch.randn(rows, vocabulary, generator=generator), alpha=0.5).to(dtype)
-            z = z.to(dtype)
-            y = torch.randint(vocabulary, (rows,), generator=generator)
-            functions = contestants(names)
-            for name, function in functions.items():
-                _check(name, function, z[:8], r[:8], y[:8])
-            yield from _race_at(functions, z, r, y, repeats)
-
-
-def _race_at(functions: dict[str, Callable], z: Tensor, r: Tensor, y: Tensor, repeats: int) -> Iterator[Result]:
-    read = (z.nbytes + r.nbytes) / 1e9
-    forward = {name: lambda f=f: f(z, r, y) for name, f in functions.items()}
-    forward["read (sum)"] = lambda: (z.sum(), r.sum())
-    for name, times in race(forward, repeats=repeats).items():
-        yield result(QUESTION, name, "forward", z, times, read)
-    both = {name: lambda f=f: _forward_backward(f, z, r, y) for name, f in functions.items()}
-    for name, times in race(both, repeats=repeats).items():
-        yield result(QUESTION, name, "fwd + bwd", z, times, 3 * read)  # read twice, and the gradients written
-
-
-def _forward_backward(function: Callable, z: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    z, r = z.detach().requires_grad_(), r.detach().requires_grad_()
-    return torch.autograd.grad(sum(value.sum() for value in function(z, r, y)), (z, r))
-
-
-def _check(name: str, function: Callable, z: Tensor, r: Tensor, y: Tensor) -> None:
-    truth = token_statistics(z.double(), r.double(), y, backend="reference")
-    for field, value, expected in zip(TokenStatistics._fields, function(z, r, y), truth, strict=True):
-        error = (value.double() - expected).abs().max().item()
-        if not error < 1e-3:
-            raise RuntimeError(f"{name} is wrong: {field} differs from float64 by {error:.2g} nats.")
+RACES = {
+    "table": table,
+    "threads": threads,
+    "ignored": ignored,
+    "few-rows": few_rows,
+    "growth": growth,
+    "sequence": sequence,
+}
+ON_CPU_ONLY = ("threads",)
