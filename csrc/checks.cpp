@@ -52,6 +52,19 @@ at::ScalarType statistics_dtype(const at::Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+ScalarKind kind_of(const at::Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return ScalarKind::kFloat;
+    case at::kBFloat16:
+      return ScalarKind::kBFloat16;
+    case at::kHalf:
+      return ScalarKind::kFloat16;
+    default:
+      return ScalarKind::kDouble;
+  }
+}
+
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature) {
   TORCH_CHECK_VALUE(policy_logits.dim() >= 1 && policy_logits.size(-1) >= 1,

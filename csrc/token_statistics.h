@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "row_statistics.h"
+#include "scalar_types.h"
 
 namespace lit_did {
 
@@ -58,6 +59,9 @@ BackwardTensors check_backward_arguments(const c10::List<std::optional<at::Tenso
 // address, else ValueError. Bumps the written logits' versions, so that autograd refuses other uses of their values.
 void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_logits, bool write_policy,
                   bool write_reference);
+
+// The dtype of checked logits, for the kernels.
+ScalarKind kind_of(const at::Tensor& logits);
 
 // The dtype of the statistics: float64 for float64 logits, otherwise float32.
 at::ScalarType statistics_dtype(const at::Tensor& logits);

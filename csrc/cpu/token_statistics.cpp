@@ -20,19 +20,6 @@
 namespace lit_did {
 namespace {
 
-ScalarKind kind_of(const at::Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return ScalarKind::kFloat;
-    case at::kBFloat16:
-      return ScalarKind::kBFloat16;
-    case at::kHalf:
-      return ScalarKind::kFloat16;
-    default:
-      return ScalarKind::kDouble;
-  }
-}
-
 // Address of each row of [..., V], whatever the strides of the leading dimensions.
 class Rows {
  public:

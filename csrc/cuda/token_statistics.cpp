@@ -14,19 +14,6 @@
 namespace lit_did {
 namespace {
 
-ScalarKind kind_of(const at::Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return ScalarKind::kFloat;
-    case at::kBFloat16:
-      return ScalarKind::kBFloat16;
-    case at::kHalf:
-      return ScalarKind::kFloat16;
-    default:
-      return ScalarKind::kDouble;
-  }
-}
-
 // Leading dimensions of size 1 are dropped, and those that lie in memory like one become one.
 cuda::Logits logits_of(const char* name, const at::Tensor& logits) {
   cuda::Logits result{const_cast<void*>(logits.const_data_ptr()), kind_of(logits), {}};
