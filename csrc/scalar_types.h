@@ -29,6 +29,18 @@ LIT_DID_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
+LIT_DID_INLINE double bits_to_double(uint64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+LIT_DID_INLINE uint64_t double_to_bits(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 LIT_DID_INLINE float to_float(float value) { return value; }
 LIT_DID_INLINE double to_float(double value) { return value; }
 LIT_DID_INLINE float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }

@@ -85,43 +85,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high, Float16) {
 #endif
 }
 
-__device__ __forceinline__ double words_to_double(uint32_t low, uint32_t high) {
-#if defined(__CUDA_ARCH__)
-  return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
-#else
-  const uint64_t bits = low | uint64_t(high) << 32;
-  double value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint64_t double_to_bits(double value) {
-#if defined(__CUDA_ARCH__)
-  return static_cast<uint64_t>(__double_as_longlong(value));
-#else
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-#endif
-}
-
-__device__ __forceinline__ float bits_as_float(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  return bits_to_float(bits);
-#endif
-}
-
-__device__ __forceinline__ uint32_t float_as_bits(float value) {
-#if defined(__CUDA_ARCH__)
-  return __float_as_uint(value);
-#else
-  return float_to_bits(value);
-#endif
-}
-
 // kEntries entries of T as they lie in memory.
 template <typename T, int kEntries>
 struct Chunk {
@@ -130,13 +93,13 @@ struct Chunk {
 
   __device__ __forceinline__ typename RealOf<T>::type operator[](int i) const {
     if constexpr (sizeof(T) == 8) {
-      return words_to_double(words[2 * i], words[2 * i + 1]);
+      return bits_to_double(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
     } else if constexpr (sizeof(T) == 4) {
-      return bits_as_float(words[i]);
+      return bits_to_float(words[i]);
     } else {
       const uint32_t word = words[i / 2];
       if constexpr (std::is_same_v<T, BFloat16>) {
-        return bits_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+        return bits_to_float(i % 2 ? word & 0xffff0000u : word << 16);
       } else {
         return half_to_float(static_cast<uint16_t>(i % 2 ? word >> 16 : word));
       }
@@ -155,7 +118,7 @@ struct Chunk {
       }
     } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < kEntries; ++i) chunk.words[i] = float_as_bits(values[i]);
+      for (int i = 0; i < kEntries; ++i) chunk.words[i] = float_to_bits(values[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kEntries / 2; ++i) chunk.words[i] = pack(values[2 * i], values[2 * i + 1], T{});
@@ -302,7 +265,7 @@ __device__ __forceinline__ Chunk<T, kEntries> load_chunk(const T* row, int begin
 template <typename T>
 __device__ __forceinline__ typename RealOf<T>::type load_entry(const T* entry) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    return bits_as_float(uint32_t(entry->bits) << 16);
+    return bits_to_float(uint32_t(entry->bits) << 16);
   else if constexpr (std::is_same_v<T, Float16>)
     return half_to_float(entry->bits);
   else
