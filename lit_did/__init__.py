@@ -1,7 +1,8 @@
 """lit-did: preference optimisation seen through the Differential Information Distribution (DID).
 
-The operators load with the package. LightningModules (`lit_did.modules`) and preference data (`lit_did.data`) load
-where they are used, so that `import lit_did` stays quick and needs neither lightning nor transformers.
+The operators load with the package. All else (`lit_did.metrics`, `lit_did.callbacks`, `lit_did.modules`,
+`lit_did.data`) loads where it is used, so that `import lit_did` stays quick and needs neither lightning nor
+transformers.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING
 from lit_did.ops import SequenceStatistics, TokenStatistics, sequence_statistics, token_statistics
 
 if TYPE_CHECKING:
+    from lit_did.callbacks import DIDMonitor
     from lit_did.data import PreferenceDataModule
+    from lit_did.metrics import DIDMetrics
     from lit_did.modules import LitDPO
 
 __version__ = "0.1.0"
 __all__ = [
+    "DIDMetrics",
+    "DIDMonitor",
     "LitDPO",
     "PreferenceDataModule",
     "SequenceStatistics",
@@ -25,7 +30,12 @@ __all__ = [
     "token_statistics",
 ]
 
-_LAZY = {"LitDPO": "lit_did.modules", "PreferenceDataModule": "lit_did.data"}
+_LAZY = {
+    "DIDMetrics": "lit_did.metrics",
+    "DIDMonitor": "lit_did.callbacks",
+    "LitDPO": "lit_did.modules",
+    "PreferenceDataModule": "lit_did.data",
+}
 
 
 def __getattr__(name: str):

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 LOSSES = ("sigmoid", "ipo", "hinge")
 
 
-def reward_margin(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor, beta: float) -> Tensor:
+def pair_margin(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor, beta: float) -> Tensor:
     """beta times the difference of the two log-ratios: by how much the policy's implicit reward prefers `chosen`.
 
     Args:
@@ -21,20 +21,21 @@ def reward_margin(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor, beta: fl
         [pairs], in the inputs' dtype.
 
     Example:
-        >>> reward_margin(torch.tensor([2.0]), torch.tensor([-1.0]), beta=0.1)
+        >>> pair_margin(torch.tensor([2.0]), torch.tensor([-1.0]), beta=0.1)
         tensor([0.3000])
     """
     return beta * (chosen_log_ratio - rejected_log_ratio)
 
 
-def reward_accuracy(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
-    """[pairs] 1 where the policy's implicit reward prefers `chosen`, 0 where it prefers `rejected`, 1/2 for a tie.
+def pair_accuracy(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
+    """[pairs] 1 where the policy's implicit reward prefers `chosen`, 0 where `rejected`, 1/2 for a tie, NaN for NaN.
 
     Example:
-        >>> reward_accuracy(torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 1.0]))
+        >>> pair_accuracy(torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 1.0]))
         tensor([1.0000, 0.5000, 0.0000])
     """
-    return (torch.sign(chosen_log_ratio - rejected_log_ratio) + 1) / 2
+    difference = chosen_log_ratio - rejected_log_ratio
+    return torch.where(difference.isnan(), difference, (torch.sign(difference) + 1) / 2)  # the sign of NaN is 0
 
 
 def preference_loss(
@@ -82,9 +83,14 @@ def check_preference_loss(*, beta: float, loss: str, label_smoothing: float) -> 
     """Raises ValueError unless the three make a loss."""
     if loss not in LOSSES:
         raise ValueError(f"Expected `loss` to be one of {', '.join(map(repr, LOSSES))}, but got {loss!r}.")
-    if not beta > 0:
-        raise ValueError(f"Expected `beta` to be above 0, but got {beta}.")
+    check_beta(beta)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"Expected `label_smoothing` to be in [0, 0.5), but got {label_smoothing}.")
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"Expected `label_smoothing` to be 0 with `loss={loss!r}`, but got {label_smoothing}.")
+
+
+def check_beta(beta: float) -> None:
+    """Raises ValueError unless `beta` is above 0."""
+    if not beta > 0:
+        raise ValueError(f"Expected `beta` to be above 0, but got {beta}.")

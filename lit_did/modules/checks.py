@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lit_did.modules.models import active_dropout
-
-IGNORE_INDEX = -100
+from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models.loading import active_dropout
 
 
 def check_batch(batch: Mapping[str, Tensor]) -> None:
@@ -33,15 +32,6 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
         )
     if not labelled.any(1).all():
         raise ValueError("Expected every sequence to have completion tokens, but got one whose labels are all -100.")
-
-
-def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
-    """Raises ValueError if the two configurations name different vocabulary sizes."""
-    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (policy, reference)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"Expected `reference` to have the policy's vocabulary, {sizes[0]} entries, but got {sizes[1]}."
-        )
 
 
 def warn_unless_policy_is_reference(

@@ -11,26 +11,15 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from lit_did.functional import preference_loss, reward_accuracy, reward_margin
+from lit_did.functional import pair_margin, preference_loss
 from lit_did.functional.preference import check_preference_loss
-from lit_did.metrics import WeightedMeans
-from lit_did.modules import models
-from lit_did.modules.checks import IGNORE_INDEX, check_batch, check_same_vocabulary, warn_unless_policy_is_reference
+from lit_did.metrics import DIDMetrics, PreferenceLoss
+from lit_did.models import loading, measuring
+from lit_did.models.batches import IGNORE_INDEX
+from lit_did.modules.checks import check_batch, warn_unless_policy_is_reference
 from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
 from lit_did.ops import SequenceStatistics, sequence_statistics
 from lit_did.ops.extension import BACKENDS
-
-LOGGED = (
-    "loss",
-    "reward_margin",
-    "reward_accuracy",
-    "chosen_log_ratio",
-    "rejected_log_ratio",
-    "did_entropy",
-    "did_log_partition",
-    "policy_entropy",
-    "kl",
-)
 
 
 class PairStatistics(NamedTuple):
@@ -53,9 +42,8 @@ class LitDPO(lightning.LightningModule):
     token that position t predicts, -100 outside completions. `weight` [pairs] (0 leaves a pair out of validation and
     prediction) and `index` [pairs] may be absent.
 
-    Logs `train/` (each optimiser step, averaged over its micro-batches and all processes) and `val/` (each epoch):
-    loss, reward_margin, reward_accuracy, chosen_log_ratio and rejected_log_ratio as means over pairs; did_entropy,
-    did_log_partition, policy_entropy and kl as means over completion tokens, in nats.
+    Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
+    mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each.
 
     Args:
         policy: A transformers causal language model, or its name or path. A `PeftModel` keeps its adapter.
@@ -121,8 +109,9 @@ class LitDPO(lightning.LightningModule):
         self._batch_checked = self._start_checked = False
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
-        self.train_means = WeightedMeans(LOGGED)
-        self.val_means = nn.ModuleList()  # one a validation dataloader
+        self._loss_options = {"beta": beta, "loss": loss, "label_smoothing": label_smoothing}
+        self.train_metrics = self._metrics()
+        self.val_metrics = nn.ModuleList()  # one a validation dataloader
         # The checkpoint holds what is trained and nothing else; on_load_checkpoint checks that it is all there.
         self.strict_loading = False
         if not isinstance(policy, str) and not isinstance(reference, str):
@@ -136,23 +125,23 @@ class LitDPO(lightning.LightningModule):
         """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
         if self.policy is not None:
             return
-        policy = models.load_model(self._given["policy"], "policy", self._model_kwargs)
+        policy = loading.load_model(self._given["policy"], "policy", self._model_kwargs)
         reference = self._given["reference"]
         if reference is not None:
-            reference = models.load_model(reference, "reference", self._model_kwargs)
-            models.check_separate(policy, reference)
-            check_same_vocabulary(policy, reference)
-            models.freeze(reference)
-        elif self._given["lora"] is None and not models.is_peft(policy):
-            reference = models.frozen_copy(policy)
+            reference = loading.load_model(reference, "reference", self._model_kwargs)
+            loading.check_separate(policy, reference)
+            loading.check_same_vocabulary(policy, reference)
+            loading.freeze(reference)
+        elif self._given["lora"] is None and not loading.is_peft(policy):
+            reference = loading.frozen_copy(policy)
         if self._given["lora"] is not None:
-            policy = models.add_lora(policy, self._given["lora"])
+            policy = loading.add_lora(policy, self._given["lora"])
         if reference is None:
-            models.check_adapter_is_all_that_trains(policy)
+            loading.check_adapter_is_all_that_trains(policy)
         if self.hparams.disable_dropout:
-            models.switch_off_dropout(policy)
+            loading.switch_off_dropout(policy)
         if self.hparams.gradient_checkpointing:
-            models.checkpoint_activations(policy)
+            loading.checkpoint_activations(policy)
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
@@ -196,13 +185,13 @@ class LitDPO(lightning.LightningModule):
     def forward(self, batch: Mapping[str, Tensor]) -> SequenceStatistics:
         """The statistics of every completion: [2 pairs], chosen first, differentiable in the policy."""
         positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        policy_logits = models.completion_logits(self.policy, batch, positions)
+        policy_logits = measuring.completion_logits(self.policy, batch, positions)
         if self.reference is None:
-            with models.adapter_off(self.policy):
-                reference_logits = models.completion_logits(self.policy, batch, positions)
+            with measuring.adapter_off(self.policy):
+                reference_logits = measuring.completion_logits(self.policy, batch, positions)
         else:
             with torch.no_grad():
-                reference_logits = models.completion_logits(self.reference, batch, positions)
+                reference_logits = measuring.completion_logits(self.reference, batch, positions)
         return sequence_statistics(
             policy_logits,
             reference_logits,
@@ -223,7 +212,7 @@ class LitDPO(lightning.LightningModule):
         loss = self._loss(chosen.log_ratio, rejected.log_ratio)
         index = batch.get("index", torch.full((pairs,), -1, device=loss.device))
         return PairStatistics(
-            index, chosen, rejected, loss, reward_margin(chosen.log_ratio, rejected.log_ratio, self.hparams.beta)
+            index, chosen, rejected, loss, pair_margin(chosen.log_ratio, rejected.log_ratio, self.hparams.beta)
         )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -232,7 +221,7 @@ class LitDPO(lightning.LightningModule):
         if not self._start_checked:
             self._check_start(pairs)
             self._start_checked = True
-        self.train_means.update(_means(pairs, torch.ones_like(pairs.loss)))
+        self.train_metrics.update(_sequences(pairs))
         return pairs.loss.mean()
 
     def on_fit_start(self) -> None:
@@ -241,24 +230,23 @@ class LitDPO(lightning.LightningModule):
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the means over all micro-batches and processes of this optimiser step."""
-        self._log("train/", self.train_means, ("loss", "reward_margin", "did_entropy"))
+        """Logs the metrics over all micro-batches and processes of this optimiser step."""
+        self._log("train/", self.train_metrics, ("loss", "reward_margin", "did_entropy"))
 
     def on_validation_epoch_start(self) -> None:
-        """Starts one set of means a validation dataloader."""
+        """Starts one set of metrics a validation dataloader."""
         loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
-        self.val_means = nn.ModuleList(WeightedMeans(LOGGED).to(self.device) for _ in range(loaders))
+        self.val_metrics = nn.ModuleList(self._metrics().to(self.device) for _ in range(loaders))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds the batch to the epoch's means."""
-        pairs = self.pair_statistics(batch)
-        self.val_means[dataloader_idx].update(_means(pairs, batch.get("weight", torch.ones_like(pairs.loss))))
+        """Adds the batch to the epoch's metrics."""
+        self.val_metrics[dataloader_idx].update(_sequences(self.pair_statistics(batch), batch.get("weight")))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the means over the epoch and all processes."""
-        for i, means in enumerate(self.val_means):
-            suffix = f"/dataloader_idx_{i}" if len(self.val_means) > 1 else ""
-            self._log("val/", means, ("loss", "reward_margin", "reward_accuracy"), suffix)
+        """Logs the metrics over the epoch and all processes."""
+        for i, metrics in enumerate(self.val_metrics):
+            suffix = f"/dataloader_idx_{i}" if len(self.val_metrics) > 1 else ""
+            self._log("val/", metrics, ("loss", "reward_margin", "reward_accuracy"), suffix)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> PairStatistics:
         """The statistics of every pair, without the rows that only pad a process's share."""
@@ -290,10 +278,12 @@ class LitDPO(lightning.LightningModule):
     # -----------------------------------------------------------------------------------------------------------
 
     def _loss(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
-        h = self.hparams
-        return preference_loss(
-            chosen_log_ratio, rejected_log_ratio, beta=h.beta, loss=h.loss, label_smoothing=h.label_smoothing
-        )
+        return preference_loss(chosen_log_ratio, rejected_log_ratio, **self._loss_options)
+
+    def _metrics(self) -> DIDMetrics:
+        metrics = DIDMetrics(beta=self._loss_options["beta"])
+        metrics.add_metrics({"loss": PreferenceLoss(**self._loss_options)})
+        return metrics
 
     def _check_start(self, pairs: PairStatistics) -> None:
         warn_unless_policy_is_reference(
@@ -305,9 +295,9 @@ class LitDPO(lightning.LightningModule):
             self._loss(torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)),
         )
 
-    def _log(self, prefix: str, means: WeightedMeans, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
-        # Already means over all processes: every rank logs the same number.
-        for name, value in means.compute().items():
+    def _log(self, prefix: str, metrics: DIDMetrics, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
+        # Already over all processes: every rank logs the same number.
+        for name, value in metrics.compute().items():
             self.log(
                 f"{prefix}{name}{suffix}",
                 value.float(),
@@ -315,27 +305,15 @@ class LitDPO(lightning.LightningModule):
                 add_dataloader_idx=False,  # the suffix says it
                 sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
             )
-        means.reset()
+        metrics.reset()
 
 
-def _means(pairs: PairStatistics, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every logged quantity with its weights: pairs count by `weight`, token means by their tokens too."""
-    chosen, rejected = pairs.chosen, pairs.rejected
-    values = {
-        "loss": (pairs.loss, weight),
-        "reward_margin": (pairs.reward_margin, weight),
-        "reward_accuracy": (reward_accuracy(chosen.log_ratio, rejected.log_ratio), weight),
-        "chosen_log_ratio": (chosen.log_ratio, weight),
-        "rejected_log_ratio": (rejected.log_ratio, weight),
-    }
-    tokens = torch.cat([chosen.num_tokens * weight, rejected.num_tokens * weight])
-    for name in ("did_entropy", "policy_entropy", "kl"):
-        values[name] = (torch.cat([getattr(chosen, name), getattr(rejected, name)]), tokens)
-    partition = torch.cat([chosen.did_log_partition, rejected.did_log_partition])
-    values["did_log_partition"] = (
-        partition / torch.cat([chosen.num_tokens, rejected.num_tokens]).clamp(min=1), tokens,
-    )  # fmt: skip
-    return values
+def _sequences(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:
+    """The statistics [2 pairs] of all completions; pairs of weight 0 have no tokens, so that no metric counts them."""
+    both = SequenceStatistics(*(torch.cat(sides) for sides in zip(pairs.chosen, pairs.rejected, strict=True)))
+    if weight is None:
+        return both
+    return both._replace(num_tokens=both.num_tokens * (weight > 0).repeat(2))
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The operators: statistics of a policy and its reference, a token and a sequence at a time."""
 
-from lit_did.ops.sequence_statistics import sequence_statistics
+from lit_did.ops.sequence_statistics import sequence_reduction, sequence_statistics
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 from lit_did.ops.token_statistics import token_statistics
 
-__all__ = ["SequenceStatistics", "TokenStatistics", "sequence_statistics", "token_statistics"]
+__all__ = ["SequenceStatistics", "TokenStatistics", "sequence_reduction", "sequence_statistics", "token_statistics"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_did.ops.statistics import TokenStatistics
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,8 +28,7 @@ def check_token_arguments(
             raise TypeError(
                 f"Expected `{name}` to be float32, bfloat16, float16 or float64, but got {named[name].dtype}."
             )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
+    _check_labels_type(labels)
     if policy_logits.dim() < 1 or policy_logits.shape[-1] < 1:
         raise ValueError(
             f"Expected `policy_logits` to have shape [..., V] with V >= 1, but got {tuple(policy_logits.shape)}."
@@ -52,12 +53,7 @@ def check_token_arguments(
                 f"Expected `{name}` on the device of `policy_logits`, {policy_logits.device}, "
                 f"but got {named[name].device}."
             )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
-        raise TypeError(f"Expected `ignore_index` to be an integer, but got {ignore_index!r}.")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"Expected `temperature` to be a number, but got {temperature!r}.")
-    if not 1e-30 <= temperature <= 1e30:  # float32 holds its inverse, and the logits that count as infinite
-        raise ValueError(f"Expected `temperature` to be in [1e-30, 1e30], but got {temperature}.")
+    check_options(ignore_index, temperature)
 
 
 def check_inplace_backward(inplace_backward: bool, backend: str) -> None:
@@ -107,34 +103,90 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, policy_logits: Tensor) -> None:
+def check_tokens(tokens: TokenStatistics, labels: Tensor, ignore_index: int) -> None:
+    """Checks token statistics at hand, and the labels that belong to them.
+
+    Raises:
+        TypeError: `tokens` is no TokenStatistics of float32 or float64, `labels` no integer tensor.
+        ValueError: Shapes or devices do not fit.
+    """
+    if not isinstance(tokens, TokenStatistics):
+        raise TypeError(f"Expected `tokens` to be TokenStatistics, but got {type(tokens).__name__}.")
+    _check_labels_type(labels)
+    if labels.dim() < 1:
+        raise ValueError("Expected `labels` to have shape [..., T], but got ().")
+    dtype = tokens.policy_logprob.dtype
+    for name, value in zip(tokens._fields, tokens, strict=True):
+        if value.dtype not in (torch.float32, torch.float64) or value.dtype != dtype:
+            raise TypeError(f"Expected `{name}` to be float32, or float64 like the others, but got {value.dtype}.")
+        if value.shape != labels.shape:
+            raise ValueError(
+                f"Expected `{name}` to have the shape of `labels`, {tuple(labels.shape)}, but got {tuple(value.shape)}."
+            )
+        if value.device != labels.device:
+            raise ValueError(f"Expected `{name}` on the device of `labels`, {labels.device}, but got {value.device}.")
+    _check_ignore_index(ignore_index)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, argument: str, shape: str) -> None:
     """Checks the packed layout: `cu_seqlens` [sequences + 1] rises from 0 to the number of tokens.
 
     The values of a tensor that is not on the CPU are not read, so as not to wait for the device.
 
+    Args:
+        packed: The tensor that is packed, the caller's `argument`, which must have the `shape`, tokens first.
+
     Raises:
         TypeError: `cu_seqlens` is not an int32 or int64 tensor.
-        ValueError: Its shape, device or values do not fit `policy_logits` [tokens, V].
+        ValueError: Its shape, device or values do not fit `packed`.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"Expected `cu_seqlens` to be an int32 or int64 tensor, but got {got}.")
-    if policy_logits.dim() != 2:
+    if packed.dim() != len(shape.split(",")):
         raise ValueError(
-            "Expected `policy_logits` to have shape [tokens, V] with `cu_seqlens`, "
-            f"but got {tuple(policy_logits.shape)}."
+            f"Expected `{argument}` to have shape {shape} with `cu_seqlens`, but got {tuple(packed.shape)}."
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"Expected `cu_seqlens` to have shape [sequences + 1], but got {tuple(cu_seqlens.shape)}.")
-    if cu_seqlens.device != policy_logits.device:
+    if cu_seqlens.device != packed.device:
         raise ValueError(
-            f"Expected `cu_seqlens` on the device of `policy_logits`, {policy_logits.device}, "
-            f"but got {cu_seqlens.device}."
+            f"Expected `cu_seqlens` on the device of `{argument}`, {packed.device}, but got {cu_seqlens.device}."
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    tokens = policy_logits.shape[0]
+    tokens = packed.shape[0]
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
         raise ValueError(
             f"Expected `cu_seqlens` to rise from 0 to the number of tokens, {tokens}, but got {cu_seqlens.tolist()}."
         )
+
+
+def _check_labels_type(labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"Expected `labels` to be a tensor, but got {type(labels).__name__}.")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"Expected `labels` to be integers, but got {labels.dtype}.")
+
+
+def check_options(ignore_index: int, temperature: float) -> None:
+    """Checks what does not depend on tensors.
+
+    Raises:
+        TypeError: Not an integer and a number.
+        ValueError: `temperature` is not in [1e-30, 1e30].
+    """
+    _check_ignore_index(ignore_index)
+    _check_temperature(temperature)
+
+
+def _check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"Expected `ignore_index` to be an integer, but got {ignore_index!r}.")
+
+
+def _check_temperature(temperature: float) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"Expected `temperature` to be a number, but got {temperature!r}.")
+    if not 1e-30 <= temperature <= 1e30:  # float32 holds its inverse, and the logits that count as infinite
+        raise ValueError(f"Expected `temperature` to be in [1e-30, 1e30], but got {temperature}.")

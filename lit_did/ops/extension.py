@@ -69,6 +69,12 @@ def fused_devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if EXTENSION.module.cuda_version else ("cpu",)
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
+
+
 def choose_backend(backend: str, device: torch.device) -> str:
     """Resolves `backend` to "fused" or "reference" for tensors on `device`.
 
@@ -76,8 +82,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         ValueError: `backend` is not one of `BACKENDS`.
         RuntimeError: `backend` is "fused" and the fused operators do not serve `device`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
+    check_backend(backend)
     if backend == "reference":
         return backend
     served = fused_devices()

@@ -1,4 +1,6 @@
-"""sequence_statistics: the token statistics of every sequence, summed or averaged over its labelled tokens."""
+"""sequence_statistics: the token statistics of every sequence, summed or averaged over its labelled tokens.
+
+sequence_reduction: the same from token statistics at hand."""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_did.ops.checks import check_cu_seqlens, check_token_arguments
+from lit_did.ops.checks import check_cu_seqlens, check_token_arguments, check_tokens
 from lit_did.ops.extension import EXTENSION, choose_backend
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 from lit_did.ops.token_statistics import token_statistics
@@ -57,7 +59,7 @@ def sequence_statistics(
     """
     check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, policy_logits)
+        check_cu_seqlens(cu_seqlens, policy_logits, "policy_logits", "[tokens, V]")
     elif labels.dim() < 1:
         raise ValueError("Expected `labels` to have shape [..., T], but got ().")
     tokens = token_statistics(
@@ -69,10 +71,57 @@ def sequence_statistics(
         backend=backend,
         inplace_backward=inplace_backward,
     )
+    return _reduce(tokens, labels, cu_seqlens, ignore_index, backend)
+
+
+def sequence_reduction(
+    tokens: TokenStatistics,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> SequenceStatistics:
+    """What `sequence_statistics` returns, from what `token_statistics` returned.
+
+    Args:
+        tokens: Eight tensors [..., T] float32 or float64, or [tokens] with `cu_seqlens`, in nats.
+        labels: The same shape, integers: those that the tokens' statistics were made with.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end, as in `sequence_statistics`.
+        ignore_index: Tokens with this label count nothing.
+        backend: As in `token_statistics`.
+
+    Returns:
+        SequenceStatistics: tensors [...] (or [sequences]) of sums and means over labelled tokens, in nats,
+        differentiable in `tokens`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: An argument has the wrong type, dtype, shape or device, `cu_seqlens` does
+            not rise from 0 to the number of tokens (checked on the CPU), or `backend` does not serve.
+
+    Example:
+        >>> import torch
+        >>> from lit_did import token_statistics
+        >>> from lit_did.ops import sequence_reduction
+        >>> labels = torch.tensor([[1, 0, -100]])
+        >>> policy, reference = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [1.0, 0.0]]]), torch.zeros(1, 3, 2)
+        >>> tokens = token_statistics(policy, reference, labels)
+        >>> sequence_reduction(tokens, labels).log_ratio
+        tensor([0.5662])
+    """
+    check_tokens(tokens, labels, ignore_index)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, labels, "labels", "[tokens]")
+    return _reduce(tokens, labels, cu_seqlens, ignore_index, backend)
+
+
+def _reduce(
+    tokens: TokenStatistics, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, backend: str
+) -> SequenceStatistics:
     # long: against a narrow dtype, an `ignore_index` out of its range would wrap round and meet a label.
     labels = labels.long()
     offsets = None if cu_seqlens is None else cu_seqlens.long()
-    if choose_backend(backend, policy_logits.device) == "fused":
+    if choose_backend(backend, labels.device) == "fused":
         return fused.sequence_reduction(tokens, labels, offsets, ignore_index)
     return _reference_reduction(tokens, labels, offsets, ignore_index)
 

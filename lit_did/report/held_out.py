@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_did.functional import reward_accuracy
+from lit_did.functional import pair_accuracy
 from lit_did.modules import PairStatistics
 
 ROWS = {
@@ -52,7 +52,7 @@ class HeldOut:
         values = {
             "loss": over_pairs(lambda b: b.loss),
             "reward_margin": over_pairs(lambda b: b.reward_margin),
-            "reward_accuracy": over_pairs(lambda b: reward_accuracy(b.chosen.log_ratio, b.rejected.log_ratio)),
+            "reward_accuracy": over_pairs(lambda b: pair_accuracy(b.chosen.log_ratio, b.rejected.log_ratio)),
             "chosen_log_ratio": over_pairs(lambda b: b.chosen.log_ratio),
             "rejected_log_ratio": over_pairs(lambda b: b.rejected.log_ratio),
             "did_entropy": over_tokens("did_entropy"),

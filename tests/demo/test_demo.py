@@ -10,34 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lit_did import LitDPO
 from lit_did.data import read_pairs
 from lit_did.demo import __main__ as demo
 from lit_did.demo.model import smollm2
-from tests.modules.tiny import tiny_llama
+from tests.modules.tiny import byte_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[2]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
     """A folder with a random Llama and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = CHATML
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lit_did.functional import preference_loss, reward_accuracy, reward_margin
+from lit_did.functional import pair_accuracy, pair_margin, preference_loss
 
 CHOSEN = [0.0, 3.0, -2.0, 40.0, -300.0]
 REJECTED = [0.0, 1.0, 2.5, -60.0, 900.0]
@@ -52,5 +52,6 @@ def test_label_smoothing_is_least_where_the_policy_is_as_sure_as_the_labels():
 
 def test_margin_and_accuracy():
     chosen, rejected = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, -2.0, 3.0])
-    assert reward_margin(chosen, rejected, 0.5).tolist() == [0.0, 2.0, -2.0]
-    assert reward_accuracy(chosen, rejected).tolist() == [0.5, 1.0, 0.0]
+    assert pair_margin(chosen, rejected, 0.5).tolist() == [0.0, 2.0, -2.0]
+    assert pair_accuracy(chosen, rejected).tolist() == [0.5, 1.0, 0.0]
+    assert pair_accuracy(torch.tensor([torch.nan]), torch.zeros(1)).isnan()  # no tie

@@ -1,15 +1,13 @@
-"""The two models of preference optimisation: loading them, adding LoRA, and what makes a reference."""
+"""The two models of preference optimisation: loading them, adding LoRA, freezing, checks, dropout."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def load_model(model: str | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -75,6 +73,15 @@ def check_separate(policy: nn.Module, reference: nn.Module) -> None:
         )
 
 
+def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError if the two configurations name different vocabulary sizes."""
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (policy, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"Expected `reference` to have the policy's vocabulary, {sizes[0]} entries, but got {sizes[1]}."
+        )
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients."""
     return freeze(copy.deepcopy(model))
@@ -93,23 +100,6 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """`model`, a PeftModel, as its own reference: without the adapter, in eval mode, without gradients.
-
-    Every submodule has its own mode back afterwards: some may be in eval mode on purpose.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), model.disable_adapter():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 _DROPOUT_ATTRIBUTES = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout")
@@ -139,18 +129,3 @@ def active_dropout(model: nn.Module) -> list[str]:
             )
         )
     ]
-
-
-def completion_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """The logits [sequences, positions, V] that `model` gives at `positions` [positions] of every sequence.
-
-    Models that can, compute no others: the output layer is skipped for prompt tokens.
-    """
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    forward = (model.get_base_model() if is_peft(model) else model).forward
-    parameters = inspect.signature(forward).parameters
-    if "use_cache" in parameters:
-        inputs["use_cache"] = False
-    if "logits_to_keep" in parameters:
-        return model(**inputs, logits_to_keep=positions).logits
-    return model(**inputs).logits[:, positions]

@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from lit_did.callbacks.did_monitor import DIDMonitor
+
+__all__ = ["DIDMonitor"]

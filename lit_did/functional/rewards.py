@@ -1,0 +1,229 @@
+"""Means over sequences and pairs of DPO's implicit reward, beta (log pi(y) - log rho(y)).
+
+Each function is the twin of a metric in `lit_did.metrics.rewards`. For each there is a function that turns statistics
+into sums (`*_sums`: what the metric adds up, float64 totals and int64 counts) and one that turns sums into the value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_did.functional.inputs import Statistics, as_pairs, as_sequences
+from lit_did.functional.preference import check_beta, pair_accuracy, pair_margin, preference_loss
+from lit_did.ops import SequenceStatistics
+
+DISPLACEMENTS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_fell")
+
+
+def log_ratio_reward(
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    per_token: bool = False,
+    **options: Any,
+) -> Tensor:
+    """DPO's implicit reward beta (log pi(y) - log rho(y)) (arXiv 2305.18290), its mean over sequences.
+
+    Args:
+        policy_logits: Logits [..., T, V] with `reference_logits` and `labels`, `TokenStatistics` with `labels`, or
+            `SequenceStatistics`: see `lit_did.functional.as_sequences`. Sequences without labelled tokens do not count.
+        reference_logits, labels: As there.
+        beta: DPO's inverse temperature, above 0.
+        per_token: The mean over tokens instead, all sequences together.
+        options: `cu_seqlens`, `ignore_index`, `temperature`, `backend`, as there.
+
+    Returns:
+        A float64 scalar, in nats times beta, differentiable in what was given; NaN without labelled tokens.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: An argument has the wrong type, dtype, shape or device, or is out of range.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.0, 2.0], [0.0, 1.0]]]), torch.zeros(1, 2, 2)
+        >>> log_ratio_reward(policy, reference, torch.tensor([[1, 1]]), beta=0.5)
+        tensor(0.4731, dtype=torch.float64)
+        >>> log_ratio_reward(policy, reference, torch.tensor([[1, 1]]), beta=0.5, per_token=True)
+        tensor(0.2365, dtype=torch.float64)
+    """
+    check_beta(beta)
+    sums = log_ratio_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    return log_ratio_value(*sums, beta, per_token)
+
+
+def log_ratio_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+    """The sum of all log-ratios, and [2] the sequences and the tokens."""
+    counts = statistics.num_tokens > 0
+    total = torch.where(counts, statistics.log_ratio.double(), 0).sum()
+    return total, torch.stack([counts.sum(), statistics.num_tokens.sum()])
+
+
+def log_ratio_value(total: Tensor, counts: Tensor, beta: float, per_token: bool) -> Tensor:
+    return beta * total / counts[int(per_token)]
+
+
+def reward_margin(
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    **options: Any,
+) -> Tensor:
+    """By how much the policy's implicit reward prefers the chosen completion; its mean over pairs.
+
+    Args:
+        policy_logits: As in `log_ratio_reward`, of [2 pairs] sequences: the chosen ones first, then the rejected ones
+            in the same order. A pair of which a completion has no labelled tokens does not count.
+        reference_logits, labels, beta, options: As there.
+
+    Returns:
+        A float64 scalar, in nats times beta, differentiable in what was given; NaN without pairs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `log_ratio_reward`; the number of sequences is odd.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
+        >>> reward_margin(policy, reference, torch.tensor([[1], [0]]), beta=0.5)
+        tensor(0.5932, dtype=torch.float64)
+    """
+    check_beta(beta)
+    total, pairs = margin_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    return beta * total / pairs
+
+
+def margin_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+    """The sum of the margins at beta = 1, and the pairs."""
+    pairs = as_pairs(statistics)
+    return pair_margin(pairs.chosen_log_ratio, pairs.rejected_log_ratio, 1).sum(), pairs.counts.sum()
+
+
+def reward_accuracy(
+    policy_logits: Statistics, reference_logits: Tensor | None = None, labels: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The share of pairs whose chosen completion has the higher implicit reward; a tie counts one half.
+
+    Arguments and errors: as `reward_margin`. Returns a float64 scalar in [0, 1]; NaN without pairs. A pair whose
+    log-ratios are NaN makes the whole NaN.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
+        >>> reward_accuracy(policy, reference, torch.tensor([[1], [0]]))
+        tensor(1., dtype=torch.float64)
+    """
+    total, pairs = accuracy_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    return total / pairs
+
+
+def accuracy_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+    """The pairs with the right order, ties one half, and the pairs."""
+    pairs = as_pairs(statistics)
+    right = pair_accuracy(pairs.chosen_log_ratio, pairs.rejected_log_ratio)
+    return torch.where(pairs.counts, right, 0).sum(), pairs.counts.sum()
+
+
+def likelihood_displacement(
+    policy_logits: Statistics, reference_logits: Tensor | None = None, labels: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """How far the log-likelihoods of chosen and rejected completions moved from the reference (arXiv 2410.08847).
+
+    Arguments and errors: as `reward_margin`.
+
+    Returns:
+        Three float64 scalars, NaN without pairs: `chosen_log_ratio` and `rejected_log_ratio`, means over pairs of
+        log pi(y) - log rho(y) in nats a completion; `chosen_fell`, the share of pairs whose chosen one is below 0.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
+        >>> moved = likelihood_displacement(policy, reference, torch.tensor([[1], [0]]))
+        >>> {name: round(float(value), 3) for name, value in moved.items()}
+        {'chosen_log_ratio': 0.566, 'rejected_log_ratio': -0.62, 'chosen_fell': 0.0}
+    """
+    sums = displacement_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    return displacement_value(*sums)
+
+
+def displacement_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+    """[3] the sums of the log-ratios, chosen and rejected, and of the pairs whose chosen one fell; and the pairs."""
+    pairs = as_pairs(statistics)
+    chosen, rejected = pairs.chosen_log_ratio, pairs.rejected_log_ratio
+    fell = torch.where(chosen.isnan(), chosen, (chosen < 0).double())
+    return torch.stack([chosen.sum(), rejected.sum(), fell.sum()]), pairs.counts.sum()
+
+
+def displacement_value(totals: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    return dict(zip(DISPLACEMENTS, totals / pairs, strict=True))
+
+
+def reward_calibration(
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    num_bins: int = 10,
+    **options: Any,
+) -> Tensor:
+    """Expected calibration error (arXiv 1706.04599) of sigmoid(margin), the probability that `chosen` is preferred.
+
+    The confidence in the completion that the reward prefers, sigmoid(|margin|), falls into one of `num_bins` bins of
+    equal width over [1/2, 1], the upper end belonging to a bin. ECE = sum over bins of the share of pairs times
+    |mean confidence - share of pairs in which `chosen` is the preferred one, ties one half|. It is the same as the
+    binary calibration error, with 2 num_bins bins, of every pair counted in both orders.
+
+    Args:
+        policy_logits, reference_logits, labels, beta, options: As in `reward_margin`.
+        num_bins: At least 1.
+
+    Returns:
+        A float64 scalar in [0, 1]; NaN without pairs. A pair with NaN makes it NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `reward_margin`; `num_bins` is no integer of at least 1.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
+        >>> reward_calibration(policy, reference, torch.tensor([[1], [0]]), beta=0.5)  # 1 - sigmoid(0.593)
+        tensor(0.3559, dtype=torch.float64)
+    """
+    check_beta(beta)
+    check_num_bins(num_bins)
+    sums = calibration_sums(as_sequences(policy_logits, reference_logits, labels, **options), beta, num_bins)
+    return calibration_value(*sums)
+
+
+def calibration_sums(statistics: SequenceStatistics, beta: float, num_bins: int) -> tuple[Tensor, Tensor]:
+    """[2, num_bins] the sums of confidence and of right orders in every bin, and [num_bins] its pairs."""
+    pairs = as_pairs(statistics)
+    margin = pair_margin(pairs.chosen_log_ratio, pairs.rejected_log_ratio, beta)
+    confidence = torch.sigmoid(margin.abs())
+    right = pair_accuracy(pairs.chosen_log_ratio, pairs.rejected_log_ratio)
+    # ceil - 1: a bin holds its upper end, as in the paper. NaN goes to the last one, and makes it NaN.
+    inner = (torch.ceil((confidence - 0.5) * 2 * num_bins) - 1).nan_to_num(num_bins - 1).clamp(0, num_bins - 1).long()
+    # One-hot products instead of a scatter, whose order of addition CUDA leaves open.
+    member = (inner[:, None] == torch.arange(num_bins, device=inner.device)) & pairs.counts[:, None]  # [pairs, bins]
+    totals = [torch.where(member, value[:, None], 0).sum(0) for value in (confidence, right)]
+    return torch.stack(totals), member.sum(0)
+
+
+def calibration_value(totals: Tensor, counts: Tensor) -> Tensor:
+    confidence, right = totals
+    return (confidence - right).abs().sum() / counts.sum()
+
+
+def check_num_bins(num_bins: int) -> None:
+    """Raises ValueError unless `num_bins` is an integer of at least 1."""
+    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
+        raise ValueError(f"Expected `num_bins` to be an integer of at least 1, but got {num_bins!r}.")
+
+
+def loss_sums(statistics: SequenceStatistics, **options: Any) -> tuple[Tensor, Tensor]:
+    """The sum of `preference_loss` over pairs, and the pairs."""
+    pairs = as_pairs(statistics)
+    loss = preference_loss(pairs.chosen_log_ratio, pairs.rejected_log_ratio, **options)
+    return torch.where(pairs.counts, loss, 0).sum(), pairs.counts.sum()

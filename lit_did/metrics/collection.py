@@ -1,0 +1,157 @@
+"""DIDMetrics: all metrics in one collection, with one pass over the logits and one exchange between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lit_did.functional.inputs import Statistics, as_sequences
+from lit_did.functional.rewards import DISPLACEMENTS
+from lit_did.metrics.base import StatisticsMetric
+from lit_did.metrics.information import DIDLogPartition, PolicyEntropy, PolicyKL, TokenDIDEntropy
+from lit_did.metrics.rewards import (
+    LikelihoodDisplacement,
+    LogRatioReward,
+    RewardAccuracy,
+    RewardCalibration,
+    RewardMargin,
+)
+from lit_did.ops import SequenceStatistics
+
+
+class DIDMetrics(MetricCollection):
+    """A `torchmetrics.MetricCollection` of all metrics, each a float64 scalar, with one pass over the logits an update.
+
+    - of tokens: `did_entropy`, `did_log_partition`, `policy_entropy`, `kl`, `reverse_kl`
+    - of sequences: `reward` (a sequence), `reward_per_token`
+    - of pairs: `reward_margin`, `reward_accuracy`, `chosen_log_ratio`, `rejected_log_ratio`, `chosen_fell`,
+      `calibration_error`
+
+    `update` and `forward` take logits [..., T, V] of the policy and of the reference with labels [..., T], or
+    `TokenStatistics` with labels, or `SequenceStatistics`: [2 pairs] sequences, the chosen ones first, then the
+    rejected ones in the same order. `compute` returns {name: value}.
+
+    Args:
+        beta: DPO's inverse temperature, above 0.
+        pairs: False: the sequences are no pairs; the metrics of pairs are left out.
+        unit: "nats" or "bits", of the metrics of tokens.
+        num_bins: Of `calibration_error`.
+        ignore_index: Labels that are skipped, where `update` is given labels.
+        temperature: Both logits are divided by it, where `update` is given logits.
+        backend: "auto", "fused" or "reference", as in `lit_did.token_statistics`.
+        prefix, postfix: Of the names in the result.
+        kwargs: Of `torchmetrics.Metric`, for every metric.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lit_did.metrics import DIDMetrics
+        >>> metrics = DIDMetrics(beta=0.5, prefix="val/")
+        >>> metrics.update(torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2), torch.tensor([[1], [0]]))
+        >>> values = metrics.compute()
+        >>> round(values["val/did_entropy"].item(), 4), values["val/reward_accuracy"].item()
+        (0.4738, 1.0)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        pairs: bool = True,
+        unit: str = "nats",
+        num_bins: int = 10,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        backend: str = "auto",
+        prefix: str | None = None,
+        postfix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Of `lit_did.functional.as_sequences`.
+        self.options = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
+        common = {**self.options, **kwargs}
+        metrics: dict[str, Metric] = {
+            "did_entropy": TokenDIDEntropy(unit=unit, **common),
+            "did_log_partition": DIDLogPartition(unit=unit, **common),
+            "policy_entropy": PolicyEntropy(unit=unit, **common),
+            "kl": PolicyKL(unit=unit, **common),
+            "reverse_kl": PolicyKL(reverse=True, unit=unit, **common),
+            "reward": LogRatioReward(beta=beta, **common),
+            "reward_per_token": LogRatioReward(beta=beta, per_token=True, **common),
+        }
+        if pairs:
+            metrics |= {
+                "reward_margin": RewardMargin(beta=beta, **common),
+                "reward_accuracy": RewardAccuracy(**common),
+                **{name: LikelihoodDisplacement(only=name, **common) for name in DISPLACEMENTS},
+                "calibration_error": RewardCalibration(beta=beta, num_bins=num_bins, **common),
+            }
+        # Without compute groups: an update of all takes less than looking for them, and states are never shared.
+        super().__init__(metrics, prefix=prefix, postfix=postfix, compute_groups=False)
+
+    def update(
+        self,
+        policy_logits: Statistics,
+        reference_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        """Adds a batch to every metric: see `StatisticsMetric.update`."""
+        with torch.no_grad():
+            super().update(self._sequences(policy_logits, reference_logits, labels, cu_seqlens))
+
+    def forward(
+        self,
+        policy_logits: Statistics,
+        reference_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Adds a batch to every metric and returns the values of this batch, differentiable where the metrics are."""
+        return super().forward(self._sequences(policy_logits, reference_logits, labels, cu_seqlens))
+
+    def compute(self) -> dict[str, Tensor]:
+        """{name: value} of all updates since the last reset, on all processes."""
+        members = [
+            metric
+            for metric in self.values(copy_state=False)
+            if isinstance(metric, StatisticsMetric)
+            and metric.dist_sync_fn is None
+            and metric.sync_on_compute
+            and metric.distributed_available_fn()
+        ]
+        gathered = _gather_at_once(members)
+        for metric in members:
+            metric.dist_sync_fn = gathered
+        try:
+            return super().compute()
+        finally:
+            for metric in members:
+                metric.dist_sync_fn = None
+
+    def _sequences(self, policy_logits: Any, reference_logits: Any, labels: Any, cu_seqlens: Any) -> SequenceStatistics:
+        return as_sequences(policy_logits, reference_logits, labels, cu_seqlens=cu_seqlens, **self.options)
+
+
+def _gather_at_once(metrics: Sequence[StatisticsMetric]) -> Callable[..., list[Tensor]] | None:
+    """A `dist_sync_fn` that knows what every process has of every state: two gathers however many metrics there are."""
+    pieces: dict[int, list[Tensor]] = {}
+    states = [state for metric in metrics for state in metric.metric_state.values()]
+    for dtype in (torch.float64, torch.int64):
+        mine = [state for state in states if state.dtype == dtype]
+        if not mine:
+            continue
+        everyones = gather_all_tensors(torch.cat([state.flatten() for state in mine]), metrics[0].process_group)
+        split = [flat.split([state.numel() for state in mine]) for flat in everyones]
+        for i, state in enumerate(mine):
+            pieces[id(state)] = [of_rank[i].view(state.shape) for of_rank in split]
+    return (lambda state, group=None: pieces[id(state)]) if pieces else None

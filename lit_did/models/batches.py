@@ -1,0 +1,95 @@
+"""Batches of other trainers: which tokens are completions, whatever a batch calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def read_batch(batch: Any) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and shifted `labels` [sequences, T] of a batch of a causal language model.
+
+    Args:
+        batch: A mapping in one of these forms, tensors [sequences, T]:
+            - `input_ids` and `labels`, as transformers wants them (`labels[:, t]` is `input_ids[:, t]`, or -100) or
+              shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]`, or -100);
+            - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them, 1 on completion tokens;
+            - both kinds of keys with `chosen_` and `rejected_` before them.
+            `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
+            `PreferenceDataModule` gives the pairs that only fill a batch, leaves a pair without labels.
+
+    Returns:
+        A dict with `labels[:, t]` the completion token that position t predicts, or -100. Of the last form, the chosen
+        sequences come first, then the rejected ones, padded on the right to one length.
+
+    Raises:
+        TypeError: The batch is no mapping.
+        ValueError: It is in no such form, its labels are neither of both, or it holds images.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "completion_mask": torch.tensor([[0, 1, 1]])}
+        >>> read_batch(batch)["labels"]
+        tensor([[   6,    7, -100]])
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"Expected the batch to be a mapping, but got {type(batch).__name__}.")
+    if "chosen_input_ids" in batch and "rejected_input_ids" in batch:
+        return _stack(*(_read(_without_prefix(batch, side)) for side in ("chosen_", "rejected_")))
+    return _read(batch)
+
+
+def _read(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    if "input_ids" not in batch or not ("labels" in batch or "completion_mask" in batch):
+        raise ValueError(
+            "Expected the batch to hold `input_ids` and `labels` or `completion_mask`, perhaps with `chosen_` and "
+            f"`rejected_` before them, but got {', '.join(map(str, batch)) or 'nothing'}."
+        )
+    if "pixel_values" in batch:
+        raise ValueError("Expected a batch of text alone, but got one with `pixel_values`.")
+    input_ids = batch["input_ids"]
+    for name in ("input_ids", "labels", "completion_mask", "attention_mask"):
+        if name in batch and (batch[name].dim() != 2 or batch[name].shape != input_ids.shape):
+            raise ValueError(
+                f"Expected `{name}` to have the shape [sequences, T] of `input_ids`, {tuple(input_ids.shape)}, "
+                f"but got {tuple(batch[name].shape)}."
+            )
+    following = input_ids.roll(-1, 1)
+    if "completion_mask" in batch:
+        counts = batch["completion_mask"].bool().roll(-1, 1)
+    else:
+        labels = batch["labels"]
+        labelled = labels != IGNORE_INDEX
+        if (labels == input_ids)[labelled].all():
+            counts = labelled.roll(-1, 1)
+        elif (labels == following)[labelled].all():
+            counts = labelled
+        else:
+            raise ValueError(
+                "Expected `labels` to be `input_ids` where they are not -100, shifted by one position or not, "
+                "but got others."
+            )
+    counts[:, -1:] = False  # nothing follows the last token
+    if "weight" in batch:
+        counts &= (batch["weight"] > 0).repeat(input_ids.shape[0] // batch["weight"].shape[0])[:, None]
+    kept = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    kept.setdefault("attention_mask", torch.ones_like(input_ids))
+    return {"input_ids": input_ids, **kept, "labels": torch.where(counts, following, IGNORE_INDEX)}
+
+
+def _without_prefix(batch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in batch.items() if str(name).startswith(prefix)}
+
+
+def _stack(chosen: dict[str, Tensor], rejected: dict[str, Tensor]) -> dict[str, Tensor]:
+    length = max(side["input_ids"].shape[1] for side in (chosen, rejected))
+
+    def padded(side: dict[str, Tensor], name: str) -> Tensor:
+        fill = IGNORE_INDEX if name == "labels" else 0
+        return torch.nn.functional.pad(side[name], (0, length - side[name].shape[1]), value=fill)
+
+    return {name: torch.cat([padded(chosen, name), padded(rejected, name)]) for name in chosen if name in rejected}

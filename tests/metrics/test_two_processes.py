@@ -1,0 +1,65 @@
+"""Two gloo processes: every metric is what one process with all the data finds, on both ranks."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.metrics.oracle import expected, make_batches
+from tests.metrics.test_metrics import CASES, make
+
+ROOT = Path(__file__).parents[2]
+ORACLE = functools.partial(expected, beta=0.7, num_bins=4)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("two") / "out"
+    command = [sys.executable, "-m", "tests.metrics.two_processes", "2", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return [torch.load(f"{path}.{rank}") for rank in range(2)]
+
+
+def all_batches() -> list:
+    return make_batches(sizes=(3, 1, 4, 2, 5))
+
+
+def test_every_metric(results):
+    batches = all_batches()
+    for name in CASES:
+        metric = make(name)
+        for batch in batches:
+            metric.update(*batch)
+        first = metric.compute().item()
+        for batch in batches[:2]:  # each rank's first one once more
+            metric.update(*batch)
+        for of_rank in results:
+            assert of_rank[name] == pytest.approx([first, metric.compute().item()], abs=1e-6, rel=0), name
+        assert first == pytest.approx(ORACLE(batches)[name], rel=1e-5, abs=2e-6)
+
+
+def test_the_collection(results):
+    batches = all_batches()
+    for key, seen in {
+        "collection": batches,
+        "collection again": [*batches, *batches[:2]],
+        "on step": batches[:2],
+        "late": batches[:1],
+    }.items():
+        for of_rank in results:
+            assert of_rank[key] == pytest.approx(ORACLE(seen), rel=1e-5, abs=2e-6), key
+
+
+def test_one_exchange_for_all_metrics(results):
+    # the sizes and the values, of float64 and of int64 sums
+    assert [of_rank["gathers"] for of_rank in results] == [4, 4]
+
+
+def test_processes_apart_on_request(results):
+    for rank, of_rank in enumerate(results):
+        assert of_rank["apart"] == pytest.approx(ORACLE(all_batches()[rank : rank + 1]), rel=1e-5, abs=2e-6)

@@ -1,0 +1,63 @@
+"""Every metric on several gloo processes: run by test_two_processes.py.
+
+python -m tests.metrics.two_processes PROCESSES FILE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lit_did.metrics import DIDMetrics
+from tests.metrics.oracle import make_batches
+from tests.metrics.test_metrics import CASES, make
+
+
+def batches_of(rank: int, processes: int) -> list:
+    """Dealt in turn: with two processes, 3 and 2 batches of uneven sizes."""
+    return make_batches(sizes=(3, 1, 4, 2, 5))[rank::processes]
+
+
+def work(rank: int, processes: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=processes)
+    gathers = []
+    gather = dist.all_gather
+    dist.all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))[1]
+    results = {}
+    for name in CASES:
+        metric = make(name)
+        for batch in batches_of(rank, processes):
+            metric.update(*batch)
+        results[name] = [metric.compute().item()]
+        local = [state.clone() for state in metric.metric_state.values()]
+        metric.update(*batches_of(rank, processes)[0])  # goes on from the local state, not from the sum over processes
+        assert all(new.sum() != old.sum() for new, old in zip(metric.metric_state.values(), local, strict=True))
+        results[name].append(metric.compute().item())
+    collection = DIDMetrics(beta=0.7, num_bins=4)
+    for batch in batches_of(rank, processes):
+        collection.update(*batch)
+    gathers.clear()
+    results["collection"] = {name: value.item() for name, value in collection.compute().items()}
+    results["gathers"] = len(gathers)
+    collection.update(*batches_of(rank, processes)[0])
+    results["collection again"] = {name: value.item() for name, value in collection.compute().items()}
+    on_step = DIDMetrics(beta=0.7, num_bins=4, dist_sync_on_step=True)
+    results["on step"] = {name: value.item() for name, value in on_step(*batches_of(rank, processes)[0]).items()}
+    apart = DIDMetrics(beta=0.7, num_bins=4, sync_on_compute=False)
+    apart.update(*batches_of(rank, processes)[0])
+    results["apart"] = {name: value.item() for name, value in apart.compute().items()}
+    late = DIDMetrics(beta=0.7, num_bins=4)
+    if rank == 0:  # a process that saw nothing takes part all the same
+        late.update(*batches_of(rank, processes)[0])
+    results["late"] = {name: value.item() for name, value in late.compute().items()}
+    torch.save(results, f"{path}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    processes, path = int(sys.argv[1]), sys.argv[2]
+    mp.spawn(work, (processes, path), nprocs=processes)
