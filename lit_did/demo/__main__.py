@@ -13,7 +13,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-PAIRS = Path(__file__).with_name("pairs.jsonl")
+from lit_did.demo import PAIRS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

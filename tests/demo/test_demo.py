@@ -15,19 +15,8 @@ from lit_did import LitDPO
 from lit_did.data import read_pairs
 from lit_did.demo import __main__ as demo
 from lit_did.demo.model import smollm2
-from tests.modules.tiny import byte_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a random Llama and a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
-    return folder
 
 
 def run(*arguments: object) -> int:

@@ -1,4 +1,4 @@
-"""Trains and validates LitDPO on one or two CPU processes and saves what came of it: run by test_two_processes.py.
+"""Trains and validates LitDPO, monitored, on one or two CPU processes: run by test_two_processes.py.
 
 python -m tests.modules.two_processes PROCESSES LORA FILE
 """
@@ -11,8 +11,12 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lit_did import LitDPO
+from lit_did import DIDMonitor, LitDPO
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
+
+
+def of(metrics: dict, prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
 
 
 class Save(lightning.Callback):
@@ -23,14 +27,15 @@ class Save(lightning.Callback):
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.steps.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+        logged = trainer.logged_metrics | of(trainer.callback_metrics, "did/train/")
+        self.steps.append({name: float(value) for name, value in logged.items()})
 
     def on_fit_end(self, trainer, module):
         torch.save(
             {
                 "weights": {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad},
                 "steps": self.steps,
-                "val": {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
+                "val": of(trainer.callback_metrics, "val/") | of(trainer.callback_metrics, "did/val/"),
             },
             f"{self.path}.{trainer.global_rank}",
         )
@@ -65,7 +70,7 @@ def main(processes: int, lora: bool, path: str) -> None:
         max_epochs=2,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[Save(path)],
+        callbacks=[DIDMonitor(every_n_steps=1), Save(path)],
     )
     run.fit(module, datamodule=Pairs())
 

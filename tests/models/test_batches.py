@@ -1,0 +1,82 @@
+"""read_batch: one reading of every form in which trainers hold a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BatchEncoding
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from lit_did.models.batches import read_batch
+from tests.modules.tiny import collate, make_pairs
+
+
+def test_every_form_is_read_alike():
+    pairs = make_pairs(5)
+    shifted = collate(pairs)
+    transformers_labels = shifted | {"labels": shifted["labels"].roll(1, 1)}
+    half = {
+        side: {name: value[part] for name, value in transformers_labels.items()}
+        for side, part in (("chosen_", slice(0, 5)), ("rejected_", slice(5, 10)))
+    }
+    by_side = {f"{side}{name}": value for side, batch in half.items() for name, value in batch.items()}
+    # TRL's own collator, on the same ids
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
+    trl = DataCollatorForPreference(pad_token_id=0)(rows)
+    for batch in (shifted, transformers_labels, BatchEncoding(transformers_labels), by_side, trl):
+        read = read_batch(batch)
+        assert read.keys() == shifted.keys()
+        for name, value in shifted.items():
+            assert torch.equal(read[name], value), name
+
+
+def test_sides_of_unequal_lengths_are_padded():
+    one = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    other = {"input_ids": torch.tensor([[5, 8]]), "labels": torch.tensor([[-100, 8]])}
+    batch = {f"chosen_{n}": v for n, v in one.items()} | {f"rejected_{n}": v for n, v in other.items()}
+    read = read_batch(batch)
+    assert read["input_ids"].tolist() == [[5, 6, 7], [5, 8, 0]]
+    assert read["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert read["labels"].tolist() == [[6, 7, -100], [8, -100, -100]]
+
+
+def test_completions_that_begin_the_sequence_and_left_padding():
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        "completion_mask": torch.tensor([[0, 0, 0, 1], [1, 1, 0, 1]]),
+    }
+    # Nothing predicts a first token.
+    assert read_batch(batch)["labels"].tolist() == [[-100, -100, 6, -100], [4, -100, 6, -100]]
+
+
+def test_repeated_tokens_are_read_as_transformers_means_them():
+    batch = {"input_ids": torch.tensor([[5, 5, 5, 5]]), "labels": torch.tensor([[-100, -100, 5, 5]])}
+    assert read_batch(batch)["labels"].tolist() == [[-100, 5, 5, -100]]
+
+
+def test_weight_and_position_ids():
+    batch = collate(make_pairs(2)) | {"weight": torch.tensor([1.0, 0.0])}
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    read = read_batch(batch)
+    assert [(row != -100).any().item() for row in read["labels"]] == [True, False, True, False]
+    assert torch.equal(read["position_ids"], batch["position_ids"])
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ([IDS], TypeError, "the batch to be a mapping, but got list"),
+        ({}, ValueError, "hold `input_ids` and `labels` or `completion_mask`.*but got nothing"),
+        ({"input_ids": IDS, "x": 1}, ValueError, "but got input_ids, x"),
+        ({"input_ids": IDS, "labels": IDS[0]}, ValueError, r"`labels` to have the shape .*\(1, 3\), but got \(3,\)"),
+        ({"input_ids": IDS, "labels": torch.tensor([[7, 7, 7]])}, ValueError, "shifted by one position or not, but"),
+        ({"input_ids": IDS, "labels": IDS, "pixel_values": IDS}, ValueError, "text alone"),
+    ],
+)
+def test_other_batches_are_refused(batch, error, message):
+    with pytest.raises(error, match=message):
+        read_batch(batch)
