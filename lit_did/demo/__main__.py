@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-pairs", type=_positive(int), default=None, help="use only the first pairs of the data")
     add("--max-length", type=_positive(int), default=256, help="tokens a prompt and completion, at most")
     add("--val-fraction", type=_share, default=0.2, help="share of the pairs held out: the last ones")
+    add("--val-every", type=_positive(int), default=None, help="also logs the held-out pairs every so many steps")
     add("--learning-rate", type=_positive(float), default=2e-4, help="AdamW's, after 10%% warmup, then linear decay")
     add("--beta", type=_positive(float), default=0.1, help="DPO's inverse temperature")
     add("--loss", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="preference loss")

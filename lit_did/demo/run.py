@@ -76,7 +76,10 @@ def run(options: argparse.Namespace) -> None:
             max_epochs=math.ceil(options.max_steps * options.accumulate * options.batch_size / len(data.train_dataset)),
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=1.0,
-            limit_val_batches=0,
+            limit_val_batches=0 if options.val_every is None else 1.0,
+            val_check_interval=(options.val_every or 1) * options.accumulate,  # in batches
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=CSVLogger(work, name="", version=""),
             enable_checkpointing=False,
@@ -84,6 +87,8 @@ def run(options: argparse.Namespace) -> None:
         )
         print("The held-out pairs before training, the training, and the held-out pairs after it:")
         before = _held_out(trainer, module, data, tags)
+        if options.val_every is not None:
+            trainer.validate(module, data, verbose=False)
         trainer.fit(module, data)
         after = _held_out(trainer, module, data, tags)
         written = _write(Path(work), options.output, before, after)

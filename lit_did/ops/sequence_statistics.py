@@ -130,8 +130,9 @@ def _reference_reduction(
     tokens: TokenStatistics, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
 ) -> SequenceStatistics:
     """The specification of the fused reduction, in plain torch."""
-    total = _total_over_sequences(cu_seqlens, labels.shape[-1])
-    num_tokens = total((labels != ignore_index).to(torch.float64))
+    counts = labels != ignore_index
+    total = _total_over_sequences(cu_seqlens, counts)
+    num_tokens = total(torch.ones_like(labels, dtype=torch.float64))
     dtype = tokens.policy_logprob.dtype
 
     def summed(values: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _reference_reduction(
     return SequenceStatistics(
         policy_logprob=summed(tokens.policy_logprob),
         reference_logprob=summed(tokens.reference_logprob),
-        log_ratio=summed(tokens.log_ratio),
+        log_ratio=summed(tokens.policy_logprob.double() - tokens.reference_logprob.double()),
         did_entropy=mean(tokens.did_entropy),
         policy_entropy=mean(tokens.policy_entropy),
         reference_entropy=mean(tokens.reference_entropy),
@@ -154,9 +155,11 @@ def _reference_reduction(
     )
 
 
-def _total_over_sequences(cu_seqlens: Tensor | None, tokens: int) -> Callable[[Tensor], Tensor]:
-    """The sum over each sequence. Ignored tokens count nothing: their statistics are 0."""
+def _total_over_sequences(cu_seqlens: Tensor | None, counts: Tensor) -> Callable[[Tensor], Tensor]:
+    """The sum over each sequence of the tokens that count."""
     if cu_seqlens is None:
-        return lambda values: values.sum(-1)
-    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=cu_seqlens.device), right=True)
-    return lambda values: values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
+        return lambda values: torch.where(counts, values, 0).sum(-1)
+    tokens = torch.arange(counts.shape[0], device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    zeros = torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64, device=cu_seqlens.device)
+    return lambda values: zeros.index_add(0, sequence, torch.where(counts, values, 0))

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 
 PANELS = (
     ("Loss", "nats", ("loss",)),
-    ("Reward margin, accuracy", "", ("reward_margin", "reward_accuracy")),
+    ("Reward margin", "nats times beta", ("reward_margin",)),
+    ("Reward accuracy, share of chosen that fell", "", ("reward_accuracy", "chosen_fell")),
     ("Log-ratio of a completion", "nats", ("chosen_log_ratio", "rejected_log_ratio")),
     ("DID entropy", "nats a token", ("did_entropy",)),
     ("DID log-partition", "nats a token", ("did_log_partition",)),
-    ("KL from the reference", "nats a token", ("kl",)),
+    ("KL between policy and reference", "nats a token", ("kl", "reverse_kl")),
+    ("Policy entropy", "nats a token", ("policy_entropy",)),
+    ("Calibration error of the reward", "", ("calibration_error",)),
 )
+WINDOW = 10  # optimiser steps
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -33,13 +37,18 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def training_picture(metrics: Path, target: Path) -> None:
-    """Draws what `LitDPO` logged under `train/` in the file `metrics` over optimiser steps, as a PNG `target`."""
+    """Draws what `LitDPO` logged in the file `metrics` over optimiser steps, as a PNG `target`.
+
+    Thin: `train/`, each step of a batch of its own; thick: the mean of up to `WINDOW` steps; dots: `val/`.
+    """
     series = read_metrics(metrics)
-    figure = _figure(12, 6)
-    for axes, (title, unit, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for name in names:
-            points = series.get(f"train/{name}", [])
-            axes.plot([step for step, _ in points], [value for _, value in points], label=name.replace("_", " "))
+    figure = _figure(13, 9)
+    for axes, (title, unit, names) in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
+        for i, name in enumerate(names):
+            steps, values = _points(series, f"train/{name}")
+            axes.plot(steps, values, color=f"C{i}", linewidth=0.6, alpha=0.35)
+            axes.plot(steps, _smooth(values), color=f"C{i}", label=name.replace("_", " "))
+            axes.plot(*_points(series, f"val/{name}"), "o--", color=f"C{i}", linewidth=0.8, markersize=5)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(unit)
@@ -48,6 +57,17 @@ def training_picture(metrics: Path, target: Path) -> None:
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(target, format="png")
+
+
+def _points(series: dict[str, list[tuple[int, float]]], name: str) -> tuple[list[int], list[float]]:
+    points = series.get(name, [])
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """The mean of every value and of those before it, up to `WINDOW` in all."""
+    windows = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lit_did import SequenceStatistics, TokenStatistics, sequence_statistics
+from lit_did.ops import sequence_reduction
 from lit_did.ops.fused import _reduction_backward
 from lit_did.ops.sequence_statistics import _reference_reduction
 from tests.helpers import DTYPES, random_logits
@@ -276,3 +277,47 @@ def test_gradient_of_tokens_in_no_sequence():
     gradient = torch.tensor([2.0, 3.0, 4.0])
     (of_policy_logprob, *_), *_ = _reduction_backward(context, gradient, *[None] * 9)
     assert of_policy_logprob.tolist() == [0, 2, 0, 4, 4, 0]
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_statistics_at_hand(backend, packed):
+    """The public function: also where more tokens are ignored than when the statistics were made."""
+    statistics, labels = random_statistics()
+    ignored = labels.masked_fill(torch.arange(TOKENS) % 5 == 1, -1).masked_fill(labels == -100, -1)
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32) if packed else None
+    ours = sequence_reduction(statistics, ignored, cu_seqlens=offsets, ignore_index=-1, backend=backend)
+    sequences = [range(a, b) for a, b in itertools.pairwise(OFFSETS)] if packed else [range(TOKENS)]
+    check_values(ours, exactly(statistics, ignored, sequences, ignore_index=-1), torch.float32)
+
+
+AT_HAND, ITS_LABELS = random_statistics()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"tokens": tuple(AT_HAND)}, TypeError, "`tokens` to be TokenStatistics, but got tuple"),
+        ({"tokens": AT_HAND._replace(kl=AT_HAND.kl.half())}, TypeError, "`kl` to be float32, or float64"),
+        ({"tokens": AT_HAND._replace(kl=AT_HAND.kl[:3])}, ValueError, r"`kl` to have the shape of `labels`"),
+        ({"labels": [1]}, TypeError, "`labels` to be a tensor, but got list"),
+        ({"labels": ITS_LABELS.float()}, TypeError, "`labels` to be integers"),
+        ({"labels": torch.tensor(3)}, ValueError, r"`labels` to have shape \[..., T\], but got \(\)"),
+        ({"ignore_index": 0.5}, TypeError, "`ignore_index` to be an integer"),
+        ({"backend": "cuda"}, ValueError, "`backend` to be one of"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "to rise from 0 to the number of tokens, 24"),
+        ({"cu_seqlens": torch.tensor([0.0])}, TypeError, "`cu_seqlens` to be an int32 or int64 tensor"),
+        (
+            {
+                "tokens": TokenStatistics(*(value.view(2, -1) for value in AT_HAND)),
+                "labels": ITS_LABELS.view(2, -1),
+                "cu_seqlens": torch.tensor([0, 24]),
+            },
+            ValueError,
+            r"`labels` to have shape \[tokens\] with `cu_seqlens`, but got \(2, 12\)",
+        ),
+    ],
+)
+def test_other_statistics_are_refused(changed, error, message):
+    with pytest.raises(error, match=message):
+        sequence_reduction(**{"tokens": AT_HAND, "labels": ITS_LABELS} | changed)
