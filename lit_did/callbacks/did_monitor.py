@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from lit_did.functional.inputs import Statistics
 from lit_did.metrics import DIDMetrics
 from lit_did.models.batches import read_batch
 from lit_did.models.finding import find_policy, find_reference
-from lit_did.models.loading import check_same_vocabulary, freeze, load_model
-from lit_did.models.measuring import evaluating, measure, random_numbers_kept
+from lit_did.models.loading import load_reference
+from lit_did.models.measuring import check_every_n_steps, evaluating, measure, random_numbers_kept
 from lit_did.ops import SequenceStatistics
 
 LogitsFn = Callable[[lightning.LightningModule, Any], tuple[Tensor, Tensor, Tensor] | SequenceStatistics]
@@ -39,11 +40,15 @@ class DIDMonitor(Callback):
             child of the module that is a causal language model with parameters that train.
         reference: A model, or the name or path of one. None: the one child of the module that is a causal language
             model without parameters that train; or, of a PeftModel, itself with its adapter off.
+        beta: DPO's inverse temperature. None: `hparams.beta` or `beta` of the module, or 0.1.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
             order. False leaves out the metrics of pairs.
         every_n_steps: Optimiser steps from one measurement to the next; 0: none in training. None: the Trainer's
             `log_every_n_steps`.
-        metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `beta`, `unit` or `temperature`.
+        metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`, `temperature` or `ignore_index`.
+
+    Under several processes, rows that a sampler repeats to give all processes equally many count twice, as Lightning's
+    own DistributedSampler repeats them; `PreferenceDataModule` marks them, and they do not.
 
     Raises:
         TypeError, ValueError: An argument is out of range; from the first batch on, what is missing in the module or
@@ -60,7 +65,8 @@ class DIDMonitor(Callback):
         logits_fn: LogitsFn | None = None,
         *,
         policy: str | None = None,
-        reference: str | nn.Module | None = None,
+        reference: str | os.PathLike | nn.Module | None = None,
+        beta: float | None = None,
         pairs: bool = True,
         every_n_steps: int | None = None,
         **metrics: Any,
@@ -69,51 +75,58 @@ class DIDMonitor(Callback):
             raise TypeError(f"Expected `logits_fn` to be callable, but got {type(logits_fn).__name__}.")
         if logits_fn is not None and (policy is not None or reference is not None):
             raise ValueError("Expected `policy` and `reference` to be None with `logits_fn`, which calls the models.")
-        if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps != int(every_n_steps)):
-            raise ValueError(f"Expected `every_n_steps` to be a whole number, but got {every_n_steps!r}.")
-        if every_n_steps is not None and every_n_steps < 0:
-            raise ValueError(f"Expected `every_n_steps` to be at least 0, but got {every_n_steps}.")
+        if policy is not None and not isinstance(policy, str):
+            raise TypeError(f"Expected `policy` to be the name of an attribute, but got {type(policy).__name__}.")
+        if reference is not None and not isinstance(reference, str | os.PathLike | nn.Module):
+            raise TypeError(f"Expected `reference` to be a model or its name, but got {type(reference).__name__}.")
+        check_every_n_steps(every_n_steps)
         self.logits_fn, self.policy, self.reference = logits_fn, policy, reference
-        self.every_n_steps = every_n_steps
-        self._options = {"pairs": pairs, **metrics}
-        self._train_metrics = DIDMetrics(**self._options)  # here, so that a wrong argument is told at once
+        self.beta, self.every_n_steps = beta, every_n_steps
+        self._options = {"beta": 0.1 if beta is None else beta, "pairs": pairs, **metrics}
+        self._train_metrics = DIDMetrics(**self._options)  # here too, so that a wrong argument is told at once
         self._eval_metrics: list[DIDMetrics] = []  # one a dataloader
+        self._measured = False  # whether `_train_metrics` hold anything
         self._models: tuple[nn.Module, nn.Module | None] | None = None
         self._loaded: nn.Module | None = None  # the reference, where it was given by name
-        self._next_step: int | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._models = None  # the module may be another than the last time
+        if self.beta is None:
+            self._options["beta"] = pl_module.hparams.get("beta", getattr(pl_module, "beta", 0.1))
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self._models = None
+        if self._loaded is not None:
+            self._loaded.cpu()
 
     # -----------------------------------------------------------------------------------------------------------
     # Training
     # -----------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
-        # Step s is the (s + 1)th: the Trainer logs those whose number is a multiple, also in a resumed run.
-        self._every = every
-        self._next_step = None if every == 0 else (trainer.global_step // every + 1) * every - 1
-        self._train_metrics.to(pl_module.device).reset()
+        self._train_metrics = DIDMetrics(**self._options).to(pl_module.device)
+        self._measured = False
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._next_step is not None and trainer.global_step >= self._next_step:
+        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        if every and (_step(trainer) + 1) % every == 0:
             self._train_metrics.update(*self._arguments(trainer, pl_module, batch))
+            self._measured = True
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._next_step is None or trainer.global_step < self._next_step:
+        if not self._measured:  # not due, or another optimiser of the same batch came first
             return
-        self._next_step = trainer.global_step + self._every
+        self._measured = False
         values = {f"did/train/{name}": value.float() for name, value in self._train_metrics.compute().items()}
         self._train_metrics.reset()
         # Not `pl_module.log`: what it is told once, Lightning writes again at every later step that it logs.
         trainer.callback_metrics.update(values)
         for logger in trainer.loggers:
-            logger.log_metrics({name: value.item() for name, value in values.items()}, step=trainer.global_step)
+            logger.log_metrics({name: value.item() for name, value in values.items()}, step=_step(trainer))
 
     # -----------------------------------------------------------------------------------------------------------
     # Validation and test
@@ -140,15 +153,7 @@ class DIDMonitor(Callback):
     def on_test_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._start_evaluation(pl_module, trainer.num_test_batches)
 
-    def on_test_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._eval_metrics[dataloader_idx].update(*self._arguments(trainer, pl_module, batch))
+    on_test_batch_start = on_validation_batch_start
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._log_evaluation(pl_module, "test")
@@ -181,16 +186,20 @@ class DIDMonitor(Callback):
             self._models = self._find_models(pl_module)
         policy, reference = self._models
         options = self._train_metrics.options
-        return measure(
-            policy, reference, read_batch(batch), temperature=options["temperature"], backend=options["backend"]
-        )
+        read = read_batch(batch, options["ignore_index"])
+        return measure(policy, reference, read, temperature=options["temperature"], backend=options["backend"])
 
     def _find_models(self, pl_module: lightning.LightningModule) -> tuple[nn.Module, nn.Module | None]:
         policy = find_policy(pl_module, self.policy)
         if self.reference is None:
             return policy, find_reference(pl_module, policy)
+        if isinstance(self.reference, nn.Module):
+            return policy, load_reference(self.reference, policy)
         if self._loaded is None:
-            dtype = next(policy.parameters()).dtype
-            self._loaded = freeze(load_model(self.reference, "reference", {"dtype": dtype}))
-        check_same_vocabulary(policy, self._loaded)
+            self._loaded = load_reference(self.reference, policy)
         return policy, self._loaded.to(pl_module.device)
+
+
+def _step(trainer: lightning.Trainer) -> int:
+    """The number of optimiser steps so far, several optimisers' together as one, as Lightning counts what it logs."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from lit_did.metrics import DIDMetrics
 from lit_did.models.batches import read_batch
-from lit_did.models.loading import check_same_vocabulary, freeze, is_peft, load_model
-from lit_did.models.measuring import measure, unwrapped
+from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft, load_reference
+from lit_did.models.measuring import check_every_n_steps, measure, unwrapped
 from lit_did.ops import SequenceStatistics
 
 
@@ -23,8 +26,9 @@ class DIDCallback(TrainerCallback):
     """Logs `lit_did.metrics.DIDMetrics` through the trainer's own `log`, so to whatever its `report_to` names.
 
     Training: `did/...` every `every_n_steps` steps, over all micro-batches of that step and all processes, measured
-    before the step, with the weights that its loss is of. Evaluation: `eval_did/...` over the whole data set, which
-    `trainer.evaluate()` also returns, so that `metric_for_best_model="eval_did/reward_accuracy"` works.
+    before the step, with the weights that its loss is of. Evaluation: `eval_did/...` over the whole data set, among the
+    metrics that `trainer.evaluate()` logs and returns, so that `metric_for_best_model="eval_did/reward_accuracy"` and
+    early stopping work; `trainer.predict()` returns `test_did/...`.
 
     It measures with forward passes of its own, in eval mode and without gradients, and leaves modes, gradients and
     random numbers as they were, and the trainer's own metrics in their own log entries: training is the same to the bit
@@ -36,8 +40,8 @@ class DIDCallback(TrainerCallback):
         reference: A model, or the name or path of one. None: the trainer's `ref_model`; without one, of a PeftModel,
             its adapter "ref" where TRL has made one, else itself with its adapter off.
         beta: DPO's inverse temperature. None: the trainer's `beta`, or 0.1.
-        every_n_steps: Steps from one measurement in training to the next; 0: none. None: the trainer's `logging_steps`
-            (and the first step, with `logging_first_step`).
+        every_n_steps: Steps from one measurement in training to the next; 0: none. None: as the trainer logs, with
+            `logging_strategy="steps"` at its `logging_steps` and `logging_first_step`, otherwise not at all.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
             order, as DPOTrainer has them. False leaves out the metrics of pairs.
         metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`.
@@ -57,7 +61,7 @@ class DIDCallback(TrainerCallback):
         self,
         trainer: Trainer,
         *,
-        reference: str | nn.Module | None = None,
+        reference: str | os.PathLike | nn.Module | None = None,
         beta: float | None = None,
         every_n_steps: int | None = None,
         pairs: bool = True,
@@ -65,10 +69,7 @@ class DIDCallback(TrainerCallback):
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"Expected `trainer` to be a transformers.Trainer, but got {type(trainer).__name__}.")
-        if every_n_steps is not None and (
-            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 0
-        ):
-            raise ValueError(f"Expected `every_n_steps` to be an integer of at least 0, but got {every_n_steps!r}.")
+        check_every_n_steps(every_n_steps)
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self._reference = self._find_reference(reference)
         beta = getattr(trainer, "beta", 0.1) if beta is None else beta
@@ -77,76 +78,71 @@ class DIDCallback(TrainerCallback):
             stage: DIDMetrics(beta=beta, pairs=pairs, **metrics).to(trainer.args.device) for stage in ("train", "eval")
         }
         self._measured = dict.fromkeys(self._metrics, False)
-        self._every: int | None = None
-        self._watch("training_step", self._before_training_step)
-        self._watch("prediction_step", self._before_prediction_step)
-
-    # -----------------------------------------------------------------------------------------------------------
-    # What the trainer calls
-    # -----------------------------------------------------------------------------------------------------------
+        self._every, self._first = 0, False
+        # What the trainer tells its callbacks holds no batches.
+        self._watch("training_step", self._training_step)
+        self._watch("prediction_step", self._prediction_step)
+        self._watch("evaluation_loop", self._evaluation_loop)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._every = int(state.logging_steps or 0) if self.every_n_steps is None else self.every_n_steps
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        of_trainer = int(state.logging_steps or 0) if by_steps else 0
+        self._every = of_trainer if self.every_n_steps is None else self.every_n_steps
+        self._first = bool(of_trainer) and self.every_n_steps is None and args.logging_first_step
         self._reset("train")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._measured["train"]:
-            self._log("train", "did/")
+            with _own_log_entry(self.trainer):
+                self.trainer.log(self._compute("train", "did/"))
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
-        if not self._measured["eval"]:
-            return
-        metrics = {} if metrics is None else metrics
-        # The prefix is not told: "eval", or "eval_NAME" where there are several data sets.
-        prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
-        metrics.update(self._log("eval", f"{prefix}_did/"))
+    # -----------------------------------------------------------------------------------------------------------
+    # The trainer's methods, watched
+    # -----------------------------------------------------------------------------------------------------------
 
-    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._reset("eval")  # prediction goes the same way as evaluation, but logs nothing
+    def _watch(self, name: str, instead: Callable) -> None:
+        """Puts `instead(original, ...)` in the place of a method of the trainer, as long as the callback is there."""
+        original = getattr(self.trainer, name)
 
-    def _log(self, stage: str, prefix: str) -> dict[str, float]:
-        values = {f"{prefix}{name}": value.item() for name, value in self._metrics[stage].compute().items()}
-        self._reset(stage)
-        with _own_log_entry(self.trainer):
-            self.trainer.log(dict(values))
-        return values
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self not in self.trainer.callback_handler.callbacks:
+                return original(*args, **kwargs)
+            return instead(original, *args, **kwargs)
 
-    def _reset(self, stage: str) -> None:
-        self._metrics[stage].reset()
-        self._measured[stage] = False
+        setattr(self.trainer, name, watched)
+
+    def _training_step(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        step = self.trainer.state.global_step + 1
+        if (self._every and step % self._every == 0) or (self._first and step == 1):
+            self._update("train", self._measure(model, inputs))
+        return original(model, inputs, *args, **kwargs)
+
+    def _prediction_step(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        statistics = self._measure(model, inputs)
+        self._update("eval", _without_repeats(statistics, self._sequences_a_row, self.trainer.accelerator))
+        return original(model, inputs, *args, **kwargs)
+
+    def _evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._reset("eval")  # an interrupted evaluation may have left something
+        output = original(*args, **kwargs)
+        if self._measured["eval"]:
+            prefix = inspect.signature(original).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
+            output.metrics.update(self._compute("eval", f"{prefix}_did/"))
+        return output
 
     # -----------------------------------------------------------------------------------------------------------
     # Measuring
     # -----------------------------------------------------------------------------------------------------------
 
-    def _watch(self, method: str, before: Callable[[nn.Module, Any], None]) -> None:
-        """Calls `before(model, inputs)` ahead of a method of the trainer, which tells callbacks nothing of batches."""
-        original = getattr(self.trainer, method)
+    def _compute(self, stage: str, prefix: str) -> dict[str, float]:
+        values = {f"{prefix}{name}": value.item() for name, value in self._metrics[stage].compute().items()}
+        self._reset(stage)
+        return values
 
-        @functools.wraps(original)
-        def watched(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self in self.trainer.callback_handler.callbacks:  # it may have been removed
-                before(model, inputs)
-            return original(model, inputs, *args, **kwargs)
-
-        setattr(self.trainer, method, watched)
-
-    def _before_training_step(self, model: nn.Module, inputs: Any) -> None:
-        step = self.trainer.state.global_step + 1
-        first = step == 1 and self.every_n_steps is None and self.trainer.args.logging_first_step
-        if self._every and (step % self._every == 0 or first):
-            self._update("train", self._measure(model, inputs))
-
-    def _before_prediction_step(self, model: nn.Module, inputs: Any) -> None:
-        statistics = self._measure(model, inputs)
-        self._update("eval", _without_repeats(statistics, self._sequences_a_row, self.trainer.accelerator))
+    def _reset(self, stage: str) -> None:
+        self._metrics[stage].reset()
+        self._measured[stage] = False
 
     def _update(self, stage: str, statistics: SequenceStatistics) -> None:
         self._metrics[stage].update(statistics)
@@ -155,33 +151,40 @@ class DIDCallback(TrainerCallback):
     def _measure(self, model: nn.Module, inputs: Any) -> SequenceStatistics:
         device = self.trainer.args.device
         batch = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
-        reference, adapter = self._reference, None
-        if reference is not None:
-            reference = reference.to(device)
-        elif "ref" in unwrapped(model).peft_config:
-            adapter = "ref"
-        # A context of its own: were it the loss's, autocast would reuse weights that were cast without gradients.
-        with self.trainer.compute_loss_context_manager(), torch.no_grad():
-            return measure(model, reference, read_batch(batch), adapter=adapter, **self._options())
-
-    def _options(self) -> dict[str, Any]:
+        reference = None if self._reference is None else self._reference.to(device)
+        adapter = "ref" if reference is None and _has_reference_adapter(unwrapped(model)) else None
         options = self._metrics["train"].options
-        return {"temperature": options["temperature"], "backend": options["backend"]}
+        # A context of its own: were it the loss's, autocast would reuse weights that were cast without gradients.
+        with self.trainer.accelerator.autocast():
+            return measure(
+                model,
+                reference,
+                read_batch(batch, options["ignore_index"]),
+                adapter=adapter,
+                temperature=options["temperature"],
+                backend=options["backend"],
+            )
 
-    def _find_reference(self, given: str | nn.Module | None) -> nn.Module | None:
+    def _find_reference(self, given: str | os.PathLike | nn.Module | None) -> nn.Module | None:
         """The reference, or None for the policy with another adapter, or none."""
-        policy = self.trainer.model
+        policy = unwrapped(self.trainer.model)
         if given is not None:
-            reference = freeze(load_model(given, "reference", {"dtype": next(policy.parameters()).dtype}))
-            check_same_vocabulary(policy, reference)
-            return reference
+            return load_reference(given, policy)
         reference = getattr(self.trainer, "ref_model", None)
-        if reference is None and not is_peft(unwrapped(policy)):
+        if reference is not None or _has_reference_adapter(policy):
+            return reference
+        if not is_peft(policy):
             raise ValueError(
                 "Expected `reference`, because the trainer has no `ref_model` (with precomputed log-probabilities it "
                 "keeps none) and its model is no PeftModel, but got None."
             )
-        return reference
+        check_adapter_is_all_that_trains(policy)
+        return None
+
+
+def _has_reference_adapter(policy: nn.Module) -> bool:
+    """Whether TRL has kept a copy of the adapter that the policy started with."""
+    return is_peft(policy) and "ref" in policy.peft_config
 
 
 @contextmanager

@@ -106,7 +106,8 @@ class StatisticsMetric(Metric):
         return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> StatisticsMetric:
-        # Moves with its module but keeps its dtypes: `precision="bf16-true"` casts every tensor that it finds.
+        # Moves with its module but keeps its dtypes: `precision="bf16-true"` casts every tensor that it finds. Nor does
+        # `set_dtype` change them.
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
 

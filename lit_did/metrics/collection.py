@@ -116,7 +116,10 @@ class DIDMetrics(MetricCollection):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Adds a batch to every metric and returns the values of this batch, differentiable where the metrics are."""
+        """Adds a batch to every metric and returns the values of this batch, differentiable where the metrics are.
+
+        torchmetrics keeps the last values, and so their graph: where no gradient is wanted, call `update`.
+        """
         return super().forward(self._sequences(policy_logits, reference_logits, labels, cu_seqlens))
 
     def compute(self) -> dict[str, Tensor]:
@@ -132,6 +135,7 @@ class DIDMetrics(MetricCollection):
         gathered = _gather_at_once(members)
         for metric in members:
             metric.dist_sync_fn = gathered
+            metric._computed = None  # another process may have seen more since
         try:
             return super().compute()
         finally:

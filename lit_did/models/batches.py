@@ -11,7 +11,7 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def read_batch(batch: Any) -> dict[str, Tensor]:
+def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and shifted `labels` [sequences, T] of a batch of a causal language model.
 
     Args:
@@ -22,6 +22,7 @@ def read_batch(batch: Any) -> dict[str, Tensor]:
             - both kinds of keys with `chosen_` and `rejected_` before them.
             `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
             `PreferenceDataModule` gives the pairs that only fill a batch, leaves a pair without labels.
+        ignore_index: What stands for -100 in the batch's labels.
 
     Returns:
         A dict with `labels[:, t]` the completion token that position t predicts, or -100. Of the last form, the chosen
@@ -39,11 +40,11 @@ def read_batch(batch: Any) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
         raise TypeError(f"Expected the batch to be a mapping, but got {type(batch).__name__}.")
     if "chosen_input_ids" in batch and "rejected_input_ids" in batch:
-        return _stack(*(_read(_without_prefix(batch, side)) for side in ("chosen_", "rejected_")))
-    return _read(batch)
+        return _stack(*(_read(_without_prefix(batch, side), ignore_index) for side in ("chosen_", "rejected_")))
+    return _read(batch, ignore_index)
 
 
-def _read(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
     if "input_ids" not in batch or not ("labels" in batch or "completion_mask" in batch):
         raise ValueError(
             "Expected the batch to hold `input_ids` and `labels` or `completion_mask`, perhaps with `chosen_` and "
@@ -63,21 +64,22 @@ def _read(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         counts = batch["completion_mask"].bool().roll(-1, 1)
     else:
         labels = batch["labels"]
-        labelled = labels != IGNORE_INDEX
+        labelled = labels != ignore_index
         if (labels == input_ids)[labelled].all():
             counts = labelled.roll(-1, 1)
         elif (labels == following)[labelled].all():
             counts = labelled
         else:
             raise ValueError(
-                "Expected `labels` to be `input_ids` where they are not -100, shifted by one position or not, "
-                "but got others."
+                f"Expected `labels` to be `input_ids` where they are not {ignore_index}, shifted by one position or "
+                "not, but got others."
             )
     counts[:, -1:] = False  # nothing follows the last token
     if "weight" in batch:
         counts &= (batch["weight"] > 0).repeat(input_ids.shape[0] // batch["weight"].shape[0])[:, None]
-    kept = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-    kept.setdefault("attention_mask", torch.ones_like(input_ids))
+    kept = {"attention_mask": batch.get("attention_mask", torch.ones_like(input_ids))}
+    if "position_ids" in batch:
+        kept["position_ids"] = batch["position_ids"].expand_as(input_ids)
     return {"input_ids": input_ids, **kept, "labels": torch.where(counts, following, IGNORE_INDEX)}
 
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from lit_did.models.loading import is_peft
+from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft
 from lit_did.models.measuring import unwrapped
 
 
@@ -42,12 +42,13 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
     None stands for the policy, a PeftModel, with its adapter off.
 
     Raises:
-        ValueError: There is not exactly one, and the policy is no PeftModel.
+        ValueError: There is not exactly one, and the policy is no PeftModel whose adapter can be switched off.
     """
     found = [child for child in _language_models(module).values() if child is not policy and not _trains(child)]
     if len(found) == 1:
         return found[0]
     if not found and is_peft(unwrapped(policy)):
+        check_adapter_is_all_that_trains(unwrapped(policy))
         return None
     raise ValueError(
         f"Expected one child of {type(module).__name__} to be a causal language model that does not train, or the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 
-def load_model(model: str | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
+def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
     """A causal language model of transformers, from its name or path; a module is returned as it is.
 
     Weights are float32 unless `model_kwargs` says otherwise: AdamW's steps at a learning rate of 1e-6 vanish in
@@ -18,11 +19,26 @@ def load_model(model: str | nn.Module, argument: str, model_kwargs: Mapping[str,
     """
     if isinstance(model, nn.Module):
         return model
-    if not isinstance(model, str):
+    if not isinstance(model, str | os.PathLike):
         raise TypeError(f"Expected `{argument}` to be a model or its name, but got {type(model).__name__}.")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **model_kwargs})
+    return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **model_kwargs})
+
+
+def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) -> nn.Module:
+    """The reference of measurements: a module is checked and left as it is; what is loaded is frozen.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It shares parameters with the policy, or has another vocabulary.
+    """
+    if isinstance(reference, nn.Module):
+        check_separate(policy, reference)
+    else:
+        reference = freeze(load_model(reference, "reference", {"dtype": next(policy.parameters()).dtype}))
+    check_same_vocabulary(policy, reference)
+    return reference
 
 
 def add_lora(model: nn.Module, lora: Any) -> nn.Module:

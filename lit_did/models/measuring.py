@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,7 @@ def completion_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: 
     Models that can, compute no others: the output layer is skipped for prompt tokens.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    bare = unwrapped(model)
-    parameters = inspect.signature((bare.get_base_model() if is_peft(bare) else bare).forward).parameters
+    parameters = inspect.signature((model.get_base_model() if is_peft(model) else model).forward).parameters
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     if "logits_to_keep" in parameters:
@@ -115,19 +114,20 @@ def measure(
     Raises:
         ValueError: `reference` is None and the policy is no PeftModel.
     """
-    if reference is None and not is_peft(unwrapped(policy)):
+    # What wraps a model scatters its inputs, synchronises it or compiles it: no part of a measurement.
+    policy, reference = unwrapped(policy), None if reference is None else unwrapped(reference)
+    if reference is None and not is_peft(policy):
         raise ValueError("Expected `reference`, or a PeftModel as `policy` (whose base model it is), but got neither.")
-    policy_as_reference: Callable = lambda: adapter_off(unwrapped(policy), adapter)  # noqa: E731
     labels = batch["labels"]
     rows = _rows_at_once(policy, labels, max_logits_bytes)
     parts = []
-    with random_numbers_kept(labels.device), evaluating(policy), evaluating(reference) if reference else nullcontext():
+    with random_numbers_kept(labels.device), evaluating(policy):
         for start in range(0, labels.shape[0], rows):
             part = {name: value[start : start + rows] for name, value in batch.items()}
             positions = (part["labels"] != -100).any(0).nonzero()[:, 0]
             policy_logits = completion_logits(policy, part, positions)
-            with nullcontext() if reference else policy_as_reference():
-                reference_logits = completion_logits(reference or policy, part, positions)
+            with adapter_off(policy, adapter) if reference is None else evaluating(reference):
+                reference_logits = completion_logits(policy if reference is None else reference, part, positions)
             parts.append(
                 sequence_statistics(
                     policy_logits,
@@ -141,10 +141,18 @@ def measure(
 
 
 def _rows_at_once(policy: nn.Module, labels: Tensor, max_logits_bytes: int) -> int:
-    config = getattr(unwrapped(policy), "config", None)
+    config = getattr(policy, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None:
         return max(1, labels.shape[0])
     positions = int((labels != -100).any(0).sum())
     return max(1, max_logits_bytes // max(1, 2 * 4 * positions * vocabulary))  # two models, float32 at the most
+
+
+def check_every_n_steps(every_n_steps: int | None) -> None:
+    """Raises ValueError unless it is None or an integer of at least 0."""
+    if every_n_steps is not None and (
+        isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 0
+    ):
+        raise ValueError(f"Expected `every_n_steps` to be an integer of at least 0, but got {every_n_steps!r}.")

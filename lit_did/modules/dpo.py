@@ -225,7 +225,8 @@ class LitDPO(lightning.LightningModule):
         return pairs.loss.mean()
 
     def on_fit_start(self) -> None:
-        """Keeps Lightning from warning of modules in eval mode where these are the reference's, as they should be."""
+        """Starts the metrics anew, and keeps Lightning from warning that the reference is in eval mode."""
+        self.train_metrics.reset()  # an interrupted run may have left micro-batches
         if all(module.training for module in self.policy.modules()):
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
 

@@ -221,7 +221,7 @@ def test_reference_by_name_or_as_a_model_stays_out_of_the_module(tmp_path):
     pairs = make_pairs(4)
     expected = trainer(callbacks=[DIDMonitor()])
     expected.validate(Own(tiny_llama(0), tiny_llama(1)), transformers_loader(pairs, 2), verbose=False)
-    for reference in (str(tmp_path / "reference"), tiny_llama(1)):
+    for reference in (str(tmp_path / "reference"), tmp_path / "reference", tiny_llama(1)):
         monitor = DIDMonitor(reference=reference)
         module = Own(tiny_llama(0))
         run = trainer(callbacks=[monitor], max_steps=1)
@@ -229,6 +229,102 @@ def test_reference_by_name_or_as_a_model_stays_out_of_the_module(tmp_path):
         assert of(run.callback_metrics, "did/val/") == of(expected.callback_metrics, "did/val/")
         run.fit(module, transformers_loader(pairs, 2))  # another stage loads nothing again
         assert not any("frozen" in name for name, _ in module.named_parameters())
+
+
+class TwoOptimizers(Own):
+    """Manual optimisation: every batch is stepped on twice."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__(*models)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net.parameters(), lr=0.05) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5])])
+def test_manual_optimisation_with_two_optimisers(tmp_path, every, steps):
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    run = trainer(max_epochs=1, logger=logger, callbacks=[DIDMonitor(every_n_steps=every)])
+    run.fit(TwoOptimizers(tiny_llama(0), tiny_llama(1)), transformers_loader(make_pairs(12), 2))
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["did/train/kl"]]
+    assert [int(row["step"]) for row in rows] == steps  # batches, as Lightning counts what it logs
+    assert all(0 < float(row["did/train/kl"]) < 10 for row in rows)
+
+
+def test_beta_is_the_modules():
+    pairs = make_pairs(4)
+    module = LitDPO(tiny_llama(0), tiny_llama(1), beta=0.5)
+    run = trainer(callbacks=[DIDMonitor()])
+    run.validate(module, loader(pairs, 2), verbose=False)
+    both = [run.callback_metrics[f"{prefix}val/reward_margin"].item() for prefix in ("", "did/")]
+    assert both[0] == pytest.approx(both[1], rel=1e-4)
+    own = Own(tiny_llama(0), tiny_llama(1))
+    own.beta = 0.25
+    for options, factor in (({}, 0.5), ({"beta": 1.0}, 2.0)):
+        run = trainer(callbacks=[DIDMonitor(**options)])
+        run.validate(own, transformers_loader(pairs, 2), verbose=False)
+        assert run.callback_metrics["did/val/reward_margin"].item() == pytest.approx(factor * both[0], rel=1e-4)
+
+
+def test_compiled_models():
+    pairs = make_pairs(4)
+    values = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        module = Own(wrap(tiny_llama(0)), wrap(tiny_llama(1)))
+        run = trainer(callbacks=[DIDMonitor()])
+        run.validate(module, transformers_loader(pairs, 2), verbose=False)
+        values.append(of(run.callback_metrics, "did/val/"))
+    assert values[0] == values[1]
+
+
+def test_what_is_given_as_reference_is_not_changed():
+    base = tiny_llama(1).train()
+    trainer(callbacks=[DIDMonitor(reference=base)]).validate(
+        Own(tiny_llama(0)), transformers_loader(make_pairs(2), 2), verbose=False
+    )
+    assert base.training
+    assert all(p.requires_grad for p in base.parameters())
+    policy = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"peft changes a model in place: .* leave `reference` out"):
+        trainer(callbacks=[DIDMonitor(reference=base)]).validate(
+            Own(policy), transformers_loader(make_pairs(2), 2), verbose=False
+        )
+    assert any(p.requires_grad for p in policy.parameters())
+
+
+def test_other_ignore_index_in_the_batch():
+    def collate_otherwise(pairs):
+        batch = collate_as_transformers(pairs)
+        batch["labels"][batch["labels"] == -100] = -1
+        return batch
+
+    pairs, values = make_pairs(4), []
+    for options, function in (({}, collate_as_transformers), ({"ignore_index": -1}, collate_otherwise)):
+        run = trainer(callbacks=[DIDMonitor(**options)])
+        data = DataLoader(pairs, batch_size=2, collate_fn=function)
+        run.validate(Own(tiny_llama(0), tiny_llama(1)), data, verbose=False)
+        values.append(of(run.callback_metrics, "did/val/"))
+    assert values[0] == values[1]
+
+
+def test_a_prompt_tuned_policy_is_refused():
+    policy = peft.get_peft_model(tiny_llama(0), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="adapter inside its layers, such as LoRA, but got PROMPT_TUNING"):
+        trainer(callbacks=[DIDMonitor()]).validate(Own(policy), transformers_loader(make_pairs(2), 2), verbose=False)
+
+
+def test_no_model_is_kept_after_the_run():
+    monitor = DIDMonitor()
+    module = Own(tiny_llama(0), tiny_llama(1))
+    trainer(callbacks=[monitor]).validate(module, transformers_loader(make_pairs(2), 2), verbose=False)
+    assert monitor._models is None
 
 
 def test_several_loaders_and_test():
@@ -308,8 +404,10 @@ def test_the_policy_by_name():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"every_n_steps": -1}, ValueError, "`every_n_steps` to be at least 0, but got -1"),
-        ({"every_n_steps": 1.5}, ValueError, "`every_n_steps` to be a whole number, but got 1.5"),
+        ({"every_n_steps": -1}, ValueError, "`every_n_steps` to be an integer of at least 0, but got -1"),
+        ({"every_n_steps": 1.5}, ValueError, "`every_n_steps` to be an integer of at least 0, but got 1.5"),
+        ({"policy": 3}, TypeError, "`policy` to be the name of an attribute, but got int"),
+        ({"reference": 3}, TypeError, "`reference` to be a model or its name, but got int"),
         ({"logits_fn": 3}, TypeError, "`logits_fn` to be callable, but got int"),
         ({"logits_fn": own_logits, "policy": "net"}, ValueError, "to be None with `logits_fn`"),
         ({"beta": 0}, ValueError, "`beta` to be above 0"),

@@ -20,12 +20,8 @@ TIMES = ("runtime", "samples_per_second", "steps_per_second", "train_runtime")
 
 def without_did(history: list[dict]) -> list[dict]:
     """The trainer's own entries, but for its clock."""
-    own = [
-        {name: value for name, value in entry.items() if not name.endswith(TIMES)}
-        for entry in history
-        if not any("did/" in name for name in entry)
-    ]
-    return own
+    own = [{n: v for n, v in entry.items() if "did/" not in n and not n.endswith(TIMES)} for entry in history]
+    return [entry for entry in own if entry.keys() - {"step", "epoch"}]
 
 
 def did_entries(history: list[dict], prefix: str = "did/") -> dict[int, dict[str, float]]:
@@ -106,6 +102,7 @@ def test_evaluation_by_hand(tmp_path, kind):
     assert seen["kl"] > 1e-3  # the premise: it has moved
     last = run.state.log_history[-1]
     assert {n.removeprefix("eval_did/"): v for n, v in last.items() if n.startswith("eval_did/")} == seen
+    assert "eval_rewards/margins" in last  # in the trainer's own entry
 
 
 def test_training_values_are_of_the_weights_and_pairs_of_the_step(tmp_path):
@@ -154,19 +151,109 @@ def test_every_n_steps_through_the_trainers_log(tmp_path, options, every, steps)
     assert not any("did/kl" in logs and "rewards/margins" in logs for logs in reporter.seen)  # an entry of its own
 
 
-def test_evaluation_alone_and_after_removal(tmp_path):
+def test_evaluation_alone_prediction_and_removal(tmp_path):
     run = trainer(tmp_path, llama(0), llama(1))
     callback = DIDCallback(run)
     assert not any("did" in name for name in run.evaluate())  # not added yet
     run.add_callback(callback)
-    assert "eval_did/kl" in run.evaluate()
-    run.predict(run.eval_dataset)  # is no evaluation, and leaves nothing behind for the next one
-    again = run.evaluate()
-    assert again["eval_did/kl"] == pytest.approx(
-        own_metrics(run, run.model, run.ref_model, run.eval_dataset)["kl"], rel=1e-4
-    )
+    expected = own_metrics(run, run.model, run.ref_model, run.eval_dataset)["kl"]
+    assert run.evaluate()["eval_did/kl"] == pytest.approx(expected, rel=1e-4)
+    assert run.predict(run.eval_dataset).metrics["test_did/kl"] == pytest.approx(expected, rel=1e-4)
+    assert run.evaluate(metric_key_prefix="held_out")["held_out_did/kl"] == pytest.approx(expected, rel=1e-4)
     run.remove_callback(callback)
     assert not any("did" in name for name in run.evaluate())
+
+
+def test_an_interrupted_evaluation_leaves_nothing_behind(tmp_path):
+    run = trainer(tmp_path, llama(0), llama(1))
+    run.add_callback(DIDCallback(run))
+    expected = run.evaluate()["eval_did/kl"]
+    original, calls = run.compute_loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    run.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate()
+    run.compute_loss = original
+    assert run.evaluate()["eval_did/kl"] == expected
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_a_trainer_that_does_not_log_by_steps(tmp_path, strategy):
+    run = trainer(tmp_path, llama(0), llama(1), logging_strategy=strategy)
+    run.add_callback(DIDCallback(run))
+    run.train()
+    assert did_entries(run.state.log_history) == {}
+    assert sorted(did_entries(run.state.log_history, "eval_did/")) == [2, 4]
+    asked = trainer(tmp_path, llama(0), llama(1), logging_strategy=strategy)
+    asked.add_callback(DIDCallback(asked, every_n_steps=3))
+    asked.train()
+    assert sorted(did_entries(asked.state.log_history)) == [3]
+
+
+def test_early_stopping_on_the_did(tmp_path):
+    """Although the callback is added after those that the trainer is made with."""
+    stopping = transformers.EarlyStoppingCallback(early_stopping_patience=1)
+    run = trainer(
+        tmp_path,
+        llama(0),
+        llama(1),
+        max_steps=8,
+        learning_rate=0.0,  # nothing gets better
+        callbacks=[stopping],
+        metric_for_best_model="eval_did/reward_margin",
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    run.add_callback(DIDCallback(run))
+    run.train()
+    assert run.state.global_step == 4
+
+
+def test_a_given_reference_is_autocast_as_the_policy_is(tmp_path):
+    run = trainer(tmp_path, llama(0), llama(1), bf16=True)
+    run.add_callback(DIDCallback(run, reference=llama(0)))
+    metrics = run.evaluate()
+    assert metrics["eval_did/kl"] == 0
+    assert metrics["eval_did/reward_margin"] == 0
+    assert metrics["eval_rewards/margins"] != 0  # the trainer's own reference is another
+
+
+def test_what_is_given_as_reference_is_not_changed(tmp_path):
+    base = llama(1)
+    run = trainer(tmp_path, llama(0), llama(1))
+    run.add_callback(DIDCallback(run, reference=base.train()))
+    run.evaluate()
+    assert base.training
+    assert all(p.requires_grad for p in base.parameters())
+    policy = llama(0)
+    adapted = trainer(tmp_path, policy, peft_config=LORA)
+    with pytest.raises(ValueError, match=r"peft changes a model in place: .* leave `reference` out"):
+        DIDCallback(adapted, reference=policy)
+    assert any(p.requires_grad for p in adapted.model.parameters())
+
+
+def test_adapters_that_cannot_be_switched_off_are_refused(tmp_path):
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for config in (prompt, peft.LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True)):
+        run = trainer(tmp_path, gpt2(0), peft_config=config)
+        with pytest.raises(ValueError, match=r"PROMPT_TUNING|`bias` must be 'none'"):
+            DIDCallback(run)
+
+
+def test_compiled_models(tmp_path):
+    run = trainer(tmp_path, llama(0), llama(1), torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    run.add_callback(DIDCallback(run))
+    assert hasattr(run.ref_model, "_orig_mod")  # the premise: the trainer has compiled both
+    run.train()
+    expected = own_metrics(run, llama(0), llama(1), [])  # the names alone
+    assert did_entries(run.state.log_history)[1].keys() == expected.keys()
 
 
 def test_several_data_sets_and_the_best_model(tmp_path):

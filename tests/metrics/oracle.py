@@ -37,7 +37,9 @@ def sequences(policy: Tensor, reference: Tensor, labels: Tensor, ignore_index: i
     return found
 
 
-def expected(batches, *, beta=0.1, num_bins=10, unit="nats", ignore_index=-100, temperature=1.0) -> dict[str, float]:
+def expected(
+    batches, *, beta=0.1, num_bins=10, unit="nats", ignore_index=-100, temperature=1.0, loss=False
+) -> dict[str, float]:
     """{name in DIDMetrics: value} over batches of (policy logits, reference logits, labels)."""
     chosen, rejected, alone = [], [], []
     for policy, reference, labels in batches:
@@ -71,6 +73,8 @@ def expected(batches, *, beta=0.1, num_bins=10, unit="nats", ignore_index=-100, 
         if member.any():
             error += member.mean() * abs(confidence[member].mean() - right[member].mean())
     values["calibration_error"] = error
+    if loss:
+        values["loss"] = np.log1p(np.exp(-margin)).mean()
     return {name: float(value) for name, value in values.items()}
 
 

@@ -40,7 +40,7 @@ def test_every_metric(results):
             metric.update(*batch)
         for of_rank in results:
             assert of_rank[name] == pytest.approx([first, metric.compute().item()], abs=1e-6, rel=0), name
-        assert first == pytest.approx(ORACLE(batches)[name], rel=1e-5, abs=2e-6)
+        assert first == pytest.approx(ORACLE(batches, loss=True)[name], rel=1e-5, abs=2e-6)
 
 
 def test_the_collection(results):
@@ -50,6 +50,7 @@ def test_the_collection(results):
         "collection again": [*batches, *batches[:2]],
         "on step": batches[:2],
         "late": batches[:1],
+        "later": [batches[0], batches[2]],
     }.items():
         for of_rank in results:
             assert of_rank[key] == pytest.approx(ORACLE(seen), rel=1e-5, abs=2e-6), key

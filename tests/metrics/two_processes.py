@@ -54,6 +54,9 @@ def work(rank: int, processes: int, path: str) -> None:
     if rank == 0:  # a process that saw nothing takes part all the same
         late.update(*batches_of(rank, processes)[0])
     results["late"] = {name: value.item() for name, value in late.compute().items()}
+    if rank == 0:  # and one that computed before another saw more
+        late.update(*batches_of(rank, processes)[1])
+    results["later"] = {name: value.item() for name, value in late.compute().items()}
     torch.save(results, f"{path}.{rank}")
     dist.destroy_process_group()
 

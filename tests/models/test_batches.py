@@ -61,6 +61,9 @@ def test_weight_and_position_ids():
     read = read_batch(batch)
     assert [(row != -100).any().item() for row in read["labels"]] == [True, False, True, False]
     assert torch.equal(read["position_ids"], batch["position_ids"])
+    assert torch.equal(
+        read_batch(batch | {"position_ids": batch["position_ids"][:1]})["position_ids"], read["position_ids"]
+    )
 
 
 IDS = torch.tensor([[1, 2, 3]])
