@@ -1,5 +1,7 @@
-"""Stateless functions on statistics: preference losses, and what the metrics of `lit_did.metrics` compute."""
+"""Stateless functions: preference losses, what the metrics of `lit_did.metrics` compute, the DID of completions."""
 
+from lit_did.functional.did_entropy import DIDEntropyEstimate, did_entropy_over_candidates, estimate_did_entropy
+from lit_did.functional.enumeration import EnumeratedDID, enumerate_did
 from lit_did.functional.information import did_log_partition, policy_entropy, policy_kl, token_did_entropy
 from lit_did.functional.inputs import as_sequences
 from lit_did.functional.preference import pair_accuracy, pair_margin, preference_loss
@@ -12,8 +14,13 @@ from lit_did.functional.rewards import (
 )
 
 __all__ = [
+    "DIDEntropyEstimate",
+    "EnumeratedDID",
     "as_sequences",
+    "did_entropy_over_candidates",
     "did_log_partition",
+    "enumerate_did",
+    "estimate_did_entropy",
     "likelihood_displacement",
     "log_ratio_reward",
     "pair_accuracy",

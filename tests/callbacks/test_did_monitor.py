@@ -177,6 +177,8 @@ def test_training_is_the_same_to_the_bit(precision, kind):
 
 def noisy(module: Own, batch: dict):
     torch.rand(5)
+    assert not any(part.training for part in module.modules())
+    assert not torch.is_grad_enabled()
     return own_logits(module, batch)
 
 

@@ -88,18 +88,21 @@ def test_uneven_batches_with_a_tie_and_an_empty_completion(name):
 
 
 @each
-@pytest.mark.parametrize("form", ["tokens", "sequences", "packed"])
+@pytest.mark.parametrize("form", ["tokens", "sequences", "packed", "packed tokens"])
 def test_statistics_at_hand_and_packed_logits(name, form):
     metric = make(name)
     for policy, reference, labels in make_batches():
+        rows, length = labels.shape
+        offsets = torch.arange(0, rows * length + 1, length)
+        packed = policy.flatten(0, 1), reference.flatten(0, 1), labels.flatten()
         if form == "tokens":
             metric.update(token_statistics(policy, reference, labels), labels=labels)
         elif form == "sequences":
             metric.update(sequence_statistics(policy, reference, labels))
+        elif form == "packed":
+            metric.update(*packed, cu_seqlens=offsets)
         else:
-            rows, length = labels.shape
-            offsets = torch.arange(0, rows * length + 1, length)
-            metric.update(policy.flatten(0, 1), reference.flatten(0, 1), labels.flatten(), cu_seqlens=offsets)
+            metric.update(token_statistics(*packed), labels=packed[2], cu_seqlens=offsets)
     assert metric.compute().item() == close(ORACLE(make_batches())[name])
 
 

@@ -57,6 +57,18 @@ def test_modes_and_random_numbers_are_kept():
     assert not any(value.requires_grad for value in first)
 
 
+def test_position_ids_reach_the_models():
+    batch = collate(make_pairs(3))
+    moved = batch | {"position_ids": 5 + torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
+    model = tiny_gpt2(0).eval()
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in moved.items() if name != "labels"}).logits
+    expected = logits.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    expected = (expected * (batch["labels"] != -100)).sum(1)
+    torch.testing.assert_close(measure(model, tiny_gpt2(1), moved).policy_logprob, expected)
+    assert (measure(model, tiny_gpt2(1), batch).policy_logprob - expected).abs().min() > 1e-3
+
+
 def test_modes_are_kept_after_an_error():
     policy = tiny_llama(0).train()
     with pytest.raises(IndexError):
