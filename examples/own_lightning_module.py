@@ -1,4 +1,4 @@
-"""DPO in a LightningModule of your own, which two lines make log the DID: its metrics, or a callback.
+"""DPO in a LightningModule of your own, which logs the DID: by its metrics, or by a callback alone.
 
 python examples/own_lightning_module.py [--model NAME_OR_PATH] [--data pairs.jsonl] [--max-steps 20]
 """
@@ -23,14 +23,14 @@ class MyDPO(lightning.LightningModule):
         self.beta = beta
         self.policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
-        self.did = DIDMetrics(beta=beta, prefix="my/")  # line 1: the logits are here anyway
+        self.did = DIDMetrics(beta=beta, prefix="my/")  # the logits are here anyway
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         logits = self.policy(**inputs).logits
         with torch.no_grad():
             reference_logits = self.reference.eval()(**inputs).logits
-        self.did.update(logits.detach(), reference_logits, batch["labels"])  # line 2
+        self.did.update(logits.detach(), reference_logits, batch["labels"])
         log_ratio = logprob(logits, batch["labels"]) - logprob(reference_logits, batch["labels"])
         chosen, rejected = log_ratio.chunk(2)
         return -logsigmoid(self.beta * (chosen - rejected)).mean()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_did.functional.inputs import Statistics
 from lit_did.metrics import DIDMetrics
 from lit_did.models.batches import read_batch
-from lit_did.models.finding import find_policy, find_reference
+from lit_did.models.finding import find_attribute, find_policy, find_reference
 from lit_did.models.loading import load_reference
 from lit_did.models.measuring import check_every_n_steps, evaluating, measure, random_numbers_kept
 from lit_did.ops import SequenceStatistics
@@ -38,8 +38,9 @@ class DIDMonitor(Callback):
             follows.
         policy: Which part of the module is the policy: an attribute's name, such as "model" or "net.lm". None: the one
             child of the module that is a causal language model with parameters that train.
-        reference: A model, or the name or path of one. None: the one child of the module that is a causal language
-            model without parameters that train; or, of a PeftModel, itself with its adapter off.
+        reference: A model; the name of an attribute of the module; or the name or path of a model. None: the one child
+            of the module that is a causal language model without parameters that train; or, of a PeftModel, itself
+            with its adapter off.
         beta: DPO's inverse temperature. None: `hparams.beta` or `beta` of the module, or 0.1.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
             order. False leaves out the metrics of pairs.
@@ -179,7 +180,14 @@ class DIDMonitor(Callback):
                 return (self._measure(pl_module, batch),)
             with random_numbers_kept(pl_module.device), evaluating(pl_module):
                 given = self.logits_fn(pl_module, batch)
-        return (given,) if isinstance(given, Statistics) else tuple(given)
+        if isinstance(given, Statistics):
+            return (given,)
+        if not isinstance(given, tuple | list):
+            raise TypeError(
+                "Expected `logits_fn` to return policy logits, reference logits and labels, or SequenceStatistics, "
+                f"but got {type(given).__name__}."
+            )
+        return tuple(given)
 
     def _measure(self, pl_module: lightning.LightningModule, batch: Any) -> SequenceStatistics:
         if self._models is None:
@@ -193,8 +201,9 @@ class DIDMonitor(Callback):
         policy = find_policy(pl_module, self.policy)
         if self.reference is None:
             return policy, find_reference(pl_module, policy)
-        if isinstance(self.reference, nn.Module):
-            return policy, load_reference(self.reference, policy)
+        reference = find_attribute(pl_module, self.reference) if isinstance(self.reference, str) else self.reference
+        if isinstance(reference, nn.Module):
+            return policy, load_reference(reference, policy)
         if self._loaded is None:
             self._loaded = load_reference(self.reference, policy)
         return policy, self._loaded.to(pl_module.device)

@@ -78,7 +78,8 @@ def estimate_did_entropy(
     - there are at least half as many distinct sequences as effective samples: a proposal that draws the same few again
       and again gives them fair weights and misses the rest unseen. Enumerate models that have no more sequences.
 
-    No rule sees a part of q that no sample has hit.
+    No rule sees a part of q that no sample has hit. A q that lies on fewer than 25 sequences, with H(q) below some 3.2
+    nats (log 25), is never called reliable, however many samples there are: enumerate it where that can be done.
 
     Args:
         policy_logprob: [K] log pi(y_i), summed over the completion, in nats, any float dtype. -inf has weight 0.
@@ -264,6 +265,12 @@ def _check_samples(given: dict[str, Tensor], sequences: Tensor | None, confidenc
         if not allowed.all():
             index = int((~allowed).nonzero()[0])
             raise ValueError(f"Expected `{name}` to be finite, but got {float(value[index])} in sample {index}.")
+        if (value > 1e-3).any():  # rounding may leave a certain token a little above 0
+            index = int(value.argmax())
+            raise ValueError(
+                f"Expected `{name}` to hold log-probabilities, at most 0, but got {float(value[index])} "
+                f"in sample {index}."
+            )
     if (policy_logprob == -math.inf).all():
         raise ValueError("Expected `policy_logprob` to be above -inf in at least one sample, but got -inf in all.")
     if not 0 < confidence < 1:

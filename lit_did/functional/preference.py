@@ -91,6 +91,8 @@ def check_preference_loss(*, beta: float, loss: str, label_smoothing: float) -> 
 
 
 def check_beta(beta: float) -> None:
-    """Raises ValueError unless `beta` is above 0."""
+    """Raises TypeError or ValueError unless `beta` is a number above 0."""
+    if isinstance(beta, bool) or not isinstance(beta, int | float):
+        raise TypeError(f"Expected `beta` to be a number, but got {beta!r}.")
     if not beta > 0:
         raise ValueError(f"Expected `beta` to be above 0, but got {beta}.")

@@ -17,7 +17,8 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
     Args:
         batch: A mapping in one of these forms, tensors [sequences, T]:
             - `input_ids` and `labels`, as transformers wants them (`labels[:, t]` is `input_ids[:, t]`, or -100) or
-              shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]`, or -100);
+              shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]`, or -100). Where both readings fit,
+              which takes a batch of repeated tokens, the first is meant;
             - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them, 1 on completion tokens;
             - both kinds of keys with `chosen_` and `rejected_` before them.
             `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
@@ -29,7 +30,7 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
         sequences come first, then the rejected ones, padded on the right to one length.
 
     Raises:
-        TypeError: The batch is no mapping.
+        TypeError: The batch is no mapping of tensors.
         ValueError: It is in no such form, its labels are neither of both, or it holds images.
 
     Example:
@@ -54,33 +55,41 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
         raise ValueError("Expected a batch of text alone, but got one with `pixel_values`.")
     input_ids = batch["input_ids"]
     for name in ("input_ids", "labels", "completion_mask", "attention_mask"):
+        if name in batch and not isinstance(batch[name], Tensor):
+            raise TypeError(f"Expected `{name}` of the batch to be a tensor, but got {type(batch[name]).__name__}.")
         if name in batch and (batch[name].dim() != 2 or batch[name].shape != input_ids.shape):
             raise ValueError(
                 f"Expected `{name}` to have the shape [sequences, T] of `input_ids`, {tuple(input_ids.shape)}, "
                 f"but got {tuple(batch[name].shape)}."
             )
-    following = input_ids.roll(-1, 1)
     if "completion_mask" in batch:
-        counts = batch["completion_mask"].bool().roll(-1, 1)
+        labels = _shift(input_ids, batch["completion_mask"].bool())
     else:
         labels = batch["labels"]
         labelled = labels != ignore_index
         if (labels == input_ids)[labelled].all():
-            counts = labelled.roll(-1, 1)
-        elif (labels == following)[labelled].all():
-            counts = labelled
+            labels = _shift(input_ids, labelled)
+        elif (labels[:, :-1] == input_ids[:, 1:])[labelled[:, :-1]].all():  # the last one follows the last input
+            labels = torch.where(labelled, labels, IGNORE_INDEX)
         else:
             raise ValueError(
                 f"Expected `labels` to be `input_ids` where they are not {ignore_index}, shifted by one position or "
-                "not, but got others."
+                "not, but got others: give `logits_fn` where labels are something else."
             )
-    counts[:, -1:] = False  # nothing follows the last token
     if "weight" in batch:
-        counts &= (batch["weight"] > 0).repeat(input_ids.shape[0] // batch["weight"].shape[0])[:, None]
+        kept_rows = (batch["weight"] > 0).repeat(input_ids.shape[0] // batch["weight"].shape[0])
+        labels = labels.masked_fill(~kept_rows[:, None], IGNORE_INDEX)
     kept = {"attention_mask": batch.get("attention_mask", torch.ones_like(input_ids))}
     if "position_ids" in batch:
         kept["position_ids"] = batch["position_ids"].expand_as(input_ids)
-    return {"input_ids": input_ids, **kept, "labels": torch.where(counts, following, IGNORE_INDEX)}
+    return {"input_ids": input_ids, **kept, "labels": labels}
+
+
+def _shift(input_ids: Tensor, counts: Tensor) -> Tensor:
+    """labels[:, t] = input_ids[:, t + 1] where that counts, else -100; nothing follows the last token."""
+    labels = torch.where(counts, input_ids, IGNORE_INDEX).roll(-1, 1)
+    labels[:, -1:] = IGNORE_INDEX
+    return labels
 
 
 def _without_prefix(batch: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -36,6 +36,15 @@ def find_policy(module: nn.Module, name: str | None) -> nn.Module:
     return found[0]
 
 
+def find_attribute(module: nn.Module, name: str) -> nn.Module | None:
+    """The part of `module` that `name` names, such as "net.lm"; None if there is none."""
+    try:
+        found = attrgetter(name)(module)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
     """The reference beside `policy`: the one child that is a causal language model without parameters that train.
 

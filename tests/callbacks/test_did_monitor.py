@@ -316,6 +316,21 @@ def test_other_ignore_index_in_the_batch():
     assert values[0] == values[1]
 
 
+def test_reference_by_the_name_of_an_attribute():
+    pairs, values = make_pairs(4), []
+    for reference in (None, "frozen"):
+        run = trainer(callbacks=[DIDMonitor(reference=reference)])
+        run.validate(Own(tiny_llama(0), tiny_llama(1)), transformers_loader(pairs, 2), verbose=False)
+        values.append(of(run.callback_metrics, "did/val/"))
+    assert values[0] == values[1]
+
+
+def test_what_logits_fn_must_return():
+    run = trainer(callbacks=[DIDMonitor(lambda module, batch: None)])
+    with pytest.raises(TypeError, match=r"`logits_fn` to return policy logits, .* but got NoneType"):
+        run.validate(Own(tiny_llama(0), tiny_llama(1)), transformers_loader(make_pairs(2), 2), verbose=False)
+
+
 def test_a_prompt_tuned_policy_is_refused():
     policy = peft.get_peft_model(tiny_llama(0), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="adapter inside its layers, such as LoRA, but got PROMPT_TUNING"):

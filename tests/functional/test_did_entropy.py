@@ -118,6 +118,7 @@ def samples(seed: int, count: int = 40) -> list[Tensor]:
 @pytest.mark.parametrize("heaviest", [0, 5, 60])  # nats: with the last, one sample has all the weight but e-60
 def test_estimate_and_jackknife_against_plain_python(heaviest):
     policy, reference, proposal = samples(0)
+    policy -= heaviest
     policy[3] += heaviest
     estimate = estimate_did_entropy(policy, reference, proposal)
     lists = [x.tolist() for x in (policy, reference, proposal)]
@@ -437,6 +438,7 @@ def with_value(value: float) -> Tensor:
         ({"confidence": 95}, ValueError, r"`confidence` to be in \(0, 1\), but got 95"),
         ({"sequences": FIVE}, TypeError, "`sequences` to be a tensor of integers, but got torch.float32"),
         ({"sequences": [[1, 2]] * 5}, TypeError, "`sequences` to be a tensor of integers, but got list"),
+        ({"proposal_logprob": FIVE.exp()}, ValueError, "`proposal_logprob` to hold log-probabilities, at most 0, but"),
         ({"sequences": torch.arange(4)}, ValueError, r"`sequences` to have shape .* K = 5, but got \(4,\)"),
         ({"sequences": torch.zeros(5, 1, 1).long()}, ValueError, r"`sequences` to have shape .*\(5, 1, 1\)"),
     ],

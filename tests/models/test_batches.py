@@ -66,6 +66,13 @@ def test_weight_and_position_ids():
     )
 
 
+def test_inputs_and_labels_cut_from_longer_sequences():
+    """x = ids[:, :-1] and y = ids[:, 1:]: the last label is no input."""
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
+    labels = torch.tensor([[-100, 3, 4], [6, 7, -100]])
+    assert torch.equal(read_batch({"input_ids": ids[:, :-1], "labels": labels})["labels"], labels)
+
+
 IDS = torch.tensor([[1, 2, 3]])
 
 
@@ -73,6 +80,7 @@ IDS = torch.tensor([[1, 2, 3]])
     ("batch", "error", "message"),
     [
         ([IDS], TypeError, "the batch to be a mapping, but got list"),
+        ({"input_ids": IDS, "labels": [[1, 2, 3]]}, TypeError, "`labels` of the batch to be a tensor, but got list"),
         ({}, ValueError, "hold `input_ids` and `labels` or `completion_mask`.*but got nothing"),
         ({"input_ids": IDS, "x": 1}, ValueError, "but got input_ids, x"),
         ({"input_ids": IDS, "labels": IDS[0]}, ValueError, r"`labels` to have the shape .*\(1, 3\), but got \(3,\)"),
