@@ -68,7 +68,7 @@ def test_a_bad_option_gets_one_clear_error(arguments, words, capsys):
 
 
 def test_trl_is_asked_for_but_missing(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
     with pytest.raises(SystemExit):
         main(["--contestants", "fused", "trl"])
     assert "pip install 'lit-did[trl]'" in capsys.readouterr().err

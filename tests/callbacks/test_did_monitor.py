@@ -107,6 +107,18 @@ def test_in_training_it_sees_what_litdpo_logs_itself(lora, accumulate):
     assert record.steps[0]["did/train/kl"] != pytest.approx(record.steps[-1]["did/train/kl"], rel=1e-2)
 
 
+def test_it_measures_in_the_precision_that_is_trained_in():
+    """Under autocast as LitDPO's own metrics are: in float32 they would be others."""
+    values = {}
+    for precision in ("bf16-mixed", "32-true"):
+        record = Record()
+        run = trainer(max_steps=1, precision=precision, callbacks=[DIDMonitor(every_n_steps=1), record])
+        run.fit(LitDPO(tiny_llama(0), tiny_llama(1)), loader(make_pairs(6), 6))
+        values[precision] = record.steps[0]
+        assert record.steps[0]["did/train/kl"] == pytest.approx(record.steps[0]["train/kl"], rel=1e-5)
+    assert values["bf16-mixed"]["did/train/kl"] != pytest.approx(values["32-true"]["did/train/kl"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("every", "log_every", "steps"), [(2, 50, [1, 3, 5]), (4, 1, [3]), (None, 3, [2, 5])])
 def test_every_n_steps_reach_the_logger_once(tmp_path, every, log_every, steps):
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)

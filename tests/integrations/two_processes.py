@@ -37,6 +37,12 @@ def main(folder: Path) -> None:
     run.add_callback(DIDCallback(run))
     run.train()
     torch.save(run.state.log_history, folder / f"history.{processes}.{rank}")
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    # Without Python's and the C++ runtime's clean-up, in which gloo's threads may abort a process that is done.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import lightning
 import peft
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lit_did import LitDPO
 from tests.modules.tiny import collate, loader, make_pairs, tiny_llama, trainer
@@ -66,6 +67,19 @@ def test_logged_means_are_weighted_by_pairs_and_by_tokens():
     partition = torch.cat([one.chosen.did_log_partition, one.rejected.did_log_partition]).sum() / tokens.sum()
     assert logged["val/did_log_partition"].item() == pytest.approx(partition.item(), rel=1e-5)
     assert entropy.mean().item() != pytest.approx(logged["val/did_entropy"].item(), rel=1e-6)  # the premise
+
+
+def test_pairs_that_only_fill_a_batch_do_not_count():
+    pairs = make_pairs(4)
+    module = LitDPO(tiny_llama(0), tiny_llama(1))
+    run = trainer()
+    weighted = collate(pairs) | {"weight": torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    run.validate(module, DataLoader([weighted], batch_size=None), verbose=False)
+    logged = dict(run.callback_metrics)
+    run.validate(module, loader(pairs[:3], 3), verbose=False)
+    assert logged.keys() == run.callback_metrics.keys()
+    for name, value in run.callback_metrics.items():
+        assert logged[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
 
 
 def test_several_validation_loaders_are_logged_apart():
