@@ -33,11 +33,12 @@ class DIDEntropyEstimate(NamedTuple):
     upper: float
     """where it ends"""
     standard_error: float
-    """of `entropy`, by the jackknife"""
+    """of `entropy`, by the jackknife over samples, or over the islands of `lit_did.sampling.sample_did`"""
     effective_sample_size: float
     """(sum w)^2 / sum w^2 over the samples, in [1, K]"""
     pareto_k: float
-    """the weights' tail index, k-hat; -inf where the largest weights are equal, inf where no tail could be fitted"""
+    """the weights' tail index, k-hat; -inf where the largest weights are equal, inf where no tail could be fitted; NaN
+    of `sample_did`, whose weights begin anew at every resampling"""
     num_distinct: int
     """different sequences among the samples"""
     effective_distinct: float
@@ -110,7 +111,10 @@ def estimate_did_entropy(
         "reference_logprob": reference_logprob,
         "proposal_logprob": proposal_logprob,
     }
-    _check_samples(given, sequences, confidence)
+    check_samples(given, sequences, at_least=2)
+    if (policy_logprob == -math.inf).all():
+        raise ValueError("Expected `policy_logprob` to be above -inf in at least one sample, but got -inf in all.")
+    check_confidence(confidence)
     from scipy.special import stdtrit  # here, so that `import lit_did` does not wait for it
 
     logprob = torch.stack([value.detach().cpu().double() for value in given.values()], -1)
@@ -121,24 +125,83 @@ def estimate_did_entropy(
 
     log_partition, entropy = _importance_sampling(log_weight, log_ratio)
     standard_error = _jackknife_error(log_weight, log_ratio)
-    weight = log_weight.softmax(0)
-    effective = 1 / float(weight.square().sum())
+    sequences = logprob if sequences is None else sequences.cpu()
+    effective, num_distinct, effective_distinct = _diagnostics(log_weight, sequences)
     # One sample that outweighs all others has none to be compared with.
     margin = float(stdtrit(effective - 1, (1 + confidence) / 2)) * standard_error if effective >= 2 else math.inf
-
-    _, index = torch.unique(logprob if sequences is None else sequences.cpu(), dim=0, return_inverse=True)
-    num_distinct = int(index.max()) + 1
-    pooled = weight.new_zeros(num_distinct).index_add(0, index, weight)
     tail = pareto_k(log_weight)
-    numbers = (effective, tail, num_distinct, 1 / float(pooled.square().sum()))
+    faults = _faults_of_sample(effective, effective_distinct)
+    if tail > MAX_PARETO_K:
+        faults.append(f"k-hat is above {MAX_PARETO_K}")
+    if num_distinct < effective / 2:
+        faults.append("the proposal repeats itself, with fewer distinct sequences than half the effective samples")
+    numbers = (
+        f"Effective sample size {effective:.1f} of {len(log_weight)}, Pareto k-hat {tail:.2f}, "
+        f"{num_distinct} distinct sequences (effectively {effective_distinct:.1f})."
+    )
     return DIDEntropyEstimate(
         float(entropy),
         float(log_partition),
         float(entropy) - margin,
         float(entropy) + margin,
         standard_error,
-        *numbers,
-        *_verdict(len(weight), *numbers),
+        effective,
+        tail,
+        num_distinct,
+        effective_distinct,
+        *_verdict(numbers, faults),
+    )
+
+
+def estimate_from_islands(
+    log_partition: Tensor, mean_log_ratio: Tensor, log_weight: Tensor, sequences: Tensor, confidence: float
+) -> DIDEntropyEstimate:
+    """H(q) of G independent islands of weighted samples, with a jackknife interval over the islands.
+
+    The islands count by their estimates of Z, as in one sample of all. The t quantile has G - 1 degrees of freedom.
+    The estimate is reliable where the effective sample size, equal sequences pooled, is at least 25, and effectively
+    half of the islands or more count: where one outweighs the others, all may have missed what matters.
+
+    Args:
+        log_partition: [G] float64: each island's log Z.
+        mean_log_ratio: [G] float64: each island's estimate of E_q[log r].
+        log_weight: [K] float64: of all samples.
+        sequences: [K, T] integers that tell samples apart.
+        confidence: Of the interval.
+    """
+    from scipy.special import stdtrit
+
+    islands = len(log_partition)
+
+    def entropy_of(chosen: Tensor) -> Tensor:
+        share = log_partition[chosen].softmax(0)
+        return log_partition[chosen].logsumexp(0) - math.log(len(chosen)) - (share * mean_log_ratio[chosen]).sum()
+
+    every = torch.arange(islands)
+    entropy = float(entropy_of(every))
+    left_out = torch.stack([entropy_of(every[every != i]) for i in range(islands)])
+    standard_error = math.sqrt((islands - 1) / islands * float((left_out - left_out.mean()).square().sum()))
+    margin = float(stdtrit(islands - 1, (1 + confidence) / 2)) * standard_error
+    effective, num_distinct, effective_distinct = _diagnostics(log_weight, sequences)
+    effective_islands = 1 / float(log_partition.softmax(0).square().sum())
+    faults = _faults_of_sample(effective, effective_distinct)
+    if effective_islands < islands / 2:
+        faults.append("the islands disagree: effectively fewer than half of them count")
+    numbers = (
+        f"Effective sample size {effective:.1f} of {len(log_weight)}, {islands} islands (effectively "
+        f"{effective_islands:.1f}), {num_distinct} distinct sequences (effectively {effective_distinct:.1f})."
+    )
+    return DIDEntropyEstimate(
+        entropy,
+        float(log_partition.logsumexp(0)) - math.log(islands),
+        entropy - margin,
+        entropy + margin,
+        standard_error,
+        effective,
+        math.nan,
+        num_distinct,
+        effective_distinct,
+        *_verdict(numbers, faults),
     )
 
 
@@ -208,7 +271,8 @@ def pareto_k(log_weight: Tensor) -> float:
     log_likelihood = n * (torch.log(-theta / shape) - shape - 1)
     theta = (log_likelihood.nan_to_num(nan=-math.inf).softmax(0) * theta).sum()  # NaN is 0 / 0, where theta is 0
     shape = float(torch.log1p(-theta * excess).mean())
-    return (n * shape + 10 * 0.5) / (n + 10)
+    # Where excesses span hundreds of orders of magnitude nothing can be fitted.
+    return math.inf if math.isnan(shape) else (n * shape + 10 * 0.5) / (n + 10)
 
 
 def _importance_sampling(log_weight: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,32 +297,35 @@ def _jackknife_error(log_weight: Tensor, log_ratio: Tensor) -> float:
     return math.inf if math.isnan(error) else error  # all others have weight 0: nothing is left without the heaviest
 
 
-def _verdict(
-    samples: int, effective: float, tail: float, num_distinct: int, effective_distinct: float
-) -> tuple[bool, str]:
-    """`reliable` and `reason`."""
-    faults = []
+def _diagnostics(log_weight: Tensor, sequences: Tensor) -> tuple[float, int, float]:
+    """Effective sample size, number of distinct sequences, and the effective sample size with equal ones pooled."""
+    weight = log_weight.softmax(0)
+    _, index = torch.unique(sequences, dim=0, return_inverse=True)
+    num_distinct = int(index.max()) + 1
+    pooled = weight.new_zeros(num_distinct).index_add(0, index, weight)
+    return 1 / float(weight.square().sum()), num_distinct, 1 / float(pooled.square().sum())
+
+
+def _faults_of_sample(effective: float, effective_distinct: float) -> list[str]:
     if effective < MIN_EFFECTIVE_SAMPLES:
-        faults.append(f"the effective sample size is below {MIN_EFFECTIVE_SAMPLES}")
-    elif effective_distinct < MIN_EFFECTIVE_SAMPLES:  # never above the effective sample size
-        faults.append(f"the weight lies on effectively fewer than {MIN_EFFECTIVE_SAMPLES} distinct sequences")
-    if not tail <= MAX_PARETO_K:
-        faults.append(f"k-hat is above {MAX_PARETO_K}")
-    if num_distinct < effective / 2:
-        faults.append("the proposal repeats itself, with fewer distinct sequences than half the effective samples")
-    numbers = (
-        f"Effective sample size {effective:.1f} of {samples}, Pareto k-hat {tail:.2f}, "
-        f"{num_distinct} distinct sequences (effectively {effective_distinct:.1f})."
-    )
+        return [f"the effective sample size is below {MIN_EFFECTIVE_SAMPLES}"]
+    if effective_distinct < MIN_EFFECTIVE_SAMPLES:  # never above the effective sample size
+        return [f"the weight lies on effectively fewer than {MIN_EFFECTIVE_SAMPLES} distinct sequences"]
+    return []
+
+
+def _verdict(numbers: str, faults: list[str]) -> tuple[bool, str]:
+    """`reliable` and `reason`."""
     return not faults, f"{numbers} Unreliable: {'; '.join(faults)}." if faults else numbers
 
 
-def _check_samples(given: dict[str, Tensor], sequences: Tensor | None, confidence: float) -> None:
+def check_samples(given: dict[str, Tensor], sequences: Tensor | None, *, at_least: int) -> None:
+    """Raises TypeError or ValueError unless these are log-probabilities and `sequences` of at least so many samples."""
     _check_logprobs(given)
     policy_logprob = given["policy_logprob"]
-    if policy_logprob.dim() != 1 or len(policy_logprob) < 2:
+    if policy_logprob.dim() != 1 or len(policy_logprob) < at_least:
         raise ValueError(
-            f"Expected `policy_logprob` to have shape [K] with K >= 2, but got {tuple(policy_logprob.shape)}."
+            f"Expected `policy_logprob` to have shape [K] with K >= {at_least}, but got {tuple(policy_logprob.shape)}."
         )
     for name, value in given.items():
         allowed = value.isfinite() | (value == -math.inf) if name == "policy_logprob" else value.isfinite()
@@ -271,14 +338,10 @@ def _check_samples(given: dict[str, Tensor], sequences: Tensor | None, confidenc
                 f"Expected `{name}` to hold log-probabilities, at most 0, but got {float(value[index])} "
                 f"in sample {index}."
             )
-    if (policy_logprob == -math.inf).all():
-        raise ValueError("Expected `policy_logprob` to be above -inf in at least one sample, but got -inf in all.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")
     if sequences is None:
         return
     if not isinstance(sequences, Tensor) or sequences.is_floating_point() or sequences.is_complex():
-        raise TypeError(f"Expected `sequences` to be a tensor of integers, but got {_kind(sequences)}.")
+        raise TypeError(f"Expected `sequences` to be a tensor of integers, but got {kind(sequences)}.")
     if sequences.dim() not in (1, 2) or len(sequences) != len(policy_logprob):
         raise ValueError(
             f"Expected `sequences` to have shape [K] or [K, T] with K = {len(policy_logprob)}, "
@@ -286,11 +349,17 @@ def _check_samples(given: dict[str, Tensor], sequences: Tensor | None, confidenc
         )
 
 
+def check_confidence(confidence: float) -> None:
+    """Raises ValueError unless it is in (0, 1)."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")
+
+
 def _check_logprobs(given: dict[str, Tensor]) -> None:
     shape = None
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"Expected `{name}` to be a tensor of floats, but got {_kind(value)}.")
+            raise TypeError(f"Expected `{name}` to be a tensor of floats, but got {kind(value)}.")
         shape = value.shape if shape is None else shape
         if value.shape != shape:
             raise ValueError(
@@ -299,5 +368,6 @@ def _check_logprobs(given: dict[str, Tensor]) -> None:
             )
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """What a value is, for an error's words."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

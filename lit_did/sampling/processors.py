@@ -1,0 +1,168 @@
+"""Logits processors for transformers' `generate`: draws from token DIDs, and from the policy that DPO would end at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from lit_did.functional.preference import check_beta
+from lit_did.sampling.readers import CachedModel
+
+
+class _SecondModelProcessor(LogitsProcessor):
+    """Knows, at every step of `generate`, the logits of a second model, which reads along with its own cache.
+
+    Beam search reorders rows between steps: where the rows read so far are the same in another order, so is the cache.
+    Other rows are read from their beginning, so that one processor serves any number of `generate` calls.
+    """
+
+    def __init__(self, model: nn.Module, attention_mask: Tensor | None, without_adapter: bool) -> None:
+        CachedModel(model, without_adapter=without_adapter)  # raises what is wrong with them
+        self._model, self._without_adapter = model, without_adapter
+        self._attention_mask = attention_mask
+        self._cached: CachedModel | None = None
+        self._read: Tensor | None = None  # [B, t], the rows that it has read
+
+    def second_logits(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B, V] logits after `input_ids` [B, t], in the dtype and on the device of `scores` [B, V]."""
+        if self._goes_on(input_ids):
+            logits = self._cached.read(input_ids[:, self._read.shape[1] :])
+        else:
+            self._cached = CachedModel(self._model, without_adapter=self._without_adapter)
+            logits = self._cached.read(input_ids, self._mask(input_ids))
+        self._read = input_ids
+        if logits.shape != scores.shape:
+            raise ValueError(
+                f"Expected both models to have one vocabulary, but the one that generates has {scores.shape[-1]} "
+                f"entries and {type(self._model).__name__} {logits.shape[-1]}."
+            )
+        return logits.to(scores)
+
+    def _goes_on(self, input_ids: Tensor) -> bool:
+        """Whether `input_ids` continue the rows that were read; takes those rows' order."""
+        if self._read is None or input_ids.shape[1] <= self._read.shape[1]:
+            return False
+        begun = input_ids[:, : self._read.shape[1]]
+        if begun.shape == self._read.shape and torch.equal(begun, self._read):
+            return True
+        same = (begun[:, None] == self._read).all(-1)
+        if self._attention_mask is not None:  # rows of other prompts may look the same, but for their padding
+            of_prompt = [
+                torch.arange(len(rows)) * len(self._attention_mask) // len(rows) for rows in (begun, self._read)
+            ]
+            same &= (of_prompt[0][:, None] == of_prompt[1]).to(same.device)
+        if not same.any(1).all():
+            return False
+        self._cached.select(same.int().argmax(1))
+        return True
+
+    def _mask(self, input_ids: Tensor) -> Tensor | None:
+        rows, length = input_ids.shape
+        mask = self._attention_mask
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[1] != length or rows % mask.shape[0]:
+                raise ValueError(
+                    f"Expected `attention_mask` to be that of these prompts, [prompts, {length}] with {rows} rows a "
+                    f"multiple of the prompts, but got {tuple(mask.shape)}: each batch of prompts needs a processor."
+                )
+            return mask.repeat_interleave(rows // mask.shape[0], 0)
+        padding = getattr(getattr(self._model, "config", None), "pad_token_id", None)
+        padded = input_ids[:, 0] == padding if padding is not None else None
+        if padded is not None and padded.any() and not padded.all():
+            raise ValueError(
+                "Expected `attention_mask` for prompts that are padded on the left, but got None, and row "
+                f"{int(padded.nonzero()[0])} begins with the padding token {padding}."
+            )
+        return None
+
+
+class DIDLogitsProcessor(_SecondModelProcessor):
+    """`policy.generate` with it draws every token from the token DID, softmax(policy_logits - reference_logits).
+
+    Sampled, greedy and beam search, one prompt or a batch. `temperature` divides both logits, as in
+    `lit_did.token_statistics`. Its result is log-probabilities, so that `output_scores` tell the proposal's of
+    `lit_did.functional.estimate_did_entropy`. transformers keeps the 50 likeliest tokens unless told otherwise:
+    `top_k=0` draws from all, as that estimate needs. Entries that the policy's side excludes (-inf) stay excluded.
+
+    The product of token DIDs is not the DID of completions: for that there is `lit_did.sampling.sample_did`.
+
+    Args:
+        reference: A causal language model with the policy's vocabulary; it reads along with its own cache.
+        attention_mask: [prompts, T] that `generate` is given; needed where prompts are padded on the left.
+        without_adapter: `reference` is a PeftModel, such as the policy itself, and is run without its adapter.
+
+    Raises:
+        TypeError, ValueError: `reference` is no model, or no PeftModel with `without_adapter`. In `generate`: the
+            vocabularies differ, the mask does not fit the prompts, or is missing where padding is seen.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lit_did.sampling import DIDLogitsProcessor
+        >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, pad_token_id=0, eos_token_id=None)
+        >>> policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> draws = policy.generate(torch.tensor([[1, 2]]), do_sample=True, top_k=0, max_new_tokens=3,
+        ...                         logits_processor=[DIDLogitsProcessor(reference)])
+        >>> draws.shape
+        torch.Size([1, 5])
+    """
+
+    def __init__(
+        self, reference: nn.Module, *, attention_mask: Tensor | None = None, without_adapter: bool = False
+    ) -> None:
+        super().__init__(reference, attention_mask, without_adapter)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B, V] log-probabilities of the token DID, from the policy's `scores` [B, V]."""
+        log_ratio = scores - self.second_logits(input_ids, scores)
+        return log_ratio.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)
+
+
+class TargetLogitsProcessor(_SecondModelProcessor):
+    """`reference.generate` with it draws from the policy that DPO would end at, before any training.
+
+    Where chosen completions are the reference's own and rejected ones those of another model with logits l, DPO's
+    optimum is pi* proportional to rho (rho / pi_l)^(1/beta): per token softmax(r + (r - l) / beta), with the
+    reference's logits r. (arXiv 2505.23761, the power law; docs/theory.md. As distributions of whole completions the
+    two sides differ by the tokens' normalizers.)
+
+    Args:
+        rejected: A causal language model of the rejected completions, with the reference's vocabulary.
+        beta: DPO's inverse temperature, above 0. The smaller, the farther the target is from the reference.
+        attention_mask, without_adapter: As in `DIDLogitsProcessor`, of `rejected`.
+
+    Raises:
+        TypeError, ValueError: As `DIDLogitsProcessor`, or `beta` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lit_did.sampling import TargetLogitsProcessor
+        >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, pad_token_id=0, eos_token_id=None)
+        >>> reference, rejected = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> target = TargetLogitsProcessor(rejected, beta=0.5)
+        >>> draws = reference.generate(torch.tensor([[1, 2]]), do_sample=True, top_k=0, max_new_tokens=3,
+        ...                            logits_processor=[target])
+        >>> draws.shape
+        torch.Size([1, 5])
+    """
+
+    def __init__(
+        self,
+        rejected: nn.Module,
+        *,
+        beta: float,
+        attention_mask: Tensor | None = None,
+        without_adapter: bool = False,
+    ) -> None:
+        super().__init__(rejected, attention_mask, without_adapter)
+        check_beta(beta)
+        self._beta = beta
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B, V] log-probabilities of the target, from the reference's `scores` [B, V]."""
+        target = scores + (scores - self.second_logits(input_ids, scores)) / self._beta
+        return target.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)

@@ -1,0 +1,307 @@
+"""sample_did: completions from the DID of two models, and its entropy, by twisted sequential Monte Carlo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_did.functional.did_entropy import DIDEntropyEstimate, estimate_from_islands
+from lit_did.functional.enumeration import NextToken
+from lit_did.sampling.readers import as_readers, ends_of
+
+
+class DIDSamples(NamedTuple):
+    """K weighted completions of the DID q(y) = pi(y) / rho(y) / Z, and its entropy. In nats; on the CPU.
+
+    The particles stand island after island, K / islands each.
+    """
+
+    completions: Tensor
+    """[K, T] int64, -1 after the end; equal ones may come several times"""
+    lengths: Tensor
+    """[K] int64: tokens of each completion, its end-of-sequence token included"""
+    log_weight: Tensor
+    """[K] float64: their exponentials sum to 1; E_q[f] is about sum_i exp(log_weight_i) f(y_i)"""
+    policy_logprob: Tensor
+    """[K] float64: log pi(y)"""
+    reference_logprob: Tensor
+    """[K] float64: log rho(y)"""
+    proposal_logprob: Tensor
+    """[K] float64: of what was drawn; a proposal's of independent samples only where nothing was resampled"""
+    island_log_partition: Tensor
+    """[islands] float64: each island's own estimate of log Z"""
+    island_entropy: Tensor
+    """[islands] float64: each island's own estimate of H(q)"""
+    num_resamplings: Tensor
+    """[islands] int64: how often each resampled"""
+    estimate: DIDEntropyEstimate
+    """H(q) and log Z over all islands, with an interval from their differences"""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[K] log pi(y) - log rho(y)"""
+        return self.policy_logprob - self.reference_logprob
+
+
+def sample_did(
+    policy: nn.Module | NextToken,
+    reference: nn.Module | NextToken | None = None,
+    prompt: Tensor | Sequence[int] | None = None,
+    *,
+    max_new_tokens: int,
+    eos: int | Sequence[int] | str | None = "auto",
+    num_samples: int = 128,
+    islands: int = 4,
+    resample_below: float = 0.5,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+) -> DIDSamples:
+    """Completions of one prompt from the DID of two models, and an estimate of H(q) with its interval.
+
+    Twisted sequential Monte Carlo. All particles grow token by token: a token v is drawn in proportion to
+    pi(v) / rho(v) times the number of completions that could follow it, and what that proposal's normalizer tells of
+    the prefix goes into the particle's weight. Where the effective sample size of an island falls below
+    `resample_below` of its particles, it resamples them (systematically). Completions that have ended keep their
+    weight. The entropy uses the drawn log-ratios' distance from their expectations, which are known, as a control
+    variate; the interval is a jackknife over the islands, which never meet, with a t quantile.
+    `lit_did.functional.did_entropy.estimate_from_islands` has the verdict's rules; docs/theory.md what was measured.
+
+    Everything stays in logarithms, at any length and vocabulary. Two runs with one seed on one machine agree.
+
+    Args:
+        policy: A transformers causal language model, or a function from prefixes [n, t] int64, t from 0, to the next
+            token's logits [n, V], as `lit_did.functional.enumerate_did` takes.
+        reference: The same, with the same vocabulary. None: a PeftModel's reference is itself without its adapter.
+        prompt: [t] or [1, t] token ids, t >= 1, for language models; functions have none.
+        max_new_tokens: T, where completions are cut. H(q) grows with it: report both.
+        eos: The token or tokens that end a completion; None: none does. "auto": those of the policy's
+            `generation_config`, and none for functions.
+        num_samples: K, a multiple of `islands`, at least two particles each. All are read at once, each with keys and
+            values of its own.
+        islands: At least two.
+        resample_below: In [0, 1]. 0 never resamples: the samples are then independent, for
+            `lit_did.functional.estimate_did_entropy`.
+        confidence: Of the interval, in (0, 1).
+        seed: Of the draws.
+        progress: Shows a progress bar.
+
+    Returns:
+        DIDSamples: tensors on the CPU, without gradients.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range, the models' vocabularies differ, logits are NaN, or the
+            reference excludes (-inf) a token that the policy does not.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])  # of every token, after any prefix; token 0 ends the completion
+        >>> samples = sample_did(lambda prefixes: logits.expand(len(prefixes), -1),
+        ...                      lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_new_tokens=4, eos=0,
+        ...                      num_samples=256, progress=False)
+        >>> from lit_did.functional import enumerate_did
+        >>> exact = enumerate_did(lambda prefixes: logits.expand(len(prefixes), -1),
+        ...                       lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_length=4, eos=0)
+        >>> round(samples.estimate.entropy, 2), round(float(exact.entropy), 2)
+        (2.73, 2.73)
+    """
+    _check(num_samples, islands, max_new_tokens, resample_below, confidence)
+    ends = ends_of(policy, eos)
+    policy, reference, prompt = as_readers(policy, reference, prompt)
+    generator = torch.Generator().manual_seed(seed)
+    particles = _Particles(num_samples, islands, max_new_tokens)
+    # All particles begin with the one prompt, read once.
+    own, parents, unread = torch.arange(num_samples), torch.zeros(num_samples, dtype=torch.long), prompt
+    for step in tqdm(range(max_new_tokens), desc="DID", unit="token", disable=not progress):
+        policy_logits, reference_logits = policy.read(unread), reference.read(unread)
+        if step == 0:
+            after = _log_completions(policy_logits.shape[-1], ends, max_new_tokens)
+            particles.log_partition += after[max_new_tokens]
+        ended = particles.ended[: len(policy_logits)]  # the one prompt has not
+        twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
+        particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
+        ancestors = particles.resample(resample_below, generator)
+        parents = parents[ancestors]
+        tokens = twisted.draw(parents, generator)
+        particles.add(step, tokens, *twisted.of(parents, tokens), ends)
+        if particles.ended.all():
+            break
+        if step == 0 or not torch.equal(ancestors, own):  # keys and values are not copied for nothing
+            policy.select(parents)
+            reference.select(parents)
+        parents, unread = own, tokens[:, None]
+    return particles.result(confidence)
+
+
+class _Particles:
+    """K completions as they grow, their weights, and the sums of every island. float64, on the CPU."""
+
+    def __init__(self, num_samples: int, islands: int, max_new_tokens: int) -> None:
+        self.completions = torch.full((num_samples, max_new_tokens), -1)
+        self.ended = torch.zeros(num_samples, dtype=torch.bool)
+        self.logprobs = torch.zeros(3, num_samples, dtype=torch.float64)  # policy's, reference's, proposal's
+        self.log_weight = torch.zeros(islands, num_samples // islands, dtype=torch.float64)  # since resampling
+        self.log_partition = torch.zeros(islands, dtype=torch.float64)  # until resampling
+        self.control = torch.zeros(islands, dtype=torch.float64)  # the control variate, of mean 0
+        self.num_resamplings = torch.zeros(islands, dtype=torch.long)
+
+    def weigh(self, log_increment: Tensor) -> None:
+        """Multiplies the weights of completions that go on; [K]."""
+        self.log_weight += log_increment.masked_fill(self.ended, 0).view_as(self.log_weight)
+
+    def resample(self, resample_below: float, generator: torch.Generator) -> Tensor:
+        """[K] the particle that each one goes on with: systematic resampling, island by island, where it is due."""
+        islands, each = self.log_weight.shape
+        weight = self.log_weight.softmax(1)
+        due = 1 / weight.square().sum(1) < resample_below * each
+        positions = (torch.rand(islands, 1, dtype=torch.float64, generator=generator) + torch.arange(each)) / each
+        drawn = torch.searchsorted(weight.cumsum(1), positions).clamp(max=each - 1)
+        own = torch.arange(each).expand(islands, -1)
+        ancestors = (torch.where(due[:, None], drawn, own) + each * torch.arange(islands)[:, None]).flatten()
+        self.log_partition += torch.where(due, self.log_weight.logsumexp(1) - math.log(each), 0)
+        self.log_weight[due] = 0
+        self.num_resamplings += due
+        self.completions, self.ended = self.completions[ancestors], self.ended[ancestors]
+        self.logprobs = self.logprobs[:, ancestors]
+        return ancestors
+
+    def add(self, step: int, tokens: Tensor, logprobs: Tensor, surprise: Tensor, ends: list[int]) -> None:
+        """Adds token number `step` [K] to those that go on: `logprobs` [3, K], `surprise` [K] of its log-ratio."""
+        going = ~self.ended
+        self.completions[going, step] = tokens[going]
+        self.logprobs += torch.where(going, logprobs, 0)
+        self.control += (self.log_weight.softmax(1) * torch.where(going, surprise, 0).view_as(self.log_weight)).sum(1)
+        self.ended |= torch.isin(tokens, torch.tensor(ends, dtype=torch.long))
+
+    def result(self, confidence: float) -> DIDSamples:
+        each = self.log_weight.shape[1]
+        log_partition = self.log_partition + self.log_weight.logsumexp(1) - math.log(each)
+        policy_logprob, reference_logprob, proposal_logprob = self.logprobs
+        log_ratio = (policy_logprob - reference_logprob).view_as(self.log_weight)
+        mean_log_ratio = (self.log_weight.softmax(1) * log_ratio).sum(1) - self.control
+        log_weight = (self.log_weight.log_softmax(1) + log_partition.log_softmax(0)[:, None]).flatten()
+        return DIDSamples(
+            self.completions,
+            (self.completions >= 0).sum(1),
+            log_weight,
+            policy_logprob,
+            reference_logprob,
+            proposal_logprob,
+            log_partition,
+            log_partition - mean_log_ratio,
+            self.num_resamplings,
+            estimate_from_islands(log_partition, mean_log_ratio, log_weight, self.completions, confidence),
+        )
+
+
+class _Twisted:
+    """The proposal of one step: the token DIDs of n prefixes, twisted by how many completions follow a token.
+
+    Args:
+        policy_logits, reference_logits: [n, V], of float64 computed in it, of other dtypes in float32.
+        ended: [n] bool: prefixes whose logits are not looked at.
+        ends: The tokens that end a completion, followed by one (empty) completion.
+        log_following: The logarithm of how many follow any other token.
+    """
+
+    def __init__(
+        self,
+        policy_logits: Tensor,
+        reference_logits: Tensor,
+        ended: Tensor,
+        ends: list[int],
+        log_following: float,
+    ) -> None:
+        if policy_logits.shape != reference_logits.shape:
+            raise ValueError(
+                f"Expected `reference` to return logits of the policy's shape, {tuple(policy_logits.shape)}, "
+                f"but got {tuple(reference_logits.shape)}."
+            )
+        self._policy_logits = _wide(policy_logits)
+        self._reference_logits = _wide(reference_logits).to(self._policy_logits)
+        self._normalizers = [x.logsumexp(-1) for x in (self._policy_logits, self._reference_logits)]
+        policy_normalizer, reference_normalizer = self._normalizers
+        log_ratio = self._policy_logits - self._reference_logits
+        log_ratio -= (policy_normalizer - reference_normalizer)[:, None]
+        # Excluded by the policy: of weight 0, whatever the reference says.
+        log_ratio.masked_fill_(self._policy_logits == -torch.inf, -torch.inf)
+        log_ratio.masked_fill_(ended.to(log_ratio.device)[:, None], 0)
+        self._twist = torch.full((log_ratio.shape[-1],), log_following, dtype=torch.float64, device=log_ratio.device)
+        self._twist[ends] = 0
+        # Relative to its largest entry it is small enough for float32.
+        twisted = log_ratio + (self._twist - log_following).to(log_ratio)
+        log_sum = twisted.logsumexp(-1)
+        if not log_sum.isfinite().all():
+            row = int((~log_sum.isfinite()).nonzero()[0])
+            raise ValueError(
+                "Expected both models to return finite logits, or -inf in the policy's and, only there, in the "
+                f"reference's, but got a sum of ratios of {float(log_sum[row].exp())} in row {row}."
+            )
+        self._log_sum, self._log_following = log_sum.double(), log_following
+        self._log_ratio = log_ratio
+        self._probability = (twisted - log_sum[:, None]).exp()
+        weighted = self._probability * log_ratio
+        self._expected = weighted.masked_fill_(self._probability == 0, 0).sum(-1)
+
+    @property
+    def log_sum(self) -> Tensor:
+        """[n] float64: the logarithm of the proposal's normalizer."""
+        return self._log_sum.cpu() + self._log_following
+
+    def draw(self, parents: Tensor, generator: torch.Generator) -> Tensor:
+        """[K] a token for each of K particles, whose prefixes `parents` [K] numbers."""
+        uniform = torch.rand(len(parents), dtype=torch.float64, generator=generator).to(self._probability.device)
+        rows = max(1, 2**23 // self._probability.shape[-1])  # 64 MiB of sums
+        tokens = []
+        for parent, u in zip(parents.to(uniform.device).split(rows), uniform.split(rows), strict=True):
+            cumulative = self._probability[parent].cumsum(-1, dtype=torch.float64)
+            total = cumulative[:, -1:]
+            below = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+            tokens.append(torch.searchsorted(cumulative, below, right=True)[:, 0])  # never one of probability 0
+        return torch.cat(tokens).cpu()
+
+    def of(self, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of K tokens: [3, K] policy's, reference's and proposal's logprob; [K] log-ratio less its expectation."""
+        at = (parents.to(self._log_ratio.device), tokens.to(self._log_ratio.device))
+        policy = self._policy_logits[at] - self._normalizers[0][at[0]]
+        reference = self._reference_logits[at] - self._normalizers[1][at[0]]
+        log_ratio = self._log_ratio[at]
+        proposal = log_ratio.double() + self._twist[at[1]] - self._log_following - self._log_sum[at[0]]
+        logprobs = torch.stack([policy.double(), reference.double(), proposal])
+        return logprobs.cpu(), (log_ratio - self._expected[at[0]]).double().cpu()
+
+
+def _log_completions(vocab_size: int, ends: list[int], max_new_tokens: int) -> Tensor:
+    """[T + 1] float64: the logarithm of how many completions follow a prefix with n tokens to go, n from 0 to T."""
+    beyond = [token for token in ends if not 0 <= token < vocab_size]
+    if beyond:
+        raise ValueError(f"Expected `eos` to be in [0, {vocab_size}), but got {beyond[0]}.")
+    log_ends, log_others = torch.tensor([len(ends), vocab_size - len(ends)], dtype=torch.float64).log()
+    counts = [torch.zeros((), dtype=torch.float64)]
+    for _ in range(max_new_tokens):
+        counts.append(torch.logaddexp(log_ends, log_others + counts[-1]))
+    return torch.stack(counts)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+
+
+def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float, confidence: float) -> None:
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("islands", islands, 2),
+        ("num_samples", num_samples, 2 * islands if isinstance(islands, int) else 4),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")
+    if num_samples % islands:
+        raise ValueError(f"Expected `num_samples` to be a multiple of `islands`, {islands}, but got {num_samples}.")
+    if not 0 <= resample_below <= 1:
+        raise ValueError(f"Expected `resample_below` to be in [0, 1], but got {resample_below}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")

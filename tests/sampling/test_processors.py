@@ -1,0 +1,283 @@
+"""The logits processors in transformers' `generate`, against whole forward passes of both models without any cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_did.functional import estimate_did_entropy
+from lit_did.models.loading import add_lora
+from lit_did.sampling import DIDLogitsProcessor, TargetLogitsProcessor
+from tests.modules.tiny import VOCABULARY, tiny_gpt2, tiny_llama
+
+PAD = 0
+PROMPTS = ([5, 6, 7, 8, 9], [11], [12, 13, 14])
+TOLERANCE = 2e-4
+"""float32's 1e-6 of logits of some ten, in attention that adds up in other orders; the third below a beta of 0.3"""
+
+
+def padded(prompts=PROMPTS) -> dict[str, Tensor]:
+    """On the left, as `generate` wants them."""
+    length = max(map(len, prompts))
+    rows = [[PAD] * (length - len(p)) + p for p in prompts]
+    mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], processor, **options):
+    defaults = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": PAD, "top_k": 0, "do_sample": True}
+    return model.eval().generate(
+        **inputs,
+        logits_processor=[processor],
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{**defaults, **options},
+    )
+
+
+@torch.no_grad()
+def logits_after(model: nn.Module, prompt: list[int], sequence: list[int]) -> Tensor:
+    """[tokens, V] float64 of every token of `sequence` after the unpadded prompt."""
+    ids = torch.tensor([prompt + sequence])
+    return model.eval()(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_from_the_token_did(make, temperature):
+    policy, reference = make(seed=0), make(seed=1)
+    inputs = padded()
+    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    torch.manual_seed(0)
+    output = generate(policy, inputs, processor, temperature=temperature)
+    scores = torch.stack(output.scores, 1).double().log_softmax(-1)
+    for row, prompt in enumerate(PROMPTS):
+        sequence = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
+        log_ratio = logits_after(policy, prompt, sequence) - logits_after(reference, prompt, sequence)
+        expected = (log_ratio / temperature).log_softmax(-1)
+        assert (expected - logits_after(policy, prompt, sequence).log_softmax(-1)).abs().max() > 0.5
+        torch.testing.assert_close(scores[row], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_frequencies():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    draws = 4000
+    output = generate(policy, inputs, DIDLogitsProcessor(reference), max_new_tokens=1, num_return_sequences=draws)
+    with torch.no_grad():
+        chance = (policy(**inputs).logits - reference(**inputs).logits)[0, -1].double().softmax(-1)
+    counts = output.sequences[:, -1].bincount(minlength=VOCABULARY)
+    z = (counts - draws * chance) / (draws * chance * (1 - chance)).sqrt()
+    assert z[draws * chance > 10].abs().max() < 5  # of some sixty standard normal numbers
+
+
+def test_greedy():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = padded()
+    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    output = generate(policy, inputs, processor, do_sample=False, top_k=None)
+    for row, prompt in enumerate(PROMPTS):
+        sequence = []
+        for _ in range(5):
+            step = [*sequence, 0]
+            log_ratio = logits_after(policy, prompt, step)[-1] - logits_after(reference, prompt, step)[-1]
+            sequence.append(int(log_ratio.argmax()))
+        assert output.sequences[row, inputs["input_ids"].shape[1] :].tolist() == sequence
+
+
+def test_beams_take_their_caches_along():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = padded()
+    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    output = generate(
+        policy, inputs, processor, do_sample=False, top_k=None, num_beams=4, num_return_sequences=4, length_penalty=0.0
+    )
+    length = inputs["input_ids"].shape[1]
+    moved = 0
+    for row, sequence in enumerate(output.sequences[:, length:].tolist()):
+        score = output.sequences_scores[row]
+        prompt = PROMPTS[row // 4]
+        log_ratio = logits_after(policy, prompt, sequence) - logits_after(reference, prompt, sequence)
+        expected = log_ratio.log_softmax(-1).gather(1, torch.tensor(sequence)[:, None]).sum()
+        assert float(score) == pytest.approx(float(expected), abs=5 * TOLERANCE)
+        moved += output.beam_indices[row, :5].tolist() != [output.beam_indices[row, 0].item()] * 5
+    assert moved  # otherwise no cache had to be reordered
+
+
+def test_equal_rows_of_unequal_padding_keep_their_own_cache():
+    # To the processor these rows look the same; only the mask tells that the first row's 0 is padding.
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = {"input_ids": torch.tensor([[0, 7], [0, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    output = generate(policy, inputs, processor, do_sample=False, top_k=None, num_beams=3, num_return_sequences=3)
+    for row, sequence in enumerate(output.sequences[:, 2:].tolist()):
+        prompt = [[7], [0, 7]][row // 3]
+        log_ratio = logits_after(policy, prompt, sequence) - logits_after(reference, prompt, sequence)
+        expected = log_ratio.log_softmax(-1).gather(1, torch.tensor(sequence)[:, None]).mean()
+        assert float(output.sequences_scores[row]) == pytest.approx(float(expected), abs=TOLERANCE)
+
+
+def test_one_processor_serves_several_calls():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    processor = DIDLogitsProcessor(reference)
+    for prompt in ([5, 6, 7], [5, 6, 7], [9, 8]):
+        inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt)).long()}
+        torch.manual_seed(1)
+        again = generate(policy, inputs, processor)
+        torch.manual_seed(1)
+        fresh = generate(policy, inputs, DIDLogitsProcessor(reference))
+        assert torch.equal(again.sequences, fresh.sequences)
+
+
+def test_it_reads_every_token_once():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    read = []
+    reference.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    generate(policy, inputs, DIDLogitsProcessor(reference))
+    assert read == [(1, 3), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_what_other_processors_exclude_stays_excluded():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    processor = DIDLogitsProcessor(reference)
+    banned = list(range(10, VOCABULARY))
+    output = policy.eval().generate(
+        **inputs, logits_processor=[processor], suppress_tokens=banned, do_sample=True, top_k=0, max_new_tokens=20
+    )
+    assert (output[:, 2:] < 10).all()
+    scores = torch.tensor([[0.0, -torch.inf, 1.0] + [0.0] * (VOCABULARY - 3)])
+    excluding = DIDLogitsProcessor(Excluding(tiny_llama(), [1]))
+    assert excluding(inputs["input_ids"], scores).exp()[0, 1] == 0  # on both sides: no NaN
+    assert excluding(inputs["input_ids"], scores).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+class Excluding(nn.Module):
+    """A language model without some tokens."""
+
+    def __init__(self, model: nn.Module, tokens: list[int]) -> None:
+        super().__init__()
+        self.model, self.tokens = model, tokens
+
+    def forward(self, input_ids, attention_mask=None):
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        outputs.logits[..., self.tokens] = -torch.inf
+        return type(outputs)(logits=outputs.logits)
+
+
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+def test_draws_from_the_target(beta):
+    reference, rejected = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = padded()
+    processor = TargetLogitsProcessor(rejected, beta=beta, attention_mask=inputs["attention_mask"])
+    torch.manual_seed(0)
+    output = generate(reference, inputs, processor)
+    scores = torch.stack(output.scores, 1).double().log_softmax(-1)
+    for row, prompt in enumerate(PROMPTS):
+        sequence = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
+        r, bad = logits_after(reference, prompt, sequence), logits_after(rejected, prompt, sequence)
+        torch.testing.assert_close(scores[row], (r + (r - bad) / beta).log_softmax(-1), rtol=0, atol=4 * TOLERANCE)
+
+
+def test_the_target_is_where_dpo_ends():
+    # One token, beta = 1/2: pi_l is proportional to rho (rho / pi*)^beta, so the target is pi* itself.
+    generator = torch.Generator().manual_seed(0)
+    reference, target = torch.randn(2, 1, 9, generator=generator, dtype=torch.float64)
+    rejected = reference + 0.5 * (reference - target)
+    found = TargetLogitsProcessor(Constant(rejected), beta=0.5)(torch.tensor([[1]]), reference)
+    torch.testing.assert_close(found, target.log_softmax(-1), rtol=1e-12, atol=1e-12)
+
+
+class Constant(nn.Module):
+    """A language model that says the same after everything."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits, requires_grad=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(logits=self.logits[:, None].expand(*input_ids.shape, -1))
+
+
+def test_a_policy_without_its_adapter():
+    base, policy = tiny_llama(), add_lora(tiny_llama(), {"r": 4, "target_modules": "all-linear"})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5, generator=generator)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    results = []
+    for processor in (DIDLogitsProcessor(policy, without_adapter=True), DIDLogitsProcessor(base)):
+        torch.manual_seed(0)
+        results.append(generate(policy, inputs, processor))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    ours, given = (torch.stack(result.scores) for result in results)
+    torch.testing.assert_close(ours, given, rtol=0, atol=1e-5)  # float32
+    assert (ours - ours.mean(-1, keepdim=True)).abs().max() > 0.5  # at pi = rho all tokens would be alike
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_scores_are_a_proposal_for_estimates():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    torch.manual_seed(0)
+    output = generate(policy, inputs, DIDLogitsProcessor(reference), max_new_tokens=2, num_return_sequences=2000)
+    completions = output.sequences[:, 2:]
+    proposal = policy.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).sum(1)
+    with torch.no_grad():
+        logprobs = [
+            model(output.sequences).logits[:, 1:-1].log_softmax(-1).gather(2, completions[:, :, None]).sum((1, 2))
+            for model in (policy, reference)
+        ]
+        first = [model(torch.tensor([[5, 6]])).logits[:, -1].double().log_softmax(-1) for model in (policy, reference)]
+        every = torch.cat([torch.tensor([[5, 6]]).repeat(VOCABULARY, 1), torch.arange(VOCABULARY)[:, None]], 1)
+        second = [model(every).logits[:, -1].double().log_softmax(-1) for model in (policy, reference)]
+    log_ratio = ((first[0] - first[1])[0, :, None] + second[0] - second[1]).flatten()
+    did = log_ratio.log_softmax(0)
+    estimate = estimate_did_entropy(*logprobs, proposal, sequences=completions)
+    assert estimate.effective_sample_size > 1000
+    entropy = float(-(did.exp() * did).sum())
+    assert abs(estimate.entropy - entropy) < 2 * (estimate.upper - estimate.entropy)  # four standard errors
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: DIDLogitsProcessor("name"), TypeError, "a causal language model, but got str"),
+        (lambda: DIDLogitsProcessor(tiny_llama(), without_adapter=True), ValueError, "a PeftModel with"),
+        (lambda: TargetLogitsProcessor(tiny_llama(), beta=0.0), ValueError, "`beta` to be above 0, but got 0.0"),
+        (lambda: TargetLogitsProcessor(None, beta=1.0), TypeError, "a causal language model, but got NoneType"),
+    ],
+)
+def test_errors(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [
+        (lambda: DIDLogitsProcessor(tiny_llama(vocab_size=70)), "one vocabulary, .* has 67 entries and Llama.* 70"),
+        (lambda: DIDLogitsProcessor(tiny_llama(pad_token_id=PAD)), "`attention_mask` for prompts .* row 1 begins with"),
+        (
+            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(3, 4)),
+            r"`attention_mask` to be that of these prompts, \[prompts, 5\] .* got \(3, 4\)",
+        ),
+        (
+            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(2, 5)),
+            r"`attention_mask` to be that of these prompts, .* 3 rows .* got \(2, 5\)",
+        ),
+    ],
+)
+def test_errors_in_generate(processor, words):
+    with pytest.raises(ValueError, match=words):
+        generate(tiny_llama(), padded(), processor())
