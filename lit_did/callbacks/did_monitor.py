@@ -91,12 +91,11 @@ class DIDMonitor(Callback):
         self._loaded: nn.Module | None = None  # the reference, where it was given by name
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._models = None  # the module may be another than the last time
+        self._models = None  # the module may be another than the last time; not in `teardown`, which an error skips
         if self.beta is None:
             self._options["beta"] = pl_module.hparams.get("beta", getattr(pl_module, "beta", 0.1))
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._models = None
         if self._loaded is not None:
             self._loaded.cpu()
 

@@ -68,7 +68,7 @@ def enumerate_did(
         EnumeratedDID: tensors on the CPU.
 
     Raises:
-        TypeError: What `policy` or `reference` returns is no tensor of floats.
+        TypeError: What `policy` or `reference` returns is no tensor of floats, or an argument is no integer.
         ValueError: It has another shape or is NaN, `reference` makes a completion impossible, there are more than
             `max_completions`, or an argument is out of range.
 
@@ -83,6 +83,9 @@ def enumerate_did(
         >>> exact.entropy
         tensor(1.1537, dtype=torch.float64)
     """
+    for name, value in {"max_length": max_length, "eos": eos}.items():
+        if isinstance(value, bool) or (not isinstance(value, int) and not (name == "eos" and value is None)):
+            raise TypeError(f"Expected `{name}` to be an integer, but got {value!r}.")
     if max_length < 1:
         raise ValueError(f"Expected `max_length` to be at least 1, but got {max_length}.")
     prefixes = torch.zeros(1, 0, dtype=torch.long)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lit_did.functional.inputs import Statistics, as_pairs, as_sequences
-from lit_did.functional.preference import check_beta, pair_accuracy, pair_margin, preference_loss
+from lit_did.functional.preference import (
+    REFERENCE_FREE_LOSSES,
+    check_beta,
+    pair_accuracy,
+    pair_margin,
+    preference_loss,
+)
 from lit_did.ops import SequenceStatistics
 
 DISPLACEMENTS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_fell")
@@ -222,8 +228,34 @@ def check_num_bins(num_bins: int) -> None:
         raise ValueError(f"Expected `num_bins` to be an integer of at least 1, but got {num_bins!r}.")
 
 
-def loss_sums(statistics: SequenceStatistics, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_sums(statistics: SequenceStatistics, *, loss: str, **options: Any) -> tuple[Tensor, Tensor]:
     """The sum of `preference_loss` over pairs, and the pairs."""
-    pairs = as_pairs(statistics)
-    loss = preference_loss(pairs.chosen_log_ratio, pairs.rejected_log_ratio, **options)
-    return torch.where(pairs.counts, loss, 0).sum(), pairs.counts.sum()
+    pairs = as_pairs(statistics._replace(log_ratio=loss_log_ratio(statistics, loss)))
+    chosen_num_tokens, rejected_num_tokens = statistics.num_tokens.chunk(2)
+    losses = preference_loss(
+        pairs.chosen_log_ratio,
+        pairs.rejected_log_ratio,
+        loss=loss,
+        chosen_num_tokens=chosen_num_tokens,
+        rejected_num_tokens=rejected_num_tokens,
+        **options,
+    )
+    return torch.where(pairs.counts, losses, 0).sum(), pairs.counts.sum()
+
+
+def loss_log_ratio(statistics: SequenceStatistics, loss: str) -> Tensor:
+    """[sequences] What `preference_loss` takes for the log-ratio: log pi with a loss that has no reference."""
+    return statistics.policy_logprob if loss in REFERENCE_FREE_LOSSES else statistics.log_ratio
+
+
+def implicit_log_ratio(statistics: SequenceStatistics, loss: str) -> Tensor:
+    """[sequences] The implicit reward of a loss divided by beta, in nats: what `loss_log_ratio` returns, divided by the
+    number of tokens with "simpo" and "orpo", whose reward is a mean.
+
+    Example:
+        >>> statistics = as_sequences(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), torch.tensor([[3, 5]]))
+        >>> implicit_log_ratio(statistics, "cpo"), implicit_log_ratio(statistics, "simpo")
+        (tensor([-4.1589]), tensor([-2.0794]))
+    """
+    log_ratio = loss_log_ratio(statistics, loss)
+    return log_ratio / statistics.num_tokens.clamp(min=1) if loss in ("simpo", "orpo") else log_ratio

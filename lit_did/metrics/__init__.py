@@ -1,7 +1,9 @@
 """torchmetrics metrics of the DID and of DPO's implicit reward; their functional twins are in `lit_did.functional`."""
 
 from lit_did.metrics.collection import DIDMetrics
+from lit_did.metrics.did_entropy import DIDEntropy
 from lit_did.metrics.information import DIDLogPartition, PolicyEntropy, PolicyKL, TokenDIDEntropy
+from lit_did.metrics.power_law import PowerLawExponent
 from lit_did.metrics.rewards import (
     LikelihoodDisplacement,
     LogRatioReward,
@@ -12,12 +14,14 @@ from lit_did.metrics.rewards import (
 )
 
 __all__ = [
+    "DIDEntropy",
     "DIDLogPartition",
     "DIDMetrics",
     "LikelihoodDisplacement",
     "LogRatioReward",
     "PolicyEntropy",
     "PolicyKL",
+    "PowerLawExponent",
     "PreferenceLoss",
     "RewardAccuracy",
     "RewardCalibration",

@@ -1,4 +1,4 @@
-"""StatisticsMetric: what all metrics on statistics share. A metric adds the sums and the value."""
+"""DIDMetric: what all metrics share. StatisticsMetric: those on statistics; a metric adds the sums and the value."""
 
 from __future__ import annotations
 
@@ -18,8 +18,23 @@ from lit_did.ops.checks import check_options
 from lit_did.ops.extension import check_backend
 
 
-class StatisticsMetric(Metric):
-    """Base of the metrics: two states of fixed size, float64 totals and int64 counts, both summed over processes.
+class DIDMetric(Metric):
+    """Base of all metrics: their states keep their dtypes, and they can be plotted."""
+
+    full_state_update = False
+
+    def plot(self, val: Any = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Plots `val`, a value or a sequence of values of this metric; without it, what `compute` returns."""
+        return self._plot(val, ax)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> DIDMetric:
+        # Moves with its module but keeps its dtypes: `precision="bf16-true"` casts every tensor that it finds. Nor does
+        # `set_dtype` change them.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+
+class StatisticsMetric(DIDMetric):
+    """Base of those on statistics: two states of fixed size, float64 totals and int64 counts, summed over processes.
 
     A subclass sets `quantity` and the shapes of its states, and implements `sums` and `value`.
 
@@ -31,7 +46,6 @@ class StatisticsMetric(Metric):
         kwargs: Of `torchmetrics.Metric`.
     """
 
-    full_state_update = False
     quantity: str
     totals_shape: tuple[int, ...] = ()
     counts_shape: tuple[int, ...] = ()
@@ -100,15 +114,6 @@ class StatisticsMetric(Metric):
     def compute(self) -> Any:
         """The value of all updates since the last reset, on all processes."""
         return self.value(getattr(self, self._totals), getattr(self, self._counts))
-
-    def plot(self, val: Any = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Plots `val`, a value or a sequence of values of this metric; without it, what `compute` returns."""
-        return self._plot(val, ax)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> StatisticsMetric:
-        # Moves with its module but keeps its dtypes: `precision="bf16-true"` casts every tensor that it finds. Nor does
-        # `set_dtype` change them.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
 
 def state_name(quantity: str, part: str, settings: dict[str, Any]) -> str:

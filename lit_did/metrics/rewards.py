@@ -205,10 +205,10 @@ class RewardCalibration(StatisticsMetric):
 class PreferenceLoss(StatisticsMetric):
     """`lit_did.functional.preference_loss`, its mean over pairs: what DPO's training minimises.
 
-    Input: as `RewardMargin`. `compute` returns a float64 scalar.
+    Input: as `RewardMargin`; of the reference a loss without one reads nothing. `compute` returns a float64 scalar.
 
     Args:
-        beta, loss, label_smoothing: As in `lit_did.functional.preference_loss`.
+        beta, loss, label_smoothing, gamma, nll_weight: As in `lit_did.functional.preference_loss`.
         ignore_index, temperature, backend, kwargs: As in `LogRatioReward`.
 
     Raises:
@@ -228,9 +228,22 @@ class PreferenceLoss(StatisticsMetric):
     quantity = "loss"
 
     def __init__(
-        self, *, beta: float = 0.1, loss: str = "sigmoid", label_smoothing: float = 0.0, **kwargs: Any
+        self,
+        *,
+        beta: float = 0.1,
+        loss: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        gamma: float | None = None,
+        nll_weight: float | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.options = {"beta": beta, "loss": loss, "label_smoothing": label_smoothing}
+        self.options = {
+            "beta": beta,
+            "loss": loss,
+            "label_smoothing": label_smoothing,
+            "gamma": gamma,
+            "nll_weight": nll_weight,
+        }
         check_preference_loss(**self.options)
         super().__init__(settings=self.options, **kwargs)
 

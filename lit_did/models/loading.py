@@ -63,12 +63,7 @@ def is_peft(model: nn.Module) -> bool:
 
 def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
     """Raises ValueError unless a PeftModel with its adapter off stays what it is while it is trained."""
-    config = policy.active_peft_config
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"Expected `policy` to have an adapter inside its layers, such as LoRA, but got {config.peft_type.value}: "
-            "its virtual tokens shift every position."
-        )
+    check_positions_are_kept(policy)
     inside = (policy.base_model.prefix, "modules_to_save", "trainable_tokens")
     outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in inside)]
     if outside:
@@ -76,6 +71,16 @@ def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
             "Expected the adapter to be all that is trained of `policy`, whose reference is itself with the adapter "
             f"off, but {len(outside)} other parameters are too, {outside[0]} the first: freeze them (LoRA's `bias` "
             "must be 'none'), or give a `reference` of its own."
+        )
+
+
+def check_positions_are_kept(policy: nn.Module) -> None:
+    """Raises ValueError if the adapter of a PeftModel puts virtual tokens before every sequence."""
+    config = policy.active_peft_config
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"Expected `policy` to have an adapter inside its layers, such as LoRA, but got {config.peft_type.value}: "
+            "its virtual tokens shift every position."
         )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.loading import is_peft
 from lit_did.ops import SequenceStatistics, sequence_statistics
 
@@ -124,7 +125,7 @@ def measure(
     with random_numbers_kept(labels.device), evaluating(policy):
         for start in range(0, labels.shape[0], rows):
             part = {name: value[start : start + rows] for name, value in batch.items()}
-            positions = (part["labels"] != -100).any(0).nonzero()[:, 0]
+            positions = (part["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
             policy_logits = completion_logits(policy, part, positions)
             with adapter_off(policy, adapter) if reference is None else evaluating(reference):
                 reference_logits = completion_logits(policy if reference is None else reference, part, positions)
@@ -146,7 +147,7 @@ def _rows_at_once(policy: nn.Module, labels: Tensor, max_logits_bytes: int) -> i
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None:
         return max(1, labels.shape[0])
-    positions = int((labels != -100).any(0).sum())
+    positions = int((labels != IGNORE_INDEX).any(0).sum())
     return max(1, max_logits_bytes // max(1, 2 * 4 * positions * vocabulary))  # two models, float32 at the most
 
 

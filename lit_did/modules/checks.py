@@ -1,13 +1,15 @@
-"""What LitDPO checks of its models and of the first batch it meets, once."""
+"""What LitDPO checks of its arguments, its models and the first batch it meets, once."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.loading import active_dropout
 
@@ -32,6 +34,18 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
         )
     if not labelled.any(1).all():
         raise ValueError("Expected every sequence to have completion tokens, but got one whose labels are all -100.")
+
+
+def check_did_entropy_weight(weight: float, loss: str) -> None:
+    """Raises TypeError or ValueError unless `did_entropy_weight` is a finite number that suits the loss."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TypeError(f"Expected `did_entropy_weight` to be a number, but got {weight!r}.")
+    if not math.isfinite(weight):
+        raise ValueError(f"Expected `did_entropy_weight` to be finite, but got {weight}.")
+    if weight and loss in REFERENCE_FREE_LOSSES:
+        raise ValueError(
+            f"Expected `did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got {weight}."
+        )
 
 
 def warn_unless_policy_is_reference(

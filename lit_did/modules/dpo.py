@@ -11,19 +11,26 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from lit_did.functional import pair_margin, preference_loss
+from lit_did.functional import REFERENCE_FREE_LOSSES, pair_margin, preference_loss, token_did_entropy
 from lit_did.functional.preference import check_preference_loss
-from lit_did.metrics import DIDMetrics, PreferenceLoss
+from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
+from lit_did.metrics import DIDMetrics, LikelihoodDisplacement, PreferenceLoss
 from lit_did.models import loading, measuring
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.modules.checks import check_batch, warn_unless_policy_is_reference
+from lit_did.modules.checks import check_batch, check_did_entropy_weight, warn_unless_policy_is_reference
 from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
 from lit_did.ops import SequenceStatistics, sequence_statistics
 from lit_did.ops.extension import BACKENDS
 
+WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
+"""what `SequenceStatistics` can tell of a policy alone"""
+
 
 class PairStatistics(NamedTuple):
-    """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats."""
+    """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats.
+
+    With a loss that has no reference, NaN stands in `chosen` and `rejected` for all that needs one.
+    """
 
     index: Tensor
     """the pair's row in its source, int64; -1 where the batch does not say"""
@@ -31,11 +38,11 @@ class PairStatistics(NamedTuple):
     rejected: SequenceStatistics
     loss: Tensor
     reward_margin: Tensor
-    """beta (chosen.log_ratio - rejected.log_ratio)"""
+    """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
 
 
 class LitDPO(lightning.LightningModule):
-    """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290).
+    """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290), or without one.
 
     Batches are dicts, as `PreferenceDataModule` makes them: `input_ids`, `attention_mask` and `labels` [2 pairs, T],
     the chosen sequences first, then the rejected ones in the same order, padded on the right; labels[:, t] is the
@@ -43,15 +50,21 @@ class LitDPO(lightning.LightningModule):
     prediction) and `index` [pairs] may be absent.
 
     Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
-    mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each.
+    mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each. A loss without a
+    reference (`lit_did.functional.REFERENCE_FREE_LOSSES`) loads, copies and runs none, and logs `loss`, `reward_margin`
+    and `reward_accuracy` of its own reward, `policy_entropy`, and `chosen_logprob` and `rejected_logprob`, means over
+    pairs of log pi in nats a completion.
 
     Args:
         policy: A transformers causal language model, or its name or path. A `PeftModel` keeps its adapter.
         reference: The same, never trained. None: a PeftModel's reference is itself with the adapter off; any other
-            policy's is a frozen copy of the policy as it is given.
+            policy's is a frozen copy of the policy as it is given; a loss without a reference has none.
         beta: DPO's inverse temperature.
-        loss: "sigmoid", "ipo" or "hinge": see `lit_did.functional.preference_loss`.
-        label_smoothing: For "sigmoid": the share of pairs assumed to be labelled the wrong way round.
+        loss: One of `lit_did.functional.LOSSES`; docs/losses.md tells them apart.
+        label_smoothing, gamma, nll_weight: Of some losses: see `lit_did.functional.preference_loss`.
+        did_entropy_weight: What is minimised is the loss less so many times the mean of `did_entropy` over the tokens
+            of a micro-batch on one process: above 0 raises that entropy (explores), below 0 lowers it (reinforces).
+            `loss`, as it is logged, stays the preference loss.
         lora: Adds a LoRA adapter to the policy: a `peft.LoraConfig`, or its arguments as a dict.
         learning_rate, adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed.
         warmup_steps: Optimiser steps over which the learning rate rises; below 1, as a share of all steps.
@@ -73,6 +86,9 @@ class LitDPO(lightning.LightningModule):
         beta: float = 0.1,
         loss: str = "sigmoid",
         label_smoothing: float = 0.0,
+        gamma: float | None = None,
+        nll_weight: float | None = None,
+        did_entropy_weight: float = 0.0,
         lora: Any = None,
         learning_rate: float = 1e-6,
         adam_betas: tuple[float, float] = (0.9, 0.999),
@@ -86,13 +102,26 @@ class LitDPO(lightning.LightningModule):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_preference_loss(beta=beta, loss=loss, label_smoothing=label_smoothing)
+        self._loss_options = {
+            "beta": beta,
+            "loss": loss,
+            "label_smoothing": label_smoothing,
+            "gamma": gamma,
+            "nll_weight": nll_weight,
+        }
+        self._check_objective(**self._loss_options, did_entropy_weight=did_entropy_weight)
+        self._reference_free = loss in REFERENCE_FREE_LOSSES
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
         for name, model in (("policy", policy), ("reference", reference)):
             if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
                 raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
         if reference is not None and reference is policy and isinstance(policy, nn.Module):
             raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
+        if reference is not None and self._reference_free:
+            raise ValueError(
+                f"Expected `reference` to be None with `loss={loss!r}`, which has none, but got "
+                f"{reference if isinstance(reference, str) else type(reference).__name__}."
+            )
         if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
             raise ValueError(
                 f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}."
@@ -106,10 +135,10 @@ class LitDPO(lightning.LightningModule):
         self.save_hyperparameters(ignore=[name for name, value in objects.items() if not _is_plain(value)])
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
-        self._batch_checked = self._start_checked = False
+        self._batch_checked = False
+        self._start_checked = self._reference_free  # what starts as a reference needs one
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
-        self._loss_options = {"beta": beta, "loss": loss, "label_smoothing": label_smoothing}
         self.train_metrics = self._metrics()
         self.val_metrics = nn.ModuleList()  # one a validation dataloader
         # The checkpoint holds what is trained and nothing else; on_load_checkpoint checks that it is all there.
@@ -132,11 +161,13 @@ class LitDPO(lightning.LightningModule):
             loading.check_separate(policy, reference)
             loading.check_same_vocabulary(policy, reference)
             loading.freeze(reference)
-        elif self._given["lora"] is None and not loading.is_peft(policy):
+        elif self._given["lora"] is None and not loading.is_peft(policy) and not self._reference_free:
             reference = loading.frozen_copy(policy)
         if self._given["lora"] is not None:
             policy = loading.add_lora(policy, self._given["lora"])
-        if reference is None:
+        if loading.is_peft(policy):
+            loading.check_positions_are_kept(policy)
+        if reference is None and not self._reference_free:
             loading.check_adapter_is_all_that_trains(policy)
         if self.hparams.disable_dropout:
             loading.switch_off_dropout(policy)
@@ -183,46 +214,52 @@ class LitDPO(lightning.LightningModule):
     # -----------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Mapping[str, Tensor]) -> SequenceStatistics:
-        """The statistics of every completion: [2 pairs], chosen first, differentiable in the policy."""
+        """The statistics of every completion: [2 pairs], chosen first, differentiable in the policy.
+
+        With a loss that has no reference, all but `WITHOUT_REFERENCE` is NaN.
+        """
         positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
         policy_logits = measuring.completion_logits(self.policy, batch, positions)
-        if self.reference is None:
+        if self._reference_free:
+            reference_logits = policy_logits.detach()  # read beside themselves: no other memory is touched
+        elif self.reference is None:
             with measuring.adapter_off(self.policy):
                 reference_logits = measuring.completion_logits(self.policy, batch, positions)
         else:
             with torch.no_grad():
                 reference_logits = measuring.completion_logits(self.reference, batch, positions)
-        return sequence_statistics(
+        statistics = sequence_statistics(
             policy_logits,
             reference_logits,
             batch["labels"][:, positions],
             ignore_index=IGNORE_INDEX,
             backend=self.hparams.backend,
         )
+        if not self._reference_free:
+            return statistics
+        undefined = torch.full_like(statistics.policy_logprob, torch.nan, requires_grad=False)
+        kept = {name: getattr(statistics, name) for name in WITHOUT_REFERENCE}
+        return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
 
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
         if not self._batch_checked:
             check_batch(batch)
             self._batch_checked = True
-        statistics = self(batch)
-        pairs = batch["input_ids"].shape[0] // 2
-        chosen = SequenceStatistics(*(value[:pairs] for value in statistics))
-        rejected = SequenceStatistics(*(value[pairs:] for value in statistics))
-        loss = self._loss(chosen.log_ratio, rejected.log_ratio)
-        index = batch.get("index", torch.full((pairs,), -1, device=loss.device))
-        return PairStatistics(
-            index, chosen, rejected, loss, pair_margin(chosen.log_ratio, rejected.log_ratio, self.hparams.beta)
-        )
+        chosen, rejected = self._sides(batch)
+        loss = self._loss(chosen, rejected)
+        index = batch.get("index", torch.full(loss.shape, -1, device=loss.device))
+        rewards = [implicit_log_ratio(side, self.hparams.loss) for side in (chosen, rejected)]
+        return PairStatistics(index, chosen, rejected, loss, pair_margin(*rewards, self.hparams.beta))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of the batch's pairs."""
+        """The mean loss of the batch's pairs, less the weighted DID entropy."""
         pairs = self.pair_statistics(batch)
         if not self._start_checked:
             self._check_start(pairs)
             self._start_checked = True
-        self.train_metrics.update(_sequences(pairs))
-        return pairs.loss.mean()
+        self._add(self.train_metrics, pairs)
+        return self._objective(pairs)
 
     def on_fit_start(self) -> None:
         """Starts the metrics anew, and keeps Lightning from warning that the reference is in eval mode."""
@@ -241,7 +278,7 @@ class LitDPO(lightning.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch to the epoch's metrics."""
-        self.val_metrics[dataloader_idx].update(_sequences(self.pair_statistics(batch), batch.get("weight")))
+        self._add(self.val_metrics[dataloader_idx], self.pair_statistics(batch), batch.get("weight"))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over the epoch and all processes."""
@@ -278,22 +315,54 @@ class LitDPO(lightning.LightningModule):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _loss(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
-        return preference_loss(chosen_log_ratio, rejected_log_ratio, **self._loss_options)
+    def _check_objective(self, *, did_entropy_weight: float, **loss_options: Any) -> None:
+        check_preference_loss(**loss_options)
+        check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
+
+    def _sides(self, batch: Mapping[str, Tensor]) -> tuple[SequenceStatistics, SequenceStatistics]:
+        """The statistics [pairs] of the chosen and of the rejected completions."""
+        statistics = self(batch)
+        pairs = batch["input_ids"].shape[0] // 2
+        return tuple(SequenceStatistics(*(v[rows] for v in statistics)) for rows in (slice(pairs), slice(pairs, None)))
+
+    def _objective(self, pairs: PairStatistics) -> Tensor:
+        """What training minimises."""
+        loss = pairs.loss.mean()
+        if not self.hparams.did_entropy_weight:
+            return loss
+        return loss - self.hparams.did_entropy_weight * token_did_entropy(_sequences(pairs)).to(loss.dtype)
+
+    def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
+        return preference_loss(
+            *(loss_log_ratio(side, self._loss_options["loss"]) for side in (chosen, rejected)),
+            chosen_num_tokens=chosen.num_tokens,
+            rejected_num_tokens=rejected.num_tokens,
+            **self._loss_options,
+        )
 
     def _metrics(self) -> DIDMetrics:
         metrics = DIDMetrics(beta=self._loss_options["beta"])
+        if self._reference_free:
+            for name in metrics.keys() - {"policy_entropy", "reward_margin", "reward_accuracy"}:
+                del metrics[name]
+            for side in ("chosen", "rejected"):
+                metrics.add_metrics({f"{side}_logprob": _Logprob(only=f"{side}_log_ratio")})
         metrics.add_metrics({"loss": PreferenceLoss(**self._loss_options)})
         return metrics
 
+    def _add(self, metrics: DIDMetrics, pairs: PairStatistics, weight: Tensor | None = None) -> None:
+        both = _sequences(pairs, weight)
+        metrics.update(both._replace(log_ratio=implicit_log_ratio(both, self.hparams.loss)))
+
     def _check_start(self, pairs: PairStatistics) -> None:
+        start = pairs.chosen._replace(log_ratio=torch.zeros_like(pairs.loss))
         warn_unless_policy_is_reference(
             self.policy,
             self.reference is None,
             torch.cat([pairs.chosen.log_ratio, pairs.rejected.log_ratio]).detach(),
             torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
             pairs.loss.mean(),
-            self._loss(torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)),
+            self._loss(start, start).mean(),
         )
 
     def _log(self, prefix: str, metrics: DIDMetrics, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
@@ -307,6 +376,13 @@ class LitDPO(lightning.LightningModule):
                 sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
             )
         metrics.reset()
+
+
+class _Logprob(LikelihoodDisplacement):
+    """Log pi in the place of the log-ratio."""
+
+    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+        return super().sums(statistics._replace(log_ratio=statistics.policy_logprob))
 
 
 def _sequences(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 
@@ -129,9 +130,10 @@ def test_every_n_steps_reach_the_logger_once(tmp_path, every, log_every, steps):
     assert [int(row["step"]) for row in rows if row["did/train/kl"]] == steps
 
 
-def test_a_resumed_run_goes_on_with_the_same_steps(tmp_path):
+@pytest.mark.parametrize("done", [2, 3])  # counted from its own start, the second run would measure 2 and 4, or only 4
+def test_a_resumed_run_goes_on_with_the_same_steps(tmp_path, done):
     data = transformers_loader(make_pairs(12), 2)
-    first = trainer(max_steps=3)
+    first = trainer(max_steps=done)
     first.fit(Own(tiny_llama(0), tiny_llama(1)), data)
     first.save_checkpoint(tmp_path / "last.ckpt")
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
@@ -349,11 +351,39 @@ def test_a_prompt_tuned_policy_is_refused():
         trainer(callbacks=[DIDMonitor()]).validate(Own(policy), transformers_loader(make_pairs(2), 2), verbose=False)
 
 
-def test_no_model_is_kept_after_the_run():
-    monitor = DIDMonitor()
-    module = Own(tiny_llama(0), tiny_llama(1))
-    trainer(callbacks=[monitor]).validate(module, transformers_loader(make_pairs(2), 2), verbose=False)
-    assert monitor._models is None
+class Fails(Own):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        raise RuntimeError("in the middle of a run")
+
+
+@pytest.mark.parametrize("first", [Own, Fails])
+def test_another_module_is_measured_with_its_own_models(first):
+    data, monitor = transformers_loader(make_pairs(2), 2), DIDMonitor()
+    with pytest.raises(RuntimeError, match="in the middle") if first is Fails else contextlib.nullcontext():
+        trainer(callbacks=[monitor]).validate(first(tiny_llama(2), tiny_llama(3)), data, verbose=False)
+    values = []
+    for callback in (monitor, DIDMonitor()):
+        run = trainer(callbacks=[callback])
+        run.validate(Own(tiny_llama(0), tiny_llama(1)), data, verbose=False)
+        values.append(of(run.callback_metrics, "did/val/"))
+    assert values[0] == values[1]
+
+
+def test_nothing_is_logged_of_a_sanity_check():
+    class Seen(lightning.Callback):
+        def on_sanity_check_end(self, trainer, module):
+            self.names = set(trainer.callback_metrics)
+
+    class Logs(Own):
+        def validation_step(self, batch, batch_idx):
+            self.log("own", 1.0)
+
+    seen = Seen()
+    data = transformers_loader(make_pairs(4), 2)
+    run = trainer(max_epochs=1, num_sanity_val_steps=1, callbacks=[DIDMonitor(), seen])
+    run.fit(Logs(tiny_llama(0), tiny_llama(1)), data, data)
+    assert seen.names == {"own"}
+    assert "did/val/kl" in run.callback_metrics  # the validation after it is
 
 
 def test_several_loaders_and_test():

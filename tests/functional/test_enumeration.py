@@ -142,6 +142,9 @@ def not_a_number(prefixes):
     ("change", "error", "words"),
     [
         ({"max_length": 0}, ValueError, "`max_length` to be at least 1, but got 0"),
+        ({"max_length": 2.0}, TypeError, "`max_length` to be an integer, but got 2.0"),
+        ({"max_length": None}, TypeError, "`max_length` to be an integer, but got None"),
+        ({"eos": [0]}, TypeError, r"`eos` to be an integer, but got \[0\]"),
         ({"eos": 4}, ValueError, r"`eos` to be in \[0, 4\), but got 4"),
         ({"max_length": 5, "max_completions": 1023}, ValueError, "`max_length` to leave at most 1,023 completions"),
         (

@@ -212,6 +212,7 @@ def test_pickle_clone_and_state_dict(name):
 def test_sums_keep_their_dtypes_and_sizes(name):
     metric = make(name)
     sizes = [state.shape for state in metric.metric_state.values()]
+    assert [state.dtype for state in metric.metric_state.values()] == [torch.float64, torch.int64]
     value_of(metric, make_batches())
     for changed in (metric, metric.to(torch.bfloat16), torch.nn.ModuleList([metric]).half()[0], metric.float()):
         assert [state.dtype for state in changed.metric_state.values()] == [torch.float64, torch.int64]
@@ -357,16 +358,54 @@ def test_a_collection_of_the_users_own_never_mixes_states_up(first):
         assert values[name].item() == value_of(metric, batches), name
 
 
-def test_every_preference_loss():
+PREFERENCE_LOSSES = [
+    {},
+    {"label_smoothing": 0.2},
+    {"loss": "robust", "label_smoothing": 0.2},
+    *({"loss": loss} for loss in F.LOSSES if loss not in ("sigmoid", "robust")),
+    {"loss": "simpo", "gamma": 1.0, "nll_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PREFERENCE_LOSSES, ids=lambda options: "_".join(map(str, options.values())))
+def test_every_preference_loss(options):
     batches = make_batches()
-    for options in ({}, {"label_smoothing": 0.2}, {"loss": "ipo"}, {"loss": "hinge"}):
-        losses = []
-        for policy, reference, labels in batches:
-            statistics = sequence_statistics(policy, reference, labels)
-            chosen, rejected = statistics.log_ratio.double().chunk(2)
-            both = (statistics.num_tokens > 0).view(2, -1).all(0)
-            losses.append(F.preference_loss(chosen, rejected, beta=0.7, **options)[both])
-        assert value_of(M.PreferenceLoss(beta=0.7, **options), batches) == close(torch.cat(losses).mean().item())
+    free = options.get("loss") in F.REFERENCE_FREE_LOSSES
+    losses = []
+    for policy, reference, labels in batches:
+        counts = labels != -100
+        log_pi, log_rho = (
+            torch.where(counts, side.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0], 0)
+            for side in (policy, reference)
+        )
+        compared = (log_pi if free else log_pi - log_rho).sum(-1)
+        tokens = counts.sum(-1)
+        for i in range(len(tokens) // 2):
+            j = i + len(tokens) // 2
+            if tokens[i] and tokens[j]:
+                lengths = {"chosen_num_tokens": tokens[i], "rejected_num_tokens": tokens[j]}
+                losses.append(F.preference_loss(compared[i], compared[j], beta=0.7, **options, **lengths))
+    expected = close(torch.stack(losses).mean().item())
+    metric = M.PreferenceLoss(beta=0.7, **options)
+    assert value_of(metric, batches) == expected
+    if free:  # nothing is read that a policy alone has not
+        unread = set(SequenceStatistics._fields) - {"policy_logprob", "num_tokens"}
+        for batch in batches:
+            statistics = sequence_statistics(*batch)
+            nan = torch.full_like(statistics.policy_logprob, torch.nan)
+            metric.update(statistics._replace(**dict.fromkeys(unread, nan)))
+        assert metric.compute().item() == expected
+
+
+@pytest.mark.parametrize("loss", F.LOSSES)
+def test_gradients_of_every_preference_loss_pass_by_pairs_that_do_not_count(loss):
+    """The last pair's rejected completion is empty: it has no length to divide by."""
+    policy, reference, labels = make_batches(sizes=(3,))[0]
+    policy.requires_grad_()
+    (gradient,) = torch.autograd.grad(M.PreferenceLoss(loss=loss)(policy, reference, labels), policy)
+    assert gradient.isfinite().all()
+    assert (gradient[[2, 5]] == 0).all()
+    assert (gradient[[1, 4]] != 0).any(-1).any(-1).all()
 
 
 @each

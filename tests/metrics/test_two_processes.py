@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_did.metrics import DIDEntropy
+from tests.metrics import test_did_entropy, test_power_law
 from tests.metrics.oracle import expected, make_batches
+from tests.metrics.samples import batches_of, completions, log_ratios
 from tests.metrics.test_metrics import CASES, make
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +25,7 @@ def results(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("two") / "out"
     command = [sys.executable, "-m", "tests.metrics.two_processes", "2", str(path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return [torch.load(f"{path}.{rank}") for rank in range(2)]
+    return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(2)]
 
 
 def all_batches() -> list:
@@ -64,3 +67,33 @@ def test_one_exchange_for_all_metrics(results):
 def test_processes_apart_on_request(results):
     for rank, of_rank in enumerate(results):
         assert of_rank["apart"] == pytest.approx(ORACLE(all_batches()[rank : rank + 1]), rel=1e-5, abs=2e-6)
+
+
+def test_the_power_law(results):
+    truth = []
+    for with_prompts in (False, True):
+        batches = log_ratios(with_prompts)
+        truth += [test_power_law.whole(batches[:2]), test_power_law.whole(batches)]
+    alone = test_power_law.whole(log_ratios(True)[2:3])
+    for of_rank in results:
+        assert [test_power_law.floats(values) for values in of_rank["power law"]] == [
+            test_power_law.close(values) for values in truth
+        ]
+        assert test_power_law.floats(of_rank["power law of one process"]) == test_power_law.close(alone)
+
+
+def test_the_entropy_of_completions(results):
+    """Prompts with samples on both, on one, and a process that has none of any."""
+    samples = completions()
+    expected, whole = test_did_entropy.estimates_of(samples), DIDEntropy()(**samples)
+    both = [set(batch["prompt"].tolist()) for batch in batches_of(samples)]
+    assert 7 in (both[0] | both[2] | both[4]) & (both[1] | both[3])  # the premise
+    for of_rank in results:
+        for values in (of_rank["entropy of one process"][1], of_rank["entropy"][1]):
+            assert {name: value.item() for name, value in values.items()} == pytest.approx(
+                {name: value.item() for name, value in whole.items()}, rel=1e-9
+            )
+        for estimates in (of_rank["entropy of one process"][0], of_rank["entropy"][0], of_rank["entropy"][2]):
+            assert estimates.keys() == expected.keys()
+            for prompt, estimate in estimates.items():
+                assert (estimate and estimate[:-1]) == test_did_entropy.close(expected[prompt])

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lit_did.metrics import DIDMetrics
+from lit_did.metrics import DIDEntropy, DIDMetrics, PowerLawExponent
+from tests.metrics import samples
 from tests.metrics.oracle import make_batches
 from tests.metrics.test_metrics import CASES, make
 
@@ -57,6 +58,24 @@ def work(rank: int, processes: int, path: str) -> None:
     if rank == 0:  # and one that computed before another saw more
         late.update(*batches_of(rank, processes)[1])
     results["later"] = {name: value.item() for name, value in late.compute().items()}
+    results["power law"] = []
+    for with_prompts in (False, True):
+        exponent = PowerLawExponent()
+        for batch in samples.log_ratios(with_prompts)[rank::processes]:
+            exponent.update(*batch)
+            results["power law"].append(exponent.compute())
+    idle = PowerLawExponent()
+    if rank == 0:
+        idle.update(*samples.log_ratios(True)[2])
+    results["power law of one process"] = idle.compute()
+    entropy = DIDEntropy()
+    if rank == 1:  # the other has no samples yet
+        entropy.update(**samples.completions())
+    results["entropy of one process"] = [entropy.estimates(), entropy.compute()]
+    entropy.reset()
+    for batch in samples.batches_of(samples.completions())[rank::processes]:
+        entropy.update(**batch)
+    results["entropy"] = [entropy.estimates(), entropy.compute(), entropy.estimates()]
     torch.save(results, f"{path}.{rank}")
     dist.destroy_process_group()
 

@@ -70,16 +70,21 @@ def test_model_without_logits_to_keep(pairs):
 
 def test_losses_follow_their_formulas(pairs):
     batch = collate(pairs)
-    for loss, formula in {
-        "sigmoid": lambda h: (1 + (-0.3 * h).exp()).log(),
-        "ipo": lambda h: (h - 1 / 0.6) ** 2,
-        "hinge": lambda h: (1 - 0.3 * h).clamp(min=0),
-    }.items():
-        module = LitDPO(tiny_llama(0), tiny_llama(1), beta=0.3, loss=loss).eval()
+    chosen_tokens, rejected_tokens = ((batch["labels"] != -100).sum(1)).chunk(2)
+    for options, formula in (
+        ({"loss": "sigmoid"}, lambda c, r: (1 + (-0.3 * (c - r)).exp()).log()),
+        (
+            {"loss": "robust", "label_smoothing": 0.2},
+            lambda c, r: (0.8 * (1 + (-0.3 * (c - r)).exp()).log() - 0.2 * (1 + (0.3 * (c - r)).exp()).log()) / 0.6,
+        ),
+        ({"loss": "ipo"}, lambda c, r: (c / chosen_tokens - r / rejected_tokens - 1 / 0.6) ** 2),
+        ({"loss": "hinge"}, lambda c, r: (1 - 0.3 * (c - r)).clamp(min=0)),
+    ):
+        module = LitDPO(tiny_llama(0), tiny_llama(1), beta=0.3, **options).eval()
         statistics = module.pair_statistics(batch)
-        h = (statistics.chosen.log_ratio - statistics.rejected.log_ratio).double()
-        torch.testing.assert_close(statistics.loss.double(), formula(h), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(statistics.reward_margin.double(), 0.3 * h, atol=1e-6, rtol=1e-6)
+        chosen, rejected = statistics.chosen.log_ratio.double(), statistics.rejected.log_ratio.double()
+        torch.testing.assert_close(statistics.loss.double(), formula(chosen, rejected), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(statistics.reward_margin.double(), 0.3 * (chosen - rejected), atol=1e-6, rtol=1e-6)
 
 
 def test_only_the_policy_gets_a_gradient(pairs):
@@ -133,9 +138,11 @@ def test_a_batch_in_another_layout_is_refused(spoil, message):
     ("arguments", "message"),
     [
         ({"beta": 0}, "`beta` to be above 0, but got 0"),
-        ({"loss": "dpo"}, "`loss` to be one of 'sigmoid', 'ipo', 'hinge', but got 'dpo'"),
+        ({"loss": "dpo"}, "`loss` to be one of 'sigmoid', 'robust', .*, but got 'dpo'"),
         ({"label_smoothing": 0.5}, r"`label_smoothing` to be in \[0, 0.5\)"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "`label_smoothing` to be 0 with `loss='ipo'`"),
+        ({"gamma": 1.0}, "`gamma` to be None with `loss='sigmoid'`"),
+        ({"nll_weight": -1.0, "loss": "cpo"}, "`nll_weight` to be finite and at least 0"),
         ({"warmup_steps": -1}, "`warmup_steps`"),
         ({"warmup_steps": 1.5}, "`warmup_steps`"),
         ({"schedule": "step"}, "`schedule` to be one of"),

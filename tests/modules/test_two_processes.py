@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "projected"])
 def test_two_processes_equal_one(tmp_path, kind):
     results = {}
     for processes in (1, 2):
@@ -22,6 +22,7 @@ def test_two_processes_equal_one(tmp_path, kind):
         results[processes] = [torch.load(f"{path}.{rank}") for rank in range(processes)]
     one = results[1][0]
     assert len(one["steps"]) == 4
+    assert kind != "projected" or all(step["train/gradient_cosine"] > 0 for step in one["steps"])  # the premise
     for rank in results[2]:  # both ranks hold the same truth, not their own share of it
         for name, weight in one["weights"].items():
             # float32 sums in another order, through four steps of Adam

@@ -1,6 +1,6 @@
-"""Trains and validates LitDPO, monitored, on one or two CPU processes: run by test_two_processes.py.
+"""Trains and validates a module, monitored, on one or two CPU processes: run by test_two_processes.py.
 
-python -m tests.modules.two_processes PROCESSES LORA FILE
+python -m tests.modules.two_processes PROCESSES KIND FILE
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lit_did import DIDMonitor, LitDPO
+from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
 
 
@@ -20,15 +20,16 @@ def of(metrics: dict, prefix: str) -> dict[str, float]:
 
 
 class Save(lightning.Callback):
-    """Writes the trained weights, the validation metrics and every training step's metrics, on each rank."""
+    """Writes the trained weights, the validation metrics and every optimiser step's metrics, on each rank."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        logged = trainer.logged_metrics | of(trainer.callback_metrics, "did/train/")
-        self.steps.append({name: float(value) for name, value in logged.items()})
+        if len(self.steps) < trainer.global_step:
+            logged = trainer.logged_metrics | of(trainer.callback_metrics, "did/train/")
+            self.steps.append({name: float(value) for name, value in logged.items()})
 
     def on_fit_end(self, trainer, module):
         torch.save(
@@ -55,19 +56,21 @@ class Pairs(lightning.LightningDataModule):
         return DataLoader(pairs, batch_size, sampler=sampler, collate_fn=collate)
 
 
-def main(processes: int, lora: bool, path: str) -> None:
+def main(processes: int, kind: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    module = LitDPO(
+    module = (LitDPOPG if kind == "projected" else LitDPO)(
         tiny_llama(),
-        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if lora else None,
+        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if kind == "lora" else None,
         learning_rate=1e-2,
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
     )
+    accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes
     run = trainer(
         devices=processes,
         strategy="ddp_spawn" if processes > 1 else "auto",
-        max_epochs=2,
+        max_epochs=2 * accumulate,
+        accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         callbacks=[DIDMonitor(every_n_steps=1), Save(path)],
@@ -76,4 +79,4 @@ def main(processes: int, lora: bool, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "lora", sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

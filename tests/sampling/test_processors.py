@@ -150,9 +150,11 @@ def test_what_other_processors_exclude_stays_excluded():
     )
     assert (output[:, 2:] < 10).all()
     scores = torch.tensor([[0.0, -torch.inf, 1.0] + [0.0] * (VOCABULARY - 3)])
-    excluding = DIDLogitsProcessor(Excluding(tiny_llama(), [1]))
-    assert excluding(inputs["input_ids"], scores).exp()[0, 1] == 0  # on both sides: no NaN
-    assert excluding(inputs["input_ids"], scores).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    second = Excluding(tiny_llama(), [1])
+    for excluding in (DIDLogitsProcessor(second), TargetLogitsProcessor(second, beta=0.5)):
+        chances = excluding(inputs["input_ids"], scores).exp()
+        assert chances[0, 1] == 0  # on both sides: no NaN
+        assert chances.sum().item() == pytest.approx(1, abs=1e-5)
 
 
 class Excluding(nn.Module):
