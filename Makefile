@@ -110,5 +110,6 @@ format: install  ## rewrites the code as `make lint` wants it
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## removes what was built and written
-	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json demo_output bench_output
+	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
+		demo_output bench_output experiment_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

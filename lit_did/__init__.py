@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from lit_did.callbacks import DIDMonitor
     from lit_did.data import PreferenceDataModule
     from lit_did.metrics import DIDMetrics
-    from lit_did.modules import LitDPO
+    from lit_did.modules import LitDPO, LitDPOPG
 
 __version__ = "0.1.0"
 __all__ = [
     "DIDMetrics",
     "DIDMonitor",
     "LitDPO",
+    "LitDPOPG",
     "PreferenceDataModule",
     "SequenceStatistics",
     "TokenStatistics",
@@ -34,6 +35,7 @@ _LAZY = {
     "DIDMetrics": "lit_did.metrics",
     "DIDMonitor": "lit_did.callbacks",
     "LitDPO": "lit_did.modules",
+    "LitDPOPG": "lit_did.modules",
     "PreferenceDataModule": "lit_did.data",
 }
 

@@ -271,8 +271,7 @@ def pareto_k(log_weight: Tensor) -> float:
     log_likelihood = n * (torch.log(-theta / shape) - shape - 1)
     theta = (log_likelihood.nan_to_num(nan=-math.inf).softmax(0) * theta).sum()  # NaN is 0 / 0, where theta is 0
     shape = float(torch.log1p(-theta * excess).mean())
-    # Where excesses span hundreds of orders of magnitude nothing can be fitted.
-    return math.inf if math.isnan(shape) else (n * shape + 10 * 0.5) / (n + 10)
+    return (n * shape + 10 * 0.5) / (n + 10)
 
 
 def _importance_sampling(log_weight: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:

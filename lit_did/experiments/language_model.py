@@ -1,0 +1,158 @@
+"""What the experiments on a real language model share: SmolLM2-135M-Instruct with LoRA, training, sampling, scoring."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models.measuring import measure
+from lit_did.modules import LitDPO
+from lit_did.ops import SequenceStatistics
+
+QUICK = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,  # the usual leaves all log-ratios near 0
+}
+"""of a model that knows nothing"""
+
+
+class LanguageModel(NamedTuple):
+    """A model, never changed, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    def prompt(self, text: str) -> Tensor:
+        """[1, t] token ids of a user's message, up to where the assistant's answer begins."""
+        messages = [{"role": "user", "content": text}]
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return torch.tensor([ids["input_ids"]])
+
+
+def load(quick: bool) -> LanguageModel:
+    """SmolLM2-135M-Instruct; with `quick` a tiny random model with its tokenizer: the same way, in seconds."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from lit_did.demo import smollm2
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    folder = smollm2()
+    if quick:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **QUICK))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return LanguageModel(model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder))
+
+
+def train(
+    language_model: LanguageModel,
+    data: lightning.LightningDataModule | DataLoader,
+    kind: type[LitDPO] = LitDPO,
+    *,
+    steps: int,
+    seed: int,
+    beta: float = 0.1,
+) -> nn.Module:
+    """A LoRA policy of the model, trained by `kind`, in eval mode; its base model is the reference.
+
+    Args:
+        data: Of batches as LitDPO takes them.
+        steps: Optimiser steps of a batch.
+        seed: Of the adapter's initialisation.
+    """
+    lightning.seed_everything(seed, verbose=False)
+    module = kind(
+        copy.deepcopy(language_model.model),
+        beta=beta,
+        lora={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        learning_rate=2e-4,
+        warmup_steps=0.1,
+        schedule="linear",
+    )
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Hints and deprecations of libraries: nothing that a reader of results could do about.
+        hints = (
+            ".*does not have many workers",
+            ".*LeafSpec",
+            ".*in eval mode",
+            ".*is_gradient_checkpointing",
+            ".*is zero",
+        )
+        for message in hints:
+            warnings.filterwarnings("ignore", message=message)
+        trainer = lightning.Trainer(
+            accelerator="auto" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            max_steps=steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, data)
+    return module.policy.eval()
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module, prompt: Tensor, *, count: int, max_new_tokens: int, seed: int, temperature: float = 1.0
+) -> Tensor:
+    """[count, T] int64 completions of `prompt` [1, t] drawn from `model`, -1 after the end of each."""
+    torch.manual_seed(seed)
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=prompt.device)
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=count,
+        pad_token_id=int(ends[0]),
+    )[:, prompt.shape[1] :]
+    ended = torch.isin(output, ends).cumsum(1)
+    return output.masked_fill((ended - torch.isin(output, ends).long()) > 0, -1)
+
+
+def score(policy: nn.Module, prompt: Tensor, completions: Tensor) -> SequenceStatistics:
+    """Statistics [n] of `completions` [n, T] (-1 after the end) of one prompt, under a LoRA policy and its base."""
+    batch = batch_of([(prompt, row[row >= 0]) for row in completions])
+    return measure(policy, None, batch)
+
+
+def batch_of(sequences: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A batch as LitDPO documents it, of pairs of a prompt [1, t] and a completion [n], padded on the right."""
+    length = max(prompt.shape[1] + len(completion) for prompt, completion in sequences)
+    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, (prompt, completion) in enumerate(sequences):
+        begin, end = prompt.shape[1], prompt.shape[1] + len(completion)
+        input_ids[row, :end] = torch.cat([prompt[0], completion])
+        attention_mask[row, :end] = 1
+        labels[row, begin - 1 : end - 1] = completion
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
