@@ -45,6 +45,8 @@ class Size(NamedTuple):
     batch_size: int
     held_out: int
     """pairs of each kind; the rest is trained on"""
+    scored: int
+    """of them, for the statistics of token DIDs"""
     max_length: int
     """tokens of a prompt and its completion"""
     prompts: int
@@ -57,8 +59,8 @@ class Size(NamedTuple):
     """of each prompt, for diversity"""
 
 
-FULL = Size(24, 4, 40, 128, 2, (8, 32), (32, 128), 16, 16)
-QUICK = Size(2, 2, 4, 48, 1, (4, 8), (8, 16), 4, 4)
+FULL = Size(16, 4, 24, 16, 80, 1, (8, 32), (32, 128), 16, 16)
+QUICK = Size(2, 2, 4, 4, 48, 1, (4, 8), (8, 16), 4, 4)
 
 
 def run(options: Options) -> Report:
@@ -106,7 +108,7 @@ def measurements(
     language_model: LanguageModel, policy: nn.Module, kind: str, held_out: dict[str, list[dict]], size: Size, seed: int
 ) -> dict[str, float]:
     """Of a trained policy: its token DIDs on held-out pairs of the kind it was trained on, and its abilities."""
-    statistics = held_out_statistics(language_model, policy, held_out[kind], size)
+    statistics = held_out_statistics(language_model, policy, held_out[kind][: size.scored], size)
     log_vocabulary = math.log(language_model.model.config.vocab_size)
     share = statistics.num_tokens / statistics.num_tokens.sum()
     concentration = log_vocabulary - float((statistics.did_entropy * share).sum())
@@ -244,10 +246,10 @@ def report(rows: list[dict], did: list[dict], size: Size) -> Report:
         "low entropy. Token concentration: log V - H of the token DIDs, a mean over tokens. Log-ratios and margins in "
         "nats a completion, KL and policy entropy in nats a token, the factual margin in nats a token between two "
         "completions.",
-        f"{size.steps} steps of {size.batch_size} pairs; {size.held_out} held-out pairs of each kind; {size.prompts} "
-        f"prompts a seed for candidates (of the reference), SMC and samples ({size.samples} each; diversity: the share "
-        f"of different bigrams). Half width: of SMC's own 95% interval. {sum(reliable)} of {len(reliable)} SMC "
-        "estimates are called reliable.",
+        f"{size.steps} steps of {size.batch_size} pairs; {size.held_out} held-out factual pairs, of each kind "
+        f"{size.scored} for token DIDs; prompts a seed for candidates (of the reference), SMC and samples: "
+        f"{size.prompts} ({size.samples} samples; diversity: the share of different bigrams). Half width: of SMC's own "
+        f"95% interval. {sum(reliable)} of {len(reliable)} SMC estimates are called reliable.",
     ]
     return Report(tables, lambda figure: _draw(figure, rows, smc, size), (15, 4.5), notes)
 

@@ -83,7 +83,7 @@ def train(
         copy.deepcopy(language_model.model),
         beta=beta,
         lora={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        learning_rate=2e-4,
+        learning_rate=4e-4,
         warmup_steps=0.1,
         schedule="linear",
     )

@@ -32,13 +32,15 @@ class Size(NamedTuple):
 
     train_prompts: int
     test_prompts: int
+    pairs: int
+    """of each prompt"""
     max_new_tokens: int
     steps: int
     batch_size: int
 
 
-FULL = Size(64, 16, 24, 40, 4)
-QUICK = Size(4, 2, 6, 2, 2)
+FULL = Size(16, 4, 4, 24, 24, 4)
+QUICK = Size(2, 1, 2, 6, 2, 2)
 
 
 class Pair(NamedTuple):
@@ -63,7 +65,7 @@ def rows(options: Options) -> list[dict]:
     for seed in tqdm(options.all_seeds(), desc="seeds", unit="seed"):
         for name, temperature in TARGETS.items():
             pairs = draw(language_model, temperature, size, seed)
-            train_pairs, test_pairs = pairs[: size.train_prompts], pairs[size.train_prompts :]
+            train_pairs, test_pairs = pairs[: size.train_prompts * size.pairs], pairs[size.train_prompts * size.pairs :]
             loader = DataLoader(
                 train_pairs,
                 size.batch_size,
@@ -88,33 +90,33 @@ def note(options: Options) -> str:
     temperatures = ", ".join(f"{value} ({name})" for name, value in TARGETS.items())
     return (
         f"SmolLM2: LoRA, {size.steps} steps of {size.batch_size} pairs, beta {BETA}; {size.train_prompts} prompts to "
-        f"train on, {size.test_prompts} held out, {size.max_new_tokens} tokens a completion. Chosen ones are the "
-        f"reference's, rejected ones come from the closed form pi_l; the temperature is {temperatures}. Measured where "
+        f"train on, {size.test_prompts} held out, {size.pairs} pairs each of {size.max_new_tokens} tokens. Chosen ones "
+        f"are the reference's, rejected ones come from the closed form pi_l; temperature {temperatures}. Measured where "
         "held-out completions are; DID entropy of the token DIDs there."
     )
 
 
 def draw(language_model: LanguageModel, temperature: float, size: Size, seed: int) -> list[Pair]:
-    """Pairs on the power law, a pair a prompt of the demo's."""
+    """Pairs on the power law, `size.pairs` for each of some of the demo's prompts."""
     texts = [row.pair.prompt for row in read_pairs(PAIRS)]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    # r + beta (r - r / temperature), the logits of rejected completions, is r at another temperature.
+    temperatures = (1.0, 1 / (1 + BETA * (1 - 1 / temperature)))
     pairs = []
     for i in order[: size.train_prompts + size.test_prompts]:
         prompt = language_model.prompt(texts[i])
-        # r + beta (r - r / temperature), the logits of rejected completions, is r at another temperature.
-        temperatures = (1.0, 1 / (1 + BETA * (1 - 1 / temperature)))
         sides = [
             sample(
                 language_model.model,
                 prompt,
-                count=1,
+                count=size.pairs,
                 max_new_tokens=size.max_new_tokens,
                 seed=100_000 * (seed + 1) + 10 * i + number,
                 temperature=value,
-            )[0]
+            )
             for number, value in enumerate(temperatures)
         ]
-        pairs.append(Pair(prompt, *(side[side >= 0] for side in sides)))
+        pairs += [Pair(prompt, *(side[side >= 0] for side in pair)) for pair in zip(*sides, strict=True)]
     return pairs
 
 

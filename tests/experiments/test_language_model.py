@@ -103,12 +103,14 @@ def test_pairs_follow_their_laws(tiny, monkeypatch):
     monkeypatch.setattr(
         tempered,
         "sample",
-        lambda model, prompt, **options: drawn.append(options) or torch.tensor([[70, 71, -1]]),
+        lambda model, prompt, **options: drawn.append(options) or torch.tensor([[70, 71, -1], [72, 73, 74]]),
     )
-    size = tempered.Size(3, 2, 3, 1, 1)
+    size = tempered.Size(3, 2, 2, 3, 1, 1)
     pairs = tempered.draw(tiny, 0.7, size, seed=0)
-    assert len(pairs) == 5
-    assert pairs[0].chosen.tolist() == [70, 71]
+    assert len(pairs) == 10
+    assert [pair.chosen.tolist() for pair in pairs[:2]] == [[70, 71], [72, 73, 74]]
+    assert torch.equal(pairs[0].prompt, pairs[1].prompt)
+    assert {(options["count"], options["max_new_tokens"]) for options in drawn} == {(2, 3)}
     assert [options["temperature"] for options in drawn[::2]] == [1.0] * 5
     assert [options["temperature"] for options in drawn[1::2]] == [pytest.approx(1 / (1 + 0.5 * (1 - 1 / 0.7)))] * 5
     assert len({options["seed"] for options in drawn}) == 10
