@@ -91,8 +91,8 @@ def note(options: Options) -> str:
     return (
         f"SmolLM2: LoRA, {size.steps} steps of {size.batch_size} pairs, beta {BETA}; {size.train_prompts} prompts to "
         f"train on, {size.test_prompts} held out, {size.pairs} pairs each of {size.max_new_tokens} tokens. Chosen ones "
-        f"are the reference's, rejected ones come from the closed form pi_l; temperature {temperatures}. Measured where "
-        "held-out completions are; DID entropy of the token DIDs there."
+        f"are the reference's, rejected ones come from the closed form pi_l; temperature {temperatures}. Measured "
+        "where held-out completions are; DID entropy of the token DIDs there."
     )
 
 
