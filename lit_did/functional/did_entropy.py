@@ -53,7 +53,10 @@ class DIDEntropyEstimate(NamedTuple):
         return self.entropy / max_length
 
     def concentration(self, vocab_size: int, max_length: int) -> float:
-        """T log V - H(q): how far q is from the uniform distribution over all strings of T tokens."""
+        """T log V - H(q): how far q is from the uniform distribution over all strings of T tokens.
+
+        Where completions can end earlier there are fewer of them than V**T, and it is a little above 0 at pi = rho.
+        """
         return max_length * math.log(vocab_size) - self.entropy
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_did.functional.did_entropy import did_entropy_over_candidates
+from lit_did.ops.reference import LARGEST_LOGIT
 
 NextToken = Callable[[Tensor], Tensor]
 """a model: from prefixes [n, t] int64, t from 0, to the next token's logits (or log-probabilities) [n, V]"""
@@ -58,7 +59,8 @@ def enumerate_did(
     Args:
         policy: From prefixes [n, t] int64 on the CPU, t from 0 to max_length - 1, to logits or log-probabilities of the
             next token, [n, V] floats. -inf is a token that never comes.
-        reference: The same of the reference. No completion may be impossible.
+        reference: The same of the reference. No completion may be impossible that is not so for the policy too; what
+            both exclude is left out.
         max_length: T, at least 1.
         eos: The token that ends a completion; without it all have T tokens.
         max_completions: How many to allow: V**T without `eos`, about (V - 1)**T with it. They and their prefixes'
@@ -110,6 +112,8 @@ def enumerate_did(
 
     every = torch.cat(completions)
     policy_logprob, reference_logprob = torch.cat(logprobs, 1)
+    support = (policy_logprob > -torch.inf) | (reference_logprob > -torch.inf)
+    every, policy_logprob, reference_logprob = every[support], policy_logprob[support], reference_logprob[support]
     impossible = reference_logprob == -torch.inf
     if impossible.any():
         example = [token for token in every[impossible][0].tolist() if token >= 0]
@@ -137,7 +141,9 @@ def _next_token(model: NextToken, name: str, prefixes: Tensor, vocab_size: int |
             f"Expected `{name}` to return shape ({len(prefixes)}, {vocab_size or 'V'}) for {len(prefixes)} prefixes, "
             f"but got {tuple(logits.shape)}."
         )
-    logprob = logits.cpu().double().log_softmax(-1)
+    logits = logits.cpu().double()
+    # Masks such as -1e9 and finfo.min mean -inf, as in the operators.
+    logprob = logits.masked_fill(logits < -LARGEST_LOGIT, -torch.inf).log_softmax(-1)
     wrong = logprob.isnan().any(1)  # of NaN, of inf, and of -inf for all tokens
     if wrong.any():
         raise ValueError(

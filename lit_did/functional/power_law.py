@@ -65,10 +65,11 @@ def fit_power_law(
 
     Both log-ratios hold log rho(y), with opposite signs. That attenuates nothing, as they are exact numbers of three
     models, not measurements: on the law every sample lies on the line. Off it, where pi_l and pi have nothing to do
-    with each other, the shared rho alone pulls the exponent towards -1, not towards 0; and rounding of rho's
-    log-probabilities, such as bfloat16's, does the same. The exponent off the law depends on where the completions were
-    drawn from. Read `r_squared`, `linearity_p` and `curvature` beside it: with many samples a curvature that matters to
-    nobody has a small p-value.
+    with each other, the shared rho may pull the exponent below 0, down to -1; and rounding of rho's log-probabilities,
+    such as bfloat16's, does the same. The exponent off the law depends on where the completions were drawn from.
+
+    Read `r_squared`, `linearity_p` and `curvature` beside it: with many samples a curvature that matters to nobody has
+    a small p-value.
 
     Args:
         reference_log_ratio: [N] log rho(y) - log pi_l(y), rho the reference and pi_l the model of the rejected

@@ -125,8 +125,10 @@ def preference_loss(
         losses = -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
     else:
         margin = beta * (chosen - rejected) - (gamma if loss == "simpo" else 0)
-        right, wrong = -(1 - label_smoothing) * logsigmoid(margin), -label_smoothing * logsigmoid(-margin)
-        losses = (right - wrong) / (1 - 2 * label_smoothing) if loss == "robust" else right + wrong
+        losses = -(1 - label_smoothing) * logsigmoid(margin)
+        if label_smoothing:  # 0 times the infinite loss of a margin that is infinite would be NaN
+            wrong = -label_smoothing * logsigmoid(-margin)
+            losses = (losses - wrong) / (1 - 2 * label_smoothing) if loss == "robust" else losses + wrong
     if not nll_weight:
         return losses
     return losses - nll_weight * _per_token(chosen_log_ratio, chosen_num_tokens, "chosen_num_tokens", loss)
@@ -176,3 +178,5 @@ def check_beta(beta: float) -> None:
         raise TypeError(f"Expected `beta` to be a number, but got {beta!r}.")
     if not beta > 0:
         raise ValueError(f"Expected `beta` to be above 0, but got {beta}.")
+    if beta == math.inf:
+        raise ValueError("Expected `beta` to be finite, but got inf.")

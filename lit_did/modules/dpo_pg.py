@@ -1,4 +1,4 @@
-"""LitDPOPG: DPO with projected gradient, which does not push the chosen completions' likelihood down."""
+"""LitDPOPG: DPO with projected gradient, whose direction does not push the chosen completions' likelihood down."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lit_did.modules.dpo import LitDPO, PairStatistics
 from lit_did.ops import SequenceStatistics
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
+"""what `LitDPO.forward` reads of a batch"""
 
 
 class LitDPOPG(LitDPO):
@@ -40,7 +43,8 @@ class LitDPOPG(LitDPO):
 
     def setup(self, stage: str) -> None:
         """Refuses a strategy under which no process holds whole gradients."""
-        if stage == "fit" and not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        # Not isinstance: strategies that shard, such as DeepSpeed's, are subclasses.
+        if stage == "fit" and type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
                 "Expected `strategy` to leave whole gradients on every process with LitDPOPG, as 'auto' on one device "
                 f"and 'ddp' do, but got {type(self.trainer.strategy).__name__}."
@@ -95,7 +99,8 @@ class LitDPOPG(LitDPO):
     def _sides(self, batch: Mapping[str, Tensor]) -> tuple[SequenceStatistics, SequenceStatistics]:
         # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
         pairs = batch["input_ids"].shape[0] // 2
-        return tuple(self({n: v[rows] for n, v in batch.items()}) for rows in (slice(pairs), slice(pairs, None)))
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return tuple(self({n: v[rows] for n, v in inputs.items()}) for rows in (slice(pairs), slice(pairs, None)))
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
         self._log_ratios = (pairs.chosen.log_ratio, pairs.rejected.log_ratio)

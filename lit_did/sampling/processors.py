@@ -7,20 +7,21 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from lit_did.functional.preference import check_beta
-from lit_did.sampling.readers import CachedModel
+from lit_did.sampling.readers import CachedModel, unmasked
 
 
 class _SecondModelProcessor(LogitsProcessor):
     """Knows, at every step of `generate`, the logits of a second model, which reads along with its own cache.
 
     Beam search reorders rows between steps: where the rows read so far are the same in another order, so is the cache.
-    Other rows are read from their beginning, so that one processor serves any number of `generate` calls.
+    Other rows are read from their beginning.
     """
 
     def __init__(self, model: nn.Module, attention_mask: Tensor | None, without_adapter: bool) -> None:
         CachedModel(model, without_adapter=without_adapter)  # raises what is wrong with them
         self._model, self._without_adapter = model, without_adapter
-        self._attention_mask = attention_mask
+        self._attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+        self._prompts: Tensor | None = None  # [prompts, T], those that the mask is of
         self._cached: CachedModel | None = None
         self._read: Tensor | None = None  # [B, t], the rows that it has read
 
@@ -37,7 +38,7 @@ class _SecondModelProcessor(LogitsProcessor):
                 f"Expected both models to have one vocabulary, but the one that generates has {scores.shape[-1]} "
                 f"entries and {type(self._model).__name__} {logits.shape[-1]}."
             )
-        return logits.to(scores)
+        return unmasked(logits).to(scores)
 
     def _goes_on(self, input_ids: Tensor) -> bool:
         """Whether `input_ids` continue the rows that were read; takes those rows' order."""
@@ -48,53 +49,78 @@ class _SecondModelProcessor(LogitsProcessor):
             return True
         same = (begun[:, None] == self._read).all(-1)
         if self._attention_mask is not None:  # rows of other prompts may look the same, but for their padding
-            of_prompt = [
-                torch.arange(len(rows)) * len(self._attention_mask) // len(rows) for rows in (begun, self._read)
-            ]
-            same &= (of_prompt[0][:, None] == of_prompt[1]).to(same.device)
+            now, then = (torch.arange(n) * len(self._attention_mask) // n for n in (len(begun), len(self._read)))
+            same &= (now[:, None] == then).to(same.device)
         if not same.any(1).all():
             return False
         self._cached.select(same.int().argmax(1))
         return True
 
     def _mask(self, input_ids: Tensor) -> Tensor | None:
-        rows, length = input_ids.shape
-        mask = self._attention_mask
-        if mask is not None:
-            if mask.dim() != 2 or mask.shape[1] != length or rows % mask.shape[0]:
-                raise ValueError(
-                    f"Expected `attention_mask` to be that of these prompts, [prompts, {length}] with {rows} rows a "
-                    f"multiple of the prompts, but got {tuple(mask.shape)}: each batch of prompts needs a processor."
-                )
-            return mask.repeat_interleave(rows // mask.shape[0], 0)
+        """The mask of rows that are read from their beginning; [B, t]."""
+        if self._attention_mask is None:
+            self._look_for_padding(input_ids)
+            return None
+        mask, (rows, length) = self._attention_mask, input_ids.shape
+        if mask.dim() != 2 or mask.shape[1] > length or rows % mask.shape[0]:
+            raise ValueError(
+                f"Expected `attention_mask` to be that of these prompts, [prompts, {length}] with {rows} rows a "
+                f"multiple of the prompts, but got {tuple(mask.shape)}."
+            )
+        prompts = input_ids[:: rows // mask.shape[0], : mask.shape[1]]
+        self._prompts = prompts if self._prompts is None else self._prompts
+        if not torch.equal(prompts, self._prompts):
+            raise ValueError(
+                "Expected the prompts that `attention_mask` was given for, but got others: each batch of padded "
+                "prompts needs a processor of its own."
+            )
+        mask = mask.to(input_ids).repeat_interleave(rows // mask.shape[0], 0)
+        return torch.cat([mask, torch.ones_like(input_ids[:, mask.shape[1] :])], 1)
+
+    def _look_for_padding(self, input_ids: Tensor) -> None:
         padding = getattr(getattr(self._model, "config", None), "pad_token_id", None)
-        padded = input_ids[:, 0] == padding if padding is not None else None
-        if padded is not None and padded.any() and not padded.all():
+        padded = input_ids[:, 0] == padding if padding is not None else torch.zeros(1, dtype=torch.bool)
+        if padded.any() and not padded.all():
             raise ValueError(
                 "Expected `attention_mask` for prompts that are padded on the left, but got None, and row "
                 f"{int(padded.nonzero()[0])} begins with the padding token {padding}."
             )
-        return None
+
+
+def _normalised(scores: Tensor, processed: Tensor) -> Tensor:
+    """Log-probabilities of what was made of `scores`, without what these exclude."""
+    logprobs = processed.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)
+    if logprobs.isnan().any():
+        raise ValueError(
+            "Expected both models to return finite logits, or -inf from the second only where the first's are too, but "
+            f"got none that make a distribution in row {int(logprobs.isnan().any(-1).nonzero()[0])}."
+        )
+    return logprobs
 
 
 class DIDLogitsProcessor(_SecondModelProcessor):
     """`policy.generate` with it draws every token from the token DID, softmax(policy_logits - reference_logits).
 
-    Sampled, greedy and beam search, one prompt or a batch. `temperature` divides both logits, as in
-    `lit_did.token_statistics`. Its result is log-probabilities, so that `output_scores` tell the proposal's of
-    `lit_did.functional.estimate_did_entropy`. transformers keeps the 50 likeliest tokens unless told otherwise:
-    `top_k=0` draws from all, as that estimate needs. Entries that the policy's side excludes (-inf) stay excluded.
+    Sampled, greedy and beam search, one prompt or a batch. `generate`'s temperature then divides both logits, as in
+    `lit_did.token_statistics`. transformers keeps the 50 likeliest tokens unless told otherwise: `top_k=0` draws from
+    all. `policy.compute_transition_scores(..., normalize_logits=True)` tells the draws' log-probabilities, the proposal
+    of `lit_did.functional.estimate_did_entropy`. Entries that the policy's side excludes (-inf) stay excluded.
 
     The product of token DIDs is not the DID of completions: for that there is `lit_did.sampling.sample_did`.
 
     Args:
-        reference: A causal language model with the policy's vocabulary; it reads along with its own cache.
-        attention_mask: [prompts, T] that `generate` is given; needed where prompts are padded on the left.
-        without_adapter: `reference` is a PeftModel, such as the policy itself, and is run without its adapter.
+        reference: A causal language model with the policy's vocabulary; it reads along with its own cache. For a LoRA
+            policy give the policy itself, `without_adapter`: peft has put the adapter into its base model. A changed
+            model needs a new processor.
+        attention_mask: [prompts, T] that `generate` is given; needed where prompts are padded on the left. With it, a
+            processor serves these prompts alone. Forgotten, padding is noticed only where the model's `config` has a
+            `pad_token_id`.
+        without_adapter: `reference` is a PeftModel, and is run without its adapter.
 
     Raises:
         TypeError, ValueError: `reference` is no model, or no PeftModel with `without_adapter`. In `generate`: the
-            vocabularies differ, the mask does not fit the prompts, or is missing where padding is seen.
+            vocabularies differ, the mask is not that of the prompts, or is missing where padding is seen, or the
+            reference excludes (-inf) what the policy does not.
 
     Example:
         >>> import torch
@@ -116,8 +142,8 @@ class DIDLogitsProcessor(_SecondModelProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] log-probabilities of the token DID, from the policy's `scores` [B, V]."""
-        log_ratio = scores - self.second_logits(input_ids, scores)
-        return log_ratio.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)
+        scores = unmasked(scores)
+        return _normalised(scores, scores - self.second_logits(input_ids, scores))
 
 
 class TargetLogitsProcessor(_SecondModelProcessor):
@@ -164,5 +190,5 @@ class TargetLogitsProcessor(_SecondModelProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] log-probabilities of the target, from the reference's `scores` [B, V]."""
-        target = scores + (scores - self.second_logits(input_ids, scores)) / self._beta
-        return target.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)
+        scores = unmasked(scores)
+        return _normalised(scores, scores + (scores - self.second_logits(input_ids, scores)) / self._beta)

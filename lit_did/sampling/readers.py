@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from lit_did.functional.enumeration import NextToken
-from lit_did.models.loading import check_adapter_is_all_that_trains, check_same_vocabulary, is_peft
+from lit_did.models.loading import (
+    check_adapter_is_all_that_trains,
+    check_positions_are_kept,
+    check_same_vocabulary,
+    check_separate,
+    is_peft,
+)
 from lit_did.models.measuring import adapter_off, evaluating, unwrapped
+from lit_did.ops.reference import LARGEST_LOGIT
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def unmasked(logits: Tensor) -> Tensor:
+    """`logits` with -inf in place of what masks such as -1e9 and finfo.min mean, as the operators have it."""
+    return logits.masked_fill(logits < -LARGEST_LOGIT, -torch.inf)
 
 
 class CachedModel:
@@ -24,7 +39,7 @@ class CachedModel:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: `without_adapter`, and `model` is no PeftModel.
+        ValueError: `without_adapter`, and `model` is no PeftModel; or its adapter is made of virtual tokens.
     """
 
     def __init__(self, model: nn.Module, *, without_adapter: bool = False) -> None:
@@ -33,6 +48,8 @@ class CachedModel:
         self._model = unwrapped(model)
         if without_adapter and not is_peft(self._model):
             raise ValueError(f"Expected a PeftModel with `without_adapter`, but got {type(self._model).__name__}.")
+        if is_peft(self._model):
+            check_positions_are_kept(self._model)
         self._without_adapter = without_adapter
         inner = self._model.get_base_model() if is_peft(self._model) else self._model
         self._accepts = inspect.signature(inner.forward).parameters
@@ -119,18 +136,21 @@ def as_readers(
     elif not isinstance(reference, nn.Module):
         raise TypeError(f"Expected `reference` to be a language model, but got {type(reference).__name__}.")
     else:
+        check_separate(unwrapped(policy), unwrapped(reference))
         check_same_vocabulary(unwrapped(policy), unwrapped(reference))
         second = CachedModel(reference)
     if prompt is None:
         raise ValueError("Expected `prompt`, the token ids that completions follow, but got None.")
+    if not isinstance(prompt, Tensor | list | tuple):
+        raise TypeError(f"Expected `prompt` to be token ids, a tensor or a list, but got {type(prompt).__name__}.")
     prompt = torch.as_tensor(prompt)
     prompt = prompt[None] if prompt.dim() == 1 else prompt
-    if prompt.dim() != 2 or len(prompt) != 1 or not prompt.shape[1] or prompt.is_floating_point():
+    if prompt.dim() != 2 or len(prompt) != 1 or not prompt.shape[1] or prompt.dtype not in INTEGERS:
         raise ValueError(
             f"Expected `prompt` to be integers of shape [t] or [1, t], t >= 1, but got {prompt.dtype} "
             f"{tuple(prompt.shape)}."
         )
-    return CachedModel(policy), second, prompt
+    return CachedModel(policy), second, prompt.long()
 
 
 def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None) -> list[int]:
@@ -143,7 +163,9 @@ def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None
     if isinstance(eos, str) and eos == "auto":
         config = getattr(unwrapped(policy), "generation_config", None) if isinstance(policy, nn.Module) else None
         ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    if not isinstance(ends, Sequence) or not all(isinstance(token, int) for token in ends):
-        raise TypeError(f'Expected `eos` to be a token id, several, None or "auto", but got {eos!r}.')
-    return sorted(set(ends))
+    if ends is None:
+        return []
+    try:
+        return sorted({index(token) for token in ([ends] if hasattr(ends, "__index__") or ends == "" else ends)})
+    except TypeError:
+        raise TypeError(f'Expected `eos` to be a token id, several, None or "auto", but got {eos!r}.') from None

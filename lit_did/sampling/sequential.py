@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_did.functional.did_entropy import DIDEntropyEstimate, estimate_from_islands
+from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
-from lit_did.sampling.readers import as_readers, ends_of
+from lit_did.sampling.readers import as_readers, ends_of, unmasked
 
 
 class DIDSamples(NamedTuple):
@@ -84,7 +84,7 @@ def sample_did(
             `generation_config`, and none for functions.
         num_samples: K, a multiple of `islands`, at least two particles each. All are read at once, each with keys and
             values of its own.
-        islands: At least two.
+        islands: At least three: fewer cannot disagree.
         resample_below: In [0, 1]. 0 never resamples: the samples are then independent, for
             `lit_did.functional.estimate_did_entropy`.
         confidence: Of the interval, in (0, 1).
@@ -109,7 +109,8 @@ def sample_did(
         >>> round(samples.estimate.entropy, 2), round(float(exact.entropy), 2)
         (2.73, 2.73)
     """
-    _check(num_samples, islands, max_new_tokens, resample_below, confidence)
+    _check(num_samples, islands, max_new_tokens, resample_below)
+    check_confidence(confidence)
     ends = ends_of(policy, eos)
     policy, reference, prompt = as_readers(policy, reference, prompt)
     generator = torch.Generator().manual_seed(seed)
@@ -174,7 +175,7 @@ class _Particles:
         going = ~self.ended
         self.completions[going, step] = tokens[going]
         self.logprobs += torch.where(going, logprobs, 0)
-        self.control += (self.log_weight.softmax(1) * torch.where(going, surprise, 0).view_as(self.log_weight)).sum(1)
+        self.control += (self.log_weight.softmax(1) * surprise.view_as(self.log_weight)).sum(1)  # 0 where ended
         self.ended |= torch.isin(tokens, torch.tensor(ends, dtype=torch.long))
 
     def result(self, confidence: float) -> DIDSamples:
@@ -288,14 +289,14 @@ def _log_completions(vocab_size: int, ends: list[int], max_new_tokens: int) -> T
 
 
 def _wide(logits: Tensor) -> Tensor:
-    return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+    return unmasked(logits.detach() if logits.dtype == torch.float64 else logits.detach().float())
 
 
-def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float, confidence: float) -> None:
+def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float) -> None:
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
-        ("islands", islands, 2),
-        ("num_samples", num_samples, 2 * islands if isinstance(islands, int) else 4),
+        ("islands", islands, 3),
+        ("num_samples", num_samples, 2 * islands if isinstance(islands, int) else 6),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")
@@ -303,5 +304,3 @@ def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: 
         raise ValueError(f"Expected `num_samples` to be a multiple of `islands`, {islands}, but got {num_samples}.")
     if not 0 <= resample_below <= 1:
         raise ValueError(f"Expected `resample_below` to be in [0, 1], but got {resample_below}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")

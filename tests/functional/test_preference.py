@@ -234,6 +234,14 @@ def test_options_out_of_range_or_of_another_loss_are_refused(options, error, mes
         preference_loss(*sides, **options, **tokens)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "cpo", "simpo"])
+def test_a_policy_that_excludes_the_rejected_completion_loses_nothing(loss):
+    options = {"nll_weight": 0.0} if loss in REFERENCE_FREE_LOSSES else {}
+    sides = (torch.tensor([-1.0]), torch.tensor([-torch.inf]))
+    losses = preference_loss(*sides, loss=loss, chosen_num_tokens=1, rejected_num_tokens=1, **options)
+    assert losses.tolist() == [0]
+
+
 def test_margin_and_accuracy():
     chosen, rejected = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, -2.0, 3.0])
     assert pair_margin(chosen, rejected, 0.5).tolist() == [0.0, 2.0, -2.0]

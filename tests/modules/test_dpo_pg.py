@@ -10,7 +10,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lit_did import LitDPO, LitDPOPG
@@ -260,11 +260,22 @@ def test_objectives_that_it_does_not_have_are_refused(options, message):
         LitDPOPG(tiny_gpt2(), **options)
 
 
-def test_a_strategy_that_shards_gradients_is_refused():
+class ShardingDDP(DDPStrategy):
+    """A DDPStrategy by name, as DeepSpeed's are."""
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ShardingDDP])
+def test_a_strategy_that_shards_gradients_is_refused(strategy):
     run = trainer(max_epochs=1)
-    run._accelerator_connector.strategy = FSDPStrategy()  # the Trainer itself wants a GPU for it
+    run._accelerator_connector.strategy = strategy()  # the Trainer itself wants a GPU for it
     module = projecting()
     module.trainer = run
     module.setup("validate")
-    with pytest.raises(ValueError, match=r"`strategy` to leave whole gradients .* but got FSDPStrategy"):
+    with pytest.raises(ValueError, match=rf"`strategy` to leave whole gradients .* but got {strategy.__name__}"):
         module.setup("fit")
+
+
+def test_a_batch_may_hold_what_is_no_tensor():
+    batch = {**collate(make_pairs(2)), "index": torch.arange(2), "name": "first", "epoch": 3, "nothing": None}
+    for ours, theirs in zip(LitDPOPG(tiny_gpt2())._sides(batch), LitDPO(tiny_gpt2())._sides(batch), strict=True):
+        torch.testing.assert_close(ours.policy_logprob, theirs.policy_logprob)

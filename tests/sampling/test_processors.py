@@ -131,6 +131,46 @@ def test_one_processor_serves_several_calls():
         assert torch.equal(again.sequences, fresh.sequences)
 
 
+def test_a_mask_belongs_to_its_prompts():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    first, second = padded([[5, 6, 7], [8]]), padded([[9], [10, 11, 12]])
+    processor = DIDLogitsProcessor(reference, attention_mask=first["attention_mask"])
+    generate(policy, first, processor)
+    generate(policy, first, processor)
+    with pytest.raises(ValueError, match="the prompts that `attention_mask` was given for, but got others"):
+        generate(policy, second, processor)
+
+
+def test_assisted_decoding_goes_back():
+    # Prompt lookup proposes several tokens and takes some of them back: rows get shorter and change.
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, 8).long()}
+    plain, assisted = (
+        generate(
+            policy,
+            inputs,
+            DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"]),
+            do_sample=False,
+            top_k=None,
+            **options,
+        ).sequences
+        for options in ({}, {"prompt_lookup_num_tokens": 2})
+    )
+    assert torch.equal(plain, assisted)
+
+
+def test_a_second_model_must_not_exclude_what_the_first_does_not():
+    policy = tiny_llama(seed=0)
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    for processor in (
+        DIDLogitsProcessor(Excluding(tiny_llama(), [1])),
+        TargetLogitsProcessor(Excluding(tiny_llama(), [1]), beta=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"-inf from the second only .*, but got .* row 0"):
+            generate(policy, inputs, processor, do_sample=False, top_k=None)
+
+
 def test_it_reads_every_token_once():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     read = []
@@ -271,8 +311,8 @@ def test_errors(make, error, words):
         (lambda: DIDLogitsProcessor(tiny_llama(vocab_size=70)), "one vocabulary, .* has 67 entries and Llama.* 70"),
         (lambda: DIDLogitsProcessor(tiny_llama(pad_token_id=PAD)), "`attention_mask` for prompts .* row 1 begins with"),
         (
-            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(3, 4)),
-            r"`attention_mask` to be that of these prompts, \[prompts, 5\] .* got \(3, 4\)",
+            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(3, 6)),
+            r"`attention_mask` to be that of these prompts, \[prompts, 5\] .* got \(3, 6\)",
         ),
         (
             lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(2, 5)),

@@ -193,13 +193,13 @@ def test_nothing_overflows():
         lambda prefixes: reference.expand(len(prefixes), -1),
         max_new_tokens=256,
         eos=0,
-        num_samples=4,
-        islands=2,
+        num_samples=6,
+        islands=3,
     )
     # Every prefix has the same sum: no noise but float32's rounding, 1e-6 of numbers of some ten in each of 256 steps.
     assert samples.estimate.log_partition == pytest.approx(float(log_partition), abs=1e-2)
     assert samples.estimate.entropy == pytest.approx(float(log_partition - mean), abs=1e-2)
-    assert samples.lengths.tolist() == [256] * 4
+    assert samples.lengths.tolist() == [256] * 6
 
 
 # --- what it may be given ---------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_nothing_after_the_end_is_looked_at():
 
         return function
 
-    options = {"max_new_tokens": 6, "eos": 0, "num_samples": 400, "resample_below": 0.7}
+    options = {"max_new_tokens": 6, "eos": 0, "num_samples": 400, "resample_below": 0.95}
     plain, steep, broken = (
         quiet(then(policy, value), then(reference, 0.0), **options) for value in (0.0, 50.0, math.nan)
     )
@@ -354,6 +354,43 @@ def test_tokens_that_the_policy_excludes_never_come():
         samples = quiet(as_function(policy), as_function(other), max_new_tokens=4, eos=0, num_samples=400)
         assert not (samples.completions == 2).any()
         assert samples.estimate.entropy == pytest.approx(exact_without(policy, other, 4), abs=0.2)
+
+
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min])
+def test_large_numbers_mask_as_infinity_does(mask):
+    estimates, truths = [], []
+    for value in (mask, -math.inf):
+        models = [as_function(x.float().index_fill(1, torch.tensor([2]), value)) for x in bigrams(6, 1.0)]
+        estimates.append(quiet(*models, max_new_tokens=4, eos=0, num_samples=64).estimate)
+        truths.append(enumerate_did(*models, max_length=4, eos=0))
+    assert estimates[0][:5] == estimates[1][:5]
+    assert truths[0].entropy == truths[1].entropy
+    assert len(truths[0].completions) == 1 + 4 + 4**2 + 4**3 + 4**4  # of five tokens
+    assert not (truths[0].completions == 2).any()
+
+
+def test_a_policy_and_its_own_base_are_not_two_models():
+    # peft changes the base in place: as a reference it would be the policy, and its DID the uniform distribution.
+    base = tiny_llama()
+    policy = add_lora(base, {"r": 4, "target_modules": "all-linear"})
+    with pytest.raises(ValueError, match="they share parameters"):
+        quiet(policy, base, [5, 6], max_new_tokens=2, num_samples=8)
+
+
+def test_virtual_tokens_are_refused():
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    tuned = peft.get_peft_model(tiny_llama(), config)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        quiet(tuned, tiny_llama(), [5, 6], max_new_tokens=2, num_samples=8)
+
+
+def test_ends_as_numpy_integers():
+    policy, reference = (as_function(logits) for logits in bigrams(6, 1.0))
+    options = {"max_new_tokens": 4, "num_samples": 8}
+    ours = quiet(policy, reference, eos=np.int64(2), **options)
+    assert torch.equal(ours.completions, quiet(policy, reference, eos=[2, 2], **options).completions)
 
 
 def exact_without(policy: Tensor, reference: Tensor, max_length: int) -> float:
@@ -430,6 +467,7 @@ def test_verdict(log_partition, distinct, words):
 
 FUNCTION = as_function(bigrams(4, 1.0)[0])
 LLAMA = tiny_llama()
+MODELS = {"policy": LLAMA, "reference": tiny_llama(seed=1)}
 NAN = torch.full((4, 4), math.nan)
 IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
 
@@ -438,7 +476,7 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
     ("change", "error", "words"),
     [
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` to be an integer of at least 1, but got 0"),
-        ({"islands": 1}, ValueError, "`islands` to be an integer of at least 2, but got 1"),
+        ({"islands": 2}, ValueError, "`islands` to be an integer of at least 3, but got 2"),
         ({"num_samples": 7}, ValueError, "`num_samples` to be an integer of at least 8, but got 7"),
         ({"num_samples": 10}, ValueError, "`num_samples` to be a multiple of `islands`, 4, but got 10"),
         ({"num_samples": 8.0}, ValueError, "`num_samples` to be an integer of at least 8, but got 8.0"),
@@ -446,6 +484,7 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
         ({"confidence": 0}, ValueError, r"`confidence` to be in \(0, 1\), but got 0"),
         ({"eos": 4}, ValueError, r"`eos` to be in \[0, 4\), but got 4"),
         ({"eos": -1}, ValueError, r"`eos` to be in \[0, 4\), but got -1"),
+        ({"eos": ""}, TypeError, "`eos` to be a token id, several, None or .*''"),
         ({"eos": "eos"}, TypeError, "`eos` to be a token id, several, None or .*'eos'"),
         ({"eos": 1.5}, TypeError, "`eos` to be a token id, several, None or .*1.5"),
         ({"prompt": [1]}, ValueError, "`prompt` to be None with functions"),
@@ -453,9 +492,12 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
         ({"reference": LLAMA}, TypeError, "`reference` to be a function of prefixes, .* LlamaForCausalLM"),
         ({"policy": LLAMA, "prompt": [1]}, TypeError, "`reference` to be a language model, but got function"),
         ({"policy": LLAMA, "reference": None}, ValueError, "`reference`, or a PeftModel as `policy`"),
-        ({"policy": LLAMA, "reference": LLAMA}, ValueError, "`prompt`, the token ids .* but got None"),
-        ({"policy": LLAMA, "reference": LLAMA, "prompt": [[1], [2]]}, ValueError, r"`prompt` .*\(2, 1\)"),
-        ({"policy": LLAMA, "reference": LLAMA, "prompt": torch.zeros(1, 0).long()}, ValueError, r"`prompt` .*\(1, 0\)"),
+        ({"policy": LLAMA, "reference": LLAMA, "prompt": [1]}, ValueError, "they share parameters"),
+        ({**MODELS}, ValueError, "`prompt`, the token ids .* but got None"),
+        ({**MODELS, "prompt": [[1], [2]]}, ValueError, r"`prompt` .*\(2, 1\)"),
+        ({**MODELS, "prompt": torch.zeros(1, 0).long()}, ValueError, r"`prompt` .*\(1, 0\)"),
+        ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list, but got str"),
+        ({**MODELS, "prompt": [True]}, ValueError, "`prompt` to be integers .* torch.bool"),
         (
             {"policy": LLAMA, "reference": tiny_llama(vocab_size=VOCABULARY + 1), "prompt": [1]},
             ValueError,
