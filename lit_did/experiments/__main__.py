@@ -18,7 +18,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lit_did.experiments",
         description="Runs a controlled experiment, prints its tables and writes CSV files and a picture.",
-        epilog="experiments:\n" + "\n".join(f"  {name:10} {question}" for name, question in EXPERIMENTS.items()),
+        epilog="experiments:\n"
+        + "\n".join(f"  {name:10} {experiment.question}" for name, experiment in EXPERIMENTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -30,10 +31,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Path("experiment_output"),
         help="folder for what is written (default: %(default)s)",
     )
-    add("--seeds", type=_whole_number(2, 1000), help="replicates (default: 5; with --quick 2)")
+    usual = ", ".join(f"{experiment.seeds} for {name}" for name, experiment in EXPERIMENTS.items())
+    add("--seeds", type=_whole_number(2, 1000), help=f"replicates (default: {usual}; with --quick 2)")
     add("--seed", type=_whole_number(0, 2**32 - 1), default=0, help="of the first replicate (default: %(default)s)")
     parsed = parser.parse_args(arguments)
-    parsed.seeds = parsed.seeds or (2 if parsed.quick else 5)
+    parsed.seeds = parsed.seeds or (2 if parsed.quick else EXPERIMENTS[parsed.name].seeds)
     return parsed
 
 

@@ -28,10 +28,13 @@ def run(*arguments: object) -> int:
 
 
 def test_every_experiment_is_there():
-    for name, question in EXPERIMENTS.items():
+    for name, experiment in EXPERIMENTS.items():
         module = importlib.import_module(f"lit_did.experiments.{name}")
         assert callable(module.run)
-        assert question
+        assert experiment.question
+        assert command.parse_arguments([name]).seeds == experiment.seeds >= 3
+        assert command.parse_arguments([name, "--quick"]).seeds == 2
+        assert command.parse_arguments([name, "--quick", "--seeds", "4"]).seeds == 4
 
 
 def test_same_seed_same_bytes(small, tmp_path):
