@@ -52,8 +52,8 @@ class DIDMonitor(Callback):
     own DistributedSampler repeats them; `PreferenceDataModule` marks them, and they do not.
 
     Raises:
-        TypeError, ValueError: An argument is out of range; from the first batch on, what is missing in the module or
-            the batch.
+        TypeError, ValueError: An argument is out of range; at the first step that it measures, what is missing in the
+            module or the batch.
 
     Example:
         >>> from lightning import Trainer

@@ -18,9 +18,7 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "reward": Experiment("which preference loss learns the target policy, on the power law and off it", 5),
     "dynamics": Experiment("what DPO does to likelihoods and to the policy's entropy, against the theory", 3),
-    "entropy": Experiment(
-        "the entropy of a real language model's DID after DPO and DPO-PG, and what was learned", 3
-    ),
+    "entropy": Experiment("the entropy of a real language model's DID after DPO and DPO-PG, and what was learned", 3),
 }
 """{name of the module: what it is}"""
 

@@ -68,12 +68,14 @@ def run(options: Options) -> Report:
         tempered.table(options),
     ]
     notes = [
-        f"{size} completions; preferences on the power law, exponent {BETA}. Chosen and rejected: the means of "
-        f"log pi - log rho over them. Entropy: of the policy. DID entropy: at most log N = {math.log(size):.3f}. "
-        "Margin: chosen less rejected.",
+        f"{size} completions; preferences on the power law, exponent {BETA}. Target: pi* proportional to rho q, with q "
+        "a power of rho (along), of 1 / rho (against), or unrelated to rho. DID: q's entropy, or what q is. Chosen and "
+        "rejected: the means of log pi - log rho over them. Entropy: of the policy. DID entropy: at most log N = "
+        f"{math.log(size):.3f}. Margin: chosen less rejected, here the last one of each method. Chosen from: rho, or "
+        "between rho and pi*, so that chosen and rejected completions carry half the law each.",
         f"DPO, {STEPS} steps of Adam: {sum(error < 0.01 for error in errors)} of {len(errors)} runs end within 0.01 "
-        f"nats of these changes, the furthest within {max(errors):.2g}. The highest chosen change of any run at any "
-        f"step was {highest:.2g}.",
+        f"nats of these changes, the furthest within {max(errors):.2g} (where pi* needs completions that rho "
+        f"almost never draws). The highest chosen change of any run at any step was {highest:.2g}.",
         f"DPO-PG on DIDs with entropy log N - {CONCENTRATIONS[1]:g}. With a tenth of the step size it ends at "
         f"{slower['rho']:.2f} of the margin where chosen completions come from rho: there it learns only by "
         f"overshooting. Where they carry half the law, {slower['between']:.2f}.",

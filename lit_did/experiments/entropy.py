@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo import PAIRS
-from lit_did.experiments.language_model import LanguageModel, batch_of, load, sample, score, train
+from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, batch_of, load, sample, score, train
 from lit_did.experiments.reporting import Options, Report, Table, describe
 from lit_did.functional import did_entropy_over_candidates
 from lit_did.models.measuring import measure
@@ -91,7 +91,7 @@ def run(options: Options) -> Report:
             ("token_concentration", "kl", "concentration_per_kl", "chosen_log_ratio", "margin"), 0.0
         )
         rows.append(about | unchanged | abilities(language_model, language_model.model, held_out, size, seed))
-    return report(rows, smc_rows, size)
+    return report(QUICK_NAME if options.quick else NAME, rows, smc_rows, size)
 
 
 def split(seed: int, held_out: int) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
@@ -152,7 +152,7 @@ def did_rows(
 ) -> list[dict[str, Any]]:
     """The DID's entropy over K candidates, and of whole completions by SMC with K particles, a row a prompt and K."""
     rows = []
-    vocab_size, length = language_model.model.config.vocab_size, size.max_new_tokens
+    length = size.max_new_tokens
     for i, prompt in enumerate(prompts(language_model, held_out[kind], size)):
         # The reference's own completions: the same for every policy of this seed.
         candidates = sample(
@@ -164,16 +164,17 @@ def did_rows(
             entropy = float(did_entropy_over_candidates(*groups).mean())
             rows.append({"prompt": i, "estimate": "candidates", "K": count, "concentration": math.log(count) - entropy})
         for count in size.particles:
-            estimate = sample_did(
+            samples = sample_did(
                 policy, None, prompt, max_new_tokens=length, num_samples=count, seed=seed, progress=False
-            ).estimate
+            )
+            estimate = samples.estimate
             rows.append(
                 {
                     "prompt": i,
                     "estimate": "SMC",
                     "K": count,
-                    "concentration": estimate.concentration(vocab_size, length),
-                    "entropy_per_token": estimate.per_token(length),
+                    "concentration": samples.concentration,
+                    "entropy_per_token": samples.entropy_per_token,
                     "half_width": (estimate.upper - estimate.lower) / 2,
                     "reliable": estimate.reliable,
                 }
@@ -212,7 +213,7 @@ def distinct_bigrams(completions: Tensor) -> float:
     return len(pairs.unique(dim=0)) / max(1, len(pairs))
 
 
-def report(rows: list[dict], did: list[dict], size: Size) -> Report:
+def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
     """The tables and the picture."""
     seeds = sorted({row["seed"] for row in rows})
     by = ("trained_on", "method")
@@ -224,16 +225,21 @@ def report(rows: list[dict], did: list[dict], size: Size) -> Report:
     tables = [
         Table(
             "entropy",
-            "Policies, at held-out pairs and in samples of their own",
+            f"Policies from {name}: at held-out pairs, and in samples of their own",
             rows,
             by,
             ("token_concentration", "kl", "chosen_log_ratio", "margin", "policy_entropy", "diversity"),
         ),
         Table("entropy_facts", "Held-out factual questions", facts, by, FACTS),
+        Table("entropy_candidates", f"DID over K candidates: log K - H, {length}", candidates, by, CONCENTRATION, "K"),
         Table(
-            "entropy_candidates", f"The DID over K candidates, log K - H, {length}", candidates, by, CONCENTRATION, "K"
+            "entropy_smc",
+            f"DID of completions by SMC, K particles: log of their number - H, {length}",
+            smc,
+            by,
+            SMC_VALUES,
+            "K",
         ),
-        Table("entropy_smc", f"The DID of whole completions by SMC, T log V - H, {length}", smc, by, SMC_VALUES, "K"),
         Table("entropy_differences", "Differences, seed by seed", claims, ("of", "between"), ("difference",)),
         *(
             Table(f"entropy_{name.lower()}_prompts", "", [row for row in did if row["estimate"] == name])
@@ -332,6 +338,6 @@ def _draw(figure: Figure, rows: Sequence[dict], smc: Sequence[dict], size: Size)
         label="reference",
     )
     describe(tokens, "Token DIDs: log V - H", "KL from the reference (nats a token)", "nats a token")
-    title = f"DID of whole completions: T log V - H, T = {size.max_new_tokens}, by SMC"
+    title = f"DID of whole completions by SMC: concentration, T = {size.max_new_tokens}"
     describe(completions, title, "KL from the reference (nats a token)", "nats")
     describe(abilities_, "What the policies can do", "share of different bigrams", "factual accuracy")

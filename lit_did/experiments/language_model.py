@@ -18,6 +18,8 @@ from lit_did.models.measuring import measure
 from lit_did.modules import LitDPO
 from lit_did.ops import SequenceStatistics
 
+NAME = "SmolLM2-135M-Instruct"
+QUICK_NAME = "a tiny random model, which tells nothing of the claims"
 QUICK = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lit_did.data import read_pairs
 from lit_did.demo import PAIRS
-from lit_did.experiments.language_model import LanguageModel, batch_of, load, sample, score, train
+from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, batch_of, load, sample, score, train
 from lit_did.experiments.reporting import Options, Table
 from lit_did.models.measuring import evaluating
 from lit_did.ops import SequenceStatistics, sequence_statistics
@@ -53,7 +53,7 @@ class Pair(NamedTuple):
 
 def table(options: Options) -> Table:
     """`rows`, to be shown."""
-    title = "SmolLM2 towards softmax(r / temperature), in nats a token"
+    title = f"{QUICK_NAME if options.quick else NAME}: towards softmax(r / temperature), in nats a token"
     return Table("dynamics_language_model", title, rows(options), ("target", "of"), CHANGES)
 
 
@@ -89,10 +89,10 @@ def note(options: Options) -> str:
     size = QUICK if options.quick else FULL
     temperatures = ", ".join(f"{value} ({name})" for name, value in TARGETS.items())
     return (
-        f"SmolLM2: LoRA, {size.steps} steps of {size.batch_size} pairs, beta {BETA}; {size.train_prompts} prompts to "
-        f"train on, {size.test_prompts} held out, {size.pairs} pairs each of {size.max_new_tokens} tokens. Chosen ones "
-        f"are the reference's, rejected ones come from the closed form pi_l; temperature {temperatures}. Measured "
-        "where held-out completions are; DID entropy of the token DIDs there."
+        f"The language model: LoRA, {size.steps} steps of {size.batch_size} pairs, beta {BETA}; {size.train_prompts} "
+        f"prompts to train on, {size.test_prompts} held out, {size.pairs} pairs each of {size.max_new_tokens} tokens. "
+        "Chosen ones are the reference's, rejected ones come from the closed form pi_l; temperature "
+        f"{temperatures}. Measured where held-out completions are; DID entropy of the token DIDs there."
     )
 
 

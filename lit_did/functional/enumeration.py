@@ -53,6 +53,9 @@ def enumerate_did(
 ) -> EnumeratedDID:
     """Every completion of two small models, with its probabilities, log Z and H(q).
 
+    A transformers model becomes such a function, for a prompt [1, t], as
+    `lambda prefixes: model(torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)).logits[:, -1]`.
+
     A completion ends with `eos` or is cut at `max_length` tokens. Both models are called once a length, with all
     prefixes of it: a function with a larger model inside must split them. What it returns is normalised in float64.
 

@@ -116,6 +116,11 @@ class StatisticsMetric(DIDMetric):
         return self.value(getattr(self, self._totals), getattr(self, self._counts))
 
 
+def with_prefix(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`values` with `prefix` before their names."""
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
 def state_name(quantity: str, part: str, settings: dict[str, Any]) -> str:
     """The name of a state: it tells apart all states that may differ, now or later.
 

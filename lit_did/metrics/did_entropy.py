@@ -18,7 +18,7 @@ from lit_did.functional.did_entropy import (
     estimate_did_entropy,
     kind,
 )
-from lit_did.metrics.base import DIDMetric, state_name
+from lit_did.metrics.base import DIDMetric, state_name, with_prefix
 
 
 class DIDEntropy(DIDMetric):
@@ -45,7 +45,9 @@ class DIDEntropy(DIDMetric):
     Args:
         confidence: Of the interval, in (0, 1).
         max_length: T, the number of tokens at which completions are cut.
-        vocab_size: V; needs `max_length`.
+        vocab_size: V, the width of the logits; needs `max_length`.
+        only: The name of the value to return, as a scalar, such as "entropy"; None returns a dict of all.
+        prefix: Before the names in that dict: two metrics' names must not meet in one `log_dict`.
         padding: What fills `sequences` [N, T] after a completion's end, so that it does not matter how long the others
             of its batch are.
         kwargs: Of `torchmetrics.Metric`.
@@ -79,6 +81,8 @@ class DIDEntropy(DIDMetric):
         confidence: float = 0.95,
         max_length: int | None = None,
         vocab_size: int | None = None,
+        only: str | None = None,
+        prefix: str = "",
         padding: int = -1,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +96,10 @@ class DIDEntropy(DIDMetric):
         if isinstance(padding, bool) or not isinstance(padding, int):
             raise TypeError(f"Expected `padding` to be an integer, but got {padding!r}.")
         self.confidence, self.max_length, self.vocab_size, self.padding = confidence, max_length, vocab_size, padding
+        self.only, self.prefix = only, prefix
+        choices = list(self._values({}))
+        if only is not None and only not in choices:
+            raise ValueError(f"Expected `only` to be None or one of {', '.join(map(repr, choices))}, but got {only!r}.")
         # [N, 3] float64: log pi, log rho, log g; [N, 2] int64: prompt and sequence.
         self._logprobs, self._ids = (
             state_name("did_entropy", part, {"padding": padding}) for part in ("logprobs", "ids")
@@ -144,12 +152,13 @@ class DIDEntropy(DIDMetric):
         getattr(self, self._logprobs).append(logprobs)
         getattr(self, self._ids).append(ids)
 
-    def compute(self) -> dict[str, Tensor]:
-        """{name: value} of all updates since the last reset, on all processes."""
-        return {
+    def compute(self) -> dict[str, Tensor] | Tensor:
+        """{name: value}, or the value of `only`, of all updates since the last reset, on all processes."""
+        values = {
             name: torch.tensor(value, dtype=torch.float64, device=self.device)
             for name, value in self._values(self._estimates()).items()
         }
+        return with_prefix(values, self.prefix) if self.only is None else values[self.only]
 
     def estimates(self) -> dict[int, DIDEntropyEstimate | None]:
         """{prompt: its estimate, None where it has none}, on all processes, which must all call it, as `compute`."""

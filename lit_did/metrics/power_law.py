@@ -15,7 +15,7 @@ from lit_did.functional.power_law import (
     power_law_sums,
     power_law_value,
 )
-from lit_did.metrics.base import DIDMetric
+from lit_did.metrics.base import DIDMetric, with_prefix
 
 
 class PowerLawExponent(DIDMetric):
@@ -28,6 +28,7 @@ class PowerLawExponent(DIDMetric):
 
     Args:
         only: The name of the one to return, as a scalar, such as "exponent"; None returns a dict of all.
+        prefix: Before the names in that dict: two metrics' names must not meet in one `log_dict`.
         confidence: Of the interval from `lower` to `upper`, in (0, 1).
         kwargs: Of `torchmetrics.Metric`.
 
@@ -47,13 +48,13 @@ class PowerLawExponent(DIDMetric):
     is_differentiable = False
     higher_is_better = None
 
-    def __init__(self, *, only: str | None = None, confidence: float = 0.95, **kwargs: Any) -> None:
+    def __init__(self, *, only: str | None = None, prefix: str = "", confidence: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if only is not None and only not in PowerLawFit._fields:
             choices = ", ".join(map(repr, PowerLawFit._fields))
             raise ValueError(f"Expected `only` to be None or one of {choices}, but got {only!r}.")
         check_confidence(confidence)
-        self.only, self.confidence = only, confidence
+        self.only, self.prefix, self.confidence = only, prefix, confidence
         # Counts too are float64, exact to 2**53, so that one function merges it all.
         zeros = torch.zeros(sum(SIZES.values()), dtype=torch.float64)
         self.add_state("power_law_sums", zeros, dist_reduce_fx=merge_power_law_sums)
@@ -78,4 +79,4 @@ class PowerLawExponent(DIDMetric):
         """The fit of all updates since the last reset, on all processes."""
         fit = power_law_value(self.power_law_sums, self.confidence)
         values = {name: self.power_law_sums.new_tensor(value) for name, value in fit._asdict().items()}
-        return values if self.only is None else values[self.only]
+        return with_prefix(values, self.prefix) if self.only is None else values[self.only]

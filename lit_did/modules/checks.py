@@ -48,6 +48,17 @@ def check_did_entropy_weight(weight: float, loss: str) -> None:
         )
 
 
+def check_token_ids(policy: nn.Module, input_ids: Tensor) -> None:
+    """Raises ValueError if a token is beyond the policy's vocabulary: on a GPU the failure would name nothing."""
+    embeddings = policy.get_input_embeddings() if hasattr(policy, "get_input_embeddings") else None
+    size, largest = getattr(embeddings, "num_embeddings", None), int(input_ids.max())
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: are they another "
+            "model's tokenizer's?"
+        )
+
+
 def warn_unless_policy_is_reference(
     policy: nn.Module, adapter: bool, log_ratio: Tensor, num_tokens: Tensor, loss: Tensor, expected_loss: Tensor
 ) -> None:

@@ -17,7 +17,12 @@ from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
 from lit_did.metrics import DIDMetrics, LikelihoodDisplacement, PreferenceLoss
 from lit_did.models import loading, measuring
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.modules.checks import check_batch, check_did_entropy_weight, warn_unless_policy_is_reference
+from lit_did.modules.checks import (
+    check_batch,
+    check_did_entropy_weight,
+    check_token_ids,
+    warn_unless_policy_is_reference,
+)
 from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
 from lit_did.ops import SequenceStatistics, sequence_statistics
 from lit_did.ops.extension import BACKENDS
@@ -245,6 +250,7 @@ class LitDPO(lightning.LightningModule):
         """The statistics, loss and reward margin of every pair of a batch."""
         if not self._batch_checked:
             check_batch(batch)
+            check_token_ids(self.policy, batch["input_ids"])
             self._batch_checked = True
         chosen, rejected = self._sides(batch)
         loss = self._loss(chosen, rejected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
@@ -69,6 +71,15 @@ class _SecondModelProcessor(LogitsProcessor):
             )
         prompts = input_ids[:: rows // mask.shape[0], : mask.shape[1]]
         self._prompts = prompts if self._prompts is None else self._prompts
+        if not torch.equal(prompts.repeat_interleave(rows // mask.shape[0], 0), input_ids[:, : mask.shape[1]]):
+            raise ValueError(
+                f"Expected `attention_mask` to have a row for each prompt, but got {mask.shape[0]} for {rows} rows of "
+                "different prompts."
+            )
+        if not mask[:, -1].all():
+            raise ValueError(
+                "Expected `attention_mask` of prompts that are padded on the left, but got one that ends in 0."
+            )
         if not torch.equal(prompts, self._prompts):
             raise ValueError(
                 "Expected the prompts that `attention_mask` was given for, but got others: each batch of padded "
@@ -102,9 +113,10 @@ class DIDLogitsProcessor(_SecondModelProcessor):
     """`policy.generate` with it draws every token from the token DID, softmax(policy_logits - reference_logits).
 
     Sampled, greedy and beam search, one prompt or a batch. `generate`'s temperature then divides both logits, as in
-    `lit_did.token_statistics`. transformers keeps the 50 likeliest tokens unless told otherwise: `top_k=0` draws from
-    all. `policy.compute_transition_scores(..., normalize_logits=True)` tells the draws' log-probabilities, the proposal
-    of `lit_did.functional.estimate_did_entropy`. Entries that the policy's side excludes (-inf) stay excluded.
+    `lit_did.token_statistics`. What truncates or changes scores applies to the DID: transformers keeps the 50 likeliest
+    tokens unless told `top_k=0`, and a checkpoint's own `generation_config` may set `top_p` and others. Entries that
+    the policy's side excludes (-inf) stay excluded. To estimate H(q), take `lit_did.sampling.sample_did`: with
+    `resample_below=0` it draws independent samples from the token DIDs and tells their log-probabilities.
 
     The product of token DIDs is not the DID of completions: for that there is `lit_did.sampling.sample_did`.
 
@@ -143,7 +155,16 @@ class DIDLogitsProcessor(_SecondModelProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] log-probabilities of the token DID, from the policy's `scores` [B, V]."""
         scores = unmasked(scores)
-        return _normalised(scores, scores - self.second_logits(input_ids, scores))
+        first = self._read is None
+        second = self.second_logits(input_ids, scores)
+        if first and torch.equal(scores, second):
+            warnings.warn(
+                "The policy and the reference have the same logits: every token of their DID is as likely as another. "
+                "If the policy is a PeftModel, its base model holds the adapter too: give "
+                "DIDLogitsProcessor(policy, without_adapter=True).",
+                stacklevel=2,
+            )
+        return _normalised(scores, scores - second)
 
 
 class TargetLogitsProcessor(_SecondModelProcessor):

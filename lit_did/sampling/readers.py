@@ -142,7 +142,10 @@ def as_readers(
     if prompt is None:
         raise ValueError("Expected `prompt`, the token ids that completions follow, but got None.")
     if not isinstance(prompt, Tensor | list | tuple):
-        raise TypeError(f"Expected `prompt` to be token ids, a tensor or a list, but got {type(prompt).__name__}.")
+        raise TypeError(
+            "Expected `prompt` to be token ids, a tensor or a list (of a BatchEncoding its `input_ids`), "
+            f"but got {type(prompt).__name__}."
+        )
     prompt = torch.as_tensor(prompt)
     prompt = prompt[None] if prompt.dim() == 1 else prompt
     if prompt.dim() != 2 or len(prompt) != 1 or not prompt.shape[1] or prompt.dtype not in INTEGERS:

@@ -32,13 +32,15 @@ class DIDSamples(NamedTuple):
     reference_logprob: Tensor
     """[K] float64: log rho(y)"""
     proposal_logprob: Tensor
-    """[K] float64: of what was drawn; a proposal's of independent samples only where nothing was resampled"""
+    """[K] float64: of what was drawn; a proposal for `estimate_did_entropy` only with `resample_below=0`"""
     island_log_partition: Tensor
     """[islands] float64: each island's own estimate of log Z"""
     island_entropy: Tensor
     """[islands] float64: each island's own estimate of H(q)"""
     num_resamplings: Tensor
     """[islands] int64: how often each resampled"""
+    log_num_completions: float
+    """the logarithm of how many completions there are: H(q) where nothing was learned, pi = rho"""
     estimate: DIDEntropyEstimate
     """H(q) and log Z over all islands, with an interval from their differences"""
 
@@ -46,6 +48,16 @@ class DIDSamples(NamedTuple):
     def log_ratio(self) -> Tensor:
         """[K] log pi(y) - log rho(y)"""
         return self.policy_logprob - self.reference_logprob
+
+    @property
+    def entropy_per_token(self) -> float:
+        """H(q) / T, in nats a token"""
+        return self.estimate.entropy / self.completions.shape[1]
+
+    @property
+    def concentration(self) -> float:
+        """log of the number of completions, less H(q): how far from knowing nothing, 0 where pi = rho"""
+        return self.log_num_completions - self.estimate.entropy
 
 
 def sample_did(
@@ -83,7 +95,7 @@ def sample_did(
         eos: The token or tokens that end a completion; None: none does. "auto": those of the policy's
             `generation_config`, and none for functions.
         num_samples: K, a multiple of `islands`, at least two particles each. All are read at once, each with keys and
-            values of its own.
+            values of its own. Fewer than 25 effective ones are never called reliable.
         islands: At least three: fewer cannot disagree.
         resample_below: In [0, 1]. 0 never resamples: the samples are then independent, for
             `lit_did.functional.estimate_did_entropy`.
@@ -121,7 +133,7 @@ def sample_did(
         policy_logits, reference_logits = policy.read(unread), reference.read(unread)
         if step == 0:
             after = _log_completions(policy_logits.shape[-1], ends, max_new_tokens)
-            particles.log_partition += after[max_new_tokens]
+            particles.log_partition += after[max_new_tokens]  # so many completions in all
         ended = particles.ended[: len(policy_logits)]  # the one prompt has not
         twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
         particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
@@ -135,7 +147,7 @@ def sample_did(
             policy.select(parents)
             reference.select(parents)
         parents, unread = own, tokens[:, None]
-    return particles.result(confidence)
+    return particles.result(confidence, float(after[max_new_tokens]))
 
 
 class _Particles:
@@ -178,7 +190,7 @@ class _Particles:
         self.control += (self.log_weight.softmax(1) * surprise.view_as(self.log_weight)).sum(1)  # 0 where ended
         self.ended |= torch.isin(tokens, torch.tensor(ends, dtype=torch.long))
 
-    def result(self, confidence: float) -> DIDSamples:
+    def result(self, confidence: float, log_num_completions: float) -> DIDSamples:
         each = self.log_weight.shape[1]
         log_partition = self.log_partition + self.log_weight.logsumexp(1) - math.log(each)
         policy_logprob, reference_logprob, proposal_logprob = self.logprobs
@@ -195,6 +207,7 @@ class _Particles:
             log_partition,
             log_partition - mean_log_ratio,
             self.num_resamplings,
+            log_num_completions,
             estimate_from_islands(log_partition, mean_log_ratio, log_weight, self.completions, confidence),
         )
 

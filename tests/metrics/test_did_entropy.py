@@ -253,3 +253,16 @@ def changed(**change):
 def test_errors(make_wrong, error, words):
     with pytest.raises(error, match=words):
         make_wrong()
+
+
+def test_one_value_or_names_of_its_own():
+    samples = [torch.full((30,), -5.0)] * 3 + [torch.zeros(30).long(), torch.arange(30)]
+    whole, one, named = DIDEntropy(), DIDEntropy(only="entropy"), DIDEntropy(prefix="did/")
+    for metric in (whole, one, named):
+        metric.update(*samples)
+    values = whole.compute()
+    assert one.compute() == values["entropy"]
+    assert named.compute() == {f"did/{name}": value for name, value in values.items()}
+    with pytest.raises(ValueError, match=r"`only` to be None or one of 'entropy', .* but got 'concentration'"):
+        DIDEntropy(only="concentration")  # without a vocabulary
+    assert DIDEntropy(only="concentration", max_length=2, vocab_size=3).compute().isnan()

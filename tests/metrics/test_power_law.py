@@ -174,3 +174,11 @@ def test_logged_by_lightning_and_in_a_collection():
     values = collection.compute()
     assert values["wide"] == pytest.approx(whole(batches, confidence=0.99)["upper"], rel=1e-6)
     assert values["narrow"] == pytest.approx(whole(batches, confidence=0.9)["upper"], rel=1e-6)
+
+
+def test_names_of_its_own():
+    metric = PowerLawExponent(prefix="law/")
+    metric.update(torch.tensor([1.0, 0.5, 2.0, -1.0]), torch.tensor([2.0, 1.0, 4.0, -2.0]))
+    values = metric.compute()
+    assert set(values) == {f"law/{name}" for name in PowerLawFit._fields}
+    assert values["law/exponent"].item() == pytest.approx(0.5)

@@ -164,3 +164,10 @@ def test_unfit_models_are_refused():
         LitDPO(3)
     with pytest.raises(TypeError, match="`reference` to be a model or its name, but got int"):
         LitDPO(model, 3)
+
+
+def test_tokens_of_another_vocabulary_are_told():
+    batch = collate(make_pairs(1))
+    batch["input_ids"][0, 0] = 67
+    with pytest.raises(ValueError, match="`input_ids` to be below the policy's 67 embeddings, but got 67"):
+        LitDPO(tiny_llama()).pair_statistics(batch)

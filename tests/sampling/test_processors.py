@@ -141,6 +141,25 @@ def test_a_mask_belongs_to_its_prompts():
         generate(policy, second, processor)
 
 
+def test_masks_that_are_not_the_prompts_own():
+    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
+    inputs = padded()
+    one_for_all = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"][:1])
+    with pytest.raises(ValueError, match="a row for each prompt, but got 1 for 3 rows of different prompts"):
+        generate(policy, inputs, one_for_all)
+    on_the_right = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"].flip(1))
+    with pytest.raises(ValueError, match="padded on the left, but got one that ends in 0"):
+        generate(policy, inputs, on_the_right)
+
+
+def test_a_base_with_its_adapter_is_noticed():
+    base = tiny_llama()
+    policy = add_lora(base, {"r": 4, "target_modules": "all-linear"})
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    with pytest.warns(UserWarning, match=r"same logits: .* DIDLogitsProcessor\(policy, without_adapter=True\)"):
+        generate(policy, inputs, DIDLogitsProcessor(base))
+
+
 def test_assisted_decoding_goes_back():
     # Prompt lookup proposes several tokens and takes some of them back: rows get shorter and change.
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)

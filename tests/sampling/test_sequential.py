@@ -172,6 +172,9 @@ def test_where_the_policy_is_its_reference_nothing_is_left_to_chance():
     samples = quiet(as_function(logits), as_function(logits), max_new_tokens=6, eos=0)
     completions = sum(5**n for n in range(6)) + 5**6  # 1 of every length with the end, and those that are cut
     assert samples.estimate.entropy == pytest.approx(math.log(completions), abs=1e-12)
+    assert samples.log_num_completions == pytest.approx(math.log(completions), abs=1e-12)
+    assert samples.concentration == pytest.approx(0, abs=1e-12)
+    assert samples.entropy_per_token == pytest.approx(math.log(completions) / 6, abs=1e-12)
     assert samples.estimate.upper - samples.estimate.lower < 1e-12
     assert samples.estimate.reliable
 
@@ -496,7 +499,7 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
         ({**MODELS}, ValueError, "`prompt`, the token ids .* but got None"),
         ({**MODELS, "prompt": [[1], [2]]}, ValueError, r"`prompt` .*\(2, 1\)"),
         ({**MODELS, "prompt": torch.zeros(1, 0).long()}, ValueError, r"`prompt` .*\(1, 0\)"),
-        ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list, but got str"),
+        ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list .* but got str"),
         ({**MODELS, "prompt": [True]}, ValueError, "`prompt` to be integers .* torch.bool"),
         (
             {"policy": LLAMA, "reference": tiny_llama(vocab_size=VOCABULARY + 1), "prompt": [1]},
