@@ -30,6 +30,8 @@ QUICK = {
     "initializer_range": 0.2,  # the usual leaves all log-ratios near 0
 }
 """of a model that knows nothing"""
+HINTS = ("does not have many workers", "LeafSpec", "in eval mode", "is_gradient_checkpointing", "is zero")
+"""hints and deprecations of libraries, about which a reader of results can do nothing"""
 
 
 class LanguageModel(NamedTuple):
@@ -81,32 +83,25 @@ def train(
         seed: Of the adapter's initialisation.
     """
     lightning.seed_everything(seed, verbose=False)
-    module = kind(
-        copy.deepcopy(language_model.model),
-        beta=beta,
-        lora={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        learning_rate=4e-4,
-        warmup_steps=0.1,
-        schedule="linear",
-    )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Hints and deprecations of libraries: nothing that a reader of results could do about.
-        hints = (
-            ".*does not have many workers",
-            ".*LeafSpec",
-            ".*in eval mode",
-            ".*is_gradient_checkpointing",
-            ".*is zero",
+        for message in HINTS:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        module = kind(
+            copy.deepcopy(language_model.model),
+            beta=beta,
+            lora={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+            learning_rate=4e-4,
+            warmup_steps=0.1,
+            schedule="linear",
         )
-        for message in hints:
-            warnings.filterwarnings("ignore", message=message)
         trainer = lightning.Trainer(
             accelerator="auto" if torch.cuda.is_available() else "cpu",
             devices=1,
             max_steps=steps,
             max_epochs=-1,
+            limit_val_batches=0,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,
