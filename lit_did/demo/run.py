@@ -17,14 +17,11 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from lit_did.command_line import InputError, make_parent
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo.model import smollm2
 from lit_did.modules import LitDPO
 from lit_did.report import HeldOut, held_out_picture, print_table, training_picture
-
-
-class InputError(Exception):
-    """Something that the user gave cannot be used; the message is for them."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     """
     begun = time.perf_counter()
     try:
-        _make_parent(options.output)
+        make_parent(options.output)
         rows = read_pairs(options.data)[: options.max_pairs]
         tokenizer, model = load_model(options.model)
         _check_context(model, options.max_length)
@@ -149,17 +146,6 @@ def _first_line(error: Exception) -> str:
 
 def _held_out(trainer: lightning.Trainer, module: LitDPO, data: PreferenceDataModule, tags: dict[int, str]) -> HeldOut:
     return HeldOut.collect(trainer.predict(module, data), tags)
-
-
-def _make_parent(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Expected --output to be a folder, but {folder} is a file.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"Expected --output to be a folder that can be made, but got {folder}: {error}") from error
 
 
 def _check_context(model: Any, max_length: int) -> None:

@@ -9,8 +9,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from lit_did.command_line import InputError, make_parent
 from lit_did.experiments import EXPERIMENTS
-from lit_did.experiments.reporting import InputError, Options, header, make_parent, render, write
+from lit_did.experiments.reporting import Options, header, render, write
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -24,10 +24,6 @@ WIDTH = 130
 """characters of a line: the widest table's"""
 
 
-class InputError(Exception):
-    """Something that the user gave cannot be used; the message is for them."""
-
-
 class Options(NamedTuple):
     """What every experiment is asked for."""
 
@@ -163,22 +159,6 @@ def header(name: str, options: Options) -> str:
         f"{platform.system()} {platform.machine()}; "
         f"mean ± half a {CONFIDENCE:.0%} interval over {options.seeds} seeds"
     )
-
-
-def make_parent(folder: Path) -> None:
-    """Makes sure that `folder` can be made later.
-
-    Raises:
-        InputError: It cannot.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Expected --output to be a folder, but {folder} is a file.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"Expected --output to be a folder that can be made, but got {folder}: {error}") from error
 
 
 def write(report: Report, text: str, name: str, output: Path) -> list[Path]:

@@ -7,9 +7,10 @@ import importlib
 import pytest
 from scipy import stats
 
+from lit_did.command_line import InputError
 from lit_did.experiments import EXPERIMENTS, dynamics, tempered
 from lit_did.experiments import __main__ as command
-from lit_did.experiments.reporting import InputError, Options, Report, Table, mean_and_half_width, means, render
+from lit_did.experiments.reporting import Options, Report, Table, mean_and_half_width, means, render
 
 
 @pytest.fixture
