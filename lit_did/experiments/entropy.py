@@ -18,12 +18,10 @@ from tqdm.auto import tqdm
 
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo import PAIRS
-from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, batch_of, load, sample, score, train
+from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, load, sample, score, score_all, train
 from lit_did.experiments.reporting import Options, Report, Table, describe
 from lit_did.functional import did_entropy_over_candidates
-from lit_did.models.measuring import measure
 from lit_did.modules import LitDPO, LitDPOPG
-from lit_did.ops import SequenceStatistics
 from lit_did.sampling import sample_did
 
 if TYPE_CHECKING:
@@ -108,7 +106,8 @@ def measurements(
     language_model: LanguageModel, policy: nn.Module, kind: str, held_out: dict[str, list[dict]], size: Size, seed: int
 ) -> dict[str, float]:
     """Of a trained policy: its token DIDs on held-out pairs of the kind it was trained on, and its abilities."""
-    statistics = held_out_statistics(language_model, policy, held_out[kind][: size.scored], size)
+    pairs = answers(language_model, held_out[kind][: size.scored], size)
+    statistics = score_all(policy, language_model.model, pairs)
     log_vocabulary = math.log(language_model.model.config.vocab_size)
     share = statistics.num_tokens / statistics.num_tokens.sum()
     concentration = log_vocabulary - float((statistics.did_entropy * share).sum())
@@ -129,14 +128,14 @@ def abilities(
     language_model: LanguageModel, policy: nn.Module, held_out: dict[str, list[dict]], size: Size, seed: int
 ) -> dict[str, float]:
     """What a policy can do: facts by likelihood, and how varied its open-ended samples are."""
-    facts = held_out_statistics(language_model, policy, held_out["factual"], size)
+    facts = score_all(policy, None, answers(language_model, held_out["factual"], size))
     right, wrong = (facts.policy_logprob / facts.num_tokens).chunk(2)
     entropies, shares = [], []
     for i, prompt in enumerate(prompts(language_model, held_out["open-ended"], size)):
         completions = sample(
             policy, prompt, count=size.samples, max_new_tokens=size.max_new_tokens, seed=1000 * seed + i
         )
-        own = measure(policy, language_model.model, batch_of([(prompt, row[row >= 0]) for row in completions]))
+        own = score_all(policy, None, [(prompt, row[row >= 0]) for row in completions])
         entropies.append(float((own.policy_entropy * own.num_tokens).sum() / own.num_tokens.sum()))
         shares.append(distinct_bigrams(completions))
     return {
@@ -182,10 +181,8 @@ def did_rows(
     return rows
 
 
-def held_out_statistics(
-    language_model: LanguageModel, policy: nn.Module, pairs: Sequence[dict], size: Size
-) -> SequenceStatistics:
-    """[2 pairs]: chosen, then rejected, under a LoRA policy and its base, or the base twice."""
+def answers(language_model: LanguageModel, pairs: Sequence[dict], size: Size) -> list[tuple[Tensor, Tensor]]:
+    """[2 pairs] prompts and their completions: the chosen, then the rejected."""
     end = torch.tensor([language_model.tokenizer.eos_token_id])
     sequences = []
     for side in ("chosen", "rejected"):
@@ -193,7 +190,7 @@ def held_out_statistics(
             prompt = language_model.prompt(pair["prompt"])
             answer = torch.cat([torch.tensor(language_model.tokenizer(pair[side])["input_ids"]), end])
             sequences.append((prompt, answer[: max(1, size.max_length - prompt.shape[1])]))
-    return measure(policy, language_model.model, batch_of(sequences), max_logits_bytes=2**28)
+    return sequences
 
 
 def prompts(language_model: LanguageModel, pairs: Sequence[dict], size: Size) -> list[Tensor]:

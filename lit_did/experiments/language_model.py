@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.measuring import measure
+from lit_did.models.measuring import completion_logits, evaluating, measure
 from lit_did.modules import LitDPO
-from lit_did.ops import SequenceStatistics
+from lit_did.ops import SequenceStatistics, sequence_statistics
 
 NAME = "SmolLM2-135M-Instruct"
 QUICK_NAME = "a tiny random model, which tells nothing of the claims"
@@ -139,6 +139,28 @@ def score(policy: nn.Module, prompt: Tensor, completions: Tensor) -> SequenceSta
     """Statistics [n] of `completions` [n, T] (-1 after the end) of one prompt, under a LoRA policy and its base."""
     batch = batch_of([(prompt, row[row >= 0]) for row in completions])
     return measure(policy, None, batch)
+
+
+def score_all(
+    policy: nn.Module, reference: nn.Module | None, sequences: Sequence[tuple[Tensor, Tensor]]
+) -> SequenceStatistics:
+    """Statistics [n] of prompts [1, t] and completions [m]; without a reference of the policy beside itself.
+
+    Those of similar lengths share a batch, so that little is computed for padding.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sum(part.numel() for part in sequences[i]))
+    parts = []
+    for start in range(0, len(order), 8):
+        batch = batch_of([sequences[i] for i in order[start : start + 8]])
+        if reference is not None:
+            parts.append(measure(policy, reference, batch))
+            continue
+        positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        with evaluating(policy):
+            logits = completion_logits(policy, batch, positions)
+        parts.append(sequence_statistics(logits, logits, batch["labels"][:, positions]))
+    back = torch.tensor(order).argsort()
+    return SequenceStatistics(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 
 
 def batch_of(sequences: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -66,6 +66,27 @@ def test_scores_are_the_completions(tiny):
     assert abs(statistics.log_ratio).min() > 1e-3
 
 
+def test_scores_keep_their_order_whatever_the_lengths(tiny):
+    policy = untrained_policy(tiny, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        tuple(torch.randint(60, 120, shape, generator=generator) for shape in ((1, int(t)), (int(n),)))
+        for t, n in torch.randint(1, 12, (19, 2), generator=generator)
+    ]
+    both, alone = (
+        language_model.score_all(policy, tiny.model, sequences),
+        language_model.score_all(policy, None, sequences),
+    )
+    for row, (prompt, completion) in enumerate(sequences):
+        one = score(policy, prompt, completion[None])
+        assert both.num_tokens[row] == alone.num_tokens[row] == len(completion)
+        # float32, in batches of other lengths
+        assert both.log_ratio[row].item() == pytest.approx(one.log_ratio.item(), abs=1e-4)
+        assert both.did_entropy[row].item() == pytest.approx(one.did_entropy.item(), abs=1e-4)
+        assert alone.policy_logprob[row].item() == pytest.approx(one.policy_logprob.item(), abs=1e-4)
+        assert alone.policy_entropy[row].item() == pytest.approx(one.policy_entropy.item(), abs=1e-4)
+
+
 def test_training_moves_the_policy_and_leaves_the_model(tiny):
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     prompt = torch.tensor([[70, 71, 72]])
