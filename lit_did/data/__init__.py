@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_did.data.collating import IGNORE_INDEX, collate_pairs
+    from lit_did.data.collating import IGNORE_INDEX, collate_packed, collate_pairs
     from lit_did.data.datamodule import PreferenceDataModule
     from lit_did.data.dataset import PreferenceDataset
     from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
     from lit_did.data.pairs import PreferencePair, parse_pair
     from lit_did.data.reading import SourceRow, read_pairs
+    from lit_did.data.token_batches import TokenBatchSampler
     from lit_did.data.tokenizing import TokenizedPair, tokenize_pair, truncate_pair
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "ResumableDataLoader",
     "ResumableSampler",
     "SourceRow",
+    "TokenBatchSampler",
     "TokenizedPair",
+    "collate_packed",
     "collate_pairs",
     "parse_pair",
     "read_pairs",
@@ -43,7 +46,9 @@ _HOME = {
     "ResumableDataLoader": "loading",
     "ResumableSampler": "loading",
     "SourceRow": "reading",
+    "TokenBatchSampler": "token_batches",
     "TokenizedPair": "tokenizing",
+    "collate_packed": "collating",
     "collate_pairs": "collating",
     "parse_pair": "pairs",
     "read_pairs": "reading",

@@ -1,9 +1,10 @@
-"""From B examples to one batch of 2B right-padded sequences with shifted labels."""
+"""From B examples to one batch of 2B sequences with shifted labels: right-padded, or laid end to end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,7 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, T
         index: (B,) int64, the rows' numbers in their source.
         weight: (B,) float32, 1, or 0 for a row that only fills a rank's last batch in distributed evaluation.
     """
-    sequences = [(example.prompt_ids, example.chosen_ids) for example in examples]
-    sequences += [(example.prompt_ids, example.rejected_ids) for example in examples]
+    sequences = _sequences(examples)
     shape = (len(sequences), max(len(prompt) + len(completion) for prompt, completion in sequences))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -42,10 +42,55 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, T
         input_ids[row, start:end] = torch.from_numpy(completion)
         attention_mask[row, :end] = 1
         labels[row, start - 1 : end - 1] = input_ids[row, start:end]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **_rows(examples)}
+
+
+def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Collates B pairs without padding: their 2B sequences end to end, the chosen ones first, as in `collate_pairs`.
+
+    Args:
+        examples: B examples.
+
+    Returns:
+        input_ids: (1, tokens) int64.
+        position_ids: (1, tokens) int64, from 0 in each sequence.
+        labels: (1, tokens) int64, already shifted as in `collate_pairs`: a sequence's last position predicts nothing.
+        cu_seqlens: (2B + 1,) int32; sequence i has the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1]`.
+        index, weight: (B,), as in `collate_pairs`.
+
+    >>> import numpy as np
+    >>> from lit_did.data.dataset import Example
+    >>> ids = [np.array(ids) for ids in ([5, 6], [7, 8], [9])]
+    >>> batch = collate_packed([Example(*ids, index=0, weight=1.0)])
+    >>> batch["input_ids"].tolist(), batch["cu_seqlens"].tolist()
+    ([[5, 6, 7, 8, 5, 6, 9]], [0, 4, 7])
+    >>> batch["labels"].tolist()
+    [[-100, 7, 8, -100, -100, 9, -100]]
+    """
+    sequences = _sequences(examples)
+    ends = np.cumsum([0, *(len(prompt) + len(completion) for prompt, completion in sequences)])
+    input_ids = torch.from_numpy(np.concatenate([ids for sequence in sequences for ids in sequence])).long()
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for (_, completion), end in zip(sequences, ends[1:], strict=True):
+        labels[end - len(completion) - 1 : end - 1] = input_ids[end - len(completion) : end]
+    positions = np.arange(ends[-1]) - np.repeat(ends[:-1], np.diff(ends))
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
+        "input_ids": input_ids[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "labels": labels[None],
+        "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
+        **_rows(examples),
+    }
+
+
+def _sequences(examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Prompt and completion of each sequence."""
+    chosen = [(example.prompt_ids, example.chosen_ids) for example in examples]
+    return chosen + [(example.prompt_ids, example.rejected_ids) for example in examples]
+
+
+def _rows(examples: Sequence[Example]) -> dict[str, Tensor]:
+    return {
         "index": torch.tensor([example.index for example in examples], dtype=torch.int64),
         "weight": torch.tensor([example.weight for example in examples], dtype=torch.float32),
     }

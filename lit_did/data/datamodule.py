@@ -9,14 +9,15 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lit_did.data.collating import collate_pairs
+from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
 from lit_did.data.reading import SourceRow, read_pairs
+from lit_did.data.token_batches import TokenBatchSampler
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Reads, checks, tokenises and batches preference pairs; `collate_pairs` describes a batch.
+    """Reads, checks, tokenises and batches preference pairs; `collate_pairs` and `collate_packed` describe a batch.
 
     Training order is a function of `seed` and the epoch; a run resumed from a checkpoint (`trainer.fit(...,
     ckpt_path=...)`) continues with the batch that would have come next, also in the middle of an epoch. Evaluation
@@ -30,15 +31,22 @@ class PreferenceDataModule(LightningDataModule):
         val_fraction: without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
             rounded to the nearest number, at least one. Files sorted by topic should be shuffled before.
         predict: pairs for `trainer.predict`; by default those of validation.
-        batch_size: pairs per batch and rank. A batch has twice as many sequences.
-        eval_batch_size: the same for validation and prediction; by default `batch_size`.
+        batch_size: pairs per batch and rank, 8 by default. A batch has twice as many sequences. With
+            `tokens_per_batch`, the most pairs of a batch, by default without limit.
+        eval_batch_size: pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
+            default `batch_size`, or 8.
         max_length: the most tokens of a prompt and its completion together; `truncate_pair` says what is cut.
         chat_template: a Jinja template to use instead of the tokenizer's.
         as_chat: wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
+        pack: lay the sequences of a batch end to end instead of padding them, see `collate_packed`.
+        tokens_per_batch: the most tokens of a training batch, both prompts and both completions of its pairs counted:
+            as many pairs as fit, of similar length, equally many on every rank; see `TokenBatchSampler`. It needs
+            `pack`.
         num_workers: processes per loader that collate. Tokenising is done before, so 0 is often fastest.
         shuffle: whether to reorder the training rows, anew for every epoch.
-        drop_last: leave out the rows that do not fill a last training batch. Otherwise, with several ranks, the first
-            rows of the order are repeated until all ranks have equally many.
+        drop_last: leave out the rows that do not fill a last training batch (with `tokens_per_batch`: that do not
+            divide by the ranks). Otherwise, with several ranks, the first rows of the order are repeated until all
+            ranks have equally many.
         seed: of the training order.
 
     Attributes:
@@ -46,8 +54,9 @@ class PreferenceDataModule(LightningDataModule):
             and truncated pairs. Made in `setup`, each once.
 
     Raises:
-        ValueError: for an argument out of range, or `val` together with `val_fraction`. Malformed data raises in
-            `setup`; see `read_pairs`.
+        ValueError: for an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
+            `tokens_per_batch` without `pack`, or `val` together with `val_fraction`. Malformed data raises in `setup`;
+            see `read_pairs`.
     """
 
     def __init__(
@@ -58,21 +67,31 @@ class PreferenceDataModule(LightningDataModule):
         val: Any = None,
         val_fraction: float = 0.0,
         predict: Any = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
         chat_template: str | None = None,
         as_chat: bool = False,
+        pack: bool = False,
+        tokens_per_batch: int | None = None,
         num_workers: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        _check_integer("batch_size", batch_size, 1)
+        if eval_batch_size is None:
+            eval_batch_size = 8 if batch_size is None else batch_size
+        if batch_size is None and tokens_per_batch is None:
+            batch_size = 8
+        if batch_size is not None:
+            _check_integer("batch_size", batch_size, 1)
         _check_integer("eval_batch_size", eval_batch_size, 1)
         _check_integer("max_length", max_length, 2)
+        if tokens_per_batch is not None:
+            if not pack:
+                raise ValueError(f"Expected `pack=True` for `tokens_per_batch={tokens_per_batch}`, but got {pack}.")
+            _check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
         _check_integer("num_workers", num_workers, 0)
         _check_integer("seed", seed, 0)
         if not 0.0 <= val_fraction < 1.0:
@@ -86,6 +105,7 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length = max_length
         self.chat_template, self.as_chat = chat_template, as_chat
+        self.pack, self.tokens_per_batch = pack, tokens_per_batch
         self.num_workers = num_workers
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.train_dataset: PreferenceDataset | None = None
@@ -144,18 +164,21 @@ class PreferenceDataModule(LightningDataModule):
         sampler = ResumableSampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
         )
-        if self.drop_last and len(sampler) < self.batch_size:
+        if self.tokens_per_batch is None:
+            least, name = self.batch_size, "batch_size * ranks"
+            batching = {"batch_size": self.batch_size, "sampler": sampler, "drop_last": self.drop_last}
+        else:
+            least, name = 1, "ranks"
+            num_tokens = self.train_dataset.num_tokens
+            batch_sampler = TokenBatchSampler(sampler, num_tokens, self.tokens_per_batch, self.batch_size, **replicas)
+            batching = {"batch_sampler": batch_sampler}
+        if self.drop_last and len(sampler) < least:
             raise ValueError(
-                f"Expected at least batch_size * ranks = {self.batch_size * replicas['num_replicas']} training pairs "
+                f"Expected at least {name} = {least * replicas['num_replicas']} training pairs "
                 f"with `drop_last=True`, but got {len(self.train_dataset)}."
             )
         return ResumableDataLoader(
-            self.train_dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collate(),
-            drop_last=self.drop_last,
+            self.train_dataset, **batching, num_workers=self.num_workers, collate_fn=self._collate()
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -176,6 +199,8 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _collate(self) -> Any:
+        if self.pack:
+            return collate_packed
         # Padding is masked by length, so that any id in the vocabulary will do.
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return partial(collate_pairs, pad_token_id=next(token for token in candidates if token is not None))
@@ -205,6 +230,6 @@ class PreferenceDataModule(LightningDataModule):
         return dataset
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def _check_integer(name: str, value: Any, least: int, why: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be an integer of at least {least}{why}, but got {value!r}.")

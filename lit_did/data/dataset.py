@@ -86,6 +86,12 @@ class PreferenceDataset(Dataset):
     def __iter__(self) -> Iterator[Example]:
         return iter(self._examples)  # without this, Python would ask for positions past the end for ever
 
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """The tokens of each pair, (pairs,) int64: its prompt twice and both completions."""
+        counts = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, *_ in self]
+        return np.array(counts, dtype=np.int64)
+
     def summary(self) -> str:
         """The counts in one line."""
         return (

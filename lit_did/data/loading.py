@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+
+from lit_did.data.token_batches import TokenBatchSampler
 
 
 class ResumableSampler(DistributedSampler):
@@ -60,6 +63,10 @@ class ResumableDataLoader(DataLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.batch_sampler, TokenBatchSampler):
+            # Beside a batch sampler, DataLoader keeps a SequentialSampler, which Lightning would replace on several
+            # ranks; and it forbids to set another one in the usual way.
+            object.__setattr__(self, "sampler", self.batch_sampler.sampler)
         self._progress = {"epoch": 0, "batches": 0}
         self._resume: dict[str, Any] | None = None
 
@@ -82,7 +89,10 @@ class ResumableDataLoader(DataLoader):
         # epoch, and workers would start on the wrong one.
         start = self._claim_start()
         self._progress = {"epoch": getattr(self.sampler, "epoch", 0), "batches": start}
-        if isinstance(self.sampler, ResumableSampler):
+        if isinstance(self.batch_sampler, TokenBatchSampler):
+            self.batch_sampler.start = start
+            batches = super().__iter__()
+        elif isinstance(self.sampler, ResumableSampler):
             self.sampler.start = start * self.batch_size
             batches = super().__iter__()
         else:  # the Trainer has put in another sampler, as it does for `overfit_batches`
@@ -109,8 +119,9 @@ class ResumableDataLoader(DataLoader):
             return 0
         if resume["batches"] >= resume["num_batches"]:
             return 0
-        now = self._order()
-        changed = [f"{key}={was} (now {now[key]})" for key, was in resume["order"].items() if now[key] != was]
+        was, now = resume["order"], self._order()
+        # A state of before there were token budgets has no key for them.
+        changed = [f"{key}={was.get(key)} (now {now[key]})" for key in now if now[key] != was.get(key)]
         if changed:
             raise ValueError(
                 f"Expected to resume epoch {epoch} after batch {resume['batches']} with the data settings it was "
@@ -121,10 +132,14 @@ class ResumableDataLoader(DataLoader):
 
     def _order(self) -> dict[str, Any]:
         sampler = self.sampler
+        batches = self.batch_sampler if isinstance(self.batch_sampler, TokenBatchSampler) else self
+        num_tokens = getattr(batches, "num_tokens", None)
         return {
             "rows": len(self.dataset),
-            "batch_size": self.batch_size,
-            "drop_last": self.drop_last,
+            "batch_size": batches.batch_size,
+            "drop_last": batches.drop_last,
+            "tokens_per_batch": getattr(batches, "tokens_per_batch", None),
+            "lengths_checksum": None if num_tokens is None else zlib.crc32(num_tokens.tobytes()),
             "num_replicas": getattr(sampler, "num_replicas", 1),
             "shuffle": getattr(sampler, "shuffle", False),
             "seed": getattr(sampler, "seed", 0),

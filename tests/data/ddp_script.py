@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_did.data import PreferenceDataModule
 
-ROWS = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 11
+ROWS = [{"prompt": "a", "chosen": " b" * (n % 5 + 1), "rejected": " c"} for n in range(11)]
+BY_TOKENS = {"pack": True, "tokens_per_batch": 16, "max_length": 6}
 
 
 class Recorder(LightningModule):
@@ -39,11 +40,12 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder: Path, checkpoint: Path | None = None) -> tuple[Recorder, Trainer]:
+def run(folder: Path, checkpoint: Path | None = None, by: dict | None = None, **kwargs) -> tuple[Recorder, Trainer]:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     # No workers: forking while Lightning's and gloo's threads run deadlocks now and then in CPython 3.11's os.fork.
-    data = PreferenceDataModule(ROWS, PreTrainedTokenizerFast(tokenizer_object=tokenizer), val=ROWS[:5], batch_size=2)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    data = PreferenceDataModule(ROWS, tokenizer, val=ROWS[:5], **(by or {"batch_size": 2}))
     module = Recorder()
     trainer = Trainer(
         accelerator="cpu",
@@ -54,10 +56,11 @@ def run(folder: Path, checkpoint: Path | None = None) -> tuple[Recorder, Trainer
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
+        **kwargs,
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
     module.seen["val"] = module.seen["val"][:3]  # of the first epoch
-    if checkpoint is None:
+    if checkpoint is None and by is None:
         trainer.predict(module, data)
     return module, trainer
 
@@ -67,11 +70,17 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     whole, trainer = run(out)
     resumed, _ = run(out, out / "step=4.ckpt")
+    whole_by_tokens, _ = run(out / "tokens", by=BY_TOKENS)
+    resumed_by_tokens, _ = run(out / "tokens", out / "tokens" / "step=4.ckpt", by=BY_TOKENS)
+    overfitted, _ = run(out / "overfit", by=BY_TOKENS, overfit_batches=2)
     seen = {
         "whole": whole.seen["train"],
         "resumed": resumed.seen["train"],
         "validated": whole.seen["val"],
         "predicted": whole.seen["predict"],
+        "whole by tokens": whole_by_tokens.seen["train"],
+        "resumed by tokens": resumed_by_tokens.seen["train"],
+        "overfitted by tokens": overfitted.seen["train"],
     }
     torch.save(seen, out / f"rank{trainer.global_rank}.pt")
     torch.distributed.barrier()  # rank 0 is the one that is waited for

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from lit_did.data.collating import IGNORE_INDEX, collate_pairs
+from lit_did.data.collating import IGNORE_INDEX, collate_packed, collate_pairs
 from lit_did.data.dataset import Example
 
 X = IGNORE_INDEX
@@ -60,3 +61,39 @@ def test_causal_model_gives_a_sequence_the_same_logits_in_any_batch():
     together = table[collate_pairs([long, short], 0)["input_ids"]].cumsum(1)
     assert together.shape[1] > alone.shape[1]  # the premise: padding was added
     torch.testing.assert_close(together[[1, 3], :2], alone)
+
+
+def test_packed_batch_by_hand():
+    examples = [_example([1, 2], [3, EOS], [4, 5, EOS], 7), _example([6], [EOS, EOS], [8], 3, 0.0)]
+    batch = collate_packed(examples)
+    expected = {
+        "input_ids": [[1, 2, 3, 9, 6, 9, 9, 1, 2, 4, 5, 9, 6, 8]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1]],
+        "labels": [[X, 3, 9, X, 9, 9, X, X, 4, 5, 9, X, 8, X]],
+        "cu_seqlens": [0, 4, 7, 12, 14],
+        "index": [7, 3],
+        "weight": [1.0, 0.0],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert {name: tensor.dtype for name, tensor in batch.items()} == {
+        **dict.fromkeys(expected, torch.int64),
+        "cu_seqlens": torch.int32,
+        "weight": torch.float32,
+    }
+
+
+@pytest.mark.parametrize("pairs", [1, 13])
+def test_unpacked_rows_are_those_of_collate_pairs(pairs):
+    rng = np.random.default_rng(1)
+    examples = [_example(*(rng.integers(0, 5, rng.integers(1, 9)) for _ in range(3)), n, n % 2) for n in range(pairs)]
+    packed, padded = collate_packed(examples), collate_pairs(examples, pad_token_id=0)
+    bounds = packed["cu_seqlens"].tolist()
+    assert len(bounds) == 2 * pairs + 1
+    assert packed["input_ids"].shape == packed["labels"].shape == packed["position_ids"].shape == (1, bounds[-1])
+    for row, mask in enumerate(padded["attention_mask"].bool()):
+        here = slice(bounds[row], bounds[row + 1])
+        assert packed["input_ids"][0, here].tolist() == padded["input_ids"][row][mask].tolist()
+        assert packed["labels"][0, here].tolist() == padded["labels"][row][mask].tolist()
+        assert packed["position_ids"][0, here].tolist() == list(range(mask.sum()))
+    for name in ("index", "weight"):
+        torch.testing.assert_close(packed[name], padded[name])

@@ -29,6 +29,14 @@ def _indices(dataset) -> list[int]:
         ({"eval_batch_size": 0}, "Expected `eval_batch_size` to be an integer of at least 1, but got 0."),
         ({"num_workers": -1}, "Expected `num_workers` to be an integer of at least 0, but got -1."),
         ({"seed": -1}, "Expected `seed` to be an integer of at least 0, but got -1."),
+        (
+            {"tokens_per_batch": 4096},
+            "Expected `pack=True` for `tokens_per_batch=4096`, but got False.",
+        ),
+        (
+            {"pack": True, "tokens_per_batch": 2047},
+            r"Expected `tokens_per_batch` to be an integer of at least 2048 \(2 \* max_length, .*\), but got 2047.",
+        ),
         ({"val_fraction": 1.0}, "Expected `val_fraction` to be in .0, 1., but got 1.0."),
         ({"val_fraction": -0.1}, "Expected `val_fraction` to be in .0, 1., but got -0.1."),
         ({"val_fraction": 0.1, "val": ROWS}, "Expected only one of `val` and `val_fraction`, but got both"),
@@ -112,6 +120,50 @@ def test_batches(no_specials):
     assert batch["labels"].tolist() == [[1, -100, -100], [1, 1, -100], [2, -100, -100], [2, 2, -100]]
 
 
+def test_default_batch_sizes(no_specials):
+    sizes = [({}, 8, 8), ({"batch_size": 3}, 3, 3), ({"eval_batch_size": 3}, 8, 3)]
+    budget = {"pack": True, "tokens_per_batch": 4096}
+    sizes += [({**budget}, None, 8), ({**budget, "batch_size": 3}, 3, 3)]
+    for arguments, train, evaluation in sizes:
+        data = PreferenceDataModule(ROWS, no_specials, **arguments)
+        assert (data.batch_size, data.eval_batch_size) == (train, evaluation)
+
+
+def test_packed_batches(no_specials):
+    arguments = {"val": ROWS[:5], "batch_size": 4, "eval_batch_size": 2, "seed": 1}
+    packed, padded = (PreferenceDataModule(ROWS, no_specials, pack=pack, **arguments) for pack in (True, False))
+    packed.setup()
+    padded.setup()
+    for name in ("train_dataloader", "val_dataloader", "predict_dataloader"):
+        for batch, twin in zip(getattr(packed, name)(), getattr(padded, name)(), strict=True):
+            assert batch["input_ids"][0].tolist() == twin["input_ids"][twin["attention_mask"] == 1].tolist()
+            assert batch["index"].tolist() == twin["index"].tolist()
+    # Row 0: a b / a c; row 1: a bb / a cc.
+    batch = next(iter(packed.val_dataloader()))
+    assert batch["input_ids"].tolist() == [[0, 1, 0, 1, 1, 0, 2, 0, 2, 2]]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 5, 7, 10]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_batches_by_tokens(no_specials, batch_size):
+    data = PreferenceDataModule(
+        ROWS, no_specials, max_length=8, pack=True, tokens_per_batch=18, batch_size=batch_size, val=ROWS, seed=1
+    )
+    data.setup()
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(loader) == len(batches) == (5 if batch_size else 4)  # 55 tokens; 10 pairs
+    for batch in batches:
+        assert batch["input_ids"].shape[1] == batch["cu_seqlens"][-1] <= 18
+        assert len(batch["index"]) <= (batch_size or 10)
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(10))
+    # Evaluation goes by pairs, in order.
+    size = batch_size or 8
+    assert [batch["index"].tolist() for batch in data.val_dataloader()] == [
+        list(range(start, min(start + size, 10))) for start in range(0, 10, size)
+    ]
+
+
 @pytest.mark.parametrize("kind", ["no_bos", "llama3"])
 def test_padding_id(request, kind):
     tokenizer = request.getfixturevalue(kind)
@@ -129,6 +181,11 @@ def test_drop_last_and_shuffle(no_specials):
     data = PreferenceDataModule(ROWS, no_specials, batch_size=11, drop_last=True)
     data.setup("fit")
     with pytest.raises(ValueError, match=r"Expected at least batch_size \* ranks = 11 training pairs .* but got 10"):
+        data.train_dataloader()
+    data = PreferenceDataModule(ROWS[:1], no_specials, max_length=8, drop_last=True, pack=True, tokens_per_batch=16)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"Expected at least ranks = 2 training pairs .* but got 1"):
         data.train_dataloader()
 
 

@@ -39,6 +39,12 @@ def test_rows_and_counts(no_specials):
     )
 
 
+def test_tokens_of_a_pair_count_its_prompt_twice(no_specials):
+    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    assert dataset.num_tokens.tolist() == [4, 4, 6, 6]
+    assert dataset.num_tokens.dtype == "int64"
+
+
 def test_identical_is_counted_after_truncation(no_specials):
     rows = [{"prompt": "a", "chosen": "b b", "rejected": "b c"}]
     assert PreferenceDataset(read_pairs(rows), no_specials, max_length=2).num_identical == 1

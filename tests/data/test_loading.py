@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
+from lit_did.data.token_batches import TokenBatchSampler
 
 ROWS = list(range(11))
+LENGTHS = np.arange(10, 21)
+BY_TOKENS = {"tokens": 40, "lengths": LENGTHS}  # 6 batches, as of 2 rows each without
 
 
-def _loader(rows=ROWS, num_replicas=1, rank=0, shuffle=True, seed=5, **kwargs) -> ResumableDataLoader:
-    sampler = ResumableSampler(rows, num_replicas, rank, shuffle=shuffle, seed=seed)
+def _loader(
+    rows=ROWS, num_replicas=1, rank=0, shuffle=True, seed=5, tokens=None, lengths=None, **kwargs
+) -> ResumableDataLoader:
+    """Batches of 2 rows; with `tokens`, of at most so many."""
+    drop_last = {"drop_last": kwargs.pop("drop_last", False)} if tokens else {}
+    sampler = ResumableSampler(rows, num_replicas, rank, shuffle=shuffle, seed=seed, **drop_last)
+    if tokens:
+        limits = (tokens, kwargs.pop("batch_size", None))
+        batch_sampler = TokenBatchSampler(sampler, lengths[: len(rows)], *limits, num_replicas, rank)
+        return ResumableDataLoader(rows, batch_sampler=batch_sampler, **kwargs)
     return ResumableDataLoader(rows, **{"batch_size": 2, "sampler": sampler, **kwargs})
 
 
@@ -23,19 +35,21 @@ def _epoch(loader: ResumableDataLoader, epoch: int) -> list[list[int]]:
     return [batch.tolist() for batch in loader]
 
 
+@pytest.mark.parametrize("by", [{}, BY_TOKENS], ids=["rows", "tokens"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_order_is_a_function_of_seed_and_epoch(num_workers):
-    first = _epoch(_loader(num_workers=num_workers), 0)
+def test_order_is_a_function_of_seed_and_epoch(by, num_workers):
+    first = _epoch(_loader(num_workers=num_workers, **by), 0)
     assert sorted(chain(*first)) == ROWS
-    assert _epoch(_loader(), 0) == first
-    assert _epoch(_loader(), 1) != first != _epoch(_loader(seed=6), 0)
-    assert list(chain(*_epoch(_loader(shuffle=False), 3))) == ROWS
+    assert _epoch(_loader(**by), 0) == first
+    assert _epoch(_loader(**by), 1) != first != _epoch(_loader(seed=6, **by), 0)
+    assert list(chain(*_epoch(_loader(shuffle=False, **by), 3))) == ROWS
 
 
+@pytest.mark.parametrize("by", [{}, BY_TOKENS], ids=["rows", "tokens"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
-def test_state_continues_the_epoch(num_workers, done):
-    loader = _loader(num_workers=num_workers)
+def test_state_continues_the_epoch(by, num_workers, done):
+    loader = _loader(num_workers=num_workers, **by)
     whole = _epoch(loader, 2)
     loader.sampler.set_epoch(2)
     iterator = iter(loader)
@@ -44,7 +58,7 @@ def test_state_continues_the_epoch(num_workers, done):
     if done:  # workers have fetched more by now, which does not count
         assert (state["epoch"], state["batches"]) == (2, done)
 
-    resumed = _loader(num_workers=num_workers)
+    resumed = _loader(num_workers=num_workers, **by)
     resumed.load_state_dict(json.loads(json.dumps(state)))  # plain numbers only
     if done:
         assert resumed.state_dict() == state  # saved again before the first batch
@@ -53,7 +67,7 @@ def test_state_continues_the_epoch(num_workers, done):
     assert [batch.tolist() for batch in iterator] == whole[done:]
     assert resumed.state_dict()["batches"] == len(resumed) == 6
     assert _epoch(resumed, 2) == whole  # the state is used up
-    assert _epoch(resumed, 3) == _epoch(_loader(), 3)
+    assert _epoch(resumed, 3) == _epoch(_loader(**by), 3)
 
 
 def test_state_of_a_finished_epoch_does_not_shorten_the_next():
@@ -102,6 +116,44 @@ def test_resuming_another_order_is_an_error(change, named):
     next(iter(resumed))  # from the next epoch on, everything may change
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokens": 41}, r"tokens_per_batch=40 \(now 41\)"),
+        ({"batch_size": 3}, r"batch_size=None \(now 3\)"),
+        ({"seed": 6}, r"seed=5 \(now 6\)"),
+        ({"num_replicas": 2}, r"num_replicas=1 \(now 2\)"),
+        ({"shuffle": False}, r"shuffle=True \(now False\)"),
+        ({"drop_last": True}, r"drop_last=False \(now True\)"),
+        ({"lengths": np.flip(LENGTHS)}, r"lengths_checksum=\d+ \(now \d+\)"),
+        ({"tokens": None}, r"batch_size=None \(now 2\), tokens_per_batch=40 \(now None\), lengths_checksum=.*"),
+    ],
+)
+def test_resuming_another_order_by_tokens_is_an_error(change, named):
+    loader = _loader(**BY_TOKENS)
+    next(iter(loader))
+    resumed = _loader(**{**BY_TOKENS, **change})
+    resumed.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match=f"resume epoch 0 after batch 1 .* these changed: {named}\\."):
+        next(iter(resumed))
+
+
+def test_state_of_before_token_budgets_is_resumed():
+    loader = _loader()
+    whole = _epoch(loader, 0)
+    next(iter(loader))
+    state = loader.state_dict()
+    for name in ("tokens_per_batch", "lengths_checksum"):
+        assert state["order"].pop(name) is None
+    resumed = _loader()
+    resumed.load_state_dict(state)
+    assert _epoch(resumed, 0) == whole[1:]
+    resumed = _loader(**BY_TOKENS, batch_size=2)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"changed: tokens_per_batch=None \(now 40\), lengths_checksum=None"):
+        next(iter(resumed))
+
+
 def test_other_samplers_are_resumed_too():
     # The Trainer puts in a SequentialSampler for `overfit_batches`.
     loader = ResumableDataLoader(ROWS, batch_size=2)
@@ -141,3 +193,4 @@ def test_evaluation_deals_every_row_once(rows, replicas):
 def test_samplers_are_distributed_so_that_the_trainer_keeps_them():
     for sampler in (ResumableSampler(ROWS, 1, 0), EvaluationSampler(ROWS, 1, 0)):
         assert isinstance(sampler, torch.utils.data.distributed.DistributedSampler)
+    assert isinstance(_loader(**BY_TOKENS).sampler, ResumableSampler)

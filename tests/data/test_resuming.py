@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_did.data import PreferenceDataModule
 
-ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 11  # 6 batches of 2 an epoch
+ROWS = [{"prompt": "a", "chosen": "b" * (n % 5 + 1), "rejected": "c"} for n in range(11)]
+BY_TOKENS = {"batch_size": None, "pack": True, "tokens_per_batch": 15, "max_length": 6}
+# Either way 6 batches an epoch.
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers, precision and the like
@@ -43,10 +45,10 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _fit(tokenizer, folder, *, checkpoint=None, save=None, num_workers=0, val=None, **kwargs):
+def _fit(tokenizer, folder, *, checkpoint=None, save=None, num_workers=0, val=None, by=None, **kwargs):
     """Trains and returns what the module saw; `save` are the arguments of ModelCheckpoint."""
     module = Recorder()
-    data = PreferenceDataModule(ROWS, tokenizer, val=val, batch_size=2, num_workers=num_workers, seed=3)
+    data = PreferenceDataModule(ROWS, tokenizer, val=val, num_workers=num_workers, seed=3, **(by or {"batch_size": 2}))
     callbacks = [ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **save)] if save else []
     kwargs = {"callbacks": callbacks, "enable_checkpointing": bool(save), "default_root_dir": folder, **kwargs}
     trainer = Trainer(accelerator="cpu", **QUIET, **kwargs)
@@ -54,10 +56,21 @@ def _fit(tokenizer, folder, *, checkpoint=None, save=None, num_workers=0, val=No
     return module.seen
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 18, "max_epochs": -1}])
-def test_resuming_after_any_batch(no_specials, tmp_path, num_workers, limit):
-    whole = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, num_workers=num_workers, **limit)
+@pytest.mark.parametrize(
+    ("limit", "num_workers", "by"),
+    [
+        ({"max_epochs": 3}, 0, None),
+        ({"max_epochs": 3}, 2, None),
+        ({"max_epochs": 3}, 0, BY_TOKENS),
+        ({"max_epochs": 3}, 2, BY_TOKENS),
+        ({"max_steps": 18, "max_epochs": -1}, 0, None),
+        ({"max_steps": 18, "max_epochs": -1}, 2, None),
+        ({"max_steps": 18, "max_epochs": -1}, 0, BY_TOKENS),
+    ],
+)
+def test_resuming_after_any_batch(no_specials, tmp_path, limit, num_workers, by):
+    kwargs = {"num_workers": num_workers, "by": by, **limit}
+    whole = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, **kwargs)
     assert [len(whole), whole[8][:2]] == [18, (1, 2)]
     orders = [[*chain(*(rows for epoch, _, rows in whole if epoch == number))] for number in range(3)]
     assert all(sorted(order) == list(range(11)) for order in orders)
@@ -65,8 +78,25 @@ def test_resuming_after_any_batch(no_specials, tmp_path, num_workers, limit):
     # The middle of epochs 1 and 2, and exactly their ends.
     for step in (2, 6, 8, 12, 17) if num_workers == 0 else (6, 8):
         checkpoint = tmp_path / f"step={step}.ckpt"
-        resumed = _fit(no_specials, tmp_path, checkpoint=checkpoint, num_workers=num_workers, **limit)
+        resumed = _fit(no_specials, tmp_path, checkpoint=checkpoint, **kwargs)
         assert resumed == whole[step:], f"after {step} batches"
+
+
+@pytest.mark.parametrize("by", [None, BY_TOKENS], ids=["rows", "tokens"])
+def test_resuming_between_accumulated_batches(no_specials, tmp_path, by):
+    # 6 batches are an epoch's two optimizer steps, of 4 and 2.
+    kwargs = {"max_epochs": 2, "accumulate_grad_batches": 4, "by": by}
+    whole = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, **kwargs)
+    assert len(whole) == 12
+    for step, batches in ((1, 4), (3, 10)):
+        assert _fit(no_specials, tmp_path, checkpoint=tmp_path / f"step={step}.ckpt", **kwargs) == whole[batches:]
+
+
+def test_resuming_with_another_token_budget_is_an_error(no_specials, tmp_path):
+    _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, max_epochs=1, by=BY_TOKENS)
+    other = {"checkpoint": tmp_path / "step=2.ckpt", "by": {**BY_TOKENS, "tokens_per_batch": 16}}
+    with pytest.raises(ValueError, match=r"these changed: tokens_per_batch=15 \(now 16\)"):
+        _fit(no_specials, tmp_path, max_epochs=1, **other)
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 18, "max_epochs": -1}])
@@ -93,11 +123,15 @@ def test_overfit_batches_and_no_validation(no_specials, tmp_path):
     # The Trainer rebuilds our loader around its own sampler.
     seen = _fit(no_specials, tmp_path, max_epochs=2, overfit_batches=2)
     assert [rows for _, _, rows in seen] == [[0, 1], [2, 3]] * 2
+    # Rows 0 to 4 have 4 to 8 tokens, and so have 5 to 9.
+    seen = _fit(no_specials, tmp_path, max_epochs=2, overfit_batches=3, by=BY_TOKENS)
+    assert [rows for _, _, rows in seen] == [[0, 1, 2], [3, 4], [5, 6, 7]] * 2
 
 
-def test_evaluation_and_prediction_through_the_trainer(no_specials, tmp_path):
+@pytest.mark.parametrize("by", [{"batch_size": 2}, {**BY_TOKENS, "eval_batch_size": 2}], ids=["rows", "tokens"])
+def test_evaluation_and_prediction_through_the_trainer(no_specials, tmp_path, by):
     module = Recorder()
-    data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], predict=ROWS[:3], batch_size=2)
+    data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], predict=ROWS[:3], **by)
     trainer = Trainer(accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **QUIET)
     trainer.validate(module, data)
     assert module.evaluated == [[0, 1], [2, 3], [4]]
@@ -122,3 +156,17 @@ def test_two_processes(tmp_path):
         pairs = [pair for rank in ranks for pair in rank[evaluated]]
         assert sorted(index for index, weight in pairs if weight) == [0, 1, 2, 3, 4]
         assert [len(rank[evaluated]) for rank in ranks] == [3, 3]
+    # By tokens.
+    whole, resumed, overfitted = (
+        [rank[f"{name} by tokens"] for rank in ranks] for name in ("whole", "resumed", "overfitted")
+    )
+    for rank in range(2):
+        assert resumed[rank] == whole[rank][4:]
+    steps = [*zip(*whole, strict=True)]
+    assert all(len(one) == len(other) for one, other in steps)
+    assert all(sum(4 + row % 5 for row in batch) <= 16 for step in steps for batch in step)
+    for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+        rows = [*chain(*chain(*epoch))]
+        assert len(rows) == 12
+        assert sorted(set(rows)) == list(range(11))
+    assert [sorted(chain(*step)) for step in zip(*overfitted, strict=True)] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
