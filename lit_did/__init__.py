@@ -10,7 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lit_did.ops import SequenceStatistics, TokenStatistics, sequence_statistics, token_statistics
+from lit_did.ops import (
+    SequenceStatistics,
+    TokenStatistics,
+    linear_sequence_statistics,
+    linear_token_statistics,
+    sequence_statistics,
+    token_statistics,
+)
 
 if TYPE_CHECKING:
     from lit_did.callbacks import DIDMonitor
@@ -27,6 +34,8 @@ __all__ = [
     "PreferenceDataModule",
     "SequenceStatistics",
     "TokenStatistics",
+    "linear_sequence_statistics",
+    "linear_token_statistics",
     "sequence_statistics",
     "token_statistics",
 ]

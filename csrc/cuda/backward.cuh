@@ -159,6 +159,7 @@ struct Task {
   bool ignored, invalid;
 };
 
+template <typename Real>
 __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretches) {
   Task t;
   t.row = blockIdx.x / stretches;
@@ -168,9 +169,11 @@ __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretche
   t.label = label >= t.begin && label < t.begin + t.size ? static_cast<int>(label - t.begin) : -kBackwardStretch;
   t.ignored = label == a.problem.ignore_index;
   const double normalizer = t.ignored ? 0 : a.normalizers[t.row].policy;
-  // A label out of range made the log-probabilities NaN: so is their gradient.
+  // A label out of range made the log-probabilities NaN: so is their gradient. Not by the label itself: where the
+  // logits are a slice of the vocabulary, it may lie in another.
   const bool label_counts = a.grads[0] || a.grads[1];
-  t.invalid = normalizer != normalizer || (label_counts && (label < 0 || label >= a.problem.vocabulary));
+  const Real logprob = t.ignored ? Real(0) : static_cast<const Real*>(a.statistics[0])[t.row];
+  t.invalid = normalizer != normalizer || (label_counts && logprob != logprob);
   return t;
 }
 
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
     backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, int stretches) {
   using Real = typename RealOf<P>::type;
   constexpr int kEntries = kChunk<P, R>;
-  const Task t = task_of(a, stretches);
+  const Task t = task_of<Real>(a, stretches);
   const int offset = a.grad_policy.data ? chunk_offset<P, kEntries>(row_of<P>(a.grad_policy, t.row) + t.begin)
                                         : chunk_offset<R, kEntries>(row_of<R>(a.grad_reference, t.row) + t.begin);
   const auto policy = stretch_of<P>(a.problem.policy, a.grad_policy, t.row, t.begin, offset);
@@ -204,7 +207,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
     logprob_backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<T>::type> by, int stretches) {
   using Real = typename RealOf<T>::type;
   constexpr int kEntries = 16 / sizeof(T);
-  const Task t = task_of(a, stretches);
+  const Task t = task_of<Real>(a, stretches);
   const Logits& logits = kPolicy ? a.problem.policy : a.problem.reference;
   const Logits& grad = kPolicy ? a.grad_policy : a.grad_reference;
   const int offset = chunk_offset<T, kEntries>(row_of<T>(grad, t.row) + t.begin);

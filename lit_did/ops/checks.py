@@ -56,6 +56,77 @@ def check_token_arguments(
     check_options(ignore_index, temperature)
 
 
+def check_linear_arguments(
+    layers: dict[str, tuple[Tensor, Tensor, Tensor | None]], labels: Tensor, softcap: tuple, scale: tuple
+) -> None:
+    """Checks the output layers of the two models, "policy" and "reference": hidden, weight and bias, and the labels.
+
+    Vocabularies are not compared: where they are sliced, that takes all processes.
+
+    Raises:
+        TypeError: An argument is not a tensor or a number, or of a dtype that is not served.
+        ValueError: Shapes, devices, `softcap` or `scale` do not fit.
+    """
+    _check_labels_type(labels)
+    for side, layer in layers.items():
+        for part, value in zip(("hidden", "weight", "bias"), layer, strict=True):
+            name = f"{side}_{part}"
+            if part == "bias" and value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}.")
+            if value.dtype not in LOGITS_DTYPES:
+                raise TypeError(
+                    f"Expected `{name}` to be float32, bfloat16, float16 or float64, but got {value.dtype}."
+                )
+            if value.device != labels.device:
+                raise ValueError(
+                    f"Expected `{name}` on the device of `labels`, {labels.device}, but got {value.device}."
+                )
+            if part != "hidden" and value.dtype != layer[0].dtype:
+                raise TypeError(
+                    f"Expected `{name}` to have the dtype of `{side}_hidden`, {layer[0].dtype}, but got {value.dtype}."
+                )
+        hidden, weight, bias = layer
+        if hidden.dim() < 1 or hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"Expected `{side}_hidden` to have shape [..., H] with the shape of `labels`, {tuple(labels.shape)}, "
+                f"before H, but got {tuple(hidden.shape)}."
+            )
+        if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"Expected `{side}_weight` to have shape [V, {hidden.shape[-1]}] with V >= 1, for the last dimension "
+                f"of `{side}_hidden`, but got {tuple(weight.shape)}."
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"Expected `{side}_bias` to have shape [{weight.shape[0]}], but got {tuple(bias.shape)}.")
+    for name, pair, absent in (("softcap", softcap, True), ("scale", scale, False)):
+        for value in pair:
+            if value is None and absent:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Expected `{name}` to be a number or a (policy, reference) pair, but got {value!r}.")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"Expected `{name}` to be positive and finite, but got {value}.")
+
+
+def check_memory(chunk_tokens: int | str, max_extra_bytes: int) -> None:
+    """Checks the limits of the linear statistics.
+
+    Raises:
+        TypeError: `max_extra_bytes` is not an integer, `chunk_tokens` neither an integer nor "auto".
+        ValueError: One of them is not positive.
+    """
+    for name, value in (("chunk_tokens", chunk_tokens), ("max_extra_bytes", max_extra_bytes)):
+        if name == "chunk_tokens" and value == "auto":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            or_auto = " or 'auto'" if name == "chunk_tokens" else ""
+            raise TypeError(f"Expected `{name}` to be an integer{or_auto}, but got {value!r}.")
+        if value < 1:
+            raise ValueError(f"Expected `{name}` to be positive, but got {value}.")
+
+
 def check_inplace_backward(inplace_backward: bool, backend: str) -> None:
     """Checks the switch against the backend that the caller chose.
 

@@ -78,6 +78,8 @@ class TokenCase:
     grads: tuple[str, str] = ("apart", "apart")
     """each side's gradient: "apart", "in place" of its logits, or "none" """
     grad_layouts: tuple[Layout, Layout] = (Layout(), Layout())
+    backward_labels: Tensor | None = None
+    """the backward's, where they differ: the logits are a slice of a vocabulary"""
     seed: int = 1
 
 
@@ -208,6 +210,9 @@ class _Tokens:
         out.integers(int(case.upstream is not None))
         self.grads = [None, None]
         if case.upstream is not None:
+            out.integers(int(case.backward_labels is not None))
+            if case.backward_labels is not None:
+                out.buffer(case.backward_labels)
             for upstream in case.upstream:
                 out.integers(int(upstream is not None))
                 if upstream is not None:

@@ -18,6 +18,7 @@ from tests.ops import test_sequence_reduction as reductions
 from tests.ops import test_sequence_statistics as sequences
 from tests.ops import test_support as support
 from tests.ops import test_token_statistics as tokens
+from tests.ops.linear_cases import assert_as_good_as_logits, make_case
 
 DEVICE = "cuda"
 if not torch.cuda.is_available() or DEVICE not in fused_devices():
@@ -124,6 +125,18 @@ def test_few_rows_or_many(vocabulary, dtype):
     values, *grads = bits(*repeated)
     assert_same((values[:, :40], *(grad[:40] for grad in grads)), bits(*batch))
     assert_same((values[:, -1:], *(grad[-1:] for grad in grads)), bits(*(x[-1:].clone() for x in repeated)))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_extra_bytes": 60_000}, {"chunk_tokens": 4}], ids=str)
+@pytest.mark.parametrize("used", [slice(None), slice(2)], ids=["all", "log-probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_statistics(dtype, used, options):
+    """Labels that lie in another block of the vocabulary than the one whose gradient is computed."""
+    case = make_case(DTYPES[dtype], bias=True, softcap=(None, 5.0))
+    case.tensors = {name: value.detach().to(DEVICE).requires_grad_() for name, value in case.tensors.items()}
+    case.labels = case.labels.to(DEVICE)
+    case.upstream = dict(list(case.upstream.items())[used])
+    assert_as_good_as_logits(case, **options)
 
 
 @pytest.mark.parametrize("vocabulary", [530, 2 * SPLIT + 21])

@@ -145,6 +145,7 @@ void token_statistics(Cases& cases, Results& results) {
   if (cases.integer() != 0) {
     cuda::BackwardArguments backward{};
     backward.problem = problem;
+    if (cases.integer() != 0) backward.problem.labels = reinterpret_cast<const int64_t*>(cases.buffer(buffers).data);
     for (int i = 0; i < kNumStatistics; ++i) {
       if (cases.integer() != 0) backward.grads[i] = cases.buffer(buffers).data;
       backward.statistics[i] = forward.statistics[i];

@@ -1,0 +1,367 @@
+"""The fused linear token statistics: output layers and statistics a tile of logits at a time, and their gradient.
+
+A tile is some tokens by a block of the vocabulary. What the tiles of a token say merges (`lit_did.ops.partials`), and
+the gradient of a tile's logits needs eleven numbers a token of the whole vocabulary, so no [tokens, V] tensor is ever
+needed: the backward computes a tile's logits again, or finds them where the forward left them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_did.ops.partials import NO_LABEL, NUM_PARTIALS, finish_partials, merge_partials, slice_partials
+from lit_did.ops.statistics import TokenStatistics
+
+# Matrix products are slow in blocks of the vocabulary that are narrower, or not a multiple of this many entries wide.
+NARROWEST = 512
+_MULTIPLE = 64
+# Entries of a tile: enough for products at full speed, few enough that the rest of the memory can keep other tiles.
+_TILE = 1 << 23
+_MERGED_AT_ONCE = 16  # slices: what they hold stays far smaller than a tile
+
+
+def linear_token_statistics(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    softcap: tuple[float | None, float | None],
+    scale: tuple[float, float],
+    temperature: float,
+    chunk_tokens: int | str,
+    max_extra_bytes: int,
+    process_group: dist.ProcessGroup | None,
+    first_entry: int,
+) -> TokenStatistics:
+    """`lit_did.linear_token_statistics` for checked arguments.
+
+    Args:
+        policy, reference: Hidden states [N, H] with N >= 1, weight [V, H], bias [V] or None; a layer has one dtype, and
+            both or neither are float64.
+        labels: [N] int64, all in the vocabulary.
+        softcap, scale: Pairs of the policy's and the reference's.
+        first_entry: Of this process's slice of the vocabulary.
+    """
+    tensors = (*policy, *reference)
+    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    itemsizes = policy[0].element_size(), reference[0].element_size()
+    plan = make_plan(len(labels), len(policy[1]), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
+    options = Options(softcap, scale, float(temperature), plan, process_group, first_entry)
+    return TokenStatistics(*_LinearTokenStatistics.apply(*tensors, labels, options))
+
+
+class Plan(NamedTuple):
+    """How tokens and vocabulary are cut, and how many tiles each side has memory for."""
+
+    rows: int
+    columns: int
+    policy_slots: int
+    reference_slots: int
+
+    def tiles(self, tokens: int, vocabulary: int) -> list[tuple[slice, slice]]:
+        """(tokens, entries) of every tile; the tokens of a block of the vocabulary follow one another."""
+        return [
+            (slice(row, min(row + self.rows, tokens)), slice(column, min(column + self.columns, vocabulary)))
+            for column in range(0, vocabulary, self.columns)
+            for row in range(0, tokens, self.rows)
+        ]
+
+
+def make_plan(
+    tokens: int,
+    vocabulary: int,
+    itemsizes: tuple[int, int],
+    softcaps: tuple[float | None, float | None],
+    chunk_tokens: int | str,
+    max_extra_bytes: int,
+    keep: bool,
+) -> Plan:
+    """Cuts [tokens, vocabulary] so that the tiles in memory at a time take at most `max_extra_bytes`.
+
+    Args:
+        itemsizes: Bytes of a policy and of a reference logit.
+        keep: Whether a backward will come: the memory left over then holds tiles for it, the policy's first.
+
+    Raises:
+        ValueError: `max_extra_bytes` is too small for one token and the narrowest block.
+    """
+    # The backward of a softcap needs the capped logits beside their gradient.
+    spare = sum(size for size, softcap in zip(itemsizes, softcaps, strict=True) if keep and softcap is not None)
+    entry = sum(itemsizes) + spare
+    narrowest = min(vocabulary, NARROWEST)
+    entries = max_extra_bytes // entry
+    if entries < narrowest:
+        raise ValueError(
+            f"Expected `max_extra_bytes` to be at least {narrowest * entry}, for one token and {narrowest} entries of "
+            f"the vocabulary, but got {max_extra_bytes}."
+        )
+    rows = max(1, min(tokens if chunk_tokens == "auto" else chunk_tokens, tokens, entries // narrowest))
+    widest = max(narrowest, min(entries, _TILE) // rows // _MULTIPLE * _MULTIPLE)
+    blocks = -(-vocabulary // widest)
+    columns = -(-vocabulary // blocks)
+    columns = min(vocabulary, columns + -columns % _MULTIPLE)
+    tiles = blocks * -(-tokens // rows)
+    policy_slots = reference_slots = 1
+    if keep:
+        policy_tile, reference_tile = (rows * columns * size for size in itemsizes)
+        left = max_extra_bytes - rows * columns * entry
+        policy_slots += min(tiles - 1, left // policy_tile)
+        if left >= (tiles - 1) * (policy_tile + reference_tile):
+            reference_slots = tiles
+    return Plan(rows, columns, policy_slots, reference_slots)
+
+
+class Options(NamedTuple):
+    """What `_LinearTokenStatistics` takes besides tensors. Pairs are the policy's and the reference's."""
+
+    softcaps: tuple[float | None, float | None]
+    scales: tuple[float, float]
+    temperature: float
+    plan: Plan
+    process_group: dist.ProcessGroup | None
+    first_entry: int
+    """of this process's slice of the vocabulary"""
+
+
+class _Tiles:
+    """One model's logits, a tile at a time. Tile i lies in slot min(i, slots - 1), until another takes its place."""
+
+    def __init__(
+        self,
+        layer: tuple[Tensor, Tensor, Tensor | None],
+        softcap: float | None,
+        scale: float,
+        tiles: list[tuple[slice, slice]],
+        buffer: Tensor,
+        held: list[int | None],
+    ) -> None:
+        self.hidden, self.weight, self.bias = layer
+        self.softcap, self.scale = softcap, scale
+        self.tiles, self.buffer, self.held = tiles, buffer, held
+
+    def memory(self, index: int) -> Tensor:
+        """[rows, columns]: where the tile lies, whatever is there now."""
+        rows, columns = self.tiles[index]
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return self.buffer[self._slot(index), : shape[0] * shape[1]].view(shape)
+
+    def logits(self, index: int) -> Tensor:
+        """[rows, columns], computed unless they are still there."""
+        tile = self.memory(index)
+        if self.held[self._slot(index)] != index:
+            rows, columns = self.tiles[index]
+            alpha = self.scale if self.softcap is None else self.scale / self.softcap
+            added, beta = (tile, 0) if self.bias is None else (self.bias[columns], alpha)
+            torch.addmm(added, self.hidden[rows], self.weight[columns].T, beta=beta, alpha=alpha, out=tile)
+            if self.softcap is not None:
+                tile.tanh_().mul_(self.softcap)
+            self.held[self._slot(index)] = index
+        return tile
+
+    def overwritten(self, index: int) -> None:
+        """Says that the tile's memory no longer holds its logits."""
+        self.held[self._slot(index)] = None
+
+    def _slot(self, index: int) -> int:
+        return min(index, len(self.held) - 1)
+
+
+class _Gradients:
+    """The gradients of one model's hidden states, weight and bias, from those of its tiles, last tile first."""
+
+    def __init__(self, logits: _Tiles, needed: tuple[bool, bool, bool], across: bool) -> None:
+        self.logits = logits
+        rows, columns = logits.tiles[-1]
+        hidden, weight = logits.hidden, logits.weight
+        double = hidden.dtype == torch.float64
+        sum_dtype = torch.float64 if double else torch.float32
+        blocks, chunks = columns.start > 0, rows.start > 0
+        self.hidden = self.weight = self.bias = self.block = self.capped = None
+        if needed[0]:
+            self.hidden = torch.empty_like(hidden, dtype=sum_dtype if blocks or across else hidden.dtype)
+        if needed[1]:
+            self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if chunks and weight.dtype != sum_dtype:  # one block's sum over chunks of tokens
+                self.block = weight.new_empty(logits.tiles[0][1].stop, weight.shape[1], dtype=sum_dtype)
+        if needed[2]:
+            self.bias = torch.zeros_like(logits.bias, dtype=sum_dtype)
+            self.ones = hidden.new_ones(1, logits.tiles[0][0].stop)
+        if logits.softcap is not None:
+            self.capped = torch.empty_like(logits.buffer[0])
+
+    def before(self, index: int) -> None:
+        """Keeps what the tile's gradient, which takes the place of its logits, needs of them."""
+        if self.capped is not None:
+            tile = self.logits.memory(index)
+            torch.div(tile, self.logits.softcap, out=self._capped(tile))
+
+    def after(self, index: int) -> None:
+        """Adds the tile's share; in its memory is the gradient of its logits."""
+        self.logits.overwritten(index)
+        tile = self.logits.memory(index)
+        rows, columns = self.logits.tiles[index]
+        last_rows, last_columns = self.logits.tiles[-1]
+        if self.capped is not None:
+            torch.ops.aten.tanh_backward.grad_input(tile, self._capped(tile), grad_input=tile)
+        if self.hidden is not None:
+            _multiply(
+                self.hidden[rows], tile, self.logits.weight[columns], self.logits.scale, add=columns != last_columns
+            )
+        if self.weight is not None:
+            block = self.weight[columns]
+            total = block if self.block is None else self.block[: len(block)]
+            _multiply(total, tile.T, self.logits.hidden[rows], self.logits.scale, add=rows != last_rows)
+            if self.block is not None and rows.start == 0:
+                block.copy_(total)
+        if self.bias is not None:
+            # A product, because a sum to another dtype copies the tile first.
+            _multiply(self.bias[None, columns], self.ones[:, : len(tile)], tile, self.logits.scale, add=True)
+
+    def _capped(self, tile: Tensor) -> Tensor:
+        return self.capped[: tile.numel()].view_as(tile)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, scale: float, *, add: bool) -> None:
+    """out = scale a b, added to what is there with `add`. A wider `out` holds a sum of several products."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=int(add), alpha=scale)
+    elif add:
+        out.add_(a @ b, alpha=scale)
+    else:
+        out.copy_(a @ b).mul_(scale)
+
+
+class _LinearTokenStatistics(torch.autograd.Function):
+    """From the policy's hidden, weight and bias, the reference's, labels and `Options`: `linear_token_statistics`."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *layers, labels, options = arguments
+        hidden, weight = layers[:2]
+        tiles = options.plan.tiles(len(hidden), len(weight))
+        rows, columns = options.plan.rows, options.plan.columns
+        slots = options.plan.policy_slots, options.plan.reference_slots
+        buffers = [side.new_empty(n, rows * columns) for side, n in zip((layers[0], layers[3]), slots, strict=True)]
+        ctx.tiles, ctx.options, ctx.held = tiles, options, [[None] * n for n in slots]
+        policy, reference = _sides(ctx, layers, buffers)
+
+        # A policy beside itself: what the reference would compute is there already.
+        of_reference = policy if _are_one(layers, options) else reference
+        slices: list[Tensor] = []
+        labels = labels - options.first_entry
+        for index, (rows, columns) in enumerate(tiles):
+            if rows.start == 0:
+                if len(slices) == _MERGED_AT_ONCE:
+                    slices = [merge_partials(torch.stack(slices))]
+                slices.append(labels.new_empty(NUM_PARTIALS, len(labels), dtype=torch.float64))
+            slices[-1][:, rows] = slice_partials(
+                policy.logits(index), of_reference.logits(index), labels[rows] - columns.start, options.temperature
+            )
+        if options.process_group is not None:
+            slices = _gathered(merge_partials(torch.stack(slices)), options.process_group)
+        statistics, normalizers = finish_partials(
+            merge_partials(torch.stack(slices)), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        )
+        ctx.set_materialize_grads(False)
+        # Saved, not attributes, so that autograd lets the tiles go after the backward.
+        ctx.save_for_backward(*layers, *buffers, labels, *statistics, normalizers)
+        return tuple(statistics)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results = _backward(ctx, saved, grads)
+        if torch.is_grad_enabled():
+            results = _DifferentiableOnce.apply(*results, *saved[:6], *grads)
+        return *results, None, None
+
+
+def _backward(ctx, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    layers, buffers, labels, statistics, normalizers = saved[:6], saved[6:8], saved[8], saved[9:-1], saved[-1]
+    # .data: the buffers are ours to overwrite, and `held` says what a second backward finds in them.
+    sides = _sides(ctx, layers, [buffer.data for buffer in buffers])
+    options = ctx.options
+    reads_both = any(grad is not None for grad in grads[2:])
+    needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
+    writes = [any(needs) and (reads_both or grad is not None) for needs, grad in zip(needed, grads, strict=False)]
+    gradients = [
+        _Gradients(side, needs, options.process_group is not None) if write else None
+        for side, needs, write in zip(sides, needed, writes, strict=True)
+    ]
+    for index in reversed(range(len(ctx.tiles))):
+        rows, columns = ctx.tiles[index]
+        # A log-probability's gradient needs its own side's logits only.
+        logits = [
+            side.logits(index) if reads_both or write else side.memory(index)
+            for side, write in zip(sides, writes, strict=True)
+        ]
+        for gradient in filter(None, gradients):
+            gradient.before(index)
+        torch.ops.lit_did.token_statistics_backward_(
+            [None if grad is None else grad[rows] for grad in grads],
+            *logits,
+            labels[rows] - columns.start,
+            [value[rows] for value in statistics],
+            normalizers[rows],
+            NO_LABEL,
+            options.temperature,
+            *writes,
+        )
+        for gradient in filter(None, gradients):
+            gradient.after(index)
+    return [
+        *_results(layers[:3], needed[0], gradients[0], options),
+        *_results(layers[3:], needed[1], gradients[1], options),
+    ]
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The first six tensors, in a graph that says what they depend on and cannot be gone through."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(None if value is None else value.view_as(value) for value in tensors[:6])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("The fused linear statistics are differentiable once: use `backend='reference'` for more.")
+
+
+def _are_one(layers: list[Tensor | None], options: Options) -> bool:
+    """Whether both models have the same hidden states and output layer, by their memory."""
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+    options_too = options.softcaps[0] == options.softcaps[1] and options.scales[0] == options.scales[1]
+    return options_too and all(map(same, layers[:3], layers[3:6]))
+
+
+def _sides(ctx, layers: list[Tensor | None], buffers: list[Tensor]) -> list[_Tiles]:
+    options = ctx.options
+    both = (layers[:3], layers[3:6]), options.softcaps, options.scales, buffers, ctx.held
+    return [
+        _Tiles(layer, softcap, scale, ctx.tiles, buffer, held)
+        for layer, softcap, scale, buffer, held in zip(*both, strict=True)
+    ]
+
+
+def _results(layer, needed, gradients: _Gradients | None, options: Options) -> list[Tensor | None]:
+    if gradients is None:
+        return [torch.zeros_like(value) if need else None for value, need in zip(layer, needed, strict=True)]
+    if options.process_group is not None and gradients.hidden is not None:
+        dist.all_reduce(gradients.hidden, group=options.process_group)
+    both = zip((gradients.hidden, gradients.weight, gradients.bias), layer, strict=True)
+    return [None if grad is None else grad.to(value.dtype) for grad, value in both]
+
+
+def _gathered(partials: Tensor, process_group: dist.ProcessGroup) -> list[Tensor]:
+    gathered = [torch.empty_like(partials) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, partials, group=process_group)
+    return gathered

@@ -1,0 +1,228 @@
+"""linear_token_statistics: the memory that it takes, and the matrix products that it does and does not do."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_did import linear_token_statistics
+from lit_did.ops.tiles import make_plan
+
+TOKENS, VOCABULARY, SIZE = 96, 8192, 4
+LOGITS = TOKENS * VOCABULARY * 4  # bytes of one side in float32
+BLOCK = TOKENS * 512 * 4
+PARTIALS = TOKENS * 14 * 8 * 60  # what slices say, and what merging them takes
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products by the sizes that they multiply: "logits", "hidden", "weight"."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"logits": 0, "hidden": 0, "weight": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm):
+            b = args[-1]
+            inner, outer = b.shape
+            kind = "logits" if inner == SIZE else "weight" if inner <= TOKENS else "hidden"
+            assert kind == "logits" or outer == SIZE
+            self.counts[kind] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def layers(dtype=torch.float32, frozen=()):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (TOKENS, SIZE), (VOCABULARY, SIZE)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes * 2]
+    return [value.requires_grad_(i not in frozen) for i, value in enumerate(tensors)]
+
+
+LABELS = torch.arange(TOKENS) * 85
+LOSSES = {"log-ratios": lambda s: s.log_ratio.sigmoid().sum(), "all": lambda s: sum(value.sum() for value in s)}
+BLOCKS = VOCABULARY // 512
+
+# The bound in blocks of one side, and which products follow with a policy that is trained.
+PRODUCTS = {
+    # The policy's logits all stay: log-ratios compute nothing again. The last of the reference's is still there.
+    "policy-kept": (BLOCKS + 1, "log-ratios", (), {"logits": 2 * BLOCKS, "hidden": BLOCKS, "weight": BLOCKS}),
+    "reference-again": (BLOCKS + 1, "all", (), {"logits": 3 * BLOCKS - 1, "hidden": BLOCKS, "weight": BLOCKS}),
+    # A block of either side, the policy's in five of sixteen besides.
+    "some-kept": (7, "log-ratios", (), {"logits": 3 * BLOCKS - 6, "hidden": BLOCKS, "weight": BLOCKS}),
+    "none-kept": (2, "log-ratios", (), {"logits": 3 * BLOCKS - 1, "hidden": BLOCKS, "weight": BLOCKS}),
+    "frozen-weight": (BLOCKS + 1, "log-ratios", (1,), {"logits": 2 * BLOCKS, "hidden": BLOCKS, "weight": 0}),
+    "frozen-hidden": (BLOCKS + 1, "log-ratios", (0,), {"logits": 2 * BLOCKS, "hidden": 0, "weight": BLOCKS}),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name, monkeypatch):
+    blocks, loss, frozen, expected = PRODUCTS[name]
+    monkeypatch.setitem(make_plan.__globals__, "_TILE", TOKENS * 512)
+    tensors = layers(frozen=(2, 3, *frozen))
+    with Products() as products:
+        statistics = linear_token_statistics(*tensors, LABELS, max_extra_bytes=blocks * BLOCK)
+        LOSSES[loss](statistics).backward()
+    assert products.counts == expected
+
+
+@pytest.mark.parametrize(("change", "logits"), [({}, 1), ({"scale": (1.0, 2.0)}, 2), ({"softcap": (None, 3.0)}, 2)])
+def test_a_policy_beside_itself(change, logits):
+    hidden, weight = layers()[:2]
+    with Products() as products:
+        statistics = linear_token_statistics(hidden, weight, hidden.detach(), weight.detach(), LABELS, **change)
+        statistics.policy_logprob.sum().backward()
+    assert products.counts == {"logits": logits, "hidden": 1, "weight": 1}
+    if not change:
+        apart = linear_token_statistics(hidden, weight, hidden.clone(), weight.clone(), LABELS)
+        assert all(map(torch.equal, statistics, apart))
+
+
+def test_nothing_is_computed_again_where_all_fits():
+    tensors = layers()
+    with Products() as products:
+        LOSSES["all"](linear_token_statistics(*tensors, LABELS)).backward()
+    assert products.counts == {"logits": 2, "hidden": 2, "weight": 2}
+
+
+def test_no_product_for_a_side_that_the_loss_does_not_use():
+    tensors = layers()
+    with Products() as products:
+        grads = torch.autograd.grad(linear_token_statistics(*tensors, LABELS).policy_logprob.sum(), tensors)
+    assert products.counts == {"logits": 2, "hidden": 1, "weight": 1}
+    assert all((grad == 0).all() for grad in grads[2:])
+    assert all((grad != 0).any() for grad in grads[:2])
+
+
+def peak_bytes(run) -> int:
+    """The most that is allocated at a time beyond what was before."""
+    return max(itertools.accumulate(allocations(run)))
+
+
+def allocations(run) -> list[int]:
+    """Bytes, negative where memory was freed."""
+    with profile(profile_memory=True) as profiler:
+        run()
+    return [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk_tokens", ["auto", 40])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("blocks", [3, 5, 20, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_holds(dtype, blocks, loss, chunk_tokens, softcap):
+    bound = blocks * BLOCK
+    tensors = layers(dtype)
+    # The arguments' gradients, those in float32 that they are summed up in, and what is a few numbers a token.
+    others = 4 * sum(value.nbytes for value in tensors) + PARTIALS
+
+    def run():
+        statistics = linear_token_statistics(
+            *tensors, LABELS, chunk_tokens=chunk_tokens, max_extra_bytes=bound, softcap=softcap
+        )
+        LOSSES[loss](statistics).backward()
+
+    run()  # once for what torch allocates at first
+    for value in tensors:
+        value.grad = None
+    peak = peak_bytes(run)
+    assert peak <= bound + others
+    if blocks == 50 and dtype == torch.float32:  # the measure sees the tiles: both sides' logits fit
+        assert peak >= 2 * LOGITS
+
+
+def test_nothing_is_kept_without_a_gradient(monkeypatch):
+    """One tile a side, though there is memory for all."""
+    monkeypatch.setitem(make_plan.__globals__, "_TILE", TOKENS * 512)
+    tensors = layers()
+    frozen = [value.detach() for value in tensors]
+    with torch.no_grad():
+        for given in (tensors, frozen):
+            assert peak_bytes(lambda given=given: linear_token_statistics(*given, LABELS)) < 2 * BLOCK + PARTIALS
+    assert peak_bytes(lambda: linear_token_statistics(*frozen, LABELS)) < 2 * BLOCK + PARTIALS
+    assert peak_bytes(lambda: linear_token_statistics(*tensors, LABELS)) > 2 * LOGITS
+
+
+def test_what_is_known_of_many_blocks_is_merged_on_the_way(monkeypatch):
+    """So that it stays small beside a tile."""
+    numbers = []
+    merge = make_plan.__globals__["merge_partials"]
+    monkeypatch.setitem(
+        make_plan.__globals__, "merge_partials", lambda slices: (numbers.append(len(slices)), merge(slices))[1]
+    )
+    hidden, weight = torch.randn(2, 3), torch.randn(40 * 512, 3)
+    linear_token_statistics(hidden, weight, hidden, weight, torch.tensor([1, 2]), max_extra_bytes=2 * 2 * 4 * 512)
+    assert numbers == [16, 16, 10]
+
+
+def test_tiles_are_let_go_after_the_backward():
+    """Though the statistics, and with them the graph, live on."""
+    tensors = layers()
+    alive = []
+
+    def run():
+        alive.append(linear_token_statistics(*tensors, LABELS))
+        LOSSES["all"](alive[0]).backward()
+
+    assert sum(allocations(run)) < sum(value.nbytes for value in tensors) + LOGITS / 10
+    assert alive[0].kl.grad_fn is not None
+
+
+@pytest.mark.parametrize("options", [{"max_extra_bytes": LOGITS}, {"chunk_tokens": 3}], ids=str)
+def test_the_reference_is_bounded_too(options):
+    """Three tokens at a time, by either."""
+    tensors = layers()
+
+    def run():
+        LOSSES["all"](linear_token_statistics(*tensors, LABELS, backend="reference", **options)).backward()
+
+    run()
+    assert peak_bytes(run) < LOGITS + 8 * sum(value.nbytes for value in tensors)
+
+
+def plan(tokens, vocabulary, *, itemsize=4, softcap=None, chunk_tokens="auto", max_extra_bytes=2**28, keep=True):
+    return make_plan(tokens, vocabulary, (itemsize, itemsize), (softcap, softcap), chunk_tokens, max_extra_bytes, keep)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 511, 512, 513, 1030, 49_152, 50_257, 262_144])
+@pytest.mark.parametrize("tokens", [1, 7, 816, 70_000])
+def test_plans(tokens, vocabulary):
+    """Tiles cover everything once, in the bound, in blocks that are not narrow."""
+    for itemsize, softcap, chunk_tokens in ((4, None, "auto"), (2, 3.0, 7), (8, None, 1000)):
+        entry = itemsize * (4 if softcap else 2)
+        for bound in (min(512, vocabulary) * entry, 5_000_000, 2**28):
+            made = plan(
+                tokens,
+                vocabulary,
+                itemsize=itemsize,
+                softcap=softcap,
+                chunk_tokens=chunk_tokens,
+                max_extra_bytes=bound,
+            )
+            assert 1 <= made.rows <= (tokens if chunk_tokens == "auto" else min(tokens, chunk_tokens))
+            assert min(256, vocabulary) <= made.columns <= vocabulary  # blocks of 512, evened out
+            assert made.columns % 64 == 0 or made.columns == vocabulary
+            tile = made.rows * made.columns * itemsize
+            slots = made.policy_slots + made.reference_slots + (2 if softcap else 0)
+            assert slots * tile <= bound
+            if -(-tokens // made.rows) * -(-vocabulary // made.columns) < 5000:  # there are plans of millions
+                tiles = made.tiles(tokens, vocabulary)
+                assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in tiles) == tokens * vocabulary
+                assert len(set(map(str, tiles))) == len(tiles) >= max(made.policy_slots, made.reference_slots)
+                assert (tiles[-1][0].stop, tiles[-1][1].stop) == (tokens, vocabulary)
+
+
+def test_the_default_keeps_the_policy():
+    """816 tokens of 49,152 entries in 256 MiB: all of the policy's logits, one tile of the reference's."""
+    made = plan(816, 49_152)
+    assert made.rows == 816
+    assert made.policy_slots == len(made.tiles(816, 49_152))
+    assert made.reference_slots == 1
+    half = plan(816, 49_152, itemsize=2)
+    assert half.policy_slots == half.reference_slots == len(half.tiles(816, 49_152))
+    assert plan(816, 49_152, keep=False)[2:] == (1, 1)
