@@ -16,7 +16,8 @@ from lit_did.metrics import DIDMetrics
 from lit_did.models.batches import read_batch
 from lit_did.models.finding import find_attribute, find_policy, find_reference
 from lit_did.models.loading import load_reference
-from lit_did.models.measuring import check_every_n_steps, evaluating, measure, random_numbers_kept
+from lit_did.models.measuring import check_every_n_steps, measure
+from lit_did.models.quiet import evaluating, random_numbers_kept
 from lit_did.ops import SequenceStatistics
 
 LogitsFn = Callable[[lightning.LightningModule, Any], tuple[Tensor, Tensor, Tensor] | SequenceStatistics]

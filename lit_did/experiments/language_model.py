@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.measuring import completion_logits, evaluating, measure
+from lit_did.models.measuring import measure
 from lit_did.modules import LitDPO
-from lit_did.ops import SequenceStatistics, sequence_statistics
+from lit_did.ops import SequenceStatistics
 
 NAME = "SmolLM2-135M-Instruct"
 QUICK_NAME = "a tiny random model, which tells nothing of the claims"
@@ -152,13 +152,7 @@ def score_all(
     parts = []
     for start in range(0, len(order), 8):
         batch = batch_of([sequences[i] for i in order[start : start + 8]])
-        if reference is not None:
-            parts.append(measure(policy, reference, batch))
-            continue
-        positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        with evaluating(policy):
-            logits = completion_logits(policy, batch, positions)
-        parts.append(sequence_statistics(logits, logits, batch["labels"][:, positions]))
+        parts.append(measure(policy, policy if reference is None else reference, batch))
     back = torch.tensor(order).argsort()
     return SequenceStatistics(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 

@@ -18,7 +18,7 @@ from lit_did.data import read_pairs
 from lit_did.demo import PAIRS
 from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, batch_of, load, sample, score, train
 from lit_did.experiments.reporting import Options, Table
-from lit_did.models.measuring import evaluating
+from lit_did.models.quiet import evaluating
 from lit_did.ops import SequenceStatistics, sequence_statistics
 
 BETA = 0.5

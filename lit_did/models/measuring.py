@@ -1,84 +1,99 @@
-"""Forward passes of a policy and its reference: as the reference, at completion tokens, and without any side effect."""
+"""The statistics of completions under a policy and its reference: in training, and measured without any side effect."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lit_did.models import attention, forward
 from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models.layout import Layout, Sequences, read_sequences
 from lit_did.models.loading import is_peft
-from lit_did.ops import SequenceStatistics, sequence_statistics
+from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
 
 MAX_LOGITS_BYTES = 2**30
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, without gradients.
+class Outputs(NamedTuple):
+    """What one model says at completion tokens: last hidden states with their output layer, or else logits."""
 
-    Every submodule has its own mode back afterwards: some may be in eval mode on purpose.
+    hidden: Tensor | None
+    """[completion tokens, H]"""
+    layer: forward.OutputLayer | None
+    logits: Tensor | None
+    """[completion tokens, V]"""
+
+    def to(self, device: torch.device) -> Outputs:
+        """The same, on `device`."""
+        hidden, logits = (None if value is None else value.to(device) for value in (self.hidden, self.logits))
+        if self.layer is None:
+            return Outputs(hidden, None, logits)
+        weight, bias = (None if value is None else value.to(device) for value in (self.layer.weight, self.layer.bias))
+        return Outputs(hidden, self.layer._replace(weight=weight, bias=bias), logits)
+
+    def detach(self) -> Outputs:
+        """The same, without gradients."""
+        hidden, logits = (None if value is None else value.detach() for value in (self.hidden, self.logits))
+        layer = self.layer
+        if layer is not None:
+            bias = None if layer.bias is None else layer.bias.detach()
+            layer = layer._replace(weight=layer.weight.detach(), bias=bias)
+        return Outputs(hidden, layer, logits)
+
+
+def completion_outputs(model: nn.Module, layout: Layout, *, recompute: bool = False) -> Outputs:
+    """What `model` says at the completion tokens of `layout`, which is one for it (`forward.layout_of`).
+
+    `recompute`: as in `forward.completion_hidden`.
     """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    hidden = forward.completion_hidden(model, layout, recompute=recompute)
+    if hidden is None:
+        return Outputs(None, None, forward.completion_logits(model, layout))
+    return Outputs(hidden, forward.output_layer(model), None)
 
 
-@contextmanager
-def adapter_off(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
-    """`model`, a PeftModel, as its own reference: without its adapter, in eval mode, without gradients.
+def completion_statistics(
+    policy: Outputs,
+    reference: Outputs,
+    labels: Tensor,
+    cu_labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_extra_bytes: int = 2**28,
+) -> SequenceStatistics:
+    """The statistics of every completion, [sequences].
 
     Args:
-        adapter: The name of an adapter that is put in its place, such as a frozen copy of its start.
+        policy, reference: Of the same completion tokens.
+        labels, cu_labels: Those tokens, and where each sequence's begin and end, as in `Layout`.
+        temperature, backend, max_extra_bytes: As in `lit_did.linear_sequence_statistics`.
     """
-    # peft makes every parameter of an adapter trainable when it puts it back.
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = model.active_adapter
-    try:
-        with evaluating(model):
-            if adapter is None:
-                with model.disable_adapter():
-                    yield
-            else:
-                try:
-                    model.set_adapter(adapter)
-                    yield
-                finally:
-                    model.set_adapter(active)
-    finally:
-        for parameter, requires_grad in trains:
-            parameter.requires_grad_(requires_grad)
+    options = {"cu_seqlens": cu_labels, "temperature": temperature, "backend": backend}
+    if policy.hidden is None or reference.hidden is None:
+        return sequence_statistics(*(_logits(outputs) for outputs in (policy, reference)), labels, **options)
+    layers = policy.layer, reference.layer
+    return linear_sequence_statistics(
+        policy.hidden,
+        policy.layer.weight,
+        reference.hidden,
+        reference.layer.weight,
+        labels,
+        policy_bias=policy.layer.bias,
+        reference_bias=reference.layer.bias,
+        softcap=tuple(layer.softcap for layer in layers),
+        scale=tuple(layer.scale for layer in layers),
+        max_extra_bytes=max_extra_bytes,
+        **options,
+    )
 
 
-@contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Whatever random numbers are drawn, those after it are the same as without."""
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
-
-
-def completion_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """The logits [sequences, positions, V] that `model` gives at `positions` [positions] of every sequence.
-
-    Models that can, compute no others: the output layer is skipped for prompt tokens.
-    """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    parameters = inspect.signature((model.get_base_model() if is_peft(model) else model).forward).parameters
-    if "use_cache" in parameters:
-        inputs["use_cache"] = False
-    if "logits_to_keep" in parameters:
-        return model(**inputs, logits_to_keep=positions).logits
-    return model(**inputs).logits[:, positions]
+def _logits(outputs: Outputs) -> Tensor:
+    return outputs.logits if outputs.hidden is None else outputs.layer.logits(outputs.hidden)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -106,11 +121,12 @@ def measure(
 
     Args:
         policy: A causal language model.
-        reference: Another; None: the policy, a PeftModel, without its adapter.
+        reference: Another; None: the policy, a PeftModel, without its adapter; the policy: its own statistics.
         batch: `input_ids`, `attention_mask` and shifted `labels` [sequences, T], as `read_batch` returns.
         adapter: With `reference` None: the policy's adapter that is the reference, instead of none.
         temperature, backend: As in `lit_did.sequence_statistics`.
-        max_logits_bytes: So many bytes of logits are held at once, about: sequences take turns, at least one each.
+        max_logits_bytes: What the logits of all completion tokens at a time would take at the most, about: sequences
+            take turns, at least one each. Logits are held only of models whose output layer is no plain linear one.
 
     Raises:
         ValueError: `reference` is None and the policy is no PeftModel.
@@ -119,36 +135,45 @@ def measure(
     policy, reference = unwrapped(policy), None if reference is None else unwrapped(reference)
     if reference is None and not is_peft(policy):
         raise ValueError("Expected `reference`, or a PeftModel as `policy` (whose base model it is), but got neither.")
-    labels = batch["labels"]
-    rows = _rows_at_once(policy, labels, max_logits_bytes)
+    device = batch["labels"].device
+    other = policy if reference is None else reference
     parts = []
-    with random_numbers_kept(labels.device), evaluating(policy):
-        for start in range(0, labels.shape[0], rows):
-            part = {name: value[start : start + rows] for name, value in batch.items()}
-            positions = (part["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-            policy_logits = completion_logits(policy, part, positions)
-            with adapter_off(policy, adapter) if reference is None else evaluating(reference):
-                reference_logits = completion_logits(policy if reference is None else reference, part, positions)
+    with random_numbers_kept(device), evaluating(policy), attention.packed_attention(policy, other):
+        for sequences in _portions(read_sequences(batch), policy, max_logits_bytes):
+            layout = forward.layout_of(policy, sequences)
+            policy_outputs = completion_outputs(policy, layout)
+            if reference is policy:
+                reference_outputs = policy_outputs
+            else:
+                with adapter_off(policy, adapter) if reference is None else evaluating(reference):
+                    reference_outputs = completion_outputs(other, forward.layout_of(other, sequences))
             parts.append(
-                sequence_statistics(
-                    policy_logits,
-                    reference_logits.to(policy_logits.device),
-                    part["labels"][:, positions],
+                completion_statistics(
+                    policy_outputs,
+                    reference_outputs.to(layout.labels.device),
+                    layout.labels,
+                    layout.cu_labels,
                     temperature=temperature,
                     backend=backend,
                 )
             )
-    return SequenceStatistics(*map(torch.cat, zip(*parts, strict=True)))
+    return SequenceStatistics(*(torch.cat(values).to(device) for values in zip(*parts, strict=True)))
 
 
-def _rows_at_once(policy: nn.Module, labels: Tensor, max_logits_bytes: int) -> int:
+def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) -> Iterator[Sequences]:
     config = getattr(policy, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None:
-        return max(1, labels.shape[0])
-    positions = int((labels != IGNORE_INDEX).any(0).sum())
-    return max(1, max_logits_bytes // max(1, 2 * 4 * positions * vocabulary))  # two models, float32 at the most
+    token = 2 * 4 * getattr(config, "vocab_size", 1)  # two models, float32 at the most
+    limit = max_logits_bytes // token
+    portion, tokens = [], 0
+    for index in range(sequences.count):
+        completion = int((sequences.labels[sequences.slice(index)] != IGNORE_INDEX).sum())
+        if portion and tokens + completion > limit:
+            yield sequences.select(portion)
+            portion, tokens = [], 0
+        portion.append(index)
+        tokens += completion
+    yield sequences.select(portion)
 
 
 def check_every_n_steps(every_n_steps: int | None) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX
@@ -15,16 +17,21 @@ from lit_did.models.loading import active_dropout
 
 
 def check_batch(batch: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the batch has the layout that LitDPO documents, its labels shifted."""
-    for name in ("input_ids", "attention_mask", "labels"):
+    """Raises ValueError unless the batch has a layout that LitDPO documents, its labels shifted."""
+    packed = "cu_seqlens" in batch
+    for name in ("input_ids", "labels") if packed else ("input_ids", "attention_mask", "labels"):
         if name not in batch:
             raise ValueError(f"Expected the batch to hold `{name}`, but got {', '.join(map(str, batch))}.")
         shape = tuple(batch["input_ids"].shape)
-        if tuple(batch[name].shape) != shape or len(shape) != 2 or shape[0] % 2 or not all(shape):
+        rows_fit = shape[0] == 1 if packed else shape[0] % 2 == 0
+        if tuple(batch[name].shape) != shape or len(shape) != 2 or not rows_fit or not all(shape):
             raise ValueError(
-                f"Expected `{name}` to have the shape [2 pairs, T] of `input_ids`, {shape}, "
-                f"but got {tuple(batch[name].shape)}."
+                f"Expected `{name}` to have the shape {'[1, tokens]' if packed else '[2 pairs, T]'} of `input_ids`, "
+                f"{shape}, but got {tuple(batch[name].shape)}."
             )
+    if packed:
+        _check_bounds(batch["cu_seqlens"], shape[1])
+    batch = _rows(batch) if packed else batch
     labels, input_ids = batch["labels"], batch["input_ids"]
     labelled = labels != IGNORE_INDEX
     if (labelled[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])).any() or labelled[:, -1].any():
@@ -34,6 +41,40 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
         )
     if not labelled.any(1).all():
         raise ValueError("Expected every sequence to have completion tokens, but got one whose labels are all -100.")
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    bounds = cu_seqlens.tolist()
+    rises = all(start < stop for start, stop in pairwise(bounds))
+    if len(bounds) < 3 or len(bounds) % 2 == 0 or (bounds[0], bounds[-1]) != (0, tokens) or not rises:
+        raise ValueError(
+            f"Expected `cu_seqlens` to rise from 0 to the {tokens} tokens over [2 pairs + 1] entries, but got {bounds}."
+        )
+
+
+def _rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`input_ids` and `labels` [sequences, T] of sequences that lie end to end."""
+    lengths = batch["cu_seqlens"].diff().tolist()
+    fills = {"input_ids": 0, "labels": IGNORE_INDEX}
+    return {
+        name: pad_sequence(batch[name][0].split(lengths), batch_first=True, padding_value=fill)
+        for name, fill in fills.items()
+    }
+
+
+def check_step_options(
+    pack: bool, share_prompts: bool, recompute_elementwise: bool, tokens_at_once: int | str | None
+) -> None:
+    """Raises TypeError or ValueError unless they are what LitDPO documents."""
+    switches = {"pack": pack, "share_prompts": share_prompts, "recompute_elementwise": recompute_elementwise}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+    number = isinstance(tokens_at_once, int) and not isinstance(tokens_at_once, bool) and tokens_at_once > 0
+    if not number and tokens_at_once is not None and tokens_at_once != "auto":
+        raise ValueError(
+            f"Expected `tokens_at_once` to be a positive integer, 'auto' or None, but got {tokens_at_once!r}."
+        )
 
 
 def check_did_entropy_weight(weight: float, loss: str) -> None:

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_did.functional import REFERENCE_FREE_LOSSES, pair_margin, preference_loss, token_did_entropy
 from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
 from lit_did.metrics import DIDMetrics, LikelihoodDisplacement, PreferenceLoss
-from lit_did.models import loading, measuring
-from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models import attention, forward, loading
+from lit_did.models.layout import Layout, Sequences, read_sequences, split_pairs
+from lit_did.models.measuring import Outputs, completion_outputs, completion_statistics
+from lit_did.models.quiet import adapter_off
+from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checks import (
     check_batch,
     check_did_entropy_weight,
+    check_step_options,
     check_token_ids,
     warn_unless_policy_is_reference,
 )
 from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
-from lit_did.ops import SequenceStatistics, sequence_statistics
+from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
 
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 """what `SequenceStatistics` can tell of a policy alone"""
+TOKENS_AT_ONCE_CPU = 512
+TOKENS_AT_ONCE = 16_384
+"""`tokens_at_once="auto"`: enough for matrix products at full speed"""
 
 
 class PairStatistics(NamedTuple):
@@ -50,9 +62,13 @@ class LitDPO(lightning.LightningModule):
     """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290), or without one.
 
     Batches are dicts, as `PreferenceDataModule` makes them: `input_ids`, `attention_mask` and `labels` [2 pairs, T],
-    the chosen sequences first, then the rejected ones in the same order, padded on the right; labels[:, t] is the
-    token that position t predicts, -100 outside completions. `weight` [pairs] (0 leaves a pair out of validation and
-    prediction) and `index` [pairs] may be absent.
+    the chosen sequences first, then the rejected ones in the same order, padded; labels[:, t] is the token that
+    position t predicts, -100 outside completions. Or, end to end, `input_ids` and `labels` [1, tokens] and `cu_seqlens`
+    [2 pairs + 1]. `weight` [pairs] (0 leaves a pair out of validation and prediction), `index` [pairs] and
+    `position_ids` may be absent.
+
+    The models are given neither padding nor, a second time, what both sequences of a pair begin with, and no logits are
+    held in memory, where the models allow it; a warning says where not. docs/performance.md has the switches.
 
     Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
     mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each. A loss without a
@@ -76,6 +92,17 @@ class LitDPO(lightning.LightningModule):
         schedule: What follows the warmup: "constant", "linear" or "cosine" (both to 0 at the end of training).
         disable_dropout: Sets the policy's dropout probabilities to 0.
         gradient_checkpointing: Recomputes the policy's activations in the backward pass.
+        pack: Gives the models the sequences of a batch end to end, without padding.
+        share_prompts: Gives the models once what both sequences of a pair begin with.
+        recompute_elementwise: Products, casts and activation functions of the policy are computed again in the backward
+            pass instead of kept: a third of the activations less, for a few per cent of the time, and the same bits.
+        tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
+            so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
+            "auto": 512 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
+        cache_reference: A folder. When training starts, the reference runs once over the training and validation pairs,
+            its last hidden states at completion tokens are kept there, and its layers are freed. A folder that was
+            filled before is used, if it is of the same reference, pairs and precision; any other is refused. Other
+            pairs can no longer be measured; `DIDMonitor` needs `logits_fn=lambda module, batch: module(batch)`.
         model_kwargs: For `from_pretrained`, where models are given by name.
         backend: Of the operators: "auto", "fused" or "reference".
 
@@ -103,6 +130,11 @@ class LitDPO(lightning.LightningModule):
         schedule: str = "constant",
         disable_dropout: bool = True,
         gradient_checkpointing: bool = False,
+        pack: bool = True,
+        share_prompts: bool = True,
+        recompute_elementwise: bool = True,
+        tokens_at_once: int | str | None = "auto",
+        cache_reference: str | os.PathLike | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
@@ -116,6 +148,13 @@ class LitDPO(lightning.LightningModule):
         }
         self._check_objective(**self._loss_options, did_entropy_weight=did_entropy_weight)
         self._reference_free = loss in REFERENCE_FREE_LOSSES
+        cache_reference = None if cache_reference is None else os.fspath(cache_reference)
+        check_step_options(pack, share_prompts, recompute_elementwise, tokens_at_once)
+        if cache_reference is not None and self._reference_free:
+            raise ValueError(
+                f"Expected `cache_reference` to be None with `loss={loss!r}`, which has no reference, but got "
+                f"{cache_reference!r}."
+            )
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
         for name, model in (("policy", policy), ("reference", reference)):
             if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
@@ -141,6 +180,8 @@ class LitDPO(lightning.LightningModule):
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
         self._batch_checked = False
+        self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
+        self._cache: CachedReference | None = None
         self._start_checked = self._reference_free  # what starts as a reference needs one
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
@@ -181,6 +222,10 @@ class LitDPO(lightning.LightningModule):
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
+        if self.hparams.cache_reference is not None:  # else DDP would hold on to what is freed
+            values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+            names = [name for name, _ in values if name.startswith("reference.")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         self._given = {}
 
     def train(self, mode: bool = True) -> LitDPO:
@@ -223,22 +268,20 @@ class LitDPO(lightning.LightningModule):
 
         With a loss that has no reference, all but `WITHOUT_REFERENCE` is NaN.
         """
-        positions = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        policy_logits = measuring.completion_logits(self.policy, batch, positions)
+        return self._statistics(read_sequences(batch))
+
+    def _statistics(self, sequences: Sequences) -> SequenceStatistics:
+        layout = self._layout(self.policy, sequences)
+        recompute = self.hparams.recompute_elementwise and not self.hparams.gradient_checkpointing
+        policy = completion_outputs(self.policy, layout, recompute=recompute)
         if self._reference_free:
-            reference_logits = policy_logits.detach()  # read beside themselves: no other memory is touched
-        elif self.reference is None:
-            with measuring.adapter_off(self.policy):
-                reference_logits = measuring.completion_logits(self.policy, batch, positions)
+            reference = policy.detach()
+        elif self._cache is not None:
+            reference = self._cache.outputs(sequences, layout.labels.device)
         else:
-            with torch.no_grad():
-                reference_logits = measuring.completion_logits(self.reference, batch, positions)
-        statistics = sequence_statistics(
-            policy_logits,
-            reference_logits,
-            batch["labels"][:, positions],
-            ignore_index=IGNORE_INDEX,
-            backend=self.hparams.backend,
+            reference = self._reference_outputs(sequences, layout)
+        statistics = completion_statistics(
+            policy, reference, layout.labels, layout.cu_labels, backend=self.hparams.backend
         )
         if not self._reference_free:
             return statistics
@@ -246,32 +289,88 @@ class LitDPO(lightning.LightningModule):
         kept = {name: getattr(statistics, name) for name in WITHOUT_REFERENCE}
         return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
 
+    def _layout(self, model: nn.Module, sequences: Sequences) -> Layout:
+        if self.hparams.pack:
+            attention.use_packed_attention(model)  # until `teardown`: a backward pass may run layers again
+        return forward.layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts)
+
+    def _reference_outputs(self, sequences: Sequences, layout: Layout | None = None) -> Outputs:
+        """What the reference says; `layout`: the policy's, which serves the policy with its adapter off."""
+        if self.reference is None:
+            with adapter_off(self.policy):
+                return completion_outputs(self.policy, layout or self._layout(self.policy, sequences))
+        with torch.no_grad():
+            return completion_outputs(self.reference, self._layout(self.reference, sequences))
+
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
-        if not self._batch_checked:
-            check_batch(batch)
-            check_token_ids(self.policy, batch["input_ids"])
-            self._batch_checked = True
-        chosen, rejected = self._sides(batch)
-        loss = self._loss(chosen, rejected)
-        index = batch.get("index", torch.full(loss.shape, -1, device=loss.device))
-        rewards = [implicit_log_ratio(side, self.hparams.loss) for side in (chosen, rejected)]
-        return PairStatistics(index, chosen, rejected, loss, pair_margin(*rewards, self.hparams.beta))
+        pairs = self._pair_statistics(self._read(batch))
+        return pairs._replace(index=batch.get("index", pairs.index))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of the batch's pairs, less the weighted DID entropy."""
-        pairs = self.pair_statistics(batch)
-        if not self._start_checked:
-            self._check_start(pairs)
-            self._start_checked = True
-        self._add(self.train_metrics, pairs)
-        return self._objective(pairs)
+        """The mean loss of the batch's pairs, less the weighted DID entropy.
+
+        Where the batch goes in parts (`tokens_at_once`), it is the first part's share of that: `backward` sees to the
+        others. What is logged is the whole batch's.
+        """
+        sequences = self._read(batch)
+        self._whole = (sequences.count // 2, sequences.num_labels)
+        first, *self._rest = self._split(sequences)
+        self._first_objective = self._train_on(first)
+        return self._first_objective
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass, of one part of the batch after the other."""
+        rest, self._rest = self._rest, []
+        if rest:  # what Lightning, and a gradient scaler, multiplied the objective by
+            (scale,) = torch.autograd.grad(loss, self._first_objective, retain_graph=True)
+        self._first_objective = None  # nor its graph
+        super().backward(loss, *args, **kwargs)
+        for part in rest:
+            with self.trainer.precision_plugin.train_step_context():
+                objective = self._train_on(part)
+            (objective * scale).backward()
 
     def on_fit_start(self) -> None:
         """Starts the metrics anew, and keeps Lightning from warning that the reference is in eval mode."""
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
+        self._rest = []
         if all(module.training for module in self.policy.modules()):
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
+
+    def on_train_start(self) -> None:
+        """With `cache_reference`, runs the reference over all pairs, or finds what it said, and frees its layers."""
+        self._resume_data()
+        if self.hparams.cache_reference is None:
+            return
+        self._cache = cached_reference(
+            self.hparams.cache_reference,
+            self.trainer,
+            self.policy if self.reference is None else self.reference,
+            self._read,
+            self._reference_outputs,
+            self._cache,
+        )
+        if self.reference is not None:
+            self.reference = self._cache.keep_output_layer(self.reference)
+            gc.collect()  # save_hyperparameters left frames that hold it, and one another
+
+    def _resume_data(self) -> None:
+        """Lets a resumed run go on with the batch that would have come next.
+
+        `configure_optimizers`, which asks for the number of steps, had the dataloaders made before Lightning had read
+        their states from the checkpoint, and Lightning gives those to none that are there.
+        """
+        loop = self.trainer.fit_loop
+        if getattr(loop, "_combined_loader_states_to_load", None):
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
+
+    def teardown(self, stage: str) -> None:
+        """Gives the models their own attention back."""
+        for model in (self.policy, self.reference):
+            if model is not None:  # not its truth, which is a length that a compiled model lacks
+                attention.use_own_attention(model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the metrics over all micro-batches and processes of this optimiser step."""
@@ -313,6 +412,8 @@ class LitDPO(lightning.LightningModule):
             betas=tuple(h.adam_betas),
             eps=h.adam_eps,
             weight_decay=h.weight_decay,
+            # Fused, it sees to a gradient scaler itself, which Lightning's clipping in mixed precision does not allow.
+            fused=not isinstance(self.trainer.precision_plugin, MixedPrecision),
         )
         total = self.trainer.estimated_stepping_batches
         warmup = count_warmup_steps(h.warmup_steps, total, h.schedule)
@@ -325,18 +426,53 @@ class LitDPO(lightning.LightningModule):
         check_preference_loss(**loss_options)
         check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
 
-    def _sides(self, batch: Mapping[str, Tensor]) -> tuple[SequenceStatistics, SequenceStatistics]:
+    def _read(self, batch: Mapping[str, Tensor]) -> Sequences:
+        if not self._batch_checked:
+            check_batch(batch)
+            check_token_ids(self.policy, batch["input_ids"])
+            self._batch_checked = True
+        return read_sequences(batch)
+
+    def _split(self, sequences: Sequences) -> list[Sequences]:
+        """The parts of a training batch."""
+        tokens = self.hparams.tokens_at_once
+        # Where gradients are exchanged in a backward pass, there has to be one. Not isinstance: subclasses shard.
+        if tokens is None or self._trainer is None or type(self.trainer.strategy) is not SingleDeviceStrategy:
+            return [sequences]
+        if tokens == "auto":
+            tokens = TOKENS_AT_ONCE_CPU if self.device.type == "cpu" else TOKENS_AT_ONCE
+        return split_pairs(sequences, tokens)
+
+    def _train_on(self, sequences: Sequences) -> Tensor:
+        """Adds a part of the batch to the metrics; its share of what training minimises."""
+        pairs = self._pair_statistics(sequences)
+        if not self._start_checked:
+            self._check_start(pairs)
+            self._start_checked = True
+        self._add(self.train_metrics, pairs)
+        return self._objective(pairs)
+
+    def _pair_statistics(self, sequences: Sequences) -> PairStatistics:
+        chosen, rejected = self._sides(sequences)
+        loss = self._loss(chosen, rejected)
+        index = torch.full(loss.shape, -1, device=loss.device)
+        rewards = [implicit_log_ratio(side, self.hparams.loss) for side in (chosen, rejected)]
+        return PairStatistics(index, chosen, rejected, loss, pair_margin(*rewards, self.hparams.beta))
+
+    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics]:
         """The statistics [pairs] of the chosen and of the rejected completions."""
-        statistics = self(batch)
-        pairs = batch["input_ids"].shape[0] // 2
+        statistics, pairs = self._statistics(sequences), sequences.count // 2
         return tuple(SequenceStatistics(*(v[rows] for v in statistics)) for rows in (slice(pairs), slice(pairs, None)))
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
-        """What training minimises."""
-        loss = pairs.loss.mean()
+        """Some pairs' share of what training minimises."""
+        num_pairs, num_tokens = self._whole
+        objective = pairs.loss.sum() / num_pairs
         if not self.hparams.did_entropy_weight:
-            return loss
-        return loss - self.hparams.did_entropy_weight * token_did_entropy(_sequences(pairs)).to(loss.dtype)
+            return objective
+        both = _sequences(pairs)
+        share = both.num_tokens.sum() / num_tokens
+        return objective - self.hparams.did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
 
     def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
         return preference_loss(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from lit_did.models.layout import Sequences
 from lit_did.modules.dpo import LitDPO, PairStatistics
 from lit_did.ops import SequenceStatistics
-
-INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
-"""what `LitDPO.forward` reads of a batch"""
 
 
 class LitDPOPG(LitDPO):
@@ -96,11 +94,13 @@ class LitDPOPG(LitDPO):
             if options[name] != only:
                 raise ValueError(f"Expected `{name}` to be {only!r} with LitDPOPG, but got {options[name]!r}.")
 
-    def _sides(self, batch: Mapping[str, Tensor]) -> tuple[SequenceStatistics, SequenceStatistics]:
+    def _split(self, sequences: Sequences) -> list[Sequences]:
+        return [sequences]  # the projection wants both terms' gradients of the whole batch
+
+    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics]:
         # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
-        pairs = batch["input_ids"].shape[0] // 2
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return tuple(self({n: v[rows] for n, v in inputs.items()}) for rows in (slice(pairs), slice(pairs, None)))
+        pairs = sequences.count // 2
+        return tuple(self._statistics(sequences.select(side)) for side in (range(pairs), range(pairs, 2 * pairs)))
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
         self._log_ratios = (pairs.chosen.log_ratio, pairs.rejected.log_ratio)

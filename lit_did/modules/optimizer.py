@@ -19,8 +19,12 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    fused: bool,
 ) -> AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms) are not decayed."""
+    """AdamW over the trainable parameters; vectors (biases, norms) are not decayed.
+
+    `fused`: one kernel that reads and writes everything once, where PyTorch has it for all parameters.
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise ValueError(
@@ -31,7 +35,9 @@ def adamw(
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)
+    fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+    fused = fused or None  # PyTorch's own choice
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str) -> float:

@@ -17,7 +17,8 @@ from lit_did.models.loading import (
     check_separate,
     is_peft,
 )
-from lit_did.models.measuring import adapter_off, evaluating, unwrapped
+from lit_did.models.measuring import unwrapped
+from lit_did.models.quiet import adapter_off, evaluating
 from lit_did.ops.reference import LARGEST_LOGIT
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -14,7 +14,8 @@ from torch.nn.functional import softplus
 from lit_did import LitDPO
 from lit_did.callbacks import DIDMonitor
 from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.models import measuring
+from lit_did.models.forward import abilities
+from lit_did.modules import dpo
 from tests.modules.test_statistics import log_prob
 from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
@@ -95,10 +96,11 @@ def test_nothing_is_copied_and_one_forward_pass_is_run(loss, lora, pairs, monkey
     def never(*_):
         raise AssertionError("the adapter was switched off")
 
-    monkeypatch.setattr(measuring, "adapter_off", never)
+    monkeypatch.setattr(dpo, "adapter_off", never)
     module = LitDPO(tiny_llama(), loss=loss, lora=lora)
     assert module.reference is None
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in module.policy.parameters())
+    abilities(module.policy)  # tried once, in passes of its own
     passes = []
     module.policy.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
     with warnings.catch_warnings():

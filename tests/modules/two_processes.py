@@ -5,18 +5,23 @@ python -m tests.modules.two_processes PROCESSES KIND FILE
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import lightning
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lit_did import DIDMonitor, LitDPO, LitDPOPG
+from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
 
 
 def of(metrics: dict, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def statistics(module: LitDPO, batch: dict[str, torch.Tensor]) -> SequenceStatistics:
+    return module(batch)
 
 
 class Save(lightning.Callback):
@@ -31,11 +36,15 @@ class Save(lightning.Callback):
             logged = trainer.logged_metrics | of(trainer.callback_metrics, "did/train/")
             self.steps.append({name: float(value) for name, value in logged.items()})
 
+    def on_train_end(self, trainer, module):  # later, nothing would be distributed any more
+        self.parameters = sum(type(value) is torch.nn.Parameter for value in gc.get_objects())
+
     def on_fit_end(self, trainer, module):
         torch.save(
             {
                 "weights": {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad},
                 "steps": self.steps,
+                "parameters": self.parameters,
                 "val": of(trainer.callback_metrics, "val/") | of(trainer.callback_metrics, "did/val/"),
             },
             f"{self.path}.{trainer.global_rank}",
@@ -64,6 +73,8 @@ def main(processes: int, kind: str, path: str) -> None:
         lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if kind == "lora" else None,
         learning_rate=1e-2,
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
+        tokens_at_once=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once
+        cache_reference=f"{path}.cache" if kind == "cached" else None,
     )
     accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes
     run = trainer(
@@ -73,7 +84,7 @@ def main(processes: int, kind: str, path: str) -> None:
         accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[DIDMonitor(every_n_steps=1), Save(path)],
+        callbacks=[DIDMonitor(statistics if kind == "cached" else None, every_n_steps=1), Save(path)],
     )
     run.fit(module, datamodule=Pairs())
 

@@ -1,0 +1,219 @@
+"""How the sequences of a batch lie in what a model is given: end to end without padding, common beginnings once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_did.models.batches import IGNORE_INDEX
+
+SHORTEST_SHARED = 8  # tokens: attending to a shared beginning costs more than encoding so few again
+
+
+class Sequences(NamedTuple):
+    """The sequences of a batch on the CPU, without padding and without what follows their last completion token.
+
+    Arrays [tokens] int64, sequence i from `cu_seqlens[i]` to `cu_seqlens[i + 1]`; `labels[t]` is the token that
+    position t predicts, or -100.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    cu_seqlens: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether `position_ids` count from 0 in every sequence."""
+        lengths = np.diff(self.cu_seqlens)
+        counted = np.arange(len(self.position_ids)) - np.repeat(self.cu_seqlens[:-1], lengths)
+        return bool((self.position_ids == counted).all())
+
+    @property
+    def num_labels(self) -> int:
+        """How many completion tokens."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def slice(self, index: int) -> slice:
+        """Where sequence `index` lies."""
+        return slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))
+
+    def select(self, indices: Sequence[int]) -> Sequences:
+        """Some of them, in the order of `indices`."""
+        slices = [self.slice(i) for i in indices]
+        lengths = [s.stop - s.start for s in slices]
+        arrays = (np.concatenate([a[s] for s in slices] or [a[:0]]) for a in self[:3])
+        return Sequences(*arrays, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+class Layout(NamedTuple):
+    """What a model is given, and where in it are the positions that predict completion tokens."""
+
+    inputs: dict[str, Any]
+    """the model's arguments: `input_ids` [rows, T] int64, `position_ids`, `attention_mask`"""
+    rows: Tensor
+    """[completion tokens] int64: the position in [rows * T] that predicts each, sequence after sequence. A shared
+    position, such as a prompt's last, stands once for each sequence."""
+    labels: Tensor
+    """[completion tokens] int64: the tokens"""
+    cu_labels: Tensor
+    """[sequences + 1] int64: where each sequence's begin and end"""
+
+
+@torch.compiler.disable  # NumPy on the CPU, of other lengths in every batch: nothing to compile
+def read_sequences(batch: Mapping[str, Tensor]) -> Sequences:
+    """The sequences of a batch.
+
+    Args:
+        batch: `input_ids`, `labels` and `attention_mask` [sequences, T], padded on either side; or `input_ids` and
+            `labels` [1, tokens] with `cu_seqlens` [sequences + 1], end to end. `position_ids` of the same shape may be
+            absent: they count from 0 in every sequence.
+    """
+    arrays = {n: batch[n].cpu().numpy() for n in ("input_ids", "labels", "position_ids") if n in batch}
+    shape = arrays["input_ids"].shape
+    flat = {name: np.broadcast_to(array, shape).reshape(-1) for name, array in arrays.items()}
+    if "cu_seqlens" in batch:
+        bounds = batch["cu_seqlens"].tolist()
+        places = [np.arange(start, stop) for start, stop in pairwise(bounds)]
+    else:
+        present = batch["attention_mask"].cpu().numpy() != 0
+        places = [row * shape[1] + present[row].nonzero()[0] for row in range(shape[0])]
+    kept = []
+    for place in places:
+        labelled = (flat["labels"][place] != IGNORE_INDEX).nonzero()[0]
+        # Nothing is asked of what follows the last labelled position. A sequence without labels keeps one token.
+        kept.append(place[: labelled[-1] + 1 if len(labelled) else 1])
+    lengths = np.array([len(place) for place in kept], dtype=np.int64)
+    place = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+    cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    if "position_ids" in flat:
+        position_ids = flat["position_ids"][place]
+    else:
+        position_ids = np.arange(len(place)) - np.repeat(cu_seqlens[:-1], lengths)
+    return Sequences(flat["input_ids"][place], position_ids, flat["labels"][place], cu_seqlens)
+
+
+@torch.compiler.disable
+def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
+    """Pairs (sequence i and the one half of all after it) in parts of at most so many tokens, at least a pair each."""
+    pairs = sequences.count // 2
+    lengths = np.diff(sequences.cu_seqlens)
+    of_pairs = lengths[:pairs] + lengths[pairs:]
+    parts: list[list[int]] = []
+    room = 0
+    for pair in range(pairs):
+        if not parts or of_pairs[pair] > room:
+            parts.append([])
+            room = tokens
+        parts[-1].append(pair)
+        room -= of_pairs[pair]
+    return [sequences.select([*part, *(pairs + pair for pair in part)]) for part in parts]
+
+
+def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
+    """A row a sequence, padded on the right."""
+    lengths = np.diff(sequences.cu_seqlens)
+    shape = (sequences.count, int(lengths.max(initial=1)))
+    present = np.arange(shape[1]) < lengths[:, None]  # row after row: the order of the tokens
+
+    def padded(values: np.ndarray, fill: int) -> np.ndarray:
+        result = np.full(shape, fill, dtype=np.int64)
+        result[present] = values
+        return result
+
+    labels = padded(sequences.labels, IGNORE_INDEX)
+    inputs = {
+        # Any id will do: nothing attends to it. The sequence's own are in the vocabulary.
+        "input_ids": _tensor(padded(sequences.input_ids, int(sequences.input_ids[:1].sum())), device),
+        "attention_mask": _tensor(present, device),
+    }
+    if not sequences.counts:  # else models count for themselves
+        inputs["position_ids"] = _tensor(padded(sequences.position_ids, 0), device)
+    labelled = labels != IGNORE_INDEX
+    return Layout(
+        inputs,
+        rows=_tensor(labelled.reshape(-1).nonzero()[0], device),
+        labels=_tensor(labels[labelled], device),
+        cu_labels=_tensor(np.concatenate([[0], labelled.sum(1).cumsum()]), device),
+    )
+
+
+def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) -> Layout:
+    """All sequences end to end in one row; `attention_mask` holds the segments, [1, 1, segments, 2] int64 on the CPU.
+
+    A segment is what lies between two of its boundaries: its length, and the segment before it that it continues, or
+    -1. `lit_did.models.attention` reads them.
+
+    Args:
+        share: What sequence i and the one half of all sequences after it begin with in common (a pair's prompt, and
+            as much of its completions) is laid down once, and continued by both.
+    """
+    pieces: list[slice] = []  # of the sequences' tokens: a segment each
+    continues: list[int] = []
+    parts_of: list[list[int]] = [[] for _ in range(sequences.count)]  # the segments that make each sequence
+
+    def lay(start: int, stop: int, before: int, of: tuple[int, ...]) -> None:
+        if stop > start:
+            for sequence in of:
+                parts_of[sequence].append(len(pieces))
+            pieces.append(slice(start, stop))
+            continues.append(before)
+
+    pairs = sequences.count // 2 if share and sequences.count % 2 == 0 else 0
+    for first, second in zip(range(pairs), range(pairs, 2 * pairs), strict=True):
+        one, other = sequences.slice(first), sequences.slice(second)
+        common = _common_beginning(sequences, one, other)
+        before = len(pieces) if common else -1
+        lay(one.start, one.start + common, -1, (first, second))
+        lay(one.start + common, one.stop, before, (first,))
+        lay(other.start + common, other.stop, before, (second,))
+    for sequence in range(2 * pairs, sequences.count):
+        own = sequences.slice(sequence)
+        lay(own.start, own.stop, -1, (sequence,))
+
+    order = np.concatenate([np.arange(p.start, p.stop) for p in pieces] or [np.empty(0, dtype=np.int64)])
+    lengths = np.array([p.stop - p.start for p in pieces], dtype=np.int64)
+    places = np.split(np.arange(len(order)), lengths.cumsum()[:-1])
+    rows, labels = [], []
+    for sequence, parts in enumerate(parts_of):
+        own = sequences.labels[sequences.slice(sequence)]
+        labels.append(own[own != IGNORE_INDEX])
+        of_sequence = [places[part] for part in parts] or [order[:0]]  # none of one without tokens
+        rows.append(np.concatenate(of_sequence)[own != IGNORE_INDEX])
+    segments = np.stack([lengths, np.array(continues, dtype=np.int64)], axis=1)
+    inputs = {
+        "input_ids": _tensor(sequences.input_ids[order], device)[None],
+        "position_ids": _tensor(sequences.position_ids[order], device)[None],
+        "attention_mask": torch.from_numpy(segments)[None, None],
+    }
+    cu_labels = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+    return Layout(
+        inputs,
+        rows=_tensor(np.concatenate(rows or [order]), device),
+        labels=_tensor(np.concatenate(labels or [order]), device),
+        cu_labels=_tensor(cu_labels, device),
+    )
+
+
+def _common_beginning(sequences: Sequences, one: slice, other: slice) -> int:
+    """How many tokens, at the same positions, both begin with; 0 if too few to pay."""
+    length = min(one.stop - one.start, other.stop - other.start)
+    differ = np.zeros(length, dtype=bool)
+    for array in (sequences.input_ids, sequences.position_ids):
+        differ |= array[one.start : one.start + length] != array[other.start : other.start + length]
+    common = int(differ.argmax()) if differ.any() else length
+    return common if common >= SHORTEST_SHARED else 0
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

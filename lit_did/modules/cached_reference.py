@@ -1,0 +1,140 @@
+"""The reference of a training run from disk: what it says of all pairs, found out once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_did.models import forward
+from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models.layout import Sequences
+from lit_did.models.measuring import Outputs
+from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
+
+PAIRS_AT_ONCE = 8  # where the loader does not say
+
+
+class CachedReference:
+    """A reference of which the last hidden states at completion tokens are on disk, and the output layer in memory."""
+
+    def __init__(self, cache: ReferenceCache, model: nn.Module) -> None:
+        self.cache = cache
+        self._layer: Callable[[], forward.OutputLayer] = lambda: forward.output_layer(model)
+
+    def keep_output_layer(self, reference: nn.Module) -> nn.Module:
+        """A module with nothing but the output layer of `reference`, which can then be let go."""
+        if isinstance(reference, _OutputLayer):
+            return reference
+        kept = _OutputLayer(forward.output_layer(reference))
+        self._layer = kept.layer
+        return kept
+
+    def outputs(self, sequences: Sequences, device: torch.device) -> Outputs:
+        """What the reference says of these sequences.
+
+        Raises:
+            ValueError: They are not in the cache.
+        """
+        hidden = self.cache.hidden(_keys(sequences), device=device)
+        return Outputs(hidden, self._layer(), None).detach()
+
+
+class _OutputLayer(nn.Module):
+    def __init__(self, layer: forward.OutputLayer) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self._of = layer.scale, layer.softcap
+
+    def layer(self) -> forward.OutputLayer:
+        return forward.OutputLayer(self.weight, self.bias, *self._of)
+
+
+def cached_reference(
+    path: str,
+    trainer: lightning.Trainer,
+    model: nn.Module,
+    read: Callable[[Mapping[str, Tensor]], Sequences],
+    outputs: Callable[[Sequences], Outputs],
+    opened: CachedReference | None,
+) -> CachedReference:
+    """The cache in `path` of all training and validation pairs of `trainer`: the one there, or a new one.
+
+    Args:
+        model: The reference; of a LoRA policy the policy.
+        read: The sequences of a batch.
+        outputs: What the reference says of sequences.
+        opened: The cache that an earlier run has left open.
+
+    Raises:
+        TypeError: Data that cannot be gone through beforehand.
+        ValueError: What is in `path` is damaged, or of another reference or other pairs; the reference's logits are no
+            linear layer's of last hidden states.
+    """
+    rank, world = trainer.global_rank, trainer.world_size
+    batches = [_keys(sequences) for sequences in _pairs(trainer, read)]
+    keys = set(chain.from_iterable(batches))
+    if opened is not None and keys <= opened.cache.keys():
+        return opened
+    if isinstance(model, _OutputLayer):
+        raise ValueError(
+            f"Expected the training data of the cache in {path}, whose reference's layers have been freed, but got "
+            f"{len(keys - opened.cache.keys())} other sequences: make another LitDPO for them."
+        )
+    if forward.abilities(model).body is None:
+        raise ValueError(
+            "Expected a reference whose logits are a linear layer's of its last hidden states with `cache_reference`, "
+            f"but got {type(model).__name__}."
+        )
+    mark = {**fingerprint(model, keys), "precision": trainer.precision}
+    shards = min(world, len(batches))  # a shard holds a sequence at least
+    if not trainer.strategy.broadcast(ReferenceCache.exists(path)):
+        if rank < shards:
+            with CacheWriter(path, shard=rank, shards=shards) as writer, trainer.precision_plugin.forward_context():
+                for sequences in islice(_pairs(trainer, read), rank, None, shards):
+                    writer.add(_keys(sequences), outputs(sequences).hidden.detach(), _cu_labels(sequences))
+                writer.finish(mark)
+        trainer.strategy.barrier()
+    return CachedReference(ReferenceCache.open(path, mark), model)
+
+
+def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Iterator[Sequences]:
+    """All training and validation pairs, in order, each once, whatever the loaders' samplers leave out or repeat."""
+    if trainer.enable_validation:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # later, Lightning would do it itself
+    for given in (trainer.train_dataloader, trainer.val_dataloaders):
+        for loader in CombinedLoader(given).flattened if given else []:
+            dataset = loader.dataset if isinstance(loader, DataLoader) else None
+            if dataset is None or isinstance(dataset, IterableDataset):
+                raise TypeError(
+                    "Expected DataLoaders with a dataset of a known length with `cache_reference`, but got "
+                    f"{type(loader if dataset is None else dataset).__name__}."
+                )
+            if loader.batch_sampler is None:  # what the dataset holds are batches
+                examples = (dataset[index] for index in range(len(dataset)))
+            else:
+                size = loader.batch_size or PAIRS_AT_ONCE
+                starts = range(0, len(dataset), size)
+                examples = ([dataset[i] for i in range(s, min(s + size, len(dataset)))] for s in starts)
+            yield from (read(loader.collate_fn(example)) for example in examples)
+
+
+def _keys(sequences: Sequences) -> list[bytes]:
+    if not sequences.counts:
+        raise ValueError(
+            "Expected `position_ids` to count from 0 in every sequence with `cache_reference`, but got others."
+        )
+    arrays = (sequences.input_ids, sequences.labels, sequences.cu_seqlens)
+    return sequence_keys(*map(torch.from_numpy, arrays))
+
+
+def _cu_labels(sequences: Sequences) -> Tensor:
+    """[sequences + 1]: where each sequence's completion tokens begin and end."""
+    labelled = np.concatenate([[0], (sequences.labels != IGNORE_INDEX).cumsum()])
+    return torch.from_numpy(labelled[sequences.cu_seqlens])

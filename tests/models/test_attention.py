@@ -1,0 +1,216 @@
+"""Attention by segments: against a dense masked softmax, and every model what it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_did.models.attention import (
+    implementation,
+    packed_attention,
+    packing,
+    use_own_attention,
+    use_packed_attention,
+)
+from lit_did.models.forward import layout_of
+from lit_did.models.layout import read_sequences
+from tests.models.architectures import PACKED, build, make_batch
+
+ROOT = Path(__file__).parents[2]
+SEGMENTS = [(5, -1), (3, 0), (4, 0), (1, -1), (6, -1), (1, 4)]  # length, what it continues
+HEADS, KEY_HEADS, DIM = 4, 2, 8
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over what each token may attend to, in float64: [1, tokens, heads, dim]."""
+    segment = [i for i, (length, _) in enumerate(SEGMENTS) for _ in range(length)]
+    starts = [0]
+    for length, _ in SEGMENTS:
+        starts.append(starts[-1] + length)
+    # A token's place in its own sequence.
+    before = [SEGMENTS[i][1] for i in range(len(SEGMENTS))]
+    place = [t - starts[s] + (SEGMENTS[before[s]][0] if before[s] >= 0 else 0) for t, s in enumerate(segment)]
+    tokens = range(len(segment))
+
+    def attends(q: int, k: int) -> bool:
+        known = segment[k] in (segment[q], before[segment[q]]) and place[k] <= place[q]
+        return known and (sliding_window is None or place[q] - place[k] < sliding_window)
+
+    mask = torch.tensor([[attends(q, k) for k in tokens] for q in tokens])
+    q, k, v = (x.double() for x in (query, key, value))
+    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
+    scores = (q @ k.mT / DIM**0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("sliding_window", [None, 1, 3, 6, 7, 100])
+def test_against_a_dense_softmax(name, sliding_window):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = build("Llama", name)
+    use_packed_attention(model)
+    tokens = sum(length for length, _ in SEGMENTS)
+    torch.manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(1, heads, tokens, DIM, requires_grad=True) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
+    )
+    output, _ = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation](
+        model.model.layers[0].self_attn,
+        query,
+        key,
+        value,
+        torch.tensor(SEGMENTS)[None, None],
+        scaling=DIM**-0.5,
+        sliding_window=sliding_window,
+    )
+    expected = dense(query, key, value, sliding_window)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    inputs, weight = (query, key, value), upstream.detach().transpose(1, 2)
+    gradients, truths = (torch.autograd.grad((x * weight).sum(), inputs) for x in (output, expected))
+    for gradient, truth in zip(gradients, truths, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+class LargestScores(TorchDispatchMode):
+    """How many queries times keys the largest [sequences, heads, queries, keys] is of."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, Tensor) and x.dim() == 4:
+                self.largest = max(self.largest, x.shape[-1] * x.shape[-2])
+        return result
+
+
+def test_no_scores_between_sequences():
+    model, sequences = build("Llama", "eager", head_dim=2), read_sequences(make_batch())
+    longest = max(b - a for a, b in zip(sequences.cu_seqlens, sequences.cu_seqlens[1:], strict=False))
+    layout = layout_of(model, sequences, share=False)
+    assert layout.inputs["input_ids"].numel() > 3 * longest
+    with packed_attention(model), torch.no_grad(), LargestScores() as watch:
+        model(**layout.inputs, use_cache=False)
+    assert watch.largest == longest**2
+
+
+def test_what_it_can_serve():
+    assert {packing(build(*given)) for given in PACKED} == {"segments"}
+    for name in ("Llama4Text", "Mamba", "Bloom"):  # attention in chunks; none; its own
+        assert packing(build(name)) == "positions"
+    assert packing(build("Llama", "flex_attention", head_dim=16)) == "blocks"
+    assert packing(torch.nn.Linear(2, 2)) == "positions"
+    hides_window = build("Mistral", "sdpa")
+    hides_window._supports_flash_attn = False  # its window may be nowhere but in the mask
+    assert packing(hides_window) == "positions"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models are what they were
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def left_padded() -> dict[str, Tensor]:
+    batch = make_batch()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return {
+        name: torch.stack([row.roll(len(row) - n) for row, n in zip(batch[name], lengths, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+@torch.no_grad()
+def answers(model) -> list[Tensor]:
+    """What a model says that is not given segments."""
+    right, left = make_batch(), left_padded()
+    del right["labels"]
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    torch.manual_seed(0)
+    generated = [model.generate(**left, do_sample=sample, **options) for sample in (False, True)]
+    return [
+        model(**right).logits,
+        model(**left).logits,
+        model(input_ids=right["input_ids"][:1]).logits,
+        *(x for g in generated for x in (g.sequences, *g.logits)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [*PACKED, ("Llama4Text", "sdpa"), ("Mamba", None), ("Bloom", None)], ids=str
+)
+def test_a_model_does_what_it_did(name, given):
+    model = build(name, given)
+    before, config = answers(model), copy.deepcopy(model.config.to_dict())
+    for mode, undo in ((use_packed_attention, use_own_attention), (use_packed_attention, use_packed_attention)):
+        mode(model)
+        for one, other in zip(answers(model), before, strict=True):
+            assert torch.equal(one, other)
+        assert model.config.to_dict() == config
+        undo(model)
+    use_own_attention(model)
+    assert model.config._attn_implementation == (given or "eager") == implementation(model)
+    assert all(torch.equal(one, other) for one, other in zip(answers(model), before, strict=True))
+
+
+def test_it_is_ours_for_a_while():
+    one, other = build("Llama", "sdpa"), build("Gemma2", "eager")
+    use_packed_attention(other)
+    with packed_attention(one, other):
+        assert one.config._attn_implementation == "lit_did_sdpa"
+        with pytest.raises(IndexError), packed_attention(one):
+            one(torch.tensor([[10**6]]))
+        assert one.config._attn_implementation == "lit_did_sdpa"
+    assert one.config._attn_implementation == "sdpa"
+    assert other.config._attn_implementation == "lit_did_eager"  # as it was given
+    assert implementation(other) == "eager"
+
+
+def test_other_attention_stays():
+    model = build("Llama", "flex_attention", head_dim=16)
+    use_packed_attention(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_what_is_saved_and_copied_meanwhile(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = build("Llama", "sdpa")
+    use_packed_attention(model)
+    model.save_pretrained(tmp_path)
+    assert not any("lit_did" in json.dumps(json.loads(file.read_text())) for file in tmp_path.glob("*.json"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    batch = make_batch()
+    del batch["labels"]
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+    use_own_attention(twin)
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == ("sdpa", "lit_did_sdpa")
+
+
+def test_another_process_takes_a_model_as_it_is(tmp_path):
+    model, sequences = build("Llama", "sdpa"), read_sequences(make_batch())
+    layout = layout_of(model, sequences)
+    with torch.no_grad(), packed_attention(model):
+        expected = model(**layout.inputs, use_cache=False).logits
+        (tmp_path / "model").write_bytes(pickle.dumps((model, layout.inputs)))
+    program = """
+import pickle, sys, torch
+from lit_did.models.attention import use_packed_attention
+model, inputs = pickle.load(open(sys.argv[1] + "/model", "rb"))
+assert model.config._attn_implementation == "lit_did_sdpa"
+use_packed_attention(model)
+with torch.no_grad():
+    torch.save(model(**inputs, use_cache=False).logits, sys.argv[1] + "/logits")
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)

@@ -1,0 +1,440 @@
+"""LitDPO with `cache_reference`: trained as without, the reference run once, and no cache of anything else used."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_did import DIDMonitor, LitDPO, LitDPOPG
+from lit_did.data import PreferenceDataModule
+from lit_did.models import forward
+from lit_did.models.layout import read_sequences
+from lit_did.models.reference_cache import ReferenceCache
+from lit_did.modules.cached_reference import cached_reference
+from tests.modules import two_processes
+from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
+
+# The references here are other models than the policies start from, so that nothing is 0.
+pytestmark = pytest.mark.filterwarnings("ignore:At the first step the policy should be its reference")
+
+TOKENIZER = byte_tokenizer()
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+OPTIMIZER = {"learning_rate": 1e-2, "adam_eps": 1e-3}  # so that Adam does not turn rounding into whole steps
+ROWS = [
+    {"prompt": "What is " + "so " * (n % 3), "chosen": "ab"[: n % 2 + 1] * n, "rejected": "c" * n} for n in range(1, 10)
+]
+TRAIN, VAL = make_pairs(6), make_pairs(5, seed=1)
+
+
+class Record(lightning.Callback):
+    """What was trained on and with which random numbers, and what was logged."""
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+        self.random: list[torch.Tensor] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append(batch["input_ids"])
+        self.random.append(torch.get_rng_state())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def pairs_of(path=None, reference: int | None = 1, lora=None, kind=LitDPO, tied=False, **arguments) -> LitDPO:
+    """A module for pairs of `tests.modules.tiny`; LoRA's reference is its base model."""
+    torch.manual_seed(5)  # of the adapter
+    reference = None if lora or reference is None else tiny_llama(reference, tie_word_embeddings=tied)
+    policy = tiny_llama(0, tie_word_embeddings=tied)
+    return kind(policy, reference, lora=lora, cache_reference=path, **OPTIMIZER, **arguments)
+
+
+def text_of(path=None, **arguments) -> LitDPO:
+    """A module for the bytes of texts."""
+    models = [tiny_llama(seed, vocab_size=len(TOKENIZER)) for seed in (0, 1)]
+    return LitDPO(*models, cache_reference=path, **OPTIMIZER, **arguments)
+
+
+def fit(module: LitDPO, *data, ckpt_path=None, callbacks=(), **options) -> Record:
+    record = Record()
+    torch.manual_seed(9)
+    run = trainer(**{"max_epochs": 2, **options}, callbacks=[record, *callbacks])
+    run.fit(module, *data, ckpt_path=ckpt_path)
+    record.logged.append({name: float(value) for name, value in run.callback_metrics.items()})
+    return record
+
+
+def assert_same(one: tuple[LitDPO, Record], other: tuple[LitDPO, Record]) -> None:
+    # The reference may have met a sequence in another batch: float32 rounds otherwise there.
+    tolerance = 1e-5
+    (module, record), (expected_module, expected) = one, other
+    assert len(expected.batches) >= 2
+    for name in ("batches", "random"):
+        assert all(map(torch.equal, getattr(record, name), getattr(expected, name))), name
+    for mine, wanted in zip(record.logged, expected.logged, strict=True):
+        assert mine.keys() == wanted.keys()
+        assert len(wanted) >= 14
+        for name, value in wanted.items():
+            assert mine[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    for mine, wanted in zip(module.policy.parameters(), expected_module.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, atol=tolerance, rtol=tolerance)
+
+
+def shuffled(**options) -> DataLoader:
+    return DataLoader(TRAIN, collate_fn=collate, shuffle=True, **options)
+
+
+def texts(**options) -> PreferenceDataModule:
+    return PreferenceDataModule(ROWS, TOKENIZER, val=ROWS[:3], max_length=40, seed=3, **options)
+
+
+CASES = {
+    "full": (pairs_of, lambda: [loader(TRAIN, 3), loader(VAL, 2)], {}),
+    "lora": (partial(pairs_of, lora=LORA), lambda: [loader(TRAIN, 3), loader(VAL, 2)], {}),
+    "projected": (partial(pairs_of, kind=LitDPOPG), lambda: [loader(TRAIN, 3), loader(VAL, 2)], {}),
+    "bfloat16": (pairs_of, lambda: [loader(TRAIN, 3), loader(VAL, 2)], {"precision": "bf16-mixed"}),
+    "parts of batches, no validation": (
+        partial(pairs_of, gradient_checkpointing=True, tokens_at_once=16),
+        lambda: [loader(TRAIN, 3)],
+        {},
+    ),
+    "validation left out": (pairs_of, lambda: [loader(TRAIN, 3), loader(VAL, 2)], {"limit_val_batches": 0}),
+    "validation later": (
+        pairs_of,
+        lambda: [loader(TRAIN, 3), loader(VAL, 2)],
+        {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2},
+    ),
+    "several validation loaders": (pairs_of, lambda: [loader(TRAIN, 3), [loader(VAL, 2), loader(TRAIN, 4)]], {}),
+    "batches as a dataset": (pairs_of, lambda: [DataLoader([collate(TRAIN), collate(VAL)], batch_size=None)], {}),
+    "shuffled by a worker": (pairs_of, lambda: [shuffled(batch_size=4, drop_last=True, num_workers=1)], {}),
+    "padded texts": (text_of, lambda: [texts(batch_size=4, drop_last=True)], {}),
+    "packed texts": (text_of, lambda: [texts(pack=True, tokens_per_batch=120, num_workers=1)], {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trains_as_without_the_cache(tmp_path, case):
+    make, data, options = CASES[case]
+    module = make()
+    expected = module, fit(module, *data(), **options)
+    for _ in ("filled", "found"):
+        module = make(tmp_path / "cache")
+        assert_same((module, fit(module, *data(), **options)), expected)
+        if case not in ("full", "lora", "packed texts"):
+            break
+
+
+def test_the_reference_runs_once_over_each_pair_and_never_again(tmp_path):
+    def reference_tokens() -> int:
+        module, tokens = pairs_of(tmp_path), []
+        forward.abilities(module.reference)  # what a model allows is tried once, on a handful of tokens
+        body = module.reference.model.register_forward_hook(
+            lambda _, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        fit(module, shuffled(batch_size=4, drop_last=True), loader(VAL, 2), num_sanity_val_steps=0)
+        body.remove()
+        return sum(tokens)
+
+    # Packed, without the last token, which predicts nothing; their prompts are too short to be shared.
+    pairs = [*TRAIN, *VAL]
+    assert reference_tokens() == sum(len(p) + len(side) - 1 for p, *sides in pairs for side in sides)
+    assert reference_tokens() == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_the_reference_only_the_output_layer_is_kept(tmp_path, tied):
+    gc.disable()  # what waits for the collector can wait for long
+    try:
+        module = pairs_of(tmp_path / "cache", tied=tied)
+        kept = module.reference.get_output_embeddings().weight.clone()
+        layer = weakref.ref(module.reference.model.layers[0].mlp)
+        parameter = weakref.ref(layer().up_proj.weight)
+        run = trainer(max_epochs=1)
+        run.fit(module, loader(TRAIN, 3), loader(VAL, 2))
+        assert layer() is None
+        assert parameter() is None
+    finally:
+        gc.enable()
+    (weight,) = module.reference.parameters()
+    assert torch.equal(weight, kept)
+    assert not weight.requires_grad
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == {f"policy.{name}" for name in module.policy.state_dict()}
+
+
+def test_a_bias_and_the_scales_of_the_output_layer_are_kept(tmp_path):
+    def models() -> list[torch.nn.Module]:
+        made = [tiny_gpt2(seed) for seed in (0, 1)]
+        for model in made:
+            model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+        return made
+
+    runs = []
+    for path in (None, tmp_path):
+        module = LitDPO(*models(), cache_reference=path, **OPTIMIZER)
+        runs.append((module, fit(module, loader(TRAIN, 3))))
+    assert runs[1][0].reference.bias is not None
+    assert_same(*runs)
+
+
+def test_a_lora_policy_keeps_its_layers_and_shares_the_cache_of_full_fine_tuning(tmp_path):
+    module = pairs_of(tmp_path, reference=None)
+    fit(module, loader(TRAIN, 3))
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    adapted = pairs_of(tmp_path, lora=LORA)
+    before = {name: value.clone() for name, value in adapted.policy.state_dict().items()}
+    fit(adapted, loader(TRAIN, 3))
+    assert [file.stat().st_mtime_ns for file in tmp_path.iterdir()] == [written]
+    after = adapted.policy.state_dict()
+    assert after.keys() == before.keys()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in after if "lora_" in name}
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"pack": True, "tokens_per_batch": 120, "num_workers": 1}])
+def test_a_run_resumed_in_the_middle_of_an_epoch(tmp_path, options):
+    module = text_of()
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(module, texts(**options), callbacks=[save], enable_checkpointing=True)
+    steps = len(whole.batches)
+    assert steps // 2 > 2  # the premise: in the second epoch, and not its first batch
+    done = steps // 2 + 1
+    expected = module
+    for path in (None, tmp_path / "cache", tmp_path / "cache"):
+        module = text_of(path)
+        resumed = fit(module, texts(**options), ckpt_path=tmp_path / f"step={done}.ckpt")
+        assert len(resumed.batches) == steps - done
+        assert all(map(torch.equal, resumed.batches, whole.batches[done:]))
+        assert resumed.logged[-1] == pytest.approx(whole.logged[-1], rel=1e-5, abs=1e-5)
+        for mine, wanted in zip(module.policy.parameters(), expected.policy.parameters(), strict=True):
+            torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_after_training(tmp_path):
+    runs = []
+    for path in (None, tmp_path):
+        module = pairs_of(path)
+        first = fit(module, loader(TRAIN, 3), loader(VAL, 2))
+        second = fit(module, loader(VAL, 2), loader(TRAIN, 4))  # the same pairs, another way
+        first.logged += second.logged
+        first.logged += trainer().validate(module, loader(VAL, 3), verbose=False)
+        first.logged[-1] = {name: float(value) for name, value in first.logged[-1].items()}
+        predicted = trainer().predict(module, loader(TRAIN, 4))
+        runs.append((module, first, predicted))
+    assert_same(runs[1][:2], runs[0][:2])
+    for mine, wanted in zip(runs[1][2], runs[0][2], strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+        assert wanted.chosen.reference_logprob.abs().min() > 0.1
+
+
+def test_after_training_other_pairs_are_refused(tmp_path):
+    others = loader(make_pairs(4, seed=7), 2)
+    for lora in (None, LORA):
+        module = pairs_of(tmp_path / str(lora is None), lora=lora)
+        fit(module, loader(TRAIN, 3))
+        for use in ("validate", "predict"):
+            with pytest.raises(ValueError, match="hold every sequence, but got 4 of 4 that the cache does not hold"):
+                getattr(trainer(), use)(module, others)
+        refused = "whose reference's layers have been freed, but got 8 other sequences" if lora is None else "stale"
+        with pytest.raises(ValueError, match=refused):
+            fit(module, others)
+
+
+@pytest.mark.parametrize("changed", ["model", "data", "length", "precision"])
+def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed):
+    make, data = text_of, partial(texts, batch_size=4)
+    fit(make(tmp_path), data())
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    options = {}
+    if changed == "model":
+
+        def make(path):
+            module = text_of(path)
+            with torch.no_grad():
+                module.reference.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+            return module
+
+    elif changed == "data":
+        data = partial(PreferenceDataModule, ROWS[1:], TOKENIZER, val=ROWS[2:3], max_length=40)
+    elif changed == "length":
+        data = partial(PreferenceDataModule, ROWS, TOKENIZER, val=ROWS[:3], max_length=12)
+    else:
+        options = {"precision": "bf16-mixed"}
+    part = changed.replace("length", "data")
+    record = Record()
+    with pytest.raises(ValueError, match=rf"to be of this {part} \(.*it is stale, delete the folder"):
+        fit(make(tmp_path), data(), callbacks=[record], **options)
+    assert not record.batches
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "shard missing"])
+def test_a_damaged_cache_is_refused_before_any_step(tmp_path, damage):
+    fit(pairs_of(tmp_path), loader(TRAIN, 3))
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[:-100])
+    elif damage == "changed":
+        content[6000] ^= 1  # of a hidden state
+        file.write_bytes(content)
+    else:
+        file.rename(tmp_path / "reference-00001-of-00002.safetensors")
+    expected = {"truncated": "truncated or damaged", "changed": "it is damaged", "shard missing": "is missing"}
+    record = Record()
+    with pytest.raises(ValueError, match=rf"Expected `cache_reference` .*{expected[damage]}.*[dD]elete the folder"):
+        fit(pairs_of(tmp_path), loader(TRAIN, 3), callbacks=[record])
+    assert not record.batches
+
+
+def test_an_interrupted_run_leaves_nothing_that_would_be_used(tmp_path):
+    path, module = tmp_path / "cache", pairs_of(tmp_path / "cache")
+    batches = []
+
+    def interrupt(*_):
+        batches.append(None)
+        if len(batches) == 2:
+            raise RuntimeError("power cut")
+
+    forward.abilities(module.reference)
+    module.reference.model.register_forward_hook(interrupt)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(module, loader(TRAIN, 3))
+    assert not ReferenceCache.exists(path)
+    assert not [*path.iterdir()]
+    module, expected = pairs_of(path), pairs_of()
+    assert_same((module, fit(module, loader(TRAIN, 3))), (expected, fit(expected, loader(TRAIN, 3))))
+
+
+class Logits(type(tiny_llama())):
+    """A Llama whose logits are no linear layer's."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        return type(output)(logits=output.logits.tanh())
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TRAIN)
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path):
+    refused = {
+        r"known length with `cache_reference`, but got Stream": DataLoader(Stream(), 2, collate_fn=collate),
+        r"Expected DataLoaders .* but got Batches": Batches([collate(TRAIN)]),
+        r"`position_ids` to count from 0 in every sequence": DataLoader(TRAIN, 2, collate_fn=_later_positions),
+        r"labels that are not shifted": DataLoader(TRAIN, 2, collate_fn=_unshifted),
+        r"`input_ids` to be below the policy's 67 embeddings, but got 70": loader([([70], [2], [3])], 1),
+    }
+    for message, data in refused.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            fit(pairs_of(tmp_path), data, max_epochs=1)
+    reference = Logits(tiny_llama(1).config)
+    with (
+        pytest.warns(UserWarning, match="no linear layer's"),
+        pytest.raises(ValueError, match=r"linear layer's of its last hidden states with `cache_reference`.*Logits"),
+    ):
+        fit(LitDPO(tiny_llama(0), reference, cache_reference=tmp_path), loader(TRAIN, 3))
+    with pytest.raises(ValueError, match="`cache_reference` to be None with `loss='simpo'`"):
+        LitDPO(tiny_llama(0), loss="simpo", cache_reference=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="Expected `cache_reference` to be a folder"):
+        fit(pairs_of(tmp_path / "file"), loader(TRAIN, 3))
+    assert not ReferenceCache.exists(tmp_path)
+
+
+def test_monitored(tmp_path):
+    """The monitor runs models itself: of a reference without layers it tells, and takes what LitDPO says instead."""
+    with pytest.raises(
+        ValueError, match=r"causal language model that does not train.* give `reference` or `logits_fn`"
+    ):
+        fit(pairs_of(tmp_path / "bare"), loader(TRAIN, 3), callbacks=[DIDMonitor(every_n_steps=1)])
+    for lora, monitor in (
+        (None, DIDMonitor(lambda module, batch: module(batch), every_n_steps=1)),
+        (LORA, DIDMonitor(every_n_steps=1)),
+    ):
+        logged = fit(pairs_of(tmp_path / str(lora), lora=lora), loader(TRAIN, 3), callbacks=[monitor]).logged[-1]
+        compared = 0
+        for name, value in logged.items():
+            if name.startswith("did/train/"):
+                compared += 1
+                assert value == pytest.approx(logged[name.removeprefix("did/")], rel=1e-4, abs=1e-5), name
+        assert compared >= 13
+
+
+def test_two_processes_write_a_shard_each_and_train_as_one_without_a_cache(tmp_path):
+    command = [sys.executable, "-m", "tests.modules.two_processes", "2", "cached", str(tmp_path / "two")]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, timeout=600)
+    files = {file.name for file in (tmp_path / "two.cache").iterdir()}
+    assert files == {f"reference-0000{shard}-of-00002.safetensors" for shard in (1, 2)}
+    with torch.random.fork_rng():
+        two_processes.main(1, "full", str(tmp_path / "one"))
+    one = torch.load(tmp_path / "one.0")
+    for rank in range(2):
+        mine = torch.load(tmp_path / f"two.{rank}")
+        assert mine["parameters"] == len(one["weights"]) + 1  # of the reference, the output layer alone
+        for name, weight in one["weights"].items():
+            # float32 sums in another order, through four steps of Adam
+            torch.testing.assert_close(mine["weights"][name], weight, atol=1e-5, rtol=1e-4)
+        for values, expected in zip([*mine["steps"], mine["val"]], [*one["steps"], one["val"]], strict=True):
+            assert values == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_fewer_batches_than_processes(tmp_path):
+    module = pairs_of().eval()
+    model = module.reference
+
+    def of(rank: int, others=lambda: None) -> ReferenceCache:
+        strategy = SimpleNamespace(broadcast=lambda exists: False, barrier=others)
+        fake = SimpleNamespace(
+            global_rank=rank,
+            world_size=2,
+            strategy=strategy,
+            precision="32-true",
+            precision_plugin=trainer().precision_plugin,
+            enable_validation=False,
+            train_dataloader=loader(TRAIN, 6),
+            val_dataloaders=None,
+        )
+        return cached_reference(str(tmp_path), fake, model, read_sequences, module._reference_outputs, None).cache
+
+    assert len(of(1, others=lambda: of(0))) == 12
+    assert [file.name for file in tmp_path.iterdir()] == ["reference-00001-of-00001.safetensors"]
+
+
+class Batches:
+    """Batches to go through, and no dataset."""
+
+    def __init__(self, batches: list) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _later_positions(pairs: list) -> dict[str, torch.Tensor]:
+    batch = collate(pairs)
+    return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) + 1}
+
+
+def _unshifted(pairs: list) -> dict[str, torch.Tensor]:
+    batch = collate(pairs)
+    return batch | {"labels": batch["labels"].roll(1, 1)}

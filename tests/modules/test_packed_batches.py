@@ -1,0 +1,67 @@
+"""Batches that lie end to end, as `PreferenceDataModule(pack=True)` makes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_did.data.collating import collate_packed
+from tests.modules.steps import PLAIN, assert_same, examples, loader, make, train
+from tests.modules.tiny import VOCABULARY, trainer
+
+
+@pytest.mark.parametrize("switches", [PLAIN, {}])
+def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
+    assert_same(train(make(**switches), loader(packed=True)), train(make(**PLAIN)))
+    module, plain = make(**switches), make(**PLAIN)
+    run, expected = trainer(), trainer()
+    run.validate(module, loader(packed=True), verbose=False)
+    expected.validate(plain, loader(), verbose=False)
+    assert run.callback_metrics.keys() == expected.callback_metrics.keys()
+    for name, value in expected.callback_metrics.items():
+        assert run.callback_metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+    for one, other in zip(
+        trainer().predict(module, loader(packed=True)), trainer().predict(plain, loader()), strict=True
+    ):
+        assert torch.equal(one.index, other.index)
+        torch.testing.assert_close(one.reward_margin, other.reward_margin, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.rejected.kl, other.rejected.kl, rtol=1e-4, atol=1e-5)
+    assert not [w for w in recwarn if "batch_size" in str(w.message) and "ambiguous" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda b: b.pop("labels"), "hold `labels`, but got"),
+        (lambda b: b.update(labels=b["labels"][0]), r"`labels` to have the shape \[1, tokens\]"),
+        (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\]"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][:-1]), "`cu_seqlens` to rise from 0 to the .* tokens over"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 3, 4]]), r"\[2 pairs \+ 1\]"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 1, 3, 4]]), "`cu_seqlens` to rise"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"] + 1), "`cu_seqlens` to rise from 0"),
+        (lambda b: b.update(labels=b["labels"].roll(1, 1)), "`labels.*that are not shifted"),
+        (lambda b: b["labels"][0, b["cu_seqlens"][1] - 1].copy_(b["input_ids"][0, b["cu_seqlens"][1]]), "not shifted"),
+        (lambda b: b["labels"][0, : b["cu_seqlens"][1]].fill_(-100), "sequence to have completion tokens"),
+        (lambda b: b["input_ids"].fill_(VOCABULARY), "not shifted|`input_ids` to be below"),
+    ],
+)
+def test_packed_batches_in_another_layout_are_refused(spoil, message):
+    batch = collate_packed(examples(2))
+    spoil(batch)
+    with pytest.raises(ValueError, match=message):
+        make().pair_statistics(batch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"pack": 1}, TypeError, "`pack` to be a bool, but got 1"),
+        ({"share_prompts": None}, TypeError, "`share_prompts` to be a bool, but got None"),
+        ({"tokens_at_once": 0}, ValueError, "`tokens_at_once` to be a positive integer, 'auto' or None, but got 0"),
+        ({"tokens_at_once": True}, ValueError, "`tokens_at_once` to be a positive integer"),
+        ({"tokens_at_once": "all"}, ValueError, "`tokens_at_once` to be a positive integer"),
+    ],
+)
+def test_switches_out_of_range_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(**arguments)

@@ -1,0 +1,117 @@
+"""LitDPO's step: packed, with shared prompts and in parts; the same numbers as padded and whole, and less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+
+from lit_did import LitDPO, LitDPOPG
+from lit_did.functional import LOSSES, REFERENCE_FREE_LOSSES
+from lit_did.models.layout import read_sequences
+from tests.models.architectures import double, true_statistics
+from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, examples, loader, make, train
+from tests.modules.tiny import tiny_llama
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_switches_change_no_number(loss):
+    free = loss in REFERENCE_FREE_LOSSES
+    options = {"loss": loss} if free else {"loss": loss, "did_entropy_weight": 0.3}
+    limits = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+
+    def run(**switches):
+        module = LitDPO(tiny_llama(0), None if free else tiny_llama(1), **OPTIMISER, **options, **switches)
+        return train(module, loader(8, 2), **limits)
+
+    expected = run(**PLAIN)
+    assert max(g.norm() for g in expected.gradients[0]) > 0.05  # the premise: clipping happens
+    for switches in SWITCHES if loss == "sigmoid" else SWITCHES[2:4]:
+        assert_same(run(**switches), expected)
+
+
+@pytest.mark.parametrize("switches", SWITCHES[2:4])
+def test_the_gradient_of_float64(switches):
+    module = make(did_entropy_weight=0.3, **switches)
+    batch = next(iter(loader()))
+    policy, reference = double(module.policy), double(module.reference)
+    truth = true_statistics(policy, reference, read_sequences(batch))
+    margin = 0.1 * (truth.log_ratio[:4] - truth.log_ratio[4:])
+    entropy = (truth.did_entropy * truth.num_tokens).sum() / truth.num_tokens.sum()
+    (torch.log1p((-margin).exp()).mean() - 0.3 * entropy).backward()
+    record = train(module)
+    for gradient, parameter in zip(record.gradients[0], policy.parameters(), strict=True):
+        expected = parameter.grad
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_parts_in_bfloat16():
+    def run(**switches):
+        module, precisions = make(**switches), []
+        module.policy.model.layers[0].register_forward_hook(
+            lambda *_: precisions.append(torch.is_autocast_enabled("cpu"))
+        )
+        record = train(module, precision="bf16-mixed")
+        assert set(precisions) == {True}  # in every part
+        return record
+
+    runs = [run(**switches) for switches in (PLAIN, *SWITCHES[:4])]
+    exact = train(make(**PLAIN))
+    for record in runs:
+        for a, b in zip(record.gradients[0], exact.gradients[0], strict=True):
+            # bfloat16 keeps 8 bits: what is seen is that no part is lost, or counted twice
+            assert (a - b).norm() < 0.1 * b.norm()
+        assert record.logged[0]["train/loss"] == pytest.approx(exact.logged[0]["train/loss"], rel=0.02)
+
+
+def test_the_gradient_scaler_reaches_every_part(monkeypatch):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda self: torch.autocast("cpu", enabled=False))
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    expected = train(make(**PLAIN))
+    assert_same(train(make(tokens_at_once=1), plugins=[plugin]), expected)
+
+
+def test_projected_gradient_wants_the_whole_batch():
+    whole, parts = (train(make(LitDPOPG, tokens_at_once=tokens)) for tokens in (None, 1))
+    assert_same(parts, whole, atol=0)
+    assert "train/gradient_cosine" in whole.logged[0]
+
+
+class Held:
+    """A tensor that a backward pass waits for; `bytes` of all of them, and the most there were."""
+
+    bytes = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.size = 0 if tensor.is_leaf and tensor.requires_grad else tensor.nbytes
+        Held.bytes += self.size
+        Held.most = max(Held.most, Held.bytes)
+
+    def __del__(self) -> None:
+        Held.bytes -= self.size
+
+
+def test_activations_of_one_part_are_held_at_a_time():
+    most, seen = {}, {}
+    lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples()]
+    for tokens in (None, 70, 1):
+        module = make(**{**PLAIN, "pack": True, "tokens_at_once": tokens})
+        calls = seen[tokens] = []
+        train(module)  # finds out what the models allow
+        module.policy.get_input_embeddings().register_forward_hook(lambda m, i, o, c=calls: c.append(i[0].numel()))
+        Held.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            train(module)
+        most[tokens] = Held.most
+        assert Held.bytes == 0
+    assert len(seen[None]) == 2
+    assert len(seen[1]) == 8
+    assert 2 < len(seen[70]) < 8
+    assert max(seen[70]) <= 70 < 2 * max(lengths) * 4
+    assert sum(seen[None]) == sum(seen[70]) == sum(seen[1])  # nothing twice
+    # What a part holds goes with its tokens, weights' views and masks aside.
+    for tokens in (70, 1):
+        assert most[tokens] < 1.3 * most[None] * max(seen[tokens]) / max(seen[None])
