@@ -9,14 +9,18 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks import memory
 
+T = TypeVar("T")
 LIMIT = "limit"  # the contestant, and the direction, that merely moves the memory
 MEBIBYTE = 2**20
 _AWAKE = torch.zeros(2**17)  # large enough for torch to use all its threads
@@ -105,6 +109,13 @@ def race(name: str, runners: Sequence[Runner], *, repeats: int, seconds: float =
     finally:
         torch.set_num_threads(before)
     return _results(name, runners, times, peaks)
+
+
+def in_own_process(threads: int, function: Callable[..., T], *arguments: object) -> T:
+    """What `function` returns in a new process with so many threads, whose memory nobody else used before."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _warm_up(runner: Runner) -> tuple[tuple[float, float], float]:

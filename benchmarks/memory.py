@@ -30,14 +30,25 @@ def peak(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
         returned = call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, returned
-    if not MEASURED_ON_CPU:
-        return math.nan, call()
-    # Memory that was freed but stays with the C library would be used again unseen.
-    _trim()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest is now what is resident
-    before = _status("VmRSS")
+    before = reset_peak()
     returned = call()
-    return _status("VmHWM") - before, returned
+    return highest() - before, returned
+
+
+def reset_peak() -> float:
+    """Makes what is resident now the highest, and returns it: bytes of this process; NaN where there is no Linux."""
+    if not MEASURED_ON_CPU:
+        return math.nan
+    # Memory that was freed but stays with the C library would be used again unseen.
+    gc.collect()
+    _trim()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def highest() -> float:
+    """The most bytes of this process that were resident since `reset_peak()`; NaN where there is no Linux."""
+    return _status("VmHWM") if MEASURED_ON_CPU else math.nan
 
 
 def held(tensors: Iterable[Tensor], apart_from: Iterable[Tensor] = ()) -> int:

@@ -104,7 +104,7 @@ def show_verdicts(verdicts: Sequence[Verdict], title: str) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for v in verdicts:
         met = "?" if math.isnan(v.figure) else "yes" if v.met else "NO"
-        table.add_row(v.text, v.dtype, str(v.vocabulary), v.shown, v.target, met)
+        table.add_row(v.text, v.dtype, str(v.vocabulary or ""), v.shown, v.target, met)
     Console(width=WIDTH).print(table)
 
 

@@ -16,7 +16,7 @@ class Verdict:
 
     text: str
     dtype: str
-    vocabulary: int
+    vocabulary: int | None
     figure: float
     bound: float
     unit: str = ""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import memory, read_limit
-from benchmarks.harness import MEBIBYTE, Runner, Size, race
+from benchmarks.harness import MEBIBYTE, Runner, Size, in_own_process, race
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not memory.MEASURED_ON_CPU, reason="memory is measured on Linux")
@@ -87,3 +87,13 @@ def test_the_read_limit_says_what_is_wrong_with_the_compiler(compiler, words, mo
         monkeypatch.setenv("CXX", compiler)
     with pytest.raises(RuntimeError, match=words):
         read_limit.load.__wrapped__()
+
+
+def test_a_process_of_its_own_has_its_own_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert in_own_process(3, torch.get_num_threads) == 3  # more than it would take of itself, here
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
