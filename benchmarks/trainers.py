@@ -71,7 +71,6 @@ class Task:
             tokenizer,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            as_chat=tokenizer.chat_template is not None,
             shuffle=False,
         )
 

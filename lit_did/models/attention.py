@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 SERVED = ("sdpa", "eager")
 PREFIX = "lit_did_"
+LARGEST_KEPT_MASK = 2**20  # entries, a byte each
 
 
 def implementation(model: nn.Module) -> str | None:
@@ -146,7 +147,8 @@ def _attend_by_segments(
         if not explicit and before < 0 and near:
             mask = None  # causal
         else:
-            mask = _mask(lengths[i], k.shape[2], None if near else sliding_window, query.device)
+            build = _mask if lengths[i] * k.shape[2] <= LARGEST_KEPT_MASK else _mask.__wrapped__
+            mask = build(lengths[i], k.shape[2], None if near else sliding_window, query.device)
             if explicit:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         outputs.append(inner(module, queries[i], k, v, mask, sliding_window=sliding_window, **kwargs)[0])

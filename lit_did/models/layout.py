@@ -105,18 +105,32 @@ def read_sequences(batch: Mapping[str, Tensor]) -> Sequences:
 
 @torch.compiler.disable
 def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
-    """Pairs (sequence i and the one half of all after it) in parts of at most so many tokens, at least a pair each."""
+    """Pairs (sequence i and the one half of all after it) in as few parts of at most so many tokens as can be.
+
+    The largest is then as small as it can be; a part has a pair at least.
+    """
     pairs = sequences.count // 2
     lengths = np.diff(sequences.cu_seqlens)
     of_pairs = lengths[:pairs] + lengths[pairs:]
-    parts: list[list[int]] = []
-    room = 0
-    for pair in range(pairs):
-        if not parts or of_pairs[pair] > room:
-            parts.append([])
-            room = tokens
-        parts[-1].append(pair)
-        room -= of_pairs[pair]
+
+    def fill(limit: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        room = 0
+        for pair in range(pairs):
+            if not parts or of_pairs[pair] > room:
+                parts.append([])
+                room = limit
+            parts[-1].append(pair)
+            room -= of_pairs[pair]
+        return parts
+
+    parts = fill(tokens)
+    while True:
+        largest = max(parts, key=lambda part: of_pairs[part].sum(), default=[])
+        evener = fill(of_pairs[largest].sum() - 1)
+        if len(largest) < 2 or len(evener) > len(parts):
+            break
+        parts = evener
     return [sequences.select([*part, *(pairs + pair for pair in part)]) for part in parts]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -120,9 +120,15 @@ def test_parts_hold_every_pair_once_in_order_and_within_the_budget():
         assert [s for _, second in halves for s in second] == truth[pairs:]
         lengths = [len(part.input_ids) for part in parts]
         assert all(length <= tokens or part.count == 2 for length, part in zip(lengths, parts, strict=True))
-        # Nor more parts than it takes: the next pair would not have fitted in.
-        firsts = np.cumsum([0, *(part.count // 2 for part in parts)])[1:-1]
-        assert all(length + sizes[i] > tokens for length, i in zip(lengths, firsts, strict=False))
+        # Of all ways to cut the pairs: the fewest parts, and of those the smallest largest one.
+        ways = [
+            [sum(sizes[a:b]) for a, b in pairwise((0, *cuts, pairs))]
+            for count in range(pairs)
+            for cuts in combinations(range(1, pairs), count)
+        ]
+        fits = [way for way in ways if all(size <= tokens or size in sizes for size in way)]
+        best = min((len(way), max(way)) for way in fits)
+        assert (len(lengths), max(lengths)) == best
 
 
 @pytest.mark.parametrize("share", [False, True])
