@@ -38,7 +38,7 @@ from lit_did.ops.extension import BACKENDS
 
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 """what `SequenceStatistics` can tell of a policy alone"""
-TOKENS_AT_ONCE_CPU = 768
+TOKENS_AT_ONCE_CPU = 512
 TOKENS_AT_ONCE = 16_384
 """`tokens_at_once="auto"`: enough for matrix products at full speed"""
 
@@ -98,7 +98,7 @@ class LitDPO(lightning.LightningModule):
             pass instead of kept: a third of the activations less, for a few per cent of the time, and the same bits.
         tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
-            "auto": 768 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
+            "auto": 512 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
         cache_reference: A folder. When training starts, the reference runs once over the training and validation pairs,
             its last hidden states at completion tokens are kept there, and its layers are freed. A folder that was
             filled before is used, if it is of the same reference, pairs and precision; any other is refused. Other
