@@ -123,7 +123,7 @@ class TokenBatchSampler(BatchSampler):
         return min(fit, start + (self.batch_size or fit))
 
     def _deal(self, step: np.ndarray) -> list[int]:
-        """This rank's pairs of a step: one from each row of the step sorted by length, going to and fro."""
+        """This rank's pairs of a step: one from each row of the step sorted by length, going back and forth."""
         places = np.argsort(self.num_tokens[step], kind="stable").reshape(-1, self.num_replicas)
         places[1::2] = places[1::2, ::-1]
         return step[np.sort(places[:, self.rank])].tolist()
