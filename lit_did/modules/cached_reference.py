@@ -109,7 +109,8 @@ def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Se
     if trainer.enable_validation:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()  # later, Lightning would do it itself
     for given in (trainer.train_dataloader, trainer.val_dataloaders):
-        for loader in CombinedLoader(given).flattened if given else []:
+        nothing = given is None or (isinstance(given, list) and not given)  # a loader's truth would be its length
+        for loader in [] if nothing else CombinedLoader(given).flattened:
             dataset = loader.dataset if isinstance(loader, DataLoader) else None
             if dataset is None or isinstance(dataset, IterableDataset):
                 raise TypeError(
