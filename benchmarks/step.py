@@ -39,6 +39,7 @@ CONTESTANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lit_did, prompts not shared": (trainers.lit_did, {"share_prompts": False}),
     "lit_did, padded": (trainers.lit_did, {"pack": False, "share_prompts": False}),
     "lit_did, batch at once": (trainers.lit_did, {"tokens_at_once": None}),
+    "lit_did, elementwise kept": (trainers.lit_did, {"recompute_elementwise": False}),
     "lit_did, checkpointing": (trainers.lit_did, {"gradient_checkpointing": True}),
 }
 DEFAULT = [name for name in CONTESTANTS if name.startswith(TRL) or name in (OURS, CACHED)]
@@ -70,8 +71,8 @@ def measure(names: Sequence[str], task: Task, *, rounds: int, threads: int) -> d
 
 
 def _seconds(runs: Sequence[Run], kind: str = "seconds") -> float:
-    """The median over all steps but every run's first."""
-    return statistics.median(value for run in runs for value in getattr(run, kind)[1:])
+    """The mean over all steps but every run's first: steps differ in their tokens, and all count."""
+    return statistics.fmean(value for run in runs for value in getattr(run, kind)[1:])
 
 
 def _peak(runs: Sequence[Run]) -> float:
@@ -133,7 +134,7 @@ def show(runs: Mapping[str, Sequence[Run]], title: str) -> None:
     ):
         print(f"Tokens a step, {what}: {', '.join(map(str, tokens))}.")
     print(
-        "`s a step`: median, from the end of one step to the end of the next, the first left out. `CPU s`: of all\n"
+        "`s a step`: mean, from the end of one step to the end of the next, the first left out. `CPU s`: of all\n"
         "threads. `peak`: resident memory of the process after set-up. `loss differs`: from TRL's, relative, at most.\n"
         "`set-up`: of the first run, with what it computes of the reference beforehand."
     )

@@ -32,7 +32,7 @@ class DIDCallback(TrainerCallback):
 
     It measures with forward passes of its own, in eval mode and without gradients, and leaves modes, gradients and
     random numbers as they were, and the trainer's own metrics in their own log entries: training is the same to the bit
-    with and without it. A measured batch costs two more forward passes, and logits of 1 GiB at the most at a time.
+    with and without it. A measured batch costs two more forward passes.
 
     Args:
         trainer: The trainer, which the callback is then added to: `trainer.add_callback(DIDCallback(trainer))`. Its

@@ -64,14 +64,13 @@ def completion_statistics(
     *,
     temperature: float = 1.0,
     backend: str = "auto",
-    max_extra_bytes: int = 2**28,
 ) -> SequenceStatistics:
     """The statistics of every completion, [sequences].
 
     Args:
         policy, reference: Of the same completion tokens.
         labels, cu_labels: Those tokens, and where each sequence's begin and end, as in `Layout`.
-        temperature, backend, max_extra_bytes: As in `lit_did.linear_sequence_statistics`.
+        temperature, backend: As in `lit_did.linear_sequence_statistics`.
     """
     options = {"cu_seqlens": cu_labels, "temperature": temperature, "backend": backend}
     if policy.hidden is None or reference.hidden is None:
@@ -87,7 +86,6 @@ def completion_statistics(
         reference_bias=reference.layer.bias,
         softcap=tuple(layer.softcap for layer in layers),
         scale=tuple(layer.scale for layer in layers),
-        max_extra_bytes=max_extra_bytes,
         **options,
     )
 

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -271,14 +271,6 @@ class ReferenceCache:
         rows = [self._hidden[shard][start:end] for shard, start, end in places]
         return torch.cat([self._hidden[0][:0], *rows]).to(device=device, dtype=dtype)
 
-    def lengths(self, keys: Sequence[bytes]) -> list[int]:
-        """How many rows each of these sequences has.
-
-        Raises:
-            ValueError: The cache does not hold one of them.
-        """
-        return [end - start for _, start, end in self._find(keys)]
-
     def keys(self) -> KeysView[bytes]:
         """The keys of all sequences."""
         return self._places.keys()
@@ -288,9 +280,6 @@ class ReferenceCache:
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._places)
 
     def _find(self, keys: Sequence[bytes]) -> list[tuple[int, int, int]]:
         places = [self._places[key] for key in keys if key in self._places]

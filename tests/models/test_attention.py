@@ -213,4 +213,5 @@ with torch.no_grad():
     torch.save(model(**inputs, use_cache=False).logits, sys.argv[1] + "/logits")
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
-    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    # Another number of threads may add in another order.
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)

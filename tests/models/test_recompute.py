@@ -92,6 +92,7 @@ def test_views_parts_and_strides():
         product = a * b
         return (
             product[2:].square().sum()
+            + product[:2].square().sum()
             + product.T.square().sum()
             + product.view(-1).square().sum()
             + (F.silu(product).T * b.T).square().sum()
@@ -100,14 +101,38 @@ def test_views_parts_and_strides():
     check(function, torch.randn(8, 6), torch.randn(8, 6))
 
 
-def test_deep_expressions():
+def test_deep_expressions(monkeypatch):
+    steps = 3 * recompute.DEEPEST
+    runs = []
+    value = recompute._Expression.value
+    monkeypatch.setattr(recompute._Expression, "value", lambda self: runs.append(1) or value(self))
+
     def function(a, b):
         product = a
-        for _ in range(3 * recompute.DEEPEST):
+        for _ in range(steps):
             product = product * b
         return product.square()
 
     check(function, torch.rand(16), torch.rand(16) + 0.5)
+    assert steps <= len(runs) <= steps * recompute.DEEPEST  # not each from the first on
+
+
+def test_an_activation_in_the_place_of_its_input():
+    def function(a):
+        values = a + a
+        return F.silu(values, inplace=True).square()
+
+    check(function, torch.randn(16))
+
+
+def test_tensors_given_by_name():
+    def function(a):
+        twice = a + a
+        product = torch.mul(input=twice, other=torch.tensor(2.0))
+        twice.add_(1)  # whose versions are not watched: the product is kept
+        return product.square()
+
+    check(function, torch.randn(16))
 
 
 def test_arguments_by_name_and_casts():

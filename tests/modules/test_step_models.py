@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_did import LitDPO
 from lit_did.models import measuring
 from lit_did.models.forward import abilities
-from lit_did.modules import dpo
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, loader, make, train
 from tests.modules.tiny import tiny_gpt2, tiny_llama, trainer
 
@@ -122,12 +120,12 @@ class Largest(TorchDispatchMode):
 
 def test_no_logits_in_memory(monkeypatch):
     vocabulary, hidden, bound = 20_000, 8, 2**20
-    rows = []
+    rows, bounds = [], {}
     kernel = measuring.linear_sequence_statistics
 
     def watched(policy_hidden, *arguments, **options):
         rows.append(len(policy_hidden))
-        return kernel(policy_hidden, *arguments, **options)
+        return kernel(policy_hidden, *arguments, **options, **bounds)
 
     monkeypatch.setattr(measuring, "linear_sequence_statistics", watched)
     data = loader()
@@ -145,5 +143,5 @@ def test_no_logits_in_memory(monkeypatch):
         return watch.elements
 
     assert largest() >= min(labels) * vocabulary  # the premise: they fit in what is allowed
-    monkeypatch.setattr(dpo, "completion_statistics", partial(dpo.completion_statistics, max_extra_bytes=bound))
+    bounds["max_extra_bytes"] = bound
     assert largest() * 4 <= bound < min(labels) * vocabulary * 4
