@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SERVED = ("sdpa", "eager")
 PREFIX = "lit_did_"
-LARGEST_KEPT_MASK = 2**20  # entries, a byte each
+_OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # what transformers' sdpa takes besides
 
 
 def implementation(model: nn.Module) -> str | None:
@@ -118,6 +118,9 @@ def _by_segments(name: str) -> Callable:
             inner = ALL_ATTENTION_FUNCTIONS[name]
         if attention_mask is None or attention_mask.dtype != torch.int64:
             return inner(module, query, key, value, attention_mask, **kwargs)
+        # Elsewhere not every kernel of sdpa takes expanded views.
+        if name == "sdpa" and query.device.type == "cpu" and all(kwargs.get(x) is None for x in _OF_FEW_MODELS):
+            inner = _sdpa
         return _attend_by_segments(inner, name == "eager", module, query, key, value, attention_mask, **kwargs)
 
     return attend
@@ -137,6 +140,8 @@ def _attend_by_segments(
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` wants an additive mask."""
     lengths, continues = segments[0, 0].T.tolist()
+    # With the segments, so that all layers share them, and that they go when the batch goes.
+    masks: dict[tuple, Tensor] = segments.__dict__.setdefault("masks", {})
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, before in enumerate(continues):
@@ -147,17 +152,41 @@ def _attend_by_segments(
         if not explicit and before < 0 and near:
             mask = None  # causal
         else:
-            build = _mask if lengths[i] * k.shape[2] <= LARGEST_KEPT_MASK else _mask.__wrapped__
-            mask = build(lengths[i], k.shape[2], None if near else sliding_window, query.device)
-            if explicit:
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+            given = lengths[i], k.shape[2], None if near else sliding_window, query.dtype, query.device
+            mask = masks[given] = masks[given] if given in masks else _mask(*given)
         outputs.append(inner(module, queries[i], k, v, mask, sliding_window=sliding_window, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
-@lru_cache(maxsize=64)  # every layer asks for the same ones
-def _mask(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, queries, keys]: True where a query, one of the last positions, attends."""
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa_attention_forward` of one sequence.
+
+    Keys and values are not copied for every query head that shares them: heads are [keys' heads, query heads of each],
+    and those of keys and values expanded views.
+    """
+    heads = key.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        query[0].unflatten(0, (heads, -1)),
+        *(x[0][:, None].expand(-1, query.shape[1] // heads, -1, -1) for x in (key, value)),
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=attention_mask is None,
+    )
+    return output.flatten(0, 1).transpose(0, 1)[None], None
+
+
+def _mask(queries: int, keys: int, sliding_window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys]: 0 where a query, one of the last positions, attends; elsewhere the least of `dtype`."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    mask = distance >= 0
-    return (mask if sliding_window is None else mask & (distance < sliding_window))[None, None]
+    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100
 
@@ -20,14 +22,15 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
               shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]`, or -100). Where both readings fit,
               which takes a batch of repeated tokens, the first is meant;
             - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them, 1 on completion tokens;
-            - both kinds of keys with `chosen_` and `rejected_` before them.
+            - both kinds of keys with `chosen_` and `rejected_` before them;
+            - the first two with `cu_seqlens` [sequences + 1] and tensors [1, tokens]: sequences end to end.
             `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
             `PreferenceDataModule` gives the pairs that only fill a batch, leaves a pair without labels.
         ignore_index: What stands for -100 in the batch's labels.
 
     Returns:
-        A dict with `labels[:, t]` the completion token that position t predicts, or -100. Of the last form, the chosen
-        sequences come first, then the rejected ones, padded on the right to one length.
+        A dict with `labels[:, t]` the completion token that position t predicts, or -100, padded on the right where the
+        batch was not. Of the `chosen_` form, the chosen sequences come first, then the rejected ones.
 
     Raises:
         TypeError: The batch is no mapping of tensors.
@@ -62,6 +65,9 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
                 f"Expected `{name}` to have the shape [sequences, T] of `input_ids`, {tuple(input_ids.shape)}, "
                 f"but got {tuple(batch[name].shape)}."
             )
+    if "cu_seqlens" in batch:
+        batch = padded(batch, ignore_index)
+        input_ids = batch["input_ids"]
     if "completion_mask" in batch:
         labels = _shift(input_ids, batch["completion_mask"].bool())
     else:
@@ -83,6 +89,27 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
     if "position_ids" in batch:
         kept["position_ids"] = batch["position_ids"].expand_as(input_ids)
     return {"input_ids": input_ids, **kept, "labels": labels}
+
+
+def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
+    """A batch [1, tokens] of sequences end to end, with `cu_seqlens` [sequences + 1], as rows padded on the right.
+
+    Raises:
+        ValueError: `cu_seqlens` does not rise from 0 to the number of tokens.
+    """
+    bounds, tokens = batch["cu_seqlens"].tolist(), batch["input_ids"].shape[1]
+    rises = all(start < stop for start, stop in pairwise(bounds))
+    if len(bounds) < 2 or (bounds[0], bounds[-1]) != (0, tokens) or not rises or len(batch["input_ids"]) != 1:
+        raise ValueError(
+            "Expected `cu_seqlens` to rise from 0 to the number of tokens of `input_ids` [1, tokens], "
+            f"{tuple(batch['input_ids'].shape)}, but got {bounds}."
+        )
+    lengths = batch["cu_seqlens"].diff().tolist()
+    fills = {"input_ids": 0, "labels": ignore_index, "completion_mask": 0, "position_ids": 0, "attention_mask": 0}
+    rows = {"attention_mask": torch.ones_like(batch["input_ids"])}
+    rows |= {name: batch[name] for name in fills if name in batch}
+    rows = {n: pad_sequence(v[0].split(lengths), batch_first=True, padding_value=fills[n]) for n, v in rows.items()}
+    return {name: value for name, value in batch.items() if name != "cu_seqlens"} | rows
 
 
 def _shift(input_ids: Tensor, counts: Tensor) -> Tensor:

@@ -66,19 +66,21 @@ def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, shar
     return _packed(sequences, device, packing, share)
 
 
-def completion_hidden(model: nn.Module, layout: Layout, *, recompute: bool = False) -> Tensor | None:
+def completion_hidden(
+    model: nn.Module, layout: Layout, *, recompute: bool = False, kept_bytes: int = 0
+) -> Tensor | None:
     """The last hidden states [completion tokens, H] that predict each; None where `model` has none at hand.
 
     Args:
         recompute: Elementwise results are computed again in the backward pass (`lit_did.models.recompute`), unless the
-            model is compiled, whose compiler decides on that.
+            model is compiled, whose compiler decides on that; `kept_bytes` of them are not.
     """
     body = abilities(model).body
     if body is None:
         return None
     compiled = torch.compiler.is_compiling() or not isinstance(body, nn.Module) or hasattr(body, "_orig_mod")
     recompute = recompute and torch.is_grad_enabled() and not compiled
-    with elementwise_recomputed() if recompute else nullcontext():
+    with elementwise_recomputed(kept_bytes) if recompute else nullcontext():
         hidden = _hidden(body, layout)
     return hidden.flatten(0, 1)[layout.rows]
 

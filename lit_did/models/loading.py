@@ -26,6 +26,35 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
     return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **model_kwargs})
 
 
+def load_pair(
+    policy: str | nn.Module,
+    reference: str | nn.Module | None,
+    lora: Any,
+    *,
+    model_kwargs: Mapping[str, Any],
+    needs_reference: bool,
+) -> tuple[nn.Module, nn.Module | None]:
+    """A policy to train and its frozen reference, as LitDPO documents them.
+
+    No reference: it is the policy with its adapter off, or (unless `needs_reference`) there is none.
+    """
+    policy = load_model(policy, "policy", model_kwargs)
+    if reference is not None:
+        reference = load_model(reference, "reference", model_kwargs)
+        check_separate(policy, reference)
+        check_same_vocabulary(policy, reference)
+        freeze(reference)
+    elif lora is None and not is_peft(policy) and needs_reference:
+        reference = frozen_copy(policy)
+    if lora is not None:
+        policy = add_lora(policy, lora)
+    if is_peft(policy):
+        check_positions_are_kept(policy)
+    if reference is None and needs_reference:
+        check_adapter_is_all_that_trains(policy)
+    return policy, reference
+
+
 def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) -> nn.Module:
     """The reference of measurements: a module is checked and left as it is; what is loaded is frozen.
 

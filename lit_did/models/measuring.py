@@ -45,12 +45,12 @@ class Outputs(NamedTuple):
         return Outputs(hidden, layer, logits)
 
 
-def completion_outputs(model: nn.Module, layout: Layout, *, recompute: bool = False) -> Outputs:
+def completion_outputs(model: nn.Module, layout: Layout, *, recompute: bool = False, kept_bytes: int = 0) -> Outputs:
     """What `model` says at the completion tokens of `layout`, which is one for it (`forward.layout_of`).
 
-    `recompute`: as in `forward.completion_hidden`.
+    `recompute`, `kept_bytes`: as in `forward.completion_hidden`.
     """
-    hidden = forward.completion_hidden(model, layout, recompute=recompute)
+    hidden = forward.completion_hidden(model, layout, recompute=recompute, kept_bytes=kept_bytes)
     if hidden is None:
         return Outputs(None, None, forward.completion_logits(model, layout))
     return Outputs(hidden, forward.output_layer(model), None)

@@ -1,6 +1,7 @@
 """LightningModules."""
 
-from lit_did.modules.dpo import LitDPO, PairStatistics
+from lit_did.modules.dpo import LitDPO
 from lit_did.modules.dpo_pg import LitDPOPG
+from lit_did.modules.pairs import PairStatistics
 
 __all__ = ["LitDPO", "LitDPOPG", "PairStatistics"]

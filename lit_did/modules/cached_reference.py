@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 
 from lit_did.models import forward
 from lit_did.models.batches import IGNORE_INDEX
@@ -24,17 +25,16 @@ PAIRS_AT_ONCE = 8  # where the loader does not say
 class CachedReference:
     """A reference of which the last hidden states at completion tokens are on disk, and the output layer in memory."""
 
-    def __init__(self, cache: ReferenceCache, model: nn.Module) -> None:
-        self.cache = cache
-        self._layer: Callable[[], forward.OutputLayer] = lambda: forward.output_layer(model)
+    def __init__(self, cache: ReferenceCache, model: nn.Module, precision: str) -> None:
+        self.cache, self.precision = cache, precision
+        self._model = model
 
     def keep_output_layer(self, reference: nn.Module) -> nn.Module:
         """A module with nothing but the output layer of `reference`, which can then be let go."""
         if isinstance(reference, _OutputLayer):
             return reference
-        kept = _OutputLayer(forward.output_layer(reference))
-        self._layer = kept.layer
-        return kept
+        self._model = _OutputLayer(forward.output_layer(reference))
+        return self._model
 
     def outputs(self, sequences: Sequences, device: torch.device) -> Outputs:
         """What the reference says of these sequences.
@@ -43,7 +43,9 @@ class CachedReference:
             ValueError: They are not in the cache.
         """
         hidden = self.cache.hidden(_keys(sequences), device=device)
-        return Outputs(hidden, self._layer(), None).detach()
+        model = self._model
+        layer = model.layer() if isinstance(model, _OutputLayer) else forward.output_layer(model)
+        return Outputs(hidden, layer, None).detach()
 
 
 class _OutputLayer(nn.Module):
@@ -80,12 +82,13 @@ def cached_reference(
     rank, world = trainer.global_rank, trainer.world_size
     batches = [_keys(sequences) for sequences in _pairs(trainer, read)]
     keys = set(chain.from_iterable(batches))
-    if opened is not None and keys <= opened.cache.keys():
+    if opened is not None and keys <= opened.cache.keys() and opened.precision == trainer.precision:
         return opened
     if isinstance(model, _OutputLayer):
         raise ValueError(
-            f"Expected the training data of the cache in {path}, whose reference's layers have been freed, but got "
-            f"{len(keys - opened.cache.keys())} other sequences: make another LitDPO for them."
+            f"Expected the training data and precision ({opened.precision}) of the cache in {path}, whose reference's "
+            f"layers have been freed, but got {len(keys - opened.cache.keys())} other sequences and precision "
+            f"{trainer.precision}: make another LitDPO for them."
         )
     if forward.abilities(model).body is None:
         raise ValueError(
@@ -97,11 +100,14 @@ def cached_reference(
     if not trainer.strategy.broadcast(ReferenceCache.exists(path)):
         if rank < shards:
             with CacheWriter(path, shard=rank, shards=shards) as writer, trainer.precision_plugin.forward_context():
-                for sequences in islice(_pairs(trainer, read), rank, None, shards):
+                own = islice(_pairs(trainer, read), rank, None, shards)
+                quiet = rank > 0 or trainer.progress_bar_callback is None
+                total = len(range(rank, len(batches), shards))
+                for sequences in tqdm(own, desc="Reference", total=total, unit="batch", leave=False, disable=quiet):
                     writer.add(_keys(sequences), outputs(sequences).hidden.detach(), _cu_labels(sequences))
                 writer.finish(mark)
         trainer.strategy.barrier()
-    return CachedReference(ReferenceCache.open(path, mark), model)
+    return CachedReference(ReferenceCache.open(path, mark), model, trainer.precision)
 
 
 def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Iterator[Sequences]:

@@ -9,10 +9,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.models.batches import IGNORE_INDEX
+from lit_did.models.batches import IGNORE_INDEX, padded
 from lit_did.models.loading import active_dropout
 
 
@@ -31,7 +30,7 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
             )
     if packed:
         _check_bounds(batch["cu_seqlens"], shape[1])
-    batch = _rows(batch) if packed else batch
+    batch = padded(batch) if packed else batch
     labels, input_ids = batch["labels"], batch["input_ids"]
     labelled = labels != IGNORE_INDEX
     if (labelled[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])).any() or labelled[:, -1].any():
@@ -52,16 +51,6 @@ def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
         )
 
 
-def _rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`input_ids` and `labels` [sequences, T] of sequences that lie end to end."""
-    lengths = batch["cu_seqlens"].diff().tolist()
-    fills = {"input_ids": 0, "labels": IGNORE_INDEX}
-    return {
-        name: pad_sequence(batch[name][0].split(lengths), batch_first=True, padding_value=fill)
-        for name, fill in fills.items()
-    }
-
-
 def check_step_options(
     pack: bool, share_prompts: bool, recompute_elementwise: bool, tokens_at_once: int | str | None
 ) -> None:
@@ -75,6 +64,25 @@ def check_step_options(
         raise ValueError(
             f"Expected `tokens_at_once` to be a positive integer, 'auto' or None, but got {tokens_at_once!r}."
         )
+
+
+def check_models(
+    policy: str | nn.Module, reference: str | nn.Module | None, loss: str, cache_reference: str | None
+) -> None:
+    """Raises TypeError or ValueError unless they can be a policy and its reference with that loss."""
+    for name, model in (("policy", policy), ("reference", reference)):
+        if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
+            raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
+    if reference is policy and isinstance(policy, nn.Module):
+        raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
+    if loss not in REFERENCE_FREE_LOSSES:
+        return
+    named = reference if reference is None or isinstance(reference, str) else type(reference).__name__
+    for name, value in (("cache_reference", cache_reference), ("reference", named)):
+        if value is not None:
+            raise ValueError(
+                f"Expected `{name}` to be None with `loss={loss!r}`, which has no reference, but got {value}."
+            )
 
 
 def check_did_entropy_weight(weight: float, loss: str) -> None:

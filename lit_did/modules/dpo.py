@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning
 import torch
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_did.functional import REFERENCE_FREE_LOSSES, pair_margin, preference_loss, token_did_entropy
 from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
-from lit_did.metrics import DIDMetrics, LikelihoodDisplacement, PreferenceLoss
+from lit_did.metrics import DIDMetrics
 from lit_did.models import attention, forward, loading
 from lit_did.models.layout import Layout, Sequences, read_sequences, split_pairs
 from lit_did.models.measuring import Outputs, completion_outputs, completion_statistics
@@ -28,34 +28,19 @@ from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checks import (
     check_batch,
     check_did_entropy_weight,
+    check_models,
     check_step_options,
     check_token_ids,
     warn_unless_policy_is_reference,
 )
-from lit_did.modules.optimizer import SCHEDULES, adamw, count_warmup_steps, scheduler
+from lit_did.modules.optimizer import adamw, check_schedule, count_warmup_steps, scheduler
+from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
 
-WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
-"""what `SequenceStatistics` can tell of a policy alone"""
-TOKENS_AT_ONCE_CPU = 512
+TOKENS_AT_ONCE_CPU = 2048
 TOKENS_AT_ONCE = 16_384
-"""`tokens_at_once="auto"`: enough for matrix products at full speed"""
-
-
-class PairStatistics(NamedTuple):
-    """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats.
-
-    With a loss that has no reference, NaN stands in `chosen` and `rejected` for all that needs one.
-    """
-
-    index: Tensor
-    """the pair's row in its source, int64; -1 where the batch does not say"""
-    chosen: SequenceStatistics
-    rejected: SequenceStatistics
-    loss: Tensor
-    reward_margin: Tensor
-    """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
+"""`tokens_at_once="auto"`: more than matrix products need for full speed, few enough for their activations"""
 
 
 class LitDPO(lightning.LightningModule):
@@ -94,11 +79,11 @@ class LitDPO(lightning.LightningModule):
         gradient_checkpointing: Recomputes the policy's activations in the backward pass.
         pack: Gives the models the sequences of a batch end to end, without padding.
         share_prompts: Gives the models once what both sequences of a pair begin with.
-        recompute_elementwise: Products, casts and activation functions of the policy are computed again in the backward
-            pass instead of kept: a third of the activations less, for a few per cent of the time, and the same bits.
+        recompute_elementwise: Products, casts, copies and activation functions of the policy are computed again in the
+            backward pass instead of kept: half the activations, for a few per cent of the time, and the same bits.
         tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
-            "auto": 512 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
+            "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
         cache_reference: A folder. When training starts, the reference runs once over the training and validation pairs,
             its last hidden states at completion tokens are kept there, and its layers are freed. A folder that was
             filled before is used, if it is of the same reference, pairs and precision; any other is refused. Other
@@ -149,30 +134,12 @@ class LitDPO(lightning.LightningModule):
         self._check_objective(**self._loss_options, did_entropy_weight=did_entropy_weight)
         self._reference_free = loss in REFERENCE_FREE_LOSSES
         cache_reference = None if cache_reference is None else os.fspath(cache_reference)
-        check_step_options(pack, share_prompts, recompute_elementwise, tokens_at_once)
-        if cache_reference is not None and self._reference_free:
-            raise ValueError(
-                f"Expected `cache_reference` to be None with `loss={loss!r}`, which has no reference, but got "
-                f"{cache_reference!r}."
-            )
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
-        for name, model in (("policy", policy), ("reference", reference)):
-            if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
-                raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
-        if reference is not None and reference is policy and isinstance(policy, nn.Module):
-            raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
-        if reference is not None and self._reference_free:
-            raise ValueError(
-                f"Expected `reference` to be None with `loss={loss!r}`, which has none, but got "
-                f"{reference if isinstance(reference, str) else type(reference).__name__}."
-            )
-        if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
-            raise ValueError(
-                f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}."
-            )
-        for name, value, choices in (("schedule", schedule, SCHEDULES), ("backend", backend, BACKENDS)):
-            if value not in choices:
-                raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+        check_step_options(pack, share_prompts, recompute_elementwise, tokens_at_once)
+        check_models(policy, reference, loss, cache_reference)
+        check_schedule(warmup_steps, schedule)
+        if backend not in BACKENDS:
+            raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
         # Modules and configuration objects are not hyperparameters: hand them to load_from_checkpoint again.
         arguments = {"policy": policy, "reference": reference, "lora": lora}
         objects = {**arguments, "model_kwargs": model_kwargs}
@@ -182,10 +149,11 @@ class LitDPO(lightning.LightningModule):
         self._batch_checked = False
         self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
         self._cache: CachedReference | None = None
+        self._freed_bytes = 0  # of the reference's layers: activations may take their place
         self._start_checked = self._reference_free  # what starts as a reference needs one
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
-        self.train_metrics = self._metrics()
+        self.train_metrics = make_metrics(**self._loss_options)
         self.val_metrics = nn.ModuleList()  # one a validation dataloader
         # The checkpoint holds what is trained and nothing else; on_load_checkpoint checks that it is all there.
         self.strict_loading = False
@@ -200,21 +168,9 @@ class LitDPO(lightning.LightningModule):
         """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
         if self.policy is not None:
             return
-        policy = loading.load_model(self._given["policy"], "policy", self._model_kwargs)
-        reference = self._given["reference"]
-        if reference is not None:
-            reference = loading.load_model(reference, "reference", self._model_kwargs)
-            loading.check_separate(policy, reference)
-            loading.check_same_vocabulary(policy, reference)
-            loading.freeze(reference)
-        elif self._given["lora"] is None and not loading.is_peft(policy) and not self._reference_free:
-            reference = loading.frozen_copy(policy)
-        if self._given["lora"] is not None:
-            policy = loading.add_lora(policy, self._given["lora"])
-        if loading.is_peft(policy):
-            loading.check_positions_are_kept(policy)
-        if reference is None and not self._reference_free:
-            loading.check_adapter_is_all_that_trains(policy)
+        policy, reference = loading.load_pair(
+            **self._given, model_kwargs=self._model_kwargs, needs_reference=not self._reference_free
+        )
         if self.hparams.disable_dropout:
             loading.switch_off_dropout(policy)
         if self.hparams.gradient_checkpointing:
@@ -273,7 +229,7 @@ class LitDPO(lightning.LightningModule):
     def _statistics(self, sequences: Sequences) -> SequenceStatistics:
         layout = self._layout(self.policy, sequences)
         recompute = self.hparams.recompute_elementwise and not self.hparams.gradient_checkpointing
-        policy = completion_outputs(self.policy, layout, recompute=recompute)
+        policy = completion_outputs(self.policy, layout, recompute=recompute, kept_bytes=self._freed_bytes)
         if self._reference_free:
             reference = policy.detach()
         elif self._cache is not None:
@@ -352,7 +308,10 @@ class LitDPO(lightning.LightningModule):
             self._cache,
         )
         if self.reference is not None:
+            attention.use_own_attention(self.reference)
+            before = _size(self.reference)
             self.reference = self._cache.keep_output_layer(self.reference)
+            self._freed_bytes += before - _size(self.reference)
             gc.collect()  # save_hyperparameters left frames that hold it, and one another
 
     def _resume_data(self) -> None:
@@ -365,6 +324,12 @@ class LitDPO(lightning.LightningModule):
         if getattr(loop, "_combined_loader_states_to_load", None):
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step of the optimiser, after which the gradients are freed: the next forward pass needs their memory."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not self.trainer.strategy.handles_gradient_accumulation:  # that comes here for every micro-batch
+            self.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def teardown(self, stage: str) -> None:
         """Gives the models their own attention back."""
@@ -379,7 +344,7 @@ class LitDPO(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics a validation dataloader."""
         loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
-        self.val_metrics = nn.ModuleList(self._metrics().to(self.device) for _ in range(loaders))
+        self.val_metrics = nn.ModuleList(make_metrics(**self._loss_options).to(self.device) for _ in range(loaders))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch to the epoch's metrics."""
@@ -394,18 +359,11 @@ class LitDPO(lightning.LightningModule):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> PairStatistics:
         """The statistics of every pair, without the rows that only pad a process's share."""
         pairs = self.pair_statistics(batch)
-        if "weight" not in batch:
-            return pairs
-        kept = batch["weight"] > 0
-
-        def select(value: Any) -> Any:
-            return value[kept] if isinstance(value, Tensor) else type(value)(*map(select, value))
-
-        return select(pairs)
+        return pairs if "weight" not in batch else counted(pairs, batch["weight"])
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trained parameters, its schedule stepped every optimiser step."""
-        h = self.hparams
+        h, plugin = self.hparams, self.trainer.precision_plugin
         optimizer = adamw(
             self.policy.parameters(),
             learning_rate=h.learning_rate,
@@ -413,7 +371,7 @@ class LitDPO(lightning.LightningModule):
             eps=h.adam_eps,
             weight_decay=h.weight_decay,
             # Fused, it sees to a gradient scaler itself, which Lightning's clipping in mixed precision does not allow.
-            fused=not isinstance(self.trainer.precision_plugin, MixedPrecision),
+            fused=not isinstance(plugin, MixedPrecision) and getattr(plugin, "scaler", None) is None,
         )
         total = self.trainer.estimated_stepping_batches
         warmup = count_warmup_steps(h.warmup_steps, total, h.schedule)
@@ -470,7 +428,7 @@ class LitDPO(lightning.LightningModule):
         objective = pairs.loss.sum() / num_pairs
         if not self.hparams.did_entropy_weight:
             return objective
-        both = _sequences(pairs)
+        both = both_sides(pairs)
         share = both.num_tokens.sum() / num_tokens
         return objective - self.hparams.did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
 
@@ -482,18 +440,8 @@ class LitDPO(lightning.LightningModule):
             **self._loss_options,
         )
 
-    def _metrics(self) -> DIDMetrics:
-        metrics = DIDMetrics(beta=self._loss_options["beta"])
-        if self._reference_free:
-            for name in metrics.keys() - {"policy_entropy", "reward_margin", "reward_accuracy"}:
-                del metrics[name]
-            for side in ("chosen", "rejected"):
-                metrics.add_metrics({f"{side}_logprob": _Logprob(only=f"{side}_log_ratio")})
-        metrics.add_metrics({"loss": PreferenceLoss(**self._loss_options)})
-        return metrics
-
     def _add(self, metrics: DIDMetrics, pairs: PairStatistics, weight: Tensor | None = None) -> None:
-        both = _sequences(pairs, weight)
+        both = both_sides(pairs, weight)
         metrics.update(both._replace(log_ratio=implicit_log_ratio(both, self.hparams.loss)))
 
     def _check_start(self, pairs: PairStatistics) -> None:
@@ -520,19 +468,9 @@ class LitDPO(lightning.LightningModule):
         metrics.reset()
 
 
-class _Logprob(LikelihoodDisplacement):
-    """Log pi in the place of the log-ratio."""
-
-    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
-        return super().sums(statistics._replace(log_ratio=statistics.policy_logprob))
-
-
-def _sequences(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:
-    """The statistics [2 pairs] of all completions; pairs of weight 0 have no tokens, so that no metric counts them."""
-    both = SequenceStatistics(*(torch.cat(sides) for sides in zip(pairs.chosen, pairs.rejected, strict=True)))
-    if weight is None:
-        return both
-    return both._replace(num_tokens=both.num_tokens * (weight > 0).repeat(2))
+def _size(model: nn.Module) -> int:
+    """Bytes of its parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lit_did.models.layout import Sequences
-from lit_did.modules.dpo import LitDPO, PairStatistics
+from lit_did.modules.dpo import LitDPO
+from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
 
 
@@ -55,7 +56,7 @@ class LitDPOPG(LitDPO):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Adds the two terms of the loss's gradient up apart: the chosen one in `.grad`, the rejected one beside it."""
-        log_ratios, self._log_ratios = self._log_ratios, None
+        log_ratios, self._log_ratios, self._first_objective = self._log_ratios, None, None
         # -beta s / pairs and beta s / pairs, times what Lightning and the gradient scaler multiplied the loss by.
         chosen_weight, rejected_weight = torch.autograd.grad(loss, log_ratios)
         # Unlike backward, grad sets off no exchange of gradients: DDP sees one backward pass, the chosen term's.

@@ -12,6 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+def check_schedule(warmup_steps: float, schedule: str) -> None:
+    """Raises ValueError unless they are what LitDPO documents."""
+    if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
+        raise ValueError(f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"Expected `schedule` to be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")
+
+
 def adamw(
     parameters: Iterable[nn.Parameter],
     *,

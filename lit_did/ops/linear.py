@@ -173,7 +173,7 @@ def linear_sequence_statistics(
         >>> packed.num_tokens
         tensor([2])
     """
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and isinstance(policy_hidden, Tensor):  # else what follows says so
         check_cu_seqlens(cu_seqlens, policy_hidden, "policy_hidden", "[tokens, H]")
     elif isinstance(labels, Tensor) and labels.dim() < 1:
         raise ValueError("Expected `labels` to have shape [..., T], but got ().")
@@ -214,7 +214,8 @@ def _token_statistics(
     check_backend(backend)
     if isinstance(labels, Tensor) and torch.is_autocast_enabled(labels.device.type):
         dtype = torch.get_autocast_dtype(labels.device.type)
-        layers = {side: tuple(_as_autocast(value, dtype) for value in layer) for side, layer in layers.items()}
+        cast = {id(value): _as_autocast(value, dtype) for layer in layers.values() for value in layer}  # once each
+        layers = {side: tuple(cast[id(value)] for value in layer) for side, layer in layers.items()}
     check_linear_arguments(layers, labels, softcap, scale)
     chosen = choose_backend(backend, labels.device)
     if process_group is not None and chosen == "reference":

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from lit_did import DIDMetrics, DIDMonitor, LitDPO, sequence_statistics
 from lit_did.models import measuring
+from tests.modules.steps import loader as steps_loader
+from tests.modules.steps import make
 from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
@@ -106,6 +108,19 @@ def test_in_training_it_sees_what_litdpo_logs_itself(lora, accumulate):
         del expected["loss"]
         assert of(step, "did/train/") == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert record.steps[0]["did/train/kl"] != pytest.approx(record.steps[-1]["did/train/kl"], rel=1e-2)
+
+
+def test_packed_batches():
+    record = Record()
+    run = trainer(max_epochs=1, callbacks=[DIDMonitor(every_n_steps=1), record])
+    run.fit(make(), steps_loader(packed=True), steps_loader(packed=True))
+    for step in record.steps:
+        expected = of(step, "train/")
+        del expected["loss"]
+        assert of(step, "did/train/") == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    validated = of(run.callback_metrics, "val/")
+    del validated["loss"]
+    assert of(run.callback_metrics, "did/val/") == pytest.approx(validated, rel=1e-4, abs=1e-5)
 
 
 def test_it_measures_in_the_precision_that_is_trained_in():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_did.models import attention
 from lit_did.models.attention import (
     implementation,
     packed_attention,
@@ -55,8 +60,6 @@ def dense(query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None)
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("sliding_window", [None, 1, 3, 6, 7, 100])
 def test_against_a_dense_softmax(name, sliding_window):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     model = build("Llama", name)
     use_packed_attention(model)
     tokens = sum(length for length, _ in SEGMENTS)
@@ -79,6 +82,64 @@ def test_against_a_dense_softmax(name, sliding_window):
     gradients, truths = (torch.autograd.grad((x * weight).sum(), inputs) for x in (output, expected))
     for gradient, truth in zip(gradients, truths, strict=True):
         torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [HEADS, KEY_HEADS, 1])
+def test_what_transformers_sdpa_says(heads, monkeypatch):
+    """Whether keys are shared by query heads or not; and what it does not know goes to transformers' own."""
+    model = build("Llama", "sdpa", num_attention_heads=HEADS, num_key_value_heads=heads)
+    use_packed_attention(model)
+    layer = model.model.layers[0].self_attn
+    torch.manual_seed(0)
+    tokens = sum(length for length, _ in SEGMENTS)
+    inputs = [torch.randn(1, n, tokens, DIM, requires_grad=True) for n in (HEADS, heads, heads)]
+
+    def run(**unusual):
+        attend = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+        output, _ = attend(layer, *inputs, torch.tensor(SEGMENTS)[None, None], scaling=0.5, **unusual)
+        return output, *torch.autograd.grad(output.square().sum(), inputs)
+
+    ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_did.models.attention._sdpa", sdpa_attention_forward)
+        theirs = run()
+    for one, other in zip(ours, theirs, strict=True):  # float32's rounding: strides differ, and sums' order
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+    assert run(is_causal=False)[0][:, :5].ne(ours[0][:, :5]).any()
+    with pytest.raises(ValueError, match="`sdpa` attention does not support `softcap`"):
+        run(softcap=30.0)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_all_layers_share_a_mask_that_goes_with_the_batch(name, monkeypatch):
+    model, made, alive = build("Llama", name), [], []
+    mask = attention._mask
+
+    def make_mask(*given):
+        made.append(given)
+        alive.append(weakref.ref(result := mask(*given)))
+        return result
+
+    monkeypatch.setattr(attention, "_mask", make_mask)
+    layout = layout_of(model, read_sequences(make_batch()))
+    made.clear()  # those of the trial
+    with packed_attention(model), torch.inference_mode():
+        model(**layout.inputs, use_cache=False)
+    assert len(made) == len(set(made)) > 0
+    del layout
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_shared_keys_are_not_copied_for_every_query_head():
+    model = build("Llama", "sdpa", num_attention_heads=HEADS, num_key_value_heads=1)
+    layout = layout_of(model, read_sequences(make_batch()), share=False)
+    kept = []
+    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(**layout.inputs, use_cache=False)
+    # Expanded over the query heads: a head's stride is 0.
+    expanded = [t for t in kept if t.dim() == 4 and t.shape[:2] == (1, HEADS) and t.stride(1) == 0]
+    assert len(expanded) == 2 * len(layout.inputs["attention_mask"][0, 0]) * len(model.model.layers)
 
 
 class LargestScores(TorchDispatchMode):

@@ -23,11 +23,22 @@ def test_every_form_is_read_alike():
     # TRL's own collator, on the same ids
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
     trl = DataCollatorForPreference(pad_token_id=0)(rows)
-    for batch in (shifted, transformers_labels, BatchEncoding(transformers_labels), by_side, trl):
+    packed, packed_trl = end_to_end(shifted), end_to_end(trl)
+    for batch in (
+        *(shifted, transformers_labels, BatchEncoding(transformers_labels), by_side, trl, packed, packed_trl),
+        end_to_end(transformers_labels) | {"attention_mask": torch.ones_like(packed["input_ids"])},
+    ):
         read = read_batch(batch)
         assert read.keys() == shifted.keys()
         for name, value in shifted.items():
             assert torch.equal(read[name], value), name
+
+
+def end_to_end(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    present = batch["attention_mask"].bool()
+    lengths = present.sum(1)
+    values = {name: value[present][None] for name, value in batch.items() if name != "attention_mask"}
+    return values | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])}
 
 
 def test_sides_of_unequal_lengths_are_padded():
@@ -86,6 +97,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"input_ids": IDS, "labels": IDS[0]}, ValueError, r"`labels` to have the shape .*\(1, 3\), but got \(3,\)"),
         ({"input_ids": IDS, "labels": torch.tensor([[7, 7, 7]])}, ValueError, "shifted by one position or not, but"),
         ({"input_ids": IDS, "labels": IDS, "pixel_values": IDS}, ValueError, "text alone"),
+        ({"input_ids": IDS, "labels": IDS, "cu_seqlens": IDS[0]}, ValueError, "`cu_seqlens` to rise from 0"),
     ],
 )
 def test_other_batches_are_refused(batch, error, message):

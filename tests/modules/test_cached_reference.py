@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from lit_did.data import PreferenceDataModule
 from lit_did.models import forward
 from lit_did.models.layout import read_sequences
+from lit_did.models.recompute import elementwise_recomputed
 from lit_did.models.reference_cache import ReferenceCache
 from lit_did.modules.cached_reference import cached_reference
 from tests.modules import two_processes
@@ -153,6 +155,14 @@ def test_the_reference_runs_once_over_each_pair_and_never_again(tmp_path):
     assert reference_tokens() == 0
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_where_the_trainer_shows_it(tmp_path, capsys, shown):
+    fit(pairs_of(tmp_path), loader(TRAIN, 4), enable_progress_bar=shown)
+    assert ("Reference: " in capsys.readouterr().err) == shown
+    fit(pairs_of(tmp_path), loader(TRAIN, 4), enable_progress_bar=shown)
+    assert "Reference" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_the_reference_only_the_output_layer_is_kept(tmp_path, tied):
     gc.disable()  # what waits for the collector can wait for long
@@ -239,6 +249,59 @@ def test_after_training(tmp_path):
     for mine, wanted in zip(runs[1][2], runs[0][2], strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
         assert wanted.chosen.reference_logprob.abs().min() > 0.1
+
+
+def test_after_training_another_precision_is_refused(tmp_path):
+    for lora in (None, LORA):
+        module = pairs_of(tmp_path / str(lora is None), lora=lora)
+        fit(module, loader(TRAIN, 3))
+        with pytest.raises(
+            ValueError, match="but got 0 other sequences and precision bf16-mixed" if lora is None else "stale"
+        ):
+            fit(module, loader(TRAIN, 3), precision="bf16-mixed")
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_after_training_a_module_can_be_copied(tmp_path, lora):
+    module = pairs_of(tmp_path, lora=lora)
+    fit(module, loader(TRAIN, 3))
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    batch = next(iter(loader(TRAIN, 3)))
+    assert (
+        other.pair_statistics(batch)
+        .chosen.reference_logprob.ne(module.pair_statistics(batch).chosen.reference_logprob)
+        .all()
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_activations_take_the_place_of_the_layers(tmp_path, tied, monkeypatch):
+    """Of as many bytes as a full policy's reference is freed of; an adapter's reference is the policy."""
+    given = []
+
+    def recomputed(kept_bytes):
+        given.append(kept_bytes)
+        return elementwise_recomputed(kept_bytes)
+
+    monkeypatch.setattr(forward, "elementwise_recomputed", recomputed)
+    module = pairs_of(tmp_path / "full", tied=tied)
+    layers = sum(p.nbytes for p in module.reference.parameters()) - module.reference.lm_head.weight.nbytes
+    fit(module, loader(TRAIN, 3))
+    assert set(given) == {layers}
+    given.clear()
+    for other in (pairs_of(tmp_path / "lora", lora=LORA), pairs_of()):
+        fit(other, loader(TRAIN, 3))
+    assert set(given) == {0}
+
+
+def test_the_reference_that_was_given_gets_its_own_attention_back(tmp_path):
+    module = pairs_of(tmp_path)
+    reference = module.reference
+    fit(module, loader(TRAIN, 3))
+    assert reference.config._attn_implementation == "sdpa"
 
 
 def test_after_training_other_pairs_are_refused(tmp_path):
@@ -410,6 +473,7 @@ def test_fewer_batches_than_processes(tmp_path):
             enable_validation=False,
             train_dataloader=loader(TRAIN, 6),
             val_dataloaders=None,
+            progress_bar_callback=None,
         )
         return cached_reference(str(tmp_path), fake, model, read_sequences, module._reference_outputs, None).cache
 

@@ -126,14 +126,23 @@ def test_micro_batches_give_the_projected_gradient_of_one_batch():
 
 def test_the_projected_gradient_is_what_is_clipped():
     class KeepClipped(Record):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            self.clipped = flat([p.grad for p in module.policy.parameters()])
+        def on_train_start(self, trainer, module):
+            def keep(*_):
+                self.clipped = flat([p.grad.clone() for p in module.policy.parameters()])
+
+            trainer.optimizers[0].register_step_post_hook(keep)
 
     record = KeepClipped()
     fit(projecting(), TWICE, gradient_clip_val=0.1, callbacks=[record])
     projected = flat(record.gradients[0])
     assert projected.norm() > 0.2
     torch.testing.assert_close(record.clipped, projected * 0.1 / projected.norm(), atol=1e-6, rtol=1e-4)
+
+
+def test_a_trained_module_can_be_copied():
+    module = projecting()
+    fit(module, TWICE)
+    copy.deepcopy(module)  # which a tensor with a graph could not be
 
 
 def test_bfloat16_stays_near_float32():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lit_did import LitDPO, LitDPOPG
@@ -12,7 +13,7 @@ from lit_did.functional import LOSSES, REFERENCE_FREE_LOSSES
 from lit_did.models.layout import read_sequences
 from tests.models.architectures import double, true_statistics
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, examples, loader, make, train
-from tests.modules.tiny import tiny_llama
+from tests.modules.tiny import tiny_llama, trainer
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -115,3 +116,42 @@ def test_activations_of_one_part_are_held_at_a_time():
     # What a part holds goes with its tokens, weights' views and masks aside.
     for tokens in (70, 1):
         assert most[tokens] < 1.3 * most[None] * max(seen[tokens]) / max(seen[None])
+
+
+def test_no_gradients_are_held_through_a_forward_pass():
+    module, held = make(tokens_at_once=None), []
+    parameters = list(module.policy.parameters())
+    module.policy.get_input_embeddings().register_forward_hook(
+        lambda *_: held.append(sum(p.grad is not None for p in parameters))
+    )
+    train(module)  # finds out what the models allow
+    held.clear()
+    train(module, loader(12, 2), accumulate_grad_batches=3)
+    assert held == [0, len(parameters), len(parameters)] * 2
+
+
+def test_training_after_validation_of_the_same_batches():
+    """Which runs in inference mode: nothing that it made may be saved for a backward pass."""
+    module = make()
+    trainer().validate(module, loader(), verbose=False)
+    trainer(max_epochs=1).fit(module, loader())
+
+
+def test_gradients_stay_where_the_strategy_accumulates_them(monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "handles_gradient_accumulation", True)
+    module, held = make(), []
+    module.policy.get_input_embeddings().register_forward_hook(lambda m, *_: held.append(m.weight.grad is not None))
+    trainer(max_epochs=1).fit(module, loader(8, 2))
+    assert held[-3:] == [True] * 3
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+def test_a_gradient_scaler_of_whatever_precision_wants_the_optimiser_not_fused(scaler):
+    class Scaling(Precision):  # as FSDP's, which is no MixedPrecision
+        pass
+
+    Scaling.scaler = scaler
+    module = make()
+    run = trainer(max_epochs=1, plugins=[Scaling()])
+    run.fit(module, loader())
+    assert run.optimizers[0].defaults["fused"] == (None if scaler else True)

@@ -99,7 +99,8 @@ def test_models_have_their_own_attention_back():
         getattr(trainer(max_steps=2), stage)(module, loader())
         assert seen[-1] == "lit_did_sdpa"  # the premise
         assert {m.config._attn_implementation for m in (module.policy, module.reference)} == {"sdpa"}
-    train(make(pack=False) if (module := make(pack=False)) is None else module)
+    module = make(pack=False)
+    train(module)
     assert module.policy.config._attn_implementation == "sdpa"
 
 
