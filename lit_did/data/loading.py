@@ -113,7 +113,7 @@ class ResumableDataLoader(DataLoader):
         epoch = getattr(self.sampler, "epoch", resume["epoch"])
         if epoch != resume["epoch"]:
             expected = resume["epoch"] + 1
-            if epoch > expected and isinstance(self.sampler, ResumableSampler):  # [epoch skew note]
+            if epoch > expected and isinstance(self.sampler, ResumableSampler):  # as the docstring says
                 self.sampler.epoch_skew += epoch - expected
                 self.sampler.epoch = expected
             return 0
