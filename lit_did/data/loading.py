@@ -57,8 +57,8 @@ class ResumableDataLoader(DataLoader):
 
     A loaded state applies to the next iteration: over the same epoch, it continues after the batches handed out
     (after a finished epoch, it starts again); over a later one, it starts at the first batch of the epoch after the
-    state's. That can be an earlier epoch than `set_epoch` said: resuming from a checkpoint saved at
-    the end of an epoch, a Trainer with `max_steps` counts that epoch a second time.
+    state's. That can be an earlier epoch than `set_epoch` said: resuming from a checkpoint saved at the end of an
+    epoch, a Trainer with `max_steps` counts that epoch a second time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -138,7 +138,7 @@ def _attend_by_segments(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` wants an additive mask."""
+    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` wants a mask where it is causal too."""
     lengths, continues = segments[0, 0].T.tolist()
     # With the segments, so that all layers share them, and that they go when the batch goes.
     masks: dict[tuple, Tensor] = segments.__dict__.setdefault("masks", {})
@@ -153,7 +153,9 @@ def _attend_by_segments(
             mask = None  # causal
         else:
             given = lengths[i], k.shape[2], None if near else sliding_window, query.dtype, query.device
-            mask = masks[given] = masks[given] if given in masks else _mask(*given)
+            if given not in masks:
+                masks[given] = _mask(*given)
+            mask = masks[given]
         outputs.append(inner(module, queries[i], k, v, mask, sliding_window=sliding_window, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 

@@ -104,7 +104,7 @@ def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[s
             "Expected `cu_seqlens` to rise from 0 to the number of tokens of `input_ids` [1, tokens], "
             f"{tuple(batch['input_ids'].shape)}, but got {bounds}."
         )
-    lengths = batch["cu_seqlens"].diff().tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     fills = {"input_ids": 0, "labels": ignore_index, "completion_mask": 0, "position_ids": 0, "attention_mask": 0}
     rows = {"attention_mask": torch.ones_like(batch["input_ids"])}
     rows |= {name: batch[name] for name in fills if name in batch}

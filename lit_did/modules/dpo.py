@@ -85,9 +85,10 @@ class LitDPO(lightning.LightningModule):
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
             "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
         cache_reference: A folder. When training starts, the reference runs once over the training and validation pairs,
-            its last hidden states at completion tokens are kept there, and its layers are freed. A folder that was
-            filled before is used, if it is of the same reference, pairs and precision; any other is refused. Other
-            pairs can no longer be measured; `DIDMonitor` needs `logits_fn=lambda module, batch: module(batch)`.
+            its last hidden states at completion tokens are kept there, and its layers are freed, unless they are a LoRA
+            policy's. A folder that was filled before is used, if it is of the same reference, pairs and precision; any
+            other is refused. Other pairs can no longer be measured; where layers were freed, `DIDMonitor` needs
+            `logits_fn=lambda module, batch: module(batch)`.
         model_kwargs: For `from_pretrained`, where models are given by name.
         backend: Of the operators: "auto", "fused" or "reference".
 

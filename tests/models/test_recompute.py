@@ -42,7 +42,7 @@ def gated(down, gate, up):
 
 
 def joined(down, *halves):
-    return down(torch.cat([half[:, :500] for half in halves], dim=1))
+    return down(torch.cat([half[:, :500] * 2.0 for half in halves], dim=1))
 
 
 def turned(down, one, other):
