@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lit_did.arguments import check_bool, check_integer, check_number
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
@@ -54,6 +56,7 @@ class PreferenceDataModule(LightningDataModule):
             and truncated pairs. Made in `setup`, each once.
 
     Raises:
+        TypeError: for an argument of another type.
         ValueError: for an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
             `tokens_per_batch` without `pack`, or `val` together with `val_fraction`. Malformed data raises in `setup`;
             see `read_pairs`.
@@ -80,20 +83,28 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not callable(tokenizer) and not isinstance(tokenizer, str | os.PathLike):
+            raise TypeError(f"Expected `tokenizer` to be a tokenizer or its name or path, but got {tokenizer!r}.")
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
+        switches = {"as_chat": as_chat, "pack": pack, "shuffle": shuffle, "drop_last": drop_last}
+        for name, value in switches.items():
+            check_bool(name, value)
         if eval_batch_size is None:
             eval_batch_size = 8 if batch_size is None else batch_size
         if batch_size is None and tokens_per_batch is None:
             batch_size = 8
         if batch_size is not None:
-            _check_integer("batch_size", batch_size, 1)
-        _check_integer("eval_batch_size", eval_batch_size, 1)
-        _check_integer("max_length", max_length, 2)
+            check_integer("batch_size", batch_size, 1)
+        check_integer("eval_batch_size", eval_batch_size, 1)
+        check_integer("max_length", max_length, 2)
         if tokens_per_batch is not None:
             if not pack:
                 raise ValueError(f"Expected `pack=True` for `tokens_per_batch={tokens_per_batch}`, but got {pack}.")
-            _check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
-        _check_integer("num_workers", num_workers, 0)
-        _check_integer("seed", seed, 0)
+            check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
+        check_integer("num_workers", num_workers, 0)
+        check_integer("seed", seed, 0)
+        check_number("val_fraction", val_fraction)
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"Expected `val_fraction` to be in [0, 1), but got {val_fraction}.")
         if val is not None and val_fraction:
@@ -228,8 +239,3 @@ class PreferenceDataModule(LightningDataModule):
         log = rank_zero_warn if dataset.num_dropped or dataset.num_identical else rank_zero_info
         log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
-
-
-def _check_integer(name: str, value: Any, least: int, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer of at least {least}{why}, but got {value!r}.")

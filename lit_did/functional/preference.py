@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_did.arguments import check_number
+
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "slic", "cpo", "simpo", "orpo")
 REFERENCE_FREE_LOSSES = ("slic", "cpo", "simpo", "orpo")
 """losses on log pi alone: its log-ratio against a reference of log-probability 0"""
@@ -157,6 +159,7 @@ def check_preference_loss(
     if loss not in LOSSES:
         raise ValueError(f"Expected `loss` to be one of {', '.join(map(repr, LOSSES))}, but got {loss!r}.")
     check_beta(beta)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"Expected `label_smoothing` to be in [0, 0.5), but got {label_smoothing}.")
     if label_smoothing and loss not in SMOOTHED_LOSSES:
@@ -164,8 +167,7 @@ def check_preference_loss(
     for name, value, losses in (("gamma", gamma, ("simpo",)), ("nll_weight", nll_weight, REFERENCE_FREE_LOSSES)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"Expected `{name}` to be a number or None, but got {value!r}.")
+        check_number(name, value, "a number or None")
         if loss not in losses:
             raise ValueError(f"Expected `{name}` to be None with `loss={loss!r}`, but got {value}.")
         if not 0 <= value < math.inf:
@@ -174,8 +176,7 @@ def check_preference_loss(
 
 def check_beta(beta: float) -> None:
     """Raises TypeError or ValueError unless `beta` is a number above 0."""
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
-        raise TypeError(f"Expected `beta` to be a number, but got {beta!r}.")
+    check_number("beta", beta)
     if not beta > 0:
         raise ValueError(f"Expected `beta` to be above 0, but got {beta}.")
     if beta == math.inf:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_did.arguments import check_integer
 from lit_did.functional.inputs import Statistics, as_pairs, as_sequences
 from lit_did.functional.preference import (
     REFERENCE_FREE_LOSSES,
@@ -224,8 +225,7 @@ def calibration_value(totals: Tensor, counts: Tensor) -> Tensor:
 
 def check_num_bins(num_bins: int) -> None:
     """Raises ValueError unless `num_bins` is an integer of at least 1."""
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
-        raise ValueError(f"Expected `num_bins` to be an integer of at least 1, but got {num_bins!r}.")
+    check_integer("num_bins", num_bins, 1)
 
 
 def loss_sums(statistics: SequenceStatistics, *, loss: str, **options: Any) -> tuple[Tensor, Tensor]:

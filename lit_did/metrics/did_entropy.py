@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lit_did.arguments import check_integer
 from lit_did.functional.did_entropy import (
     DIDEntropyEstimate,
     check_confidence,
@@ -89,8 +90,8 @@ class DIDEntropy(DIDMetric):
         super().__init__(**kwargs)
         check_confidence(confidence)
         for name, value in {"max_length": max_length, "vocab_size": vocab_size}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"Expected `{name}` to be an integer of at least 1, but got {value!r}.")
+            if value is not None:
+                check_integer(name, value, 1)
         if vocab_size is not None and max_length is None:
             raise ValueError("Expected `max_length` with `vocab_size`, but got None.")
         if isinstance(padding, bool) or not isinstance(padding, int):

@@ -59,9 +59,15 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
     if not found and is_peft(unwrapped(policy)):
         check_adapter_is_all_that_trains(unwrapped(policy))
         return None
+    hint = "give `reference` or `logits_fn`"
+    if getattr(getattr(module, "hparams", None), "cache_reference", None) is not None:
+        hint = (
+            "with `cache_reference` the reference's layers are freed. LitDPO logs these metrics itself; for a callback "
+            "beside it, give `logits_fn=lambda module, batch: module(batch)`"
+        )
     raise ValueError(
         f"Expected one child of {type(module).__name__} to be a causal language model that does not train, or the "
-        f"policy to be a PeftModel, but got {len(found)}{_names(module)}: give `reference` or `logits_fn`."
+        f"policy to be a PeftModel, but got {len(found)}{_names(module)}: {hint}."
     )
 
 

@@ -182,12 +182,23 @@ def _find_body(model: nn.Module) -> Callable | None:
     plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
     if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return None
+    if _is_sharded(inner):  # its own forward gathers what the body and the layer need
+        return None
     known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in known for parameter in inner.parameters()):
         return None  # such as a factor of the logits that is 1 until it is trained
     if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
         return model.dynamo_ctx(body)
     return body if model._compiled_call_impl is None and inner._compiled_call_impl is None else torch.compile(body)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` was called on it: between passes its weights may be whole."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _hidden(body: Callable, layout: Layout) -> Tensor:

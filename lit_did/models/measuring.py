@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_did.arguments import check_integer
 from lit_did.models import attention, forward
 from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.layout import Layout, Sequences, read_sequences
@@ -176,7 +177,5 @@ def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) ->
 
 def check_every_n_steps(every_n_steps: int | None) -> None:
     """Raises ValueError unless it is None or an integer of at least 0."""
-    if every_n_steps is not None and (
-        isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 0
-    ):
-        raise ValueError(f"Expected `every_n_steps` to be an integer of at least 0, but got {every_n_steps!r}.")
+    if every_n_steps is not None:
+        check_integer("every_n_steps", every_n_steps, 0)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, KeysView, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -223,10 +223,10 @@ class ReferenceCache:
                 [2., 3.]])
     """
 
-    def __init__(self, path: Path, shards: Sequence[tuple[Tensor, Mapping[bytes, tuple[int, int]]]]) -> None:
+    def __init__(self, path: Path, shards: Sequence[_Shard]) -> None:
         self._path = path
-        self._hidden = [hidden for hidden, _ in shards]
-        self._places = {key: (i, *rows) for i, (_, sequences) in enumerate(shards) for key, rows in sequences.items()}
+        self._hidden = [shard.hidden for shard in shards]
+        self._places = {key: (i, *rows) for i, shard in enumerate(shards) for key, rows in shard.places.items()}
 
     @staticmethod
     def exists(path: str | os.PathLike) -> bool:
@@ -234,12 +234,15 @@ class ReferenceCache:
         return any(Path(path).glob(_FILES))
 
     @classmethod
-    def open(cls, path: str | os.PathLike, fingerprint: Mapping[str, str]) -> ReferenceCache:
+    def open(
+        cls, path: str | os.PathLike, fingerprint: Mapping[str, str], keys: Iterable[bytes] = ()
+    ) -> ReferenceCache:
         """Maps the shards of a cache after reading them through once for damage.
 
         Args:
             path: The folder.
             fingerprint: What the cache must be of.
+            keys: Of the sequences that are wanted, for an error to tell how other data differ.
 
         Raises:
             ValueError: A shard is missing, truncated, damaged, of another version of this format, or of another model
@@ -257,7 +260,19 @@ class ReferenceCache:
                 f"Expected `cache_reference` {path} to hold {counts[0]} shards, but {min(missing)} is missing: an "
                 "interrupted run's? Delete the folder."
             )
-        return cls(path, [_open_shard(file, fingerprint) for file in files])
+        shards = [_open_shard(file) for file in files]
+        for file, shard in zip(files, shards, strict=True):
+            got = shard.fingerprint
+            differs = [part for part in {**fingerprint, **got} if fingerprint.get(part) != got.get(part)]
+            if differs:
+                wanted, held = set(keys), set().union(*(shard.places for shard in shards))
+                common = f", with {len(wanted & held)} of these {len(wanted)} sequences among its {len(held)}"
+                raise ValueError(
+                    f"Expected `cache_reference` {file} to be of this {' and '.join(differs)} "
+                    f"({_values(fingerprint, differs)}), but got another's ({_values(got, differs)})"
+                    f"{common if wanted and 'data' in differs else ''}: it is stale, give another folder or delete it."
+                )
+        return cls(path, shards)
 
     def hidden(
         self, keys: Sequence[bytes], device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -291,8 +306,15 @@ class ReferenceCache:
         return places
 
 
-def _open_shard(file: Path, fingerprint: Mapping[str, str]) -> tuple[Tensor, dict[bytes, tuple[int, int]]]:
-    """The mapped `hidden`, and the rows of every sequence."""
+class _Shard(NamedTuple):
+    """What a file holds: `hidden` mapped, and the rows of every sequence."""
+
+    fingerprint: dict[str, str]
+    hidden: Tensor
+    places: dict[bytes, tuple[int, int]]
+
+
+def _open_shard(file: Path) -> _Shard:
     refused = f"Expected `cache_reference` {file} to be"
     try:
         with safe_open(file, framework="pt") as shard:
@@ -312,15 +334,12 @@ def _open_shard(file: Path, fingerprint: Mapping[str, str]) -> tuple[Tensor, dic
         raise ValueError(
             f"{refused} whole, but got a truncated or damaged file ({error}): delete the folder."
         ) from error
-    got = json.loads(metadata["fingerprint"])
-    differs = [part for part in {**fingerprint, **got} if fingerprint.get(part) != got.get(part)]
-    if differs:
-        raise ValueError(
-            f"{refused} of this {' and '.join(differs)} ({', '.join(str(fingerprint.get(part)) for part in differs)}), "
-            f"but got another's ({', '.join(str(got.get(part)) for part in differs)}): it is stale, delete the folder."
-        )
     names = (keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
-    return hidden, dict(zip(names, pairwise(bounds), strict=True))
+    return _Shard(json.loads(metadata["fingerprint"]), hidden, dict(zip(names, pairwise(bounds), strict=True)))
+
+
+def _values(fingerprint: Mapping[str, str], parts: Iterable[str]) -> str:
+    return ", ".join(str(fingerprint.get(part)) for part in parts)
 
 
 def _crc32(file: Path, written: str) -> str:

@@ -107,7 +107,7 @@ def cached_reference(
                     writer.add(_keys(sequences), outputs(sequences).hidden.detach(), _cu_labels(sequences))
                 writer.finish(mark)
         trainer.strategy.barrier()
-    return CachedReference(ReferenceCache.open(path, mark), model, trainer.precision)
+    return CachedReference(ReferenceCache.open(path, mark, keys), model, trainer.precision)
 
 
 def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Iterator[Sequences]:

@@ -1,62 +1,158 @@
-"""What LitDPO checks of its arguments, its models and the first batch it meets, once."""
+"""What LitDPO checks: its arguments, its models and every batch."""
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_did.arguments import check_bool, check_number
 from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX, padded
+from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.loading import active_dropout
 
+_READ = ("input_ids", "labels", "attention_mask", "position_ids", "cu_seqlens", "weight", "index")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-def check_batch(batch: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the batch has a layout that LitDPO documents, its labels shifted."""
+
+@torch.compiler.disable  # on the CPU, of other lengths in every batch: nothing to compile
+def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor]) -> Sequences:
+    """The sequences of a batch that has a layout which LitDPO documents, its labels shifted.
+
+    Raises:
+        TypeError, ValueError: It has not, or a token is beyond the policy's vocabulary.
+    """
+    _check_form(batch)
+    batch = {name: batch[name].cpu() for name in _READ if name in batch}
+    _check_token_ids(policy, batch["input_ids"])
+    _check_labels(batch)
+    return read_sequences(batch)
+
+
+def _check_form(batch: Mapping[str, Tensor]) -> None:
+    """Raises TypeError or ValueError unless all that LitDPO reads of a batch is there, and fits."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"Expected the batch to be a dict of tensors, but got {type(batch).__name__}.")
     packed = "cu_seqlens" in batch
-    for name in ("input_ids", "labels") if packed else ("input_ids", "attention_mask", "labels"):
+    alike = ("input_ids", "labels") if packed else ("input_ids", "labels", "attention_mask")
+    for name in alike:
         if name not in batch:
-            raise ValueError(f"Expected the batch to hold `{name}`, but got {', '.join(map(str, batch))}.")
-        shape = tuple(batch["input_ids"].shape)
-        rows_fit = shape[0] == 1 if packed else shape[0] % 2 == 0
-        if tuple(batch[name].shape) != shape or len(shape) != 2 or not rows_fit or not all(shape):
+            got = ", ".join(map(str, batch)) or "nothing"
+            raise ValueError(f"Expected the batch to hold `{name}`, but got {got}.")
+    for name in _READ:
+        if name in batch and not isinstance(batch[name], Tensor):
+            raise TypeError(f"Expected `{name}` of the batch to be a tensor, but got {type(batch[name]).__name__}.")
+    for name in ("input_ids", "labels"):
+        if batch[name].dtype not in _INTEGERS:
+            raise TypeError(f"Expected `{name}` of the batch to hold integers, but got {batch[name].dtype}.")
+    shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2 or not all(shape) or (packed and shape[0] != 1):
+        form = "[1, tokens] with `cu_seqlens`" if packed else "[2 pairs, T]"
+        raise ValueError(f"Expected `input_ids` to have the shape {form}, but got {shape}.")
+    for name in alike:
+        if tuple(batch[name].shape) != shape:
             raise ValueError(
-                f"Expected `{name}` to have the shape {'[1, tokens]' if packed else '[2 pairs, T]'} of `input_ids`, "
-                f"{shape}, but got {tuple(batch[name].shape)}."
+                f"Expected `{name}` to have the shape of `input_ids`, {shape}, but got {tuple(batch[name].shape)}."
             )
-    if packed:
-        batch = padded(batch)
-        if len(batch["input_ids"]) % 2:
+    if packed and batch["cu_seqlens"].dim() != 1:
+        raise ValueError(
+            f"Expected `cu_seqlens` to have the shape [2 pairs + 1], but got {tuple(batch['cu_seqlens'].shape)}."
+        )
+    sequences = len(batch["cu_seqlens"]) - 1 if packed else shape[0]
+    if sequences % 2:
+        raise ValueError(
+            "Expected an even number of sequences, the chosen ones and then as many rejected ones, but got "
+            f"{sequences}: "
+            + (f"`cu_seqlens` with {sequences + 1} entries." if packed else f"`input_ids` of the shape {shape}.")
+        )
+    for name in ("weight", "index"):
+        if name in batch and tuple(batch[name].shape) != (sequences // 2,):
             raise ValueError(
-                f"Expected `cu_seqlens` to have [2 pairs + 1] entries, but got {1 + len(batch['input_ids'])}."
+                f"Expected `{name}` to have the shape [pairs], {(sequences // 2,)}, but got {tuple(batch[name].shape)}."
             )
+    if "position_ids" in batch and tuple(batch["position_ids"].shape) not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"Expected `position_ids` to have the shape of `input_ids`, {shape}, but got "
+            f"{tuple(batch['position_ids'].shape)}."
+        )
+
+
+def _check_labels(batch: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless every sequence that counts has labels, and they are the next tokens."""
+    batch = padded(batch) if "cu_seqlens" in batch else batch
     labels, input_ids = batch["labels"], batch["input_ids"]
-    labelled = labels != IGNORE_INDEX
+    labelled = (labels != IGNORE_INDEX) & (batch["attention_mask"] != 0)
     if (labelled[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])).any() or labelled[:, -1].any():
         raise ValueError(
             "Expected `labels[:, t]` to be the token that position t predicts, `input_ids[:, t + 1]`, or -100, but got "
             "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions."
         )
-    if not labelled.any(1).all():
-        raise ValueError("Expected every sequence to have completion tokens, but got one whose labels are all -100.")
+    counts = batch["weight"].repeat(2) > 0 if "weight" in batch else torch.ones(len(labels), dtype=torch.bool)
+    empty = (counts & ~labelled.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"Expected every sequence to have completion tokens, but got {len(empty)} of {len(labels)} whose labels "
+            f"are all -100, sequence {empty[0]} the first."
+        )
 
 
-def check_step_options(
-    pack: bool, share_prompts: bool, recompute_elementwise: bool, tokens_at_once: int | str | None
-) -> None:
-    """Raises TypeError or ValueError unless they are what LitDPO documents."""
-    switches = {"pack": pack, "share_prompts": share_prompts, "recompute_elementwise": recompute_elementwise}
+def _check_token_ids(policy: nn.Module, input_ids: Tensor) -> None:
+    """Raises ValueError if a token is beyond the policy's vocabulary: on a GPU the failure would name nothing."""
+    embeddings = policy.get_input_embeddings() if hasattr(policy, "get_input_embeddings") else None
+    size, largest = getattr(embeddings, "num_embeddings", None), int(input_ids.max())
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: are they another "
+            "model's tokenizer's?"
+        )
+    if int(input_ids.min()) < 0:
+        raise ValueError(f"Expected `input_ids` to be at least 0, but got {int(input_ids.min())}.")
+
+
+def check_switches(**switches: bool) -> None:
+    """Raises TypeError unless all are True or False."""
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+        check_bool(name, value)
+
+
+def check_tokens_at_once(tokens_at_once: int | str | None) -> None:
+    """Raises ValueError unless it is what LitDPO documents."""
     number = isinstance(tokens_at_once, int) and not isinstance(tokens_at_once, bool) and tokens_at_once > 0
     if not number and tokens_at_once is not None and tokens_at_once != "auto":
         raise ValueError(
             f"Expected `tokens_at_once` to be a positive integer, 'auto' or None, but got {tokens_at_once!r}."
         )
+
+
+def check_loading(lora: Any, model_kwargs: Mapping[str, Any] | None) -> None:
+    """Raises TypeError unless they are what LitDPO documents."""
+    # A PeftConfig, told without importing peft.
+    if lora is not None and not isinstance(lora, Mapping) and not hasattr(lora, "peft_type"):
+        raise TypeError(f"Expected `lora` to be a peft.LoraConfig, its arguments as a dict or None, but got {lora!r}.")
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"Expected `model_kwargs` to be a dict or None, but got {model_kwargs!r}.")
+
+
+def cache_folder(cache_reference: Any) -> str | None:
+    """`cache_reference` as text.
+
+    Raises:
+        TypeError: It is no path.
+        ValueError: It is an empty one, which would be the working directory.
+    """
+    if cache_reference is None:
+        return None
+    if not isinstance(cache_reference, str | os.PathLike):
+        raise TypeError(f"Expected `cache_reference` to be a folder's path or None, but got {cache_reference!r}.")
+    if not str(cache_reference):
+        raise ValueError("Expected `cache_reference` to be a folder's path, but got an empty one.")
+    return os.fspath(cache_reference)
 
 
 def check_models(
@@ -80,24 +176,12 @@ def check_models(
 
 def check_did_entropy_weight(weight: float, loss: str) -> None:
     """Raises TypeError or ValueError unless `did_entropy_weight` is a finite number that suits the loss."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"Expected `did_entropy_weight` to be a number, but got {weight!r}.")
+    check_number("did_entropy_weight", weight)
     if not math.isfinite(weight):
         raise ValueError(f"Expected `did_entropy_weight` to be finite, but got {weight}.")
     if weight and loss in REFERENCE_FREE_LOSSES:
         raise ValueError(
             f"Expected `did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got {weight}."
-        )
-
-
-def check_token_ids(policy: nn.Module, input_ids: Tensor) -> None:
-    """Raises ValueError if a token is beyond the policy's vocabulary: on a GPU the failure would name nothing."""
-    embeddings = policy.get_input_embeddings() if hasattr(policy, "get_input_embeddings") else None
-    size, largest = getattr(embeddings, "num_embeddings", None), int(input_ids.max())
-    if size is not None and largest >= size:
-        raise ValueError(
-            f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: are they another "
-            "model's tokenizer's?"
         )
 
 

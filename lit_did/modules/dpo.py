@@ -21,19 +21,21 @@ from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
 from lit_did.metrics import DIDMetrics
 from lit_did.models import attention, forward, loading
-from lit_did.models.layout import Layout, Sequences, read_sequences, split_pairs
+from lit_did.models.layout import Layout, Sequences, split_pairs
 from lit_did.models.measuring import Outputs, completion_outputs, completion_statistics
 from lit_did.models.quiet import adapter_off
 from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checks import (
-    check_batch,
+    cache_folder,
     check_did_entropy_weight,
+    check_loading,
     check_models,
-    check_step_options,
-    check_token_ids,
+    check_switches,
+    check_tokens_at_once,
+    checked_sequences,
     warn_unless_policy_is_reference,
 )
-from lit_did.modules.optimizer import adamw, check_schedule, count_warmup_steps, scheduler
+from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
@@ -54,6 +56,11 @@ class LitDPO(lightning.LightningModule):
 
     The models are given neither padding nor, a second time, what both sequences of a pair begin with, and no logits are
     held in memory, where the models allow it; a warning says where not. docs/performance.md has the switches.
+
+    What it does beyond a plain module: a reference that is given is frozen, and the policy's dropout switched off, in
+    place; `on_train_batch_end` finds no gradients, which are freed after the optimiser's step, and of a batch that goes
+    in parts (`tokens_at_once`) the first part's share of the loss as `outputs["loss"]`; models whose attention it
+    replaces by its own have theirs back when training ends. Every batch is checked: keys, shapes, labels, token ids.
 
     Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
     mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each. A loss without a
@@ -93,7 +100,7 @@ class LitDPO(lightning.LightningModule):
         backend: Of the operators: "auto", "fused" or "reference".
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError, ValueError: An argument is out of range; in a step, a batch has another layout.
     """
 
     def __init__(
@@ -134,11 +141,26 @@ class LitDPO(lightning.LightningModule):
         }
         self._check_objective(**self._loss_options, did_entropy_weight=did_entropy_weight)
         self._reference_free = loss in REFERENCE_FREE_LOSSES
-        cache_reference = None if cache_reference is None else os.fspath(cache_reference)
+        cache_reference = cache_folder(cache_reference)
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
-        check_step_options(pack, share_prompts, recompute_elementwise, tokens_at_once)
         check_models(policy, reference, loss, cache_reference)
-        check_schedule(warmup_steps, schedule)
+        check_loading(lora, model_kwargs)
+        check_switches(
+            disable_dropout=disable_dropout,
+            gradient_checkpointing=gradient_checkpointing,
+            pack=pack,
+            share_prompts=share_prompts,
+            recompute_elementwise=recompute_elementwise,
+        )
+        check_tokens_at_once(tokens_at_once)
+        check_optimizer(
+            learning_rate=learning_rate,
+            adam_betas=adam_betas,
+            adam_eps=adam_eps,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+        )
         if backend not in BACKENDS:
             raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
         # Modules and configuration objects are not hyperparameters: hand them to load_from_checkpoint again.
@@ -147,7 +169,6 @@ class LitDPO(lightning.LightningModule):
         self.save_hyperparameters(ignore=[name for name, value in objects.items() if not _is_plain(value)])
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
-        self._batch_checked = False
         self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
         self._cache: CachedReference | None = None
         self._freed_bytes = 0  # of the reference's layers: activations may take their place
@@ -225,7 +246,7 @@ class LitDPO(lightning.LightningModule):
 
         With a loss that has no reference, all but `WITHOUT_REFERENCE` is NaN.
         """
-        return self._statistics(read_sequences(batch))
+        return self._statistics(self._read(batch))
 
     def _statistics(self, sequences: Sequences) -> SequenceStatistics:
         layout = self._layout(self.policy, sequences)
@@ -386,11 +407,7 @@ class LitDPO(lightning.LightningModule):
         check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
 
     def _read(self, batch: Mapping[str, Tensor]) -> Sequences:
-        if not self._batch_checked:
-            check_batch(batch)
-            check_token_ids(self.policy, batch["input_ids"])
-            self._batch_checked = True
-        return read_sequences(batch)
+        return checked_sequences(self.policy, batch)
 
     def _split(self, sequences: Sequences) -> list[Sequences]:
         """The parts of a training batch."""

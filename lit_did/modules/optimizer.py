@@ -9,12 +9,34 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_did.arguments import check_number
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def check_schedule(warmup_steps: float, schedule: str) -> None:
-    """Raises ValueError unless they are what LitDPO documents."""
-    if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
+def check_optimizer(
+    *,
+    learning_rate: float,
+    adam_betas: tuple[float, float],
+    adam_eps: float,
+    weight_decay: float,
+    warmup_steps: float,
+    schedule: str,
+) -> None:
+    """Raises TypeError or ValueError unless they are what LitDPO documents."""
+    numbers = {"learning_rate": learning_rate, "adam_eps": adam_eps, "weight_decay": weight_decay}
+    for name, value in {**numbers, "warmup_steps": warmup_steps}.items():
+        check_number(name, value)
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Expected `{name}` to be finite and at least 0, but got {value}.")
+    if not isinstance(adam_betas, tuple | list) or len(adam_betas) != 2:
+        raise TypeError(f"Expected `adam_betas` to be two numbers, but got {adam_betas!r}.")
+    for beta in adam_betas:
+        check_number("adam_betas", beta, "two numbers")
+        if not 0 <= beta < 1:
+            raise ValueError(f"Expected `adam_betas` to be in [0, 1), but got {tuple(adam_betas)}.")
+    if not 0 <= warmup_steps < math.inf or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
         raise ValueError(f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}.")
     if schedule not in SCHEDULES:
         raise ValueError(f"Expected `schedule` to be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")

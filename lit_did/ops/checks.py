@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_did.arguments import check_bool, check_number
 from lit_did.ops.statistics import TokenStatistics
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -104,8 +105,7 @@ def check_linear_arguments(
         for value in pair:
             if value is None and absent:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"Expected `{name}` to be a number or a (policy, reference) pair, but got {value!r}.")
+            check_number(name, value, "a number or a (policy, reference) tuple")
             if not 0 < value < float("inf"):
                 raise ValueError(f"Expected `{name}` to be positive and finite, but got {value}.")
 
@@ -134,8 +134,7 @@ def check_inplace_backward(inplace_backward: bool, backend: str) -> None:
         TypeError: `inplace_backward` is not a bool.
         ValueError: It is True with `backend="reference"`, which cannot honour it.
     """
-    if not isinstance(inplace_backward, bool):
-        raise TypeError(f"Expected `inplace_backward` to be a bool, but got {inplace_backward!r}.")
+    check_bool("inplace_backward", inplace_backward)
     if inplace_backward and backend == "reference":
         raise ValueError(
             "Expected `inplace_backward` to be False with `backend='reference'`, which is plain torch and cannot write "

@@ -7,7 +7,7 @@ without the logits: neither the forward nor the backward holds a [tokens, V] ten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Layer = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
 
+_REFUSED = -1  # in the place of sizes: a process that raises for its arguments
 _REFERENCE_TENSORS = 32  # of the logits' size, in the reference's forward and backward of a chunk
 
 
@@ -50,6 +51,9 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """What `token_statistics` returns, from hidden states and output layers, without logits in memory.
 
+    Of a causal language model of transformers these are `model.base_model(input_ids).last_hidden_state` and
+    `model.get_output_embeddings().weight`; `LitDPO` sees to that itself.
+
     Args:
         policy_hidden: [..., H] float32, bfloat16, float16 or float64: the last hidden states.
         policy_weight: [V, H] of the same dtype: the output layer's weight, as `torch.nn.Linear` has it.
@@ -58,8 +62,8 @@ def linear_token_statistics(
         labels: [...] integers: labels[t] is the token that position t predicts, so callers shift.
         policy_bias, reference_bias: [V] of the layer's dtype, or None.
         softcap: Logits become softcap * tanh(logits / softcap), as in Gemma 2; None: they do not. For models that
-            differ, a (policy, reference) pair.
-        scale: Logits, bias included, are multiplied by it before that, as in Cohere and Granite; or such a pair.
+            differ, a (policy, reference) tuple.
+        scale: Logits, bias included, are multiplied by it before that, as in Cohere and Granite; or such a tuple.
         ignore_index: Tokens with this label are dropped before anything is computed; they return 0 and get a gradient
             of 0, whatever their hidden states hold.
         temperature: Both logits are divided by it.
@@ -90,8 +94,8 @@ def linear_token_statistics(
         TypeError: An argument has a type or dtype that is not served.
         ValueError: Shapes, devices or vocabularies do not fit, a label is out of range (checked on the CPU and by the
             reference), an option is out of its range, or `max_extra_bytes` is too small for one token.
-            With `process_group`: the two models' slices differ on any process (raised by all), or the backend is the
-            reference.
+            With `process_group`: the two models' slices or the number of labels differ on any process, a process raised
+            for its own arguments (raised by all), or the backend is the reference.
         RuntimeError: `backend="fused"` where it does not serve the device.
 
     Example:
@@ -209,18 +213,26 @@ def _token_statistics(
     process_group: ProcessGroup | None,
     backend: str,
 ) -> TokenStatistics:
-    check_options(ignore_index, temperature)
-    check_memory(chunk_tokens, max_extra_bytes)
-    check_backend(backend)
-    if isinstance(labels, Tensor) and torch.is_autocast_enabled(labels.device.type):
-        dtype = torch.get_autocast_dtype(labels.device.type)
-        cast = {id(value): _as_autocast(value, dtype) for layer in layers.values() for value in layer}  # once each
-        layers = {side: tuple(cast[id(value)] for value in layer) for side, layer in layers.items()}
-    check_linear_arguments(layers, labels, softcap, scale)
-    chosen = choose_backend(backend, labels.device)
-    if process_group is not None and chosen == "reference":
-        raise ValueError("Expected `backend` to be fused with `process_group`, but the reference serves here.")
-    first_entry, vocabulary = _vocabulary(layers, process_group)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"Expected `process_group` to be a ProcessGroup or None, but got {process_group!r}.")
+    try:
+        check_options(ignore_index, temperature)
+        check_memory(chunk_tokens, max_extra_bytes)
+        check_backend(backend)
+        if isinstance(labels, Tensor) and torch.is_autocast_enabled(labels.device.type):
+            dtype = torch.get_autocast_dtype(labels.device.type)
+            cast = {id(value): _as_autocast(value, dtype) for layer in layers.values() for value in layer}  # once each
+            layers = {side: tuple(cast[id(value)] for value in layer) for side, layer in layers.items()}
+        check_linear_arguments(layers, labels, softcap, scale)
+        chosen = choose_backend(backend, labels.device)
+        if process_group is not None and chosen == "reference":
+            raise ValueError("Expected `backend` to be fused with `process_group`, but the reference serves here.")
+    except (TypeError, ValueError, RuntimeError):
+        if process_group is not None:  # the others would wait for ever
+            _gathered([_REFUSED] * 3, [labels, *(value for layer in layers.values() for value in layer)], process_group)
+        raise
+    tokens = int((labels != ignore_index).sum()) if process_group is not None else 0
+    first_entry, vocabulary = _vocabulary(layers, tokens, process_group)
     shape, labels = labels.shape, labels.flatten().long()
     if chosen == "reference" or labels.device.type == "cpu":
         check_labels(labels, vocabulary, ignore_index)
@@ -245,17 +257,34 @@ def _as_autocast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value.to(dtype) if served else value
 
 
-def _vocabulary(layers: dict[str, Layer], process_group: ProcessGroup | None) -> tuple[int, int]:
+def _gathered(numbers: list[int], given: list[Any], process_group: ProcessGroup) -> list[list[int]]:
+    """Every process's numbers; `given`: what was passed, whose device the group exchanges tensors of."""
+    device = next((value.device for value in given if isinstance(value, Tensor)), None)
+    own = torch.tensor(numbers, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, own, group=process_group)
+    return torch.stack(gathered).tolist()
+
+
+def _vocabulary(layers: dict[str, Layer], tokens: int, process_group: ProcessGroup | None) -> tuple[int, int]:
     """The first entry of this process's slice, and the size of the whole vocabulary."""
-    sizes = [[weight.shape[0] for _, weight, _ in layers.values()]]
+    sizes = [[*(weight.shape[0] for _, weight, _ in layers.values()), tokens]]
     rank = 0
     if process_group is not None:
         rank = dist.get_rank(process_group)
-        own = torch.tensor(sizes[0], device=layers["policy"][0].device)
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
-        dist.all_gather(gathered, own, group=process_group)
-        sizes = torch.stack(gathered).tolist()
-    of_policy, of_reference = zip(*sizes, strict=True)
+        sizes = _gathered(sizes[0], [layers["policy"][0]], process_group)
+    refused = [number for number, of_process in enumerate(sizes) if _REFUSED in of_process]
+    if refused:
+        raise ValueError(
+            "Expected all processes of `process_group` to pass arguments that are served, but rank "
+            f"{refused[0]} of the group refused its own: see the error there."
+        )
+    of_policy, of_reference, of_tokens = zip(*sizes, strict=True)
+    if len(set(of_tokens)) > 1:
+        raise ValueError(
+            "Expected `labels` to be the same on all processes of `process_group`, but got "
+            f"{', '.join(map(str, of_tokens))} tokens that are not ignored."
+        )
     if of_policy != of_reference:
         if process_group is None:
             expected, got = f"the vocabulary of `policy_weight`, {of_policy[0]} entries", f"{of_reference[0]}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lit_did.arguments import check_integer
 from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
 from lit_did.sampling.readers import as_readers, ends_of, unmasked
@@ -311,8 +312,7 @@ def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: 
         ("islands", islands, 3),
         ("num_samples", num_samples, 2 * islands if isinstance(islands, int) else 6),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")
+        check_integer(name, value, least)
     if num_samples % islands:
         raise ValueError(f"Expected `num_samples` to be a multiple of `islands`, {islands}, but got {num_samples}.")
     if not 0 <= resample_below <= 1:

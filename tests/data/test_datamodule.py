@@ -48,6 +48,24 @@ def test_arguments_are_checked(no_specials, arguments, message):
         PreferenceDataModule(arguments.pop("train", ROWS), no_specials, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer or its name or path, but got 5."),
+        ({"tokenizer": None}, "Expected `tokenizer` to be a tokenizer or its name or path, but got None."),
+        ({"chat_template": 5}, "Expected `chat_template` to be a Jinja template or None, but got 5."),
+        ({"val_fraction": "0.1"}, "Expected `val_fraction` to be a number, but got '0.1'."),
+        ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
+        ({"pack": 1}, "Expected `pack` to be a bool, but got 1."),
+        ({"shuffle": None}, "Expected `shuffle` to be a bool, but got None."),
+        ({"drop_last": 0}, "Expected `drop_last` to be a bool, but got 0."),
+    ],
+)
+def test_types_of_arguments_are_checked(no_specials, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        PreferenceDataModule(ROWS, **{"tokenizer": no_specials, **arguments})
+
+
 def test_val_fraction_holds_out_the_last_rows(no_specials):
     for fraction, held_out in ((0.3, [7, 8, 9]), (0.01, [9]), (0.26, [7, 8, 9]), (0.9, [1, 2, 3, 4, 5, 6, 7, 8, 9])):
         data = PreferenceDataModule(ROWS, no_specials, val_fraction=fraction)

@@ -321,6 +321,14 @@ def test_stale_caches(given, message, file):
         ReferenceCache.open(file.parent, given)
 
 
+def test_how_other_data_differ(tmp_path):
+    write(tmp_path, torch.float32, ([4, 0, 2], [3, 1]))
+    with pytest.raises(ValueError, match=r"\), with 2 of these 3 sequences among its 5: it is stale, give another"):
+        ReferenceCache.open(tmp_path, PRINT | {"data": "c"}, [*KEYS[1:3], b"new".zfill(16)])
+    with pytest.raises(ValueError, match=r"this model \(c\), but got another's \(a{32}\): it is stale"):
+        ReferenceCache.open(tmp_path, PRINT | {"model": "c"}, KEYS)
+
+
 def test_another_version(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_cache, "VERSION", "0")
     write(tmp_path)

@@ -33,10 +33,17 @@ def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
     ("spoil", "message"),
     [
         (lambda b: b.pop("labels"), "hold `labels`, but got"),
-        (lambda b: b.update(labels=b["labels"][0]), r"`labels` to have the shape \[1, tokens\]"),
-        (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\]"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][:-1]), "`cu_seqlens` to rise from 0 to the number of tokens"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 3, 4]]), r"\[2 pairs \+ 1\]"),
+        (
+            lambda b: b.update(labels=b["labels"][0]),
+            r"`labels` to have the shape of `input_ids`, \(1, \d+\), but got \(\d+,\)",
+        ),
+        (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\] with"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][None]), r"`cu_seqlens` to have the shape \[2 pairs \+ 1\]"),
+        (
+            lambda b: b.update(cu_seqlens=b["cu_seqlens"] - (b["cu_seqlens"] == b["cu_seqlens"][-1]).long()),
+            "`cu_seqlens` to rise from 0 to the number of tokens",
+        ),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 3, 4]]), "even number of .* 3: `cu_seqlens` with 4"),
         (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 1, 3, 4]]), "`cu_seqlens` to rise"),
         (lambda b: b.update(cu_seqlens=b["cu_seqlens"] + 1), "`cu_seqlens` to rise from 0"),
         (lambda b: b.update(labels=b["labels"].roll(1, 1)), "`labels.*that are not shifted"),

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_did import LitDPO
-from tests.modules.tiny import collate, make_pairs, tiny_gpt2, tiny_llama
+from tests.modules.tiny import collate, make_pairs, tiny_gpt2, tiny_llama, trainer
 
 
 def log_prob(model: nn.Module, prompt: list[int], completion: list[int]) -> float:
@@ -117,21 +118,87 @@ def test_predict_step_leaves_padding_rows_out(pairs):
     torch.testing.assert_close(kept.reward_margin, whole.reward_margin[[0, 2, 3, 5]])
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda b: b.pop("labels"), "hold `labels`"),
-        (lambda b: b.update(labels=b["labels"].roll(1, 1)), r"labels that are not shifted"),
-        (lambda b: b.update(labels=b["labels"][:, 1:]), r"`labels` to have the shape"),
-        (lambda b: b["labels"].fill_(-100), "completion tokens"),
-        (lambda b: b.update({k: v[:3] for k, v in b.items()}), r"\[2 pairs, T\]"),
-    ],
-)
+SPOILED = [
+    (lambda b: b.pop("labels"), "hold `labels`, but got input_ids, attention_mask"),
+    (lambda b: b.clear(), "hold `input_ids`, but got nothing"),
+    (lambda b: b.update(labels=b["labels"].roll(1, 1)), r"labels that are not shifted"),
+    (
+        lambda b: b.update(labels=b["labels"][:, 1:]),
+        r"`labels` to have the shape of `input_ids`, \(4, \d+\), but got \(4",
+    ),
+    (lambda b: b.update(attention_mask=b["attention_mask"][:1]), r"`attention_mask` to have the shape of `input_ids`"),
+    (
+        lambda b: b.update({k: v[0] for k, v in b.items()}),
+        r"`input_ids` to have the shape \[2 pairs, T\], but got \(\d+,",
+    ),
+    (lambda b: b.update({k: v[:, :0] for k, v in b.items()}), r"`input_ids` to have the shape \[2 pairs, T\], but got"),
+    (lambda b: b["labels"].fill_(-100), "completion tokens, but got 4 of 4 .* sequence 0 the first"),
+    (lambda b: b["labels"][2].fill_(-100), "completion tokens, but got 1 of 4 .* sequence 2 the first"),
+    (lambda b: b["attention_mask"][1].fill_(0), "completion tokens, but got 1 of 4 .* sequence 1 the first"),
+    (lambda b: b.update({k: v[:3] for k, v in b.items()}), r"even number of sequences.* but got 3: `input_ids` of the"),
+    (lambda b: b.update(weight=torch.ones(4)), r"`weight` to have the shape \[pairs\], \(2,\), but got \(4,\)"),
+    (lambda b: b.update(index=torch.ones(1)), r"`index` to have the shape \[pairs\], \(2,\), but got \(1,\)"),
+    (
+        lambda b: b.update(position_ids=torch.arange(4)),
+        r"`position_ids` to have the shape of `input_ids`, \(4, \d+\), but",
+    ),
+    (lambda b: b["input_ids"][0, :1].fill_(-1), "`input_ids` to be at least 0, but got -1"),
+    (lambda b: b["input_ids"][0, :1].fill_(67), "`input_ids` to be below the policy's 67 embeddings, but got 67"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED)
 def test_a_batch_in_another_layout_is_refused(spoil, message):
     batch = collate(make_pairs(2))
     spoil(batch)
+    module = LitDPO(tiny_llama())
+    for step in (module, module.pair_statistics, lambda b: module.training_step(b, 0)):
+        with pytest.raises(ValueError, match=message):
+            step(batch)
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED)
+def test_every_batch_is_checked(spoil, message):
+    """Not the first alone: rows would be broadcast, labels learnt as they are."""
+    batches = [collate(make_pairs(2)) for _ in range(3)]
+    spoil(batches[2])
+    seen = []
+
+    class Watched(LitDPO):
+        def training_step(self, batch, batch_idx):
+            result = super().training_step(batch, batch_idx)
+            seen.append(batch_idx)
+            return result
+
     with pytest.raises(ValueError, match=message):
-        LitDPO(tiny_llama()).pair_statistics(batch)
+        trainer(max_epochs=1).fit(Watched(tiny_llama()), DataLoader(batches, batch_size=None))
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([1], "batch to be a dict of tensors, but got list"),
+        (torch.ones(2, 2), "batch to be a dict of tensors, but got Tensor"),
+        (
+            {"input_ids": [[1]], "labels": 0, "attention_mask": 0},
+            "`input_ids` of the batch to be a tensor, but got list",
+        ),
+        (collate(make_pairs(1)) | {"weight": [1.0]}, "`weight` of the batch to be a tensor, but got list"),
+        (collate(make_pairs(1)) | {"labels": torch.ones(2, 9)}, "`labels` of the batch to hold integers, but got"),
+    ],
+)
+def test_batches_of_another_type_are_refused(batch, message):
+    with pytest.raises(TypeError, match=message):
+        LitDPO(tiny_llama())(batch)
+
+
+def test_pairs_that_do_not_count_need_no_labels():
+    batch = collate(make_pairs(2))
+    batch["labels"][[1, 3]] = -100
+    batch["weight"] = torch.tensor([1.0, 0.0])
+    (kept,) = LitDPO(tiny_llama(0), tiny_llama(1)).predict_step(batch, 0).loss
+    assert kept.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +212,14 @@ def test_a_batch_in_another_layout_is_refused(spoil, message):
         ({"nll_weight": -1.0, "loss": "cpo"}, "`nll_weight` to be finite and at least 0"),
         ({"warmup_steps": -1}, "`warmup_steps`"),
         ({"warmup_steps": 1.5}, "`warmup_steps`"),
+        ({"warmup_steps": float("inf")}, "`warmup_steps`"),
         ({"schedule": "step"}, "`schedule` to be one of"),
+        ({"learning_rate": -1e-6}, "`learning_rate` to be finite and at least 0, but got -1e-06"),
+        ({"adam_eps": float("nan")}, "`adam_eps` to be finite and at least 0, but got nan"),
+        ({"learning_rate": float("inf")}, "`learning_rate` to be finite and at least 0, but got inf"),
+        ({"weight_decay": -1}, "`weight_decay` to be finite and at least 0, but got -1"),
+        ({"adam_betas": (0.9, 1.0)}, r"`adam_betas` to be in \[0, 1\), but got \(0.9, 1.0\)"),
+        ({"cache_reference": ""}, "`cache_reference` to be a folder's path, but got an empty one"),
         ({"backend": "cuda"}, "`backend` to be one of"),
     ],
 )
@@ -166,8 +240,28 @@ def test_unfit_models_are_refused():
         LitDPO(model, 3)
 
 
-def test_tokens_of_another_vocabulary_are_told():
-    batch = collate(make_pairs(1))
-    batch["input_ids"][0, 0] = 67
-    with pytest.raises(ValueError, match="`input_ids` to be below the policy's 67 embeddings, but got 67"):
-        LitDPO(tiny_llama()).pair_statistics(batch)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beta": "0.1"}, "`beta` to be a number, but got '0.1'"),
+        ({"label_smoothing": "0.1"}, "`label_smoothing` to be a number, but got '0.1'"),
+        ({"lora": True}, "`lora` to be a peft.LoraConfig, its arguments as a dict or None, but got True"),
+        ({"lora": 8}, "`lora` to be a peft.LoraConfig"),
+        ({"cache_reference": 5}, "`cache_reference` to be a folder's path or None, but got 5"),
+        ({"cache_reference": True}, "`cache_reference` to be a folder's path or None, but got True"),
+        ({"learning_rate": "1e-6"}, "`learning_rate` to be a number, but got '1e-6'"),
+        ({"adam_eps": None}, "`adam_eps` to be a number, but got None"),
+        ({"weight_decay": True}, "`weight_decay` to be a number, but got True"),
+        ({"warmup_steps": "3"}, "`warmup_steps` to be a number, but got '3'"),
+        ({"adam_betas": 0.9}, "`adam_betas` to be two numbers, but got 0.9"),
+        ({"adam_betas": (0.9,)}, r"`adam_betas` to be two numbers, but got \(0.9,\)"),
+        ({"adam_betas": (0.9, "x")}, "`adam_betas` to be two numbers, but got 'x'"),
+        ({"disable_dropout": 1}, "`disable_dropout` to be a bool, but got 1"),
+        ({"gradient_checkpointing": "yes"}, "`gradient_checkpointing` to be a bool, but got 'yes'"),
+        ({"recompute_elementwise": None}, "`recompute_elementwise` to be a bool, but got None"),
+        ({"model_kwargs": 3}, "`model_kwargs` to be a dict or None, but got 3"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        LitDPO(tiny_llama(), **arguments)

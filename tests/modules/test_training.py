@@ -108,6 +108,13 @@ def test_learning_rate_changes_every_optimiser_step(arguments, expected):
     assert record.learning_rates == pytest.approx([1e-3 * factor for factor in expected])
 
 
+def test_lora_as_a_configuration_is_that_of_its_arguments():
+    given = (LORA, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    shapes = [{n: p.shape for n, p in LitDPO(tiny_llama(), lora=lora).named_parameters()} for lora in given]
+    assert shapes[0] == shapes[1]
+    assert any("lora_A" in name for name in shapes[0])
+
+
 def test_optimiser_settings_arrive():
     module = LitDPO(
         tiny_llama(), lora=LORA, learning_rate=3e-4, adam_betas=(0.8, 0.95), adam_eps=1e-6, weight_decay=0.2

@@ -10,6 +10,9 @@ import sys
 
 import lightning
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
@@ -22,6 +25,17 @@ def of(metrics: dict, prefix: str) -> dict[str, float]:
 
 def statistics(module: LitDPO, batch: dict[str, torch.Tensor]) -> SequenceStatistics:
     return module(batch)
+
+
+class Sharded(LitDPO):
+    """FSDP 2: every process holds a share of each weight."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self._trainer is not None and not isinstance(self.policy, FSDPModule):
+            for model in (self.policy, self.reference):
+                for part in (*model.model.layers, model):
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
 class Save(lightning.Callback):
@@ -42,13 +56,20 @@ class Save(lightning.Callback):
     def on_fit_end(self, trainer, module):
         torch.save(
             {
-                "weights": {n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad},
+                "weights": {
+                    n: _whole(p.detach()).clone() for n, p in module.policy.named_parameters() if p.requires_grad
+                },
+                "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
                 "steps": self.steps,
                 "parameters": self.parameters,
                 "val": of(trainer.callback_metrics, "val/") | of(trainer.callback_metrics, "did/val/"),
             },
             f"{self.path}.{trainer.global_rank}",
         )
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class Pairs(lightning.LightningDataModule):
@@ -68,7 +89,8 @@ class Pairs(lightning.LightningDataModule):
 def main(processes: int, kind: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    module = (LitDPOPG if kind == "projected" else LitDPO)(
+    sharded = kind == "sharded" and processes > 1
+    module = {"projected": LitDPOPG, "sharded": Sharded if sharded else LitDPO}.get(kind, LitDPO)(
         tiny_llama(),
         lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if kind == "lora" else None,
         learning_rate=1e-2,
@@ -79,7 +101,11 @@ def main(processes: int, kind: str, path: str) -> None:
     accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes
     run = trainer(
         devices=processes,
-        strategy="ddp_spawn" if processes > 1 else "auto",
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        if sharded
+        else "ddp_spawn"
+        if processes > 1
+        else "auto",
         max_epochs=2 * accumulate,
         accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,

@@ -76,17 +76,17 @@ BAD = {
     "softcap as text": (
         {"softcap": "30"},
         TypeError,
-        r"`softcap` to be a number or a \(policy, reference\) pair, .*'30'",
+        r"`softcap` to be a number or a \(policy, reference\) tuple, .*'30'",
     ),
     "softcap of three": (
         {"softcap": (1.0, 2.0, 3.0)},
         TypeError,
-        r"`softcap` to be .* pair, but got \(1\.0, 2\.0, 3\.0\)",
+        r"`softcap` to be .* tuple, but got \(1\.0, 2\.0, 3\.0\)",
     ),
     "scale None": (
         {"scale": (1.0, None)},
         TypeError,
-        r"`scale` to be a number or a \(policy, reference\) pair, .*None",
+        r"`scale` to be a number or a \(policy, reference\) tuple, .*None",
     ),
     "infinite scale": ({"scale": float("inf")}, ValueError, r"`scale` to be positive and finite, but got inf"),
     "scale True": ({"scale": True}, TypeError, r"`scale` to be a number .* but got True"),

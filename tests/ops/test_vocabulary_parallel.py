@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lit_did import linear_sequence_statistics
 from lit_did.ops.partials import NUM_PARTIALS
@@ -73,12 +75,12 @@ def test_collectives(results):
     """The sizes; a few numbers a token; and hidden states' gradients, in float32 at least."""
     for result in results:
         for cuts in OPTIONS:
-            forward = [(2,), (NUM_PARTIALS, TOKENS)]
+            forward = [(3,), (NUM_PARTIALS, TOKENS)]
             assert result["float32", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["bfloat16", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["float64", cuts][2] == [*forward, torch.float64, torch.float64]
             assert result["frozen", cuts][2] == [*forward, torch.float32]
-            assert result["nothing", cuts][2] == [(2,)]
+            assert result["nothing", cuts][2] == [(3,)]
 
 
 def test_sequences(results):
@@ -107,9 +109,30 @@ def test_slices_that_differ_are_refused(results):
         f"Expected `reference_weight` to have the slices of `policy_weight`, of {', '.join(map(str, sizes))} entries a "
         f"process, but got {', '.join(map(str, shorter))}."
     )
-    assert [result["refusal"] for result in results] == [expected] * len(results)
+    assert [result["refusals"]["slice"] for result in results] == [expected] * len(results)
 
 
-def test_not_with_the_reference():
-    with pytest.raises(ValueError, match="Expected `backend` to be fused with `process_group`, but the reference"):
-        linear(make_case(), make_case().inputs(), backend="reference", process_group=object())
+def test_labels_that_differ_are_refused(results):
+    counts = ", ".join(str(TOKENS - (rank == 1)) for rank in range(len(results)))
+    expected = f"Expected `labels` to be the same on all processes of `process_group`, but got {counts} tokens"
+    assert all(result["refusals"]["labels"].startswith(expected) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "own"), [("shape", "`policy_weight`"), ("type", "`policy_hidden`"), ("option", "`max_extra_bytes`")]
+)
+def test_what_one_process_refuses_all_refuse(spoiled, own, results):
+    for rank, result in enumerate(results):
+        expected = f"Expected {own} to " if rank == 1 else "Expected all processes .* but rank 1 of the group refused"
+        assert re.match(expected, result["refusals"][spoiled])
+
+
+def test_a_group_of_another_type_and_the_reference_backend_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="Expected `process_group` to be a ProcessGroup or None, but got 'world'"):
+        linear(make_case(), make_case().inputs(), process_group="world")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Expected `backend` to be fused with `process_group`, but the reference"):
+            linear(make_case(), make_case().inputs(), backend="reference", process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

@@ -5,6 +5,7 @@ python -m tests.ops.vocabulary_parallel PROCESSES FOLDER
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -72,15 +73,28 @@ def shard(inputs: dict[str, torch.Tensor | None], begin: int, end: int) -> dict[
     }
 
 
-def refusal(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.ProcessGroup) -> str:
-    """What is said where one process's reference slice is shorter than its policy slice."""
-    if dist.get_rank(group) == 1:
-        inputs = inputs | {"reference_weight": inputs["reference_weight"][:-1]}
-    try:
-        linear(case, inputs, process_group=group)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+def refusals(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.ProcessGroup) -> dict[str, str]:
+    """What is said where one process passes something else."""
+    spoiled = dist.get_rank(group) == 1
+    shorter = {"reference_weight": inputs["reference_weight"][:-1]}
+    fewer = copy.copy(case)
+    fewer.labels = case.labels.index_fill(0, torch.tensor([0]), -100)
+    other = {
+        "slice": (case, inputs | shorter, {}),
+        "labels": (fewer, inputs, {}),
+        "shape": (case, inputs | {"policy_weight": inputs["policy_weight"][0]}, {}),
+        "type": (case, dict.fromkeys(inputs), {}),
+        "option": (case, inputs, {"max_extra_bytes": 0}),
+    }
+    said = {}
+    for name, given in other.items():
+        passed, tensors, options = given if spoiled else (case, inputs, {})
+        try:
+            linear(passed, tensors, process_group=group, **options)
+            said[name] = "nothing"
+        except (TypeError, ValueError) as error:
+            said[name] = str(error)
+    return said
 
 
 def work(rank: int, processes: int, folder: str) -> None:
@@ -107,7 +121,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     results["sequences"] = linear_sequence_statistics(
         *arguments, case.labels, cu_seqlens=offsets, process_group=group
     )._asdict()
-    results["refusal"] = refusal(tensors, case, group)
+    results["refusals"] = refusals(tensors, case, group)
     # The group is not that of all processes, and its ranks are others.
     if rank > 0:
         others = dist.new_group(list(range(1, processes)), use_local_synchronization=True)

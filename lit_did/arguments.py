@@ -1,0 +1,23 @@
+"""Checks of an argument's type, which all modules share: one error that names the argument and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+
+
+def check_number(name: str, value: Any, kind: str = "a number") -> None:
+    """Raises TypeError unless `value` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected `{name}` to be {kind}, but got {value!r}.")
+
+
+def check_integer(name: str, value: Any, least: int, why: str = "") -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected `{name}` to be an integer of at least {least}{why}, but got {value!r}.")
