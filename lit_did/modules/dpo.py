@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -385,15 +384,14 @@ class LitDPO(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trained parameters, its schedule stepped every optimiser step."""
-        h, plugin = self.hparams, self.trainer.precision_plugin
+        h = self.hparams
         optimizer = adamw(
             self.policy.parameters(),
             learning_rate=h.learning_rate,
             betas=tuple(h.adam_betas),
             eps=h.adam_eps,
             weight_decay=h.weight_decay,
-            # Fused, it sees to a gradient scaler itself, which Lightning's clipping in mixed precision does not allow.
-            fused=not isinstance(plugin, MixedPrecision) and getattr(plugin, "scaler", None) is None,
+            fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,
         )
         total = self.trainer.estimated_stepping_batches
         warmup = count_warmup_steps(h.warmup_steps, total, h.schedule)

@@ -53,7 +53,8 @@ def adamw(
 ) -> AdamW:
     """AdamW over the trainable parameters; vectors (biases, norms) are not decayed.
 
-    `fused`: one kernel that reads and writes everything once, where PyTorch has it for all parameters.
+    `fused`: one kernel that reads and writes everything once, where PyTorch has it for all parameters. Not with a
+    gradient scaler: it is not told the scale.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
@@ -67,7 +68,10 @@ def adamw(
     ]
     fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
     fused = fused or None  # PyTorch's own choice
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    optimizer = AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    if fused:  # it could unscale gradients itself, so that Lightning refuses to clip them in mixed precision
+        optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str) -> float:

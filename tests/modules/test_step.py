@@ -155,3 +155,21 @@ def test_a_gradient_scaler_of_whatever_precision_wants_the_optimiser_not_fused(s
     run = trainer(max_epochs=1, plugins=[Scaling()])
     run.fit(module, loader())
     assert run.optimizers[0].defaults["fused"] == (None if scaler else True)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_mixed_precision_without_a_scaler_has_the_fused_optimiser_and_clips(clip):
+    def run(**options):
+        module = make()
+        fit = trainer(max_epochs=1, precision="bf16-mixed", gradient_clip_val=clip)
+        if options:
+            module.configure_optimizers = lambda: torch.optim.AdamW(
+                module.policy.parameters(), 1e-2, eps=1e-2, **options
+            )
+        fit.fit(module, loader())
+        return fit.optimizers[0].defaults["fused"], [p.detach().clone() for p in module.policy.parameters()]
+
+    (fused, ours), (_, expected) = run(), run(weight_decay=0.0, fused=False)
+    assert fused
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
