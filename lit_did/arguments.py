@@ -11,7 +11,7 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
 
 
-def check_number(name: str, value: Any, kind: str = "a number") -> None:
+def check_number(name: str, value: Any, kind: str = "an int or a float") -> None:
     """Raises TypeError unless `value` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Expected `{name}` to be {kind}, but got {value!r}.")

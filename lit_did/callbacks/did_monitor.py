@@ -20,7 +20,6 @@ from lit_did.models.measuring import check_every_n_steps, measure
 from lit_did.models.quiet import evaluating, random_numbers_kept
 from lit_did.ops import SequenceStatistics
 
-_METRICS_ARGUMENTS = ("unit", "num_bins", "ignore_index", "temperature", "backend", "prefix", "postfix")
 LogitsFn = Callable[[lightning.LightningModule, Any], tuple[Tensor, Tensor, Tensor] | SequenceStatistics]
 
 
@@ -50,8 +49,7 @@ class DIDMonitor(Callback):
             order. False leaves out the metrics of pairs.
         every_n_steps: Optimiser steps from one measurement to the next; 0: none in training. None: the Trainer's
             `log_every_n_steps`.
-        metrics: Further arguments of `lit_did.metrics.DIDMetrics`: `unit`, `num_bins`, `ignore_index`, `temperature`,
-            `backend`, `prefix`, `postfix`.
+        metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`, `temperature` or `ignore_index`.
 
     Under several processes, rows that a sampler repeats to give all processes equally many count twice, as Lightning's
     own DistributedSampler repeats them; `PreferenceDataModule` marks them, and they do not (of what `logits_fn` returns
@@ -87,12 +85,6 @@ class DIDMonitor(Callback):
         if reference is not None and not isinstance(reference, str | os.PathLike | nn.Module):
             raise TypeError(f"Expected `reference` to be a model or its name, but got {type(reference).__name__}.")
         check_every_n_steps(every_n_steps)
-        unknown = metrics.keys() - _METRICS_ARGUMENTS
-        if unknown:
-            raise TypeError(
-                f"Expected further arguments of DIDMonitor to be of DIDMetrics ({', '.join(_METRICS_ARGUMENTS)}), but "
-                f"got {', '.join(map(repr, sorted(unknown)))}."
-            )
         self.logits_fn, self.policy, self.reference = logits_fn, policy, reference
         self.beta, self.every_n_steps = beta, every_n_steps
         self._options = {"beta": 0.1 if beta is None else beta, "pairs": pairs, **metrics}

@@ -167,7 +167,7 @@ def check_preference_loss(
     for name, value, losses in (("gamma", gamma, ("simpo",)), ("nll_weight", nll_weight, REFERENCE_FREE_LOSSES)):
         if value is None:
             continue
-        check_number(name, value, "a number or None")
+        check_number(name, value, "an int, a float or None")
         if loss not in losses:
             raise ValueError(f"Expected `{name}` to be None with `loss={loss!r}`, but got {value}.")
         if not 0 <= value < math.inf:

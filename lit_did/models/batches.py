@@ -97,19 +97,24 @@ def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[s
     Raises:
         ValueError: `cu_seqlens` does not rise from 0 to the number of tokens.
     """
-    bounds, tokens = batch["cu_seqlens"].tolist(), batch["input_ids"].shape[1]
-    rises = all(start < stop for start, stop in pairwise(bounds))
-    if len(bounds) < 2 or (bounds[0], bounds[-1]) != (0, tokens) or not rises or len(batch["input_ids"]) != 1:
-        raise ValueError(
-            "Expected `cu_seqlens` to rise from 0 to the number of tokens of `input_ids` [1, tokens], "
-            f"{tuple(batch['input_ids'].shape)}, but got {bounds}."
-        )
-    lengths = [stop - start for start, stop in pairwise(bounds)]
+    check_bounds(batch["cu_seqlens"], batch["input_ids"])
+    lengths = batch["cu_seqlens"].diff().tolist()
     fills = {"input_ids": 0, "labels": ignore_index, "completion_mask": 0, "position_ids": 0, "attention_mask": 0}
     rows = {"attention_mask": torch.ones_like(batch["input_ids"])}
     rows |= {name: batch[name] for name in fills if name in batch}
     rows = {n: pad_sequence(v[0].split(lengths), batch_first=True, padding_value=fills[n]) for n, v in rows.items()}
     return {name: value for name, value in batch.items() if name != "cu_seqlens"} | rows
+
+
+def check_bounds(cu_seqlens: Tensor, input_ids: Tensor) -> None:
+    """Raises ValueError unless `cu_seqlens` rises from 0 to the number of tokens of `input_ids` [1, tokens]."""
+    bounds = cu_seqlens.tolist()
+    whole = cu_seqlens.dim() == 1 and len(bounds) > 1 and (bounds[0], bounds[-1]) == (0, input_ids.shape[1])
+    if not whole or len(input_ids) != 1 or any(start >= stop for start, stop in pairwise(bounds)):
+        raise ValueError(
+            "Expected `cu_seqlens` to rise from 0 to the number of tokens of `input_ids` [1, tokens], "
+            f"{tuple(input_ids.shape)}, but got {bounds}."
+        )
 
 
 def _shift(input_ids: Tensor, counts: Tensor) -> Tensor:

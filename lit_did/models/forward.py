@@ -182,7 +182,7 @@ def _find_body(model: nn.Module) -> Callable | None:
     plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
     if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return None
-    if _is_sharded(inner):  # its own forward gathers what the body and the layer need
+    if _is_sharded(model, layer):  # the model's own forward gathers what the layer needs
         return None
     known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in known for parameter in inner.parameters()):
@@ -192,13 +192,13 @@ def _find_body(model: nn.Module) -> Callable | None:
     return body if model._compiled_call_impl is None and inner._compiled_call_impl is None else torch.compile(body)
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` was called on it: between passes its weights may be whole."""
+def _is_sharded(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule)
+    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
 
 
 def _hidden(body: Callable, layout: Layout) -> Tensor:

@@ -8,35 +8,60 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lit_did.arguments import check_bool, check_number
 from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.models.batches import IGNORE_INDEX, padded
+from lit_did.models.batches import IGNORE_INDEX, check_bounds
 from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.loading import active_dropout
 
-_READ = ("input_ids", "labels", "attention_mask", "position_ids", "cu_seqlens", "weight", "index")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # all hold the -100 of labels
 
 
 @torch.compiler.disable  # on the CPU, of other lengths in every batch: nothing to compile
-def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor]) -> Sequences:
+def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
     """The sequences of a batch that has a layout which LitDPO documents, its labels shifted.
 
+    Args:
+        policy: Whose vocabulary the tokens must be of.
+        weighted: Whether pairs of `weight` 0 do not count, and need no labels.
+
     Raises:
-        TypeError, ValueError: It has not, or a token is beyond the policy's vocabulary.
+        TypeError, ValueError: It has not.
     """
-    _check_form(batch)
-    batch = {name: batch[name].cpu() for name in _READ if name in batch}
-    _check_token_ids(policy, batch["input_ids"])
+    sequences = _check_form(batch)
+    if weighted:
+        check_of_pairs(batch, "weight", sequences // 2)
+    names = ["input_ids", "labels", "cu_seqlens" if "cu_seqlens" in batch else "attention_mask", "position_ids"]
+    batch = {name: batch[name].cpu() for name in [*names, *["weight"] * weighted] if name in batch}
     _check_labels(batch)
-    return read_sequences(batch)
+    sequences = read_sequences(batch)
+    _check_counts(sequences, batch.get("weight"))
+    _check_token_ids(policy, sequences)
+    return sequences
 
 
-def _check_form(batch: Mapping[str, Tensor]) -> None:
-    """Raises TypeError or ValueError unless all that LitDPO reads of a batch is there, and fits."""
+def check_of_pairs(batch: Mapping[str, Any], name: str, pairs: int) -> None:
+    """Raises TypeError or ValueError unless the batch has nothing of that name, or a tensor [pairs]."""
+    if name not in batch:
+        return
+    if not isinstance(batch[name], Tensor):
+        raise TypeError(f"Expected `{name}` of the batch to be a tensor, but got {type(batch[name]).__name__}.")
+    if tuple(batch[name].shape) != (pairs,):
+        raise ValueError(
+            f"Expected `{name}` to have the shape [pairs], {(pairs,)}, but got {tuple(batch[name].shape)}."
+        )
+
+
+def _check_form(batch: Mapping[str, Tensor]) -> int:
+    """How many sequences there are.
+
+    Raises:
+        TypeError, ValueError: Something that LitDPO reads of every batch is not there, or does not fit.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"Expected the batch to be a dict of tensors, but got {type(batch).__name__}.")
     packed = "cu_seqlens" in batch
@@ -45,12 +70,11 @@ def _check_form(batch: Mapping[str, Tensor]) -> None:
         if name not in batch:
             got = ", ".join(map(str, batch)) or "nothing"
             raise ValueError(f"Expected the batch to hold `{name}`, but got {got}.")
-    for name in _READ:
+    for name in (*alike, "position_ids", "cu_seqlens"):
         if name in batch and not isinstance(batch[name], Tensor):
             raise TypeError(f"Expected `{name}` of the batch to be a tensor, but got {type(batch[name]).__name__}.")
-    for name in ("input_ids", "labels"):
-        if batch[name].dtype not in _INTEGERS:
-            raise TypeError(f"Expected `{name}` of the batch to hold integers, but got {batch[name].dtype}.")
+        if name in batch and name != "attention_mask" and batch[name].dtype not in _INTEGERS:
+            raise TypeError(f"Expected `{name}` of the batch to hold signed integers, but got {batch[name].dtype}.")
     shape = tuple(batch["input_ids"].shape)
     if len(shape) != 2 or not all(shape) or (packed and shape[0] != 1):
         form = "[1, tokens] with `cu_seqlens`" if packed else "[2 pairs, T]"
@@ -60,59 +84,68 @@ def _check_form(batch: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"Expected `{name}` to have the shape of `input_ids`, {shape}, but got {tuple(batch[name].shape)}."
             )
-    if packed and batch["cu_seqlens"].dim() != 1:
+    if "position_ids" in batch and tuple(batch["position_ids"].shape) not in (shape, (1, shape[1]), shape[1:]):
         raise ValueError(
-            f"Expected `cu_seqlens` to have the shape [2 pairs + 1], but got {tuple(batch['cu_seqlens'].shape)}."
-        )
-    sequences = len(batch["cu_seqlens"]) - 1 if packed else shape[0]
-    if sequences % 2:
-        raise ValueError(
-            "Expected an even number of sequences, the chosen ones and then as many rejected ones, but got "
-            f"{sequences}: "
-            + (f"`cu_seqlens` with {sequences + 1} entries." if packed else f"`input_ids` of the shape {shape}.")
-        )
-    for name in ("weight", "index"):
-        if name in batch and tuple(batch[name].shape) != (sequences // 2,):
-            raise ValueError(
-                f"Expected `{name}` to have the shape [pairs], {(sequences // 2,)}, but got {tuple(batch[name].shape)}."
-            )
-    if "position_ids" in batch and tuple(batch["position_ids"].shape) not in (shape, (1, shape[1])):
-        raise ValueError(
-            f"Expected `position_ids` to have the shape of `input_ids`, {shape}, but got "
+            f"Expected `position_ids` to have the shape of `input_ids`, {shape}, or of a row, but got "
             f"{tuple(batch['position_ids'].shape)}."
         )
+    if packed:
+        check_bounds(batch["cu_seqlens"], batch["input_ids"])
+    sequences = len(batch["cu_seqlens"]) - 1 if packed else shape[0]
+    if sequences % 2:
+        got = f"`cu_seqlens` with {sequences + 1} entries" if packed else f"`input_ids` of the shape {shape}"
+        raise ValueError(
+            "Expected an even number of sequences, the chosen ones and then as many rejected ones, but got "
+            f"{sequences}: {got}."
+        )
+    return sequences
 
 
 def _check_labels(batch: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless every sequence that counts has labels, and they are the next tokens."""
-    batch = padded(batch) if "cu_seqlens" in batch else batch
+    """Raises ValueError unless labels are the next tokens of their sequences."""
     labels, input_ids = batch["labels"], batch["input_ids"]
-    labelled = (labels != IGNORE_INDEX) & (batch["attention_mask"] != 0)
-    if (labelled[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])).any() or labelled[:, -1].any():
+    labelled = labels != IGNORE_INDEX
+    if "cu_seqlens" in batch:
+        last = batch["cu_seqlens"][1:].long() - 1
+    else:
+        labelled &= batch["attention_mask"] != 0
+        last = torch.tensor([-1])
+    wrong = labelled & (labels != input_ids.roll(-1, 1))
+    if wrong.any() or labelled[:, last].any():
         raise ValueError(
             "Expected `labels[:, t]` to be the token that position t predicts, `input_ids[:, t + 1]`, or -100, but got "
             "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions."
         )
-    counts = batch["weight"].repeat(2) > 0 if "weight" in batch else torch.ones(len(labels), dtype=torch.bool)
-    empty = (counts & ~labelled.any(1)).nonzero().flatten().tolist()
-    if empty:
+
+
+def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
+    """Raises ValueError unless every sequence that counts has completion tokens."""
+    before = np.concatenate([[0], (sequences.labels != IGNORE_INDEX).cumsum()])
+    counts = np.diff(before[sequences.cu_seqlens])
+    if weight is not None:
+        counts = np.where(weight.repeat(2).numpy() > 0, counts, 1)
+    (empty,) = (counts == 0).nonzero()
+    if len(empty):
         raise ValueError(
-            f"Expected every sequence to have completion tokens, but got {len(empty)} of {len(labels)} whose labels "
-            f"are all -100, sequence {empty[0]} the first."
+            f"Expected every sequence to have completion tokens, but got {len(empty)} of {sequences.count} whose "
+            f"labels are all -100, sequence {empty[0]} the first."
         )
 
 
-def _check_token_ids(policy: nn.Module, input_ids: Tensor) -> None:
+def _check_token_ids(policy: nn.Module, sequences: Sequences) -> None:
     """Raises ValueError if a token is beyond the policy's vocabulary: on a GPU the failure would name nothing."""
     embeddings = policy.get_input_embeddings() if hasattr(policy, "get_input_embeddings") else None
-    size, largest = getattr(embeddings, "num_embeddings", None), int(input_ids.max())
+    size = getattr(embeddings, "num_embeddings", None)
+    # Labels too: the last one is no input. Padding is given to no model.
+    ids = sequences.input_ids
+    least, largest = ids.min(initial=0), max(ids.max(initial=0), sequences.labels.max(initial=0))
     if size is not None and largest >= size:
         raise ValueError(
             f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: are they another "
             "model's tokenizer's?"
         )
-    if int(input_ids.min()) < 0:
-        raise ValueError(f"Expected `input_ids` to be at least 0, but got {int(input_ids.min())}.")
+    if least < 0:
+        raise ValueError(f"Expected `input_ids` to be at least 0, but got {least}.")
 
 
 def check_switches(**switches: bool) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,7 @@ from lit_did.modules.checks import (
     check_did_entropy_weight,
     check_loading,
     check_models,
+    check_of_pairs,
     check_switches,
     check_tokens_at_once,
     checked_sequences,
@@ -222,7 +224,13 @@ class LitDPO(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that lacks a trained parameter."""
+        """Refuses a checkpoint that lacks a trained parameter, or of a run with a reference that is not given here."""
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if saved and "reference" not in saved and self.hparams.get("reference", "a module") is None:
+            raise ValueError(
+                "Expected `reference` to be given as it was to the run that saved the checkpoint, a module, but got "
+                "None: the policy would be compared with itself as it is given here."
+            )
         self.configure_model()
         trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
         missing = sorted(trained - checkpoint["state_dict"].keys())
@@ -281,7 +289,9 @@ class LitDPO(lightning.LightningModule):
 
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
-        pairs = self._pair_statistics(self._read(batch))
+        sequences = self._read(batch, weighted=True)
+        check_of_pairs(batch, "index", sequences.count // 2)
+        pairs = self._pair_statistics(sequences)
         return pairs._replace(index=batch.get("index", pairs.index))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -324,7 +334,7 @@ class LitDPO(lightning.LightningModule):
             self.hparams.cache_reference,
             self.trainer,
             self.policy if self.reference is None else self.reference,
-            self._read,
+            partial(self._read, weighted=True),
             self._reference_outputs,
             self._cache,
         )
@@ -404,8 +414,8 @@ class LitDPO(lightning.LightningModule):
         check_preference_loss(**loss_options)
         check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
 
-    def _read(self, batch: Mapping[str, Tensor]) -> Sequences:
-        return checked_sequences(self.policy, batch)
+    def _read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
+        return checked_sequences(self.policy, batch, weighted=weighted)
 
     def _split(self, sequences: Sequences) -> list[Sequences]:
         """The parts of a training batch."""

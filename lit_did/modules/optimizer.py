@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.optim import AdamW
@@ -17,7 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 def check_optimizer(
     *,
     learning_rate: float,
-    adam_betas: tuple[float, float],
+    adam_betas: Sequence[float],
     adam_eps: float,
     weight_decay: float,
     warmup_steps: float,
@@ -30,10 +30,10 @@ def check_optimizer(
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"Expected `{name}` to be finite and at least 0, but got {value}.")
-    if not isinstance(adam_betas, tuple | list) or len(adam_betas) != 2:
-        raise TypeError(f"Expected `adam_betas` to be two numbers, but got {adam_betas!r}.")
+    if not isinstance(adam_betas, Sequence) or isinstance(adam_betas, str) or len(adam_betas) != 2:
+        raise TypeError(f"Expected `adam_betas` to be two numbers, int or float, but got {adam_betas!r}.")
     for beta in adam_betas:
-        check_number("adam_betas", beta, "two numbers")
+        check_number("adam_betas", beta, "two numbers, int or float")
         if not 0 <= beta < 1:
             raise ValueError(f"Expected `adam_betas` to be in [0, 1), but got {tuple(adam_betas)}.")
     if not 0 <= warmup_steps < math.inf or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):

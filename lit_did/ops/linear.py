@@ -7,6 +7,8 @@ without the logits: neither the forward nor the backward holds a [tokens, V] ten
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,8 +96,8 @@ def linear_token_statistics(
         TypeError: An argument has a type or dtype that is not served.
         ValueError: Shapes, devices or vocabularies do not fit, a label is out of range (checked on the CPU and by the
             reference), an option is out of its range, or `max_extra_bytes` is too small for one token.
-            With `process_group`: the two models' slices or the number of labels differ on any process, a process raised
-            for its own arguments (raised by all), or the backend is the reference.
+            With `process_group`: the two models' slices differ on any process, the labels are seen to differ, a process
+            raised for its own arguments (all raised by all), or the backend is the reference.
         RuntimeError: `backend="fused"` where it does not serve the device.
 
     Example:
@@ -177,10 +179,11 @@ def linear_sequence_statistics(
         >>> packed.num_tokens
         tensor([2])
     """
-    if cu_seqlens is not None and isinstance(policy_hidden, Tensor):  # else what follows says so
-        check_cu_seqlens(cu_seqlens, policy_hidden, "policy_hidden", "[tokens, H]")
-    elif isinstance(labels, Tensor) and labels.dim() < 1:
-        raise ValueError("Expected `labels` to have shape [..., T], but got ().")
+    with _refusals_told((policy_weight, reference_weight, policy_hidden, reference_hidden, labels), process_group):
+        if cu_seqlens is not None and isinstance(policy_hidden, Tensor):  # else what follows says so
+            check_cu_seqlens(cu_seqlens, policy_hidden, "policy_hidden", "[tokens, H]")
+        elif isinstance(labels, Tensor) and labels.dim() < 1:
+            raise ValueError("Expected `labels` to have shape [..., T], but got ().")
     tokens = linear_token_statistics(
         policy_hidden,
         policy_weight,
@@ -215,7 +218,8 @@ def _token_statistics(
 ) -> TokenStatistics:
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"Expected `process_group` to be a ProcessGroup or None, but got {process_group!r}.")
-    try:
+    given = (*(layer[1] for layer in layers.values()), *(layer[0] for layer in layers.values()), labels)
+    with _refusals_told(given, process_group):
         check_options(ignore_index, temperature)
         check_memory(chunk_tokens, max_extra_bytes)
         check_backend(backend)
@@ -227,25 +231,22 @@ def _token_statistics(
         chosen = choose_backend(backend, labels.device)
         if process_group is not None and chosen == "reference":
             raise ValueError("Expected `backend` to be fused with `process_group`, but the reference serves here.")
-    except (TypeError, ValueError, RuntimeError):
-        if process_group is not None:  # the others would wait for ever
-            _gathered([_REFUSED] * 3, [labels, *(value for layer in layers.values() for value in layer)], process_group)
-        raise
-    tokens = int((labels != ignore_index).sum()) if process_group is not None else 0
-    first_entry, vocabulary = _vocabulary(layers, tokens, process_group)
-    shape, labels = labels.shape, labels.flatten().long()
+        shape, labels = labels.shape, labels.flatten().long()
+        kept = (labels != ignore_index).nonzero()[:, 0]
+        double = any(layer[0].dtype == torch.float64 for layer in layers.values())
+        policy, referenced = (_of_rows(layer, kept, len(labels), double) for layer in layers.values())
+        fused = chosen == "fused" and len(kept) > 0  # without a token there is a graph to keep whole, and no more
+        plan = tiles.plan_of(policy, referenced, softcap, chunk_tokens, max_extra_bytes) if fused else None
+    kept_labels = labels[kept]
+    first_entry, vocabulary = _vocabulary(layers, kept_labels, process_group)
     if chosen == "reference" or labels.device.type == "cpu":
         check_labels(labels, vocabulary, ignore_index)
 
-    kept = (labels != ignore_index).nonzero()[:, 0]
-    double = any(layer[0].dtype == torch.float64 for layer in layers.values())
-    policy, referenced = (_of_rows(layer, kept, len(labels), double) for layer in layers.values())
-    arguments = policy, referenced, labels[kept], softcap, scale, temperature, chunk_tokens, max_extra_bytes
-    # Without a token there is nothing to fuse, but a graph to keep whole.
-    if chosen == "reference" or len(kept) == 0:
-        statistics = _reference_statistics(*arguments)
+    arguments = policy, referenced, kept_labels, softcap, scale, temperature
+    if fused:
+        statistics = tiles.linear_token_statistics(*arguments, plan, process_group, first_entry)
     else:
-        statistics = tiles.linear_token_statistics(*arguments, process_group, first_entry)
+        statistics = _reference_statistics(*arguments, chunk_tokens, max_extra_bytes)
     if len(kept) < len(labels):
         statistics = (value.new_zeros(len(labels)).index_copy(0, kept, value) for value in statistics)
     return TokenStatistics(*(value.view(shape) for value in statistics))
@@ -257,33 +258,50 @@ def _as_autocast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value.to(dtype) if served else value
 
 
-def _gathered(numbers: list[int], given: list[Any], process_group: ProcessGroup) -> list[list[int]]:
-    """Every process's numbers; `given`: what was passed, whose device the group exchanges tensors of."""
-    device = next((value.device for value in given if isinstance(value, Tensor)), None)
+@contextmanager
+def _refusals_told(given: tuple[Any, ...], process_group: ProcessGroup | None) -> Iterator[None]:
+    """Tells the others where this process raises for its arguments: they would wait for it for ever.
+
+    `given`: the arguments; the first tensor is taken to be where the group exchanges tensors.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError):
+        if process_group is not None and isinstance(process_group, dist.ProcessGroup):
+            device = next((value.device for value in given if isinstance(value, Tensor)), None)
+            with suppress(Exception):  # where it is not there, this process's own error is what can be told
+                _gathered([_REFUSED] * 5, device, process_group)
+        raise
+
+
+def _gathered(numbers: list[int], device: torch.device | None, process_group: ProcessGroup) -> list[list[int]]:
+    """Every process's numbers."""
     own = torch.tensor(numbers, device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(gathered, own, group=process_group)
     return torch.stack(gathered).tolist()
 
 
-def _vocabulary(layers: dict[str, Layer], tokens: int, process_group: ProcessGroup | None) -> tuple[int, int]:
-    """The first entry of this process's slice, and the size of the whole vocabulary."""
-    sizes = [[*(weight.shape[0] for _, weight, _ in layers.values()), tokens]]
+def _vocabulary(layers: dict[str, Layer], labels: Tensor, process_group: ProcessGroup | None) -> tuple[int, int]:
+    """The first entry of this process's slice, and the size of the whole vocabulary; `labels`: those that count."""
+    sizes = [[weight.shape[0] for _, weight, _ in layers.values()]]
     rank = 0
     if process_group is not None:
         rank = dist.get_rank(process_group)
-        sizes = _gathered(sizes[0], [layers["policy"][0]], process_group)
+        ends = labels.aminmax() if len(labels) else (0, 0)
+        sizes = _gathered([*sizes[0], len(labels), *map(int, ends)], labels.device, process_group)
     refused = [number for number, of_process in enumerate(sizes) if _REFUSED in of_process]
     if refused:
         raise ValueError(
             "Expected all processes of `process_group` to pass arguments that are served, but rank "
             f"{refused[0]} of the group refused its own: see the error there."
         )
-    of_policy, of_reference, of_tokens = zip(*sizes, strict=True)
-    if len(set(of_tokens)) > 1:
+    of_policy, of_reference, *of_labels = zip(*sizes, strict=True)
+    if any(len(set(of_processes)) > 1 for of_processes in of_labels):
+        count, least, largest = (", ".join(map(str, of_processes)) for of_processes in of_labels)
         raise ValueError(
-            "Expected `labels` to be the same on all processes of `process_group`, but got "
-            f"{', '.join(map(str, of_tokens))} tokens that are not ignored."
+            f"Expected `labels` to be the same on all processes of `process_group`, but got {count} tokens that are "
+            f"not ignored, the least {least}, the largest {largest}."
         )
     if of_policy != of_reference:
         if process_group is None:

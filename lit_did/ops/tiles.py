@@ -31,8 +31,7 @@ def linear_token_statistics(
     softcap: tuple[float | None, float | None],
     scale: tuple[float, float],
     temperature: float,
-    chunk_tokens: int | str,
-    max_extra_bytes: int,
+    plan: Plan,
     process_group: dist.ProcessGroup | None,
     first_entry: int,
 ) -> TokenStatistics:
@@ -43,14 +42,11 @@ def linear_token_statistics(
             both or neither are float64.
         labels: [N] int64, all in the vocabulary.
         softcap, scale: Pairs of the policy's and the reference's.
+        plan: Of `plan_of`.
         first_entry: Of this process's slice of the vocabulary.
     """
-    tensors = (*policy, *reference)
-    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    itemsizes = policy[0].element_size(), reference[0].element_size()
-    plan = make_plan(len(labels), len(policy[1]), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
     options = Options(softcap, scale, float(temperature), plan, process_group, first_entry)
-    return TokenStatistics(*_LinearTokenStatistics.apply(*tensors, labels, options))
+    return TokenStatistics(*_LinearTokenStatistics.apply(*policy, *reference, labels, options))
 
 
 class Plan(NamedTuple):
@@ -68,6 +64,19 @@ class Plan(NamedTuple):
             for column in range(0, vocabulary, self.columns)
             for row in range(0, tokens, self.rows)
         ]
+
+
+def plan_of(
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None],
+    softcap: tuple[float | None, float | None],
+    chunk_tokens: int | str,
+    max_extra_bytes: int,
+) -> Plan:
+    """`make_plan` for these layers."""
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*policy, *reference))
+    itemsizes = policy[0].element_size(), reference[0].element_size()
+    return make_plan(len(policy[0]), len(policy[1]), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
 
 
 def make_plan(

@@ -54,7 +54,7 @@ def test_arguments_are_checked(no_specials, arguments, message):
         ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer or its name or path, but got 5."),
         ({"tokenizer": None}, "Expected `tokenizer` to be a tokenizer or its name or path, but got None."),
         ({"chat_template": 5}, "Expected `chat_template` to be a Jinja template or None, but got 5."),
-        ({"val_fraction": "0.1"}, "Expected `val_fraction` to be a number, but got '0.1'."),
+        ({"val_fraction": "0.1"}, "Expected `val_fraction` to be an int or a float, but got '0.1'."),
         ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
         ({"pack": 1}, "Expected `pack` to be a bool, but got 1."),
         ({"shuffle": None}, "Expected `shuffle` to be a bool, but got None."),

@@ -206,7 +206,7 @@ def test_a_missing_length_is_told(loss, given, missing):
     [
         ({"loss": "dpo"}, ValueError, "`loss` to be one of 'sigmoid', 'robust', .* 'orpo', but got 'dpo'"),
         ({"beta": 0.0}, ValueError, "`beta` to be above 0, but got 0.0"),
-        ({"beta": True}, TypeError, "`beta` to be a number, but got True"),
+        ({"beta": True}, TypeError, "`beta` to be an int or a float, but got True"),
         ({"label_smoothing": 0.5}, ValueError, r"`label_smoothing` to be in \[0, 0.5\), but got 0.5"),
         *(
             ({"loss": loss, "label_smoothing": 0.1}, ValueError, f"`label_smoothing` to be 0 with `loss='{loss}'`")
@@ -223,7 +223,7 @@ def test_a_missing_length_is_told(loss, given, missing):
             if loss not in REFERENCE_FREE_LOSSES
         ),
         ({"loss": "simpo", "gamma": -1}, ValueError, "`gamma` to be finite and at least 0, but got -1"),
-        ({"loss": "simpo", "gamma": "1"}, TypeError, "`gamma` to be a number or None, but got '1'"),
+        ({"loss": "simpo", "gamma": "1"}, TypeError, "`gamma` to be an int, a float or None, but got '1'"),
         ({"loss": "cpo", "nll_weight": math.nan}, ValueError, "`nll_weight` to be finite and at least 0, but got nan"),
         ({"loss": "orpo", "nll_weight": math.inf}, ValueError, "`nll_weight` to be finite and at least 0, but got inf"),
     ],

@@ -465,7 +465,7 @@ def test_wrong_input_is_told(arguments, error, message):
     ("make_wrong", "error", "message"),
     [
         (lambda: M.TokenDIDEntropy(unit="bit"), ValueError, "`unit` to be 'nats' or 'bits', but got 'bit'"),
-        (lambda: M.RewardMargin(beta="0.1"), TypeError, "`beta` to be a number, but got '0.1'"),
+        (lambda: M.RewardMargin(beta="0.1"), TypeError, "`beta` to be an int or a float, but got '0.1'"),
         (lambda: M.RewardMargin(beta=0), ValueError, "`beta` to be above 0, but got 0"),
         (lambda: M.RewardCalibration(num_bins=0), ValueError, "`num_bins` to be an integer of at least 1, but got 0"),
         (lambda: M.LikelihoodDisplacement(only="chosen"), ValueError, "`only` to be None or one of 'chosen_log_ratio'"),

@@ -99,8 +99,8 @@ def test_it_moves_a_real_models_entropy():
     [
         (ValueError, {"did_entropy_weight": math.inf}, "`did_entropy_weight` to be finite, but got inf"),
         (ValueError, {"did_entropy_weight": math.nan}, "`did_entropy_weight` to be finite, but got nan"),
-        (TypeError, {"did_entropy_weight": "0.1"}, "`did_entropy_weight` to be a number, but got '0.1'"),
-        (TypeError, {"did_entropy_weight": True}, "`did_entropy_weight` to be a number, but got True"),
+        (TypeError, {"did_entropy_weight": "0.1"}, "`did_entropy_weight` to be an int or a float, but got '0.1'"),
+        (TypeError, {"did_entropy_weight": True}, "`did_entropy_weight` to be an int or a float, but got True"),
         (ValueError, {"did_entropy_weight": 0.1, "loss": "simpo"}, "`did_entropy_weight` to be 0 with `loss='simpo'`"),
     ],
 )

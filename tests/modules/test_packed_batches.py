@@ -38,7 +38,11 @@ def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
             r"`labels` to have the shape of `input_ids`, \(1, \d+\), but got \(\d+,\)",
         ),
         (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\] with"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][None]), r"`cu_seqlens` to have the shape \[2 pairs \+ 1\]"),
+        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][None]), "`cu_seqlens` to rise from 0 to the number of tokens"),
+        (
+            lambda b: b["labels"][0, b["cu_seqlens"][3] - 1 :].copy_(b["input_ids"][0, b["cu_seqlens"][3] - 1 :]),
+            "shifted",
+        ),
         (
             lambda b: b.update(cu_seqlens=b["cu_seqlens"] - (b["cu_seqlens"] == b["cu_seqlens"][-1]).long()),
             "`cu_seqlens` to rise from 0 to the number of tokens",
@@ -57,6 +61,19 @@ def test_packed_batches_in_another_layout_are_refused(spoil, message):
     spoil(batch)
     with pytest.raises(ValueError, match=message):
         make().pair_statistics(batch)
+
+
+def test_packed_batches_have_no_use_for_a_mask():
+    batch, module = collate_packed(examples(2)), make()
+    expected = module.pair_statistics(batch).loss
+    for mask in (torch.zeros_like(batch["input_ids"]), torch.ones(1, 1, 5, 5)):
+        assert torch.equal(module.pair_statistics(batch | {"attention_mask": mask}).loss, expected)
+
+
+def test_offsets_are_integers():
+    batch = collate_packed(examples(2))
+    with pytest.raises(TypeError, match=r"`cu_seqlens` of the batch to hold signed integers, but got torch\.float32"):
+        make().pair_statistics(batch | {"cu_seqlens": batch["cu_seqlens"].float()})
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,9 @@ SPOILED = [
     (lambda b: b["labels"][2].fill_(-100), "completion tokens, but got 1 of 4 .* sequence 2 the first"),
     (lambda b: b["attention_mask"][1].fill_(0), "completion tokens, but got 1 of 4 .* sequence 1 the first"),
     (lambda b: b.update({k: v[:3] for k, v in b.items()}), r"even number of sequences.* but got 3: `input_ids` of the"),
-    (lambda b: b.update(weight=torch.ones(4)), r"`weight` to have the shape \[pairs\], \(2,\), but got \(4,\)"),
-    (lambda b: b.update(index=torch.ones(1)), r"`index` to have the shape \[pairs\], \(2,\), but got \(1,\)"),
     (
         lambda b: b.update(position_ids=torch.arange(4)),
-        r"`position_ids` to have the shape of `input_ids`, \(4, \d+\), but",
+        r"`position_ids` to have the shape of `input_ids`, \(4, \d+\), or of a row, but got \(4,\)",
     ),
     (lambda b: b["input_ids"][0, :1].fill_(-1), "`input_ids` to be at least 0, but got -1"),
     (lambda b: b["input_ids"][0, :1].fill_(67), "`input_ids` to be below the policy's 67 embeddings, but got 67"),
@@ -184,8 +182,14 @@ def test_every_batch_is_checked(spoil, message):
             {"input_ids": [[1]], "labels": 0, "attention_mask": 0},
             "`input_ids` of the batch to be a tensor, but got list",
         ),
-        (collate(make_pairs(1)) | {"weight": [1.0]}, "`weight` of the batch to be a tensor, but got list"),
-        (collate(make_pairs(1)) | {"labels": torch.ones(2, 9)}, "`labels` of the batch to hold integers, but got"),
+        (
+            collate(make_pairs(1)) | {"labels": torch.ones(2, 9)},
+            "`labels` of .* signed integers, but",
+        ),
+        (
+            collate(make_pairs(1)) | {"labels": torch.ones(2, 9).byte()},
+            "signed integers, but got torch.uint8",
+        ),
     ],
 )
 def test_batches_of_another_type_are_refused(batch, message):
@@ -193,12 +197,72 @@ def test_batches_of_another_type_are_refused(batch, message):
         LitDPO(tiny_llama())(batch)
 
 
-def test_pairs_that_do_not_count_need_no_labels():
+@pytest.mark.parametrize(
+    ("added", "error", "message"),
+    [
+        ({"weight": [1.0]}, TypeError, "`weight` of the batch to be a tensor, but got list"),
+        ({"weight": torch.ones(4)}, ValueError, r"`weight` to have the shape \[pairs\], \(2,\), but got \(4,\)"),
+        ({"index": ["a", "b"]}, TypeError, "`index` of the batch to be a tensor, but got list"),
+        ({"index": torch.ones(1)}, ValueError, r"`index` to have the shape \[pairs\], \(2,\), but got \(1,\)"),
+    ],
+)
+def test_what_is_told_of_pairs_is_checked_where_it_is_used(added, error, message):
+    batch = collate(make_pairs(2)) | added
+    module = LitDPO(tiny_llama())
+    with pytest.raises(error, match=message):
+        module.predict_step(batch, 0)
+    assert module.training_step(batch, 0).isfinite()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_pairs_that_do_not_count_need_no_labels_where_weights_are_read(loss):
     batch = collate(make_pairs(2))
     batch["labels"][[1, 3]] = -100
     batch["weight"] = torch.tensor([1.0, 0.0])
-    (kept,) = LitDPO(tiny_llama(0), tiny_llama(1)).predict_step(batch, 0).loss
+    module = LitDPO(tiny_llama(), loss=loss)
+    (kept,) = module.predict_step(batch, 0).loss
     assert kept.isfinite()
+    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* sequence 1 the first"):
+        module.training_step(batch, 0)
+    batch["weight"] = batch["weight"].flip(0)
+    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* sequence 1 the first"):
+        module.predict_step(batch, 0)
+
+
+@pytest.mark.parametrize("fill", [-1, -100, 67])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_may_hold_anything(fill, side):
+    batch = collate(make_pairs(3))
+    module = LitDPO(tiny_llama(0), tiny_llama(1))
+    expected = module(batch)
+    if side == "left":
+        shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+        batch = {n: torch.stack([row.roll(by) for row, by in zip(v, shifts, strict=True)]) for n, v in batch.items()}
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    batch = {n: v if n == "attention_mask" else v.masked_fill(padding, fill) for n, v in batch.items()}
+    for one, other in zip(module(batch), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("row", [lambda p: p, lambda p: p[None], lambda p: p.expand(4, -1)])
+def test_position_ids_of_a_row_serve_all(row):
+    batch = collate(make_pairs(2))
+    module = LitDPO(tiny_llama(0), tiny_llama(1))
+    positions = 3 + torch.arange(batch["input_ids"].shape[1])
+    counted = module(batch).log_ratio
+    expected = module(batch | {"position_ids": positions.repeat(4, 1)}).log_ratio
+    assert not torch.equal(counted, expected)  # the premise: they are used
+    assert torch.equal(module(batch | {"position_ids": row(positions)}).log_ratio, expected)
+
+
+def test_a_last_token_of_another_vocabulary_is_told():
+    """It is no input, but a label."""
+    batch = collate(make_pairs(1))
+    end = batch["attention_mask"][0].sum() - 1
+    batch["input_ids"][0, end] = batch["labels"][0, end - 1] = 67
+    with pytest.raises(ValueError, match="`input_ids` to be below the policy's 67 embeddings, but got 67"):
+        LitDPO(tiny_llama())(batch)
 
 
 @pytest.mark.parametrize(
@@ -243,19 +307,19 @@ def test_unfit_models_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"beta": "0.1"}, "`beta` to be a number, but got '0.1'"),
-        ({"label_smoothing": "0.1"}, "`label_smoothing` to be a number, but got '0.1'"),
+        ({"beta": "0.1"}, "`beta` to be an int or a float, but got '0.1'"),
+        ({"label_smoothing": "0.1"}, "`label_smoothing` to be an int or a float, but got '0.1'"),
         ({"lora": True}, "`lora` to be a peft.LoraConfig, its arguments as a dict or None, but got True"),
         ({"lora": 8}, "`lora` to be a peft.LoraConfig"),
         ({"cache_reference": 5}, "`cache_reference` to be a folder's path or None, but got 5"),
         ({"cache_reference": True}, "`cache_reference` to be a folder's path or None, but got True"),
-        ({"learning_rate": "1e-6"}, "`learning_rate` to be a number, but got '1e-6'"),
-        ({"adam_eps": None}, "`adam_eps` to be a number, but got None"),
-        ({"weight_decay": True}, "`weight_decay` to be a number, but got True"),
-        ({"warmup_steps": "3"}, "`warmup_steps` to be a number, but got '3'"),
-        ({"adam_betas": 0.9}, "`adam_betas` to be two numbers, but got 0.9"),
-        ({"adam_betas": (0.9,)}, r"`adam_betas` to be two numbers, but got \(0.9,\)"),
-        ({"adam_betas": (0.9, "x")}, "`adam_betas` to be two numbers, but got 'x'"),
+        ({"learning_rate": "1e-6"}, "`learning_rate` to be an int or a float, but got '1e-6'"),
+        ({"adam_eps": None}, "`adam_eps` to be an int or a float, but got None"),
+        ({"weight_decay": True}, "`weight_decay` to be an int or a float, but got True"),
+        ({"warmup_steps": "3"}, "`warmup_steps` to be an int or a float, but got '3'"),
+        ({"adam_betas": 0.9}, "`adam_betas` to be two numbers, int or float, but got 0.9"),
+        ({"adam_betas": (0.9,)}, r"`adam_betas` to be two numbers, int or float, but got \(0.9,\)"),
+        ({"adam_betas": (0.9, "x")}, "`adam_betas` to be two numbers, int or float, but got 'x'"),
         ({"disable_dropout": 1}, "`disable_dropout` to be a bool, but got 1"),
         ({"gradient_checkpointing": "yes"}, "`gradient_checkpointing` to be a bool, but got 'yes'"),
         ({"recompute_elementwise": None}, "`recompute_elementwise` to be a bool, but got None"),

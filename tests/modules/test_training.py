@@ -221,6 +221,18 @@ def test_load_from_checkpoint_by_name_and_by_object(tmp_path):
     assert torch.equal(by_object.pair_statistics(batch).reward_margin, expected)
 
 
+def test_a_reference_that_was_given_is_wanted_again(tmp_path):
+    batch, run = collate(make_pairs(3)), trainer(max_steps=2)
+    module = LitDPO(tiny_llama(0), tiny_llama(1), learning_rate=1e-2)
+    run.fit(module, loader(make_pairs(4), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    expected = module.eval().pair_statistics(batch).reward_margin
+    with pytest.raises(ValueError, match=r"`reference` to be given as it was to the run .*, a module, but got None"):
+        LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(0))
+    loaded = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(0), reference=tiny_llama(1)).eval()
+    assert torch.equal(loaded.pair_statistics(batch).reward_margin, expected)
+
+
 def test_another_policys_checkpoint_is_refused(tmp_path):
     run = trainer(max_steps=1)
     run.fit(LitDPO(tiny_llama(), lora=LORA), loader(make_pairs(2), 2))

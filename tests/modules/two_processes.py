@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
@@ -33,8 +34,9 @@ class Sharded(LitDPO):
     def configure_model(self) -> None:
         super().configure_model()
         if self._trainer is not None and not isinstance(self.policy, FSDPModule):
-            for model in (self.policy, self.reference):
-                for part in (*model.model.layers, model):
+            for model in filter(None, (self.policy, self.reference)):
+                layers = (module for module in model.modules() if isinstance(module, LlamaDecoderLayer))
+                for part in (*layers, model):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
@@ -89,10 +91,10 @@ class Pairs(lightning.LightningDataModule):
 def main(processes: int, kind: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    sharded = kind == "sharded" and processes > 1
-    module = {"projected": LitDPOPG, "sharded": Sharded if sharded else LitDPO}.get(kind, LitDPO)(
+    sharded = kind.startswith("sharded") and processes > 1
+    module = (Sharded if sharded else LitDPOPG if kind == "projected" else LitDPO)(
         tiny_llama(),
-        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if kind == "lora" else None,
+        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if "lora" in kind else None,
         learning_rate=1e-2,
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
         tokens_at_once=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once

@@ -75,12 +75,12 @@ def test_collectives(results):
     """The sizes; a few numbers a token; and hidden states' gradients, in float32 at least."""
     for result in results:
         for cuts in OPTIONS:
-            forward = [(3,), (NUM_PARTIALS, TOKENS)]
+            forward = [(5,), (NUM_PARTIALS, TOKENS)]
             assert result["float32", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["bfloat16", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["float64", cuts][2] == [*forward, torch.float64, torch.float64]
             assert result["frozen", cuts][2] == [*forward, torch.float32]
-            assert result["nothing", cuts][2] == [(3,)]
+            assert result["nothing", cuts][2] == [(5,)]
 
 
 def test_sequences(results):
@@ -113,17 +113,29 @@ def test_slices_that_differ_are_refused(results):
 
 
 def test_labels_that_differ_are_refused(results):
-    counts = ", ".join(str(TOKENS - (rank == 1)) for rank in range(len(results)))
-    expected = f"Expected `labels` to be the same on all processes of `process_group`, but got {counts} tokens"
-    assert all(result["refusals"]["labels"].startswith(expected) for result in results)
+    for spoiled, fewer, largest in (("labels", 1, "[0-9]+"), ("label", 0, "9999")):
+        counts = ", ".join(str(TOKENS - fewer * (rank == 1)) for rank in range(len(results)))
+        expected = (
+            rf"Expected `labels` to be the same on all .*, but got {counts} tokens .*, the largest \d+, {largest}"
+        )
+        assert all(re.match(expected, result["refusals"][spoiled]) for result in results)
 
 
 @pytest.mark.parametrize(
-    ("spoiled", "own"), [("shape", "`policy_weight`"), ("type", "`policy_hidden`"), ("option", "`max_extra_bytes`")]
+    ("spoiled", "own"),
+    [
+        ("shape", "`policy_weight`"),
+        ("type", "`policy_hidden`"),
+        ("option", "`max_extra_bytes`"),
+        ("memory", "`max_extra_bytes`"),
+        ("device", "`policy_hidden` on the device of `labels`"),
+        ("no labels", "`labels`"),
+        ("offsets", "`cu_seqlens`"),
+    ],
 )
 def test_what_one_process_refuses_all_refuse(spoiled, own, results):
     for rank, result in enumerate(results):
-        expected = f"Expected {own} to " if rank == 1 else "Expected all processes .* but rank 1 of the group refused"
+        expected = f"Expected {own}" if rank == 1 else "Expected all processes .* but rank 1 of the group refused"
         assert re.match(expected, result["refusals"][spoiled])
 
 

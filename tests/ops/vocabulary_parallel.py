@@ -77,14 +77,20 @@ def refusals(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.Pro
     """What is said where one process passes something else."""
     spoiled = dist.get_rank(group) == 1
     shorter = {"reference_weight": inputs["reference_weight"][:-1]}
-    fewer = copy.copy(case)
+    fewer, beyond, none = (copy.copy(case) for _ in range(3))
     fewer.labels = case.labels.index_fill(0, torch.tensor([0]), -100)
+    beyond.labels = case.labels.index_fill(0, torch.tensor([0]), 9999)
+    none.labels = None
     other = {
         "slice": (case, inputs | shorter, {}),
         "labels": (fewer, inputs, {}),
         "shape": (case, inputs | {"policy_weight": inputs["policy_weight"][0]}, {}),
         "type": (case, dict.fromkeys(inputs), {}),
         "option": (case, inputs, {"max_extra_bytes": 0}),
+        "memory": (case, inputs, {"max_extra_bytes": 16}),
+        "label": (beyond, inputs, {}),
+        "device": (case, inputs | {"policy_hidden": inputs["policy_hidden"].to("meta")}, {}),
+        "no labels": (none, inputs, {}),
     }
     said = {}
     for name, given in other.items():
@@ -122,6 +128,11 @@ def work(rank: int, processes: int, folder: str) -> None:
         *arguments, case.labels, cu_seqlens=offsets, process_group=group
     )._asdict()
     results["refusals"] = refusals(tensors, case, group)
+    try:
+        given = torch.tensor([0, 3, 7]) if rank == 1 else offsets
+        linear_sequence_statistics(*arguments, case.labels, cu_seqlens=given, process_group=group)
+    except ValueError as error:
+        results["refusals"]["offsets"] = str(error)
     # The group is not that of all processes, and its ranks are others.
     if rank > 0:
         others = dist.new_group(list(range(1, processes)), use_local_synchronization=True)
