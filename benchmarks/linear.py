@@ -31,6 +31,9 @@ from lit_did import linear_sequence_statistics
 from lit_did.functional import preference_loss
 
 SEQUENCES = 8  # the chosen ones first
+TOKENS = 816
+CASES = ["576x49152xfloat32", "640x262144xbfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BETA = 0.1
 MASKED = 0.6  # of the tokens that Liger is given, which takes whole sequences
 OURS, PRODUCTS = "lit_did", "products"
@@ -298,10 +301,11 @@ def measure(case: Case, names: Sequence[str], *, repeats: int, seconds: float, t
 
 
 def judge(results: Sequence[Result]) -> list[Verdict]:
-    """The targets: 816 tokens, two threads."""
+    """The targets: of the default cases' sizes, 816 tokens, two threads."""
     bounds = {"trl": 1.7, "trl, as DPOTrainer": 1.7, "liger": 2.5, "eager": 1.4, "eager, all statistics": 1.4}
     verdicts = []
-    for name in dict.fromkeys(result.race for result in results):
+    judged = {_case(text, TOKENS).name for text in CASES}
+    for name in [case for case in dict.fromkeys(result.race for result in results) if case in judged]:
         by_name = {result.contestant: result for result in results if result.race == name}
         ours = by_name[OURS]
         at = (ours.dtype, ours.vocabulary)
@@ -338,28 +342,43 @@ def show(results: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Parses the command line and runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add(
         "--cases",
         nargs="+",
         metavar="HIDDENxVOCABULARYxDTYPE",
-        default=["576x49152xfloat32", "640x262144xbfloat16"],
-        help="sizes (default: SmolLM2-135M's in float32, Gemma 3 270M's in bfloat16)",
+        default=CASES,
+        help="sizes (default: %(default)s, SmolLM2-135M's and Gemma 3 270M's)",
     )
-    add("--tokens", type=int, default=816, help=f"of all {SEQUENCES} completions")
-    add("--contestants", nargs="+", choices=MAKERS, help="default: all that are installed")
-    add("--repeats", type=int, default=7, help="timed calls of each contestant")
+    add("--tokens", type=int, default=TOKENS, help=f"of all {SEQUENCES} completions (default: %(default)s)")
+    add(
+        "--contestants",
+        nargs="+",
+        choices=MAKERS,
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, MAKERS))}; default: all that are installed",
+    )
+    add("--repeats", type=int, default=7, help="timed calls of each contestant (default: %(default)s)")
     add("--seconds", type=float, default=60, help="of timed calls: slower contestants are called less often")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="the targets are for 2")
     add("--output", type=Path, default=Path("bench_output"), help="folder for linear.csv")
     options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, but got {options.repeats}")
     if options.tokens <= 0 or options.tokens % SEQUENCES:
         parser.error(f"--tokens must be a multiple of {SEQUENCES}, the sequences")
     try:
         cases = [_case(text, options.tokens) for text in options.cases]
-    except (ValueError, AttributeError):
-        parser.error(f"--cases must look like 576x49152xfloat32, but got {' '.join(options.cases)}")
+    except (ValueError, KeyError):
+        parser.error(
+            f"--cases must look like 576x49152xfloat32, with one of {', '.join(DTYPES)}, but got "
+            f"{' '.join(options.cases)}"
+        )
     names = options.contestants or default()
     if OURS not in names:
         parser.error(f"--contestants must hold {OURS}: the others are compared with it")
@@ -373,7 +392,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     except RuntimeError as error:
         parser.error(str(error))
     show(results)
-    report.show_verdicts(judge(results), title)
+    verdicts = judge(results)
+    if verdicts:
+        report.show_verdicts(verdicts, title)
     report.write_csv(results, options.output / "linear.csv")
     for name in MAKERS.keys() - set(default()):
         print(f"Note: without {name}, which is not installed: pip install --no-deps {NEEDS[name].replace('_', '-')}")
@@ -382,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
 def _case(text: str, tokens: int) -> Case:
     hidden, vocabulary, dtype = text.split("x")
-    return Case(tokens, int(hidden), int(vocabulary), getattr(torch, dtype))
+    return Case(tokens, int(hidden), int(vocabulary), DTYPES[dtype])
 
 
 if __name__ == "__main__":

@@ -160,18 +160,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     from lit_did.demo import PAIRS as DEMO_PAIRS
     from lit_did.demo import smollm2
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", help="a causal language model: name or path (default: SmolLM2-135M-Instruct)")
     add("--pairs", type=Path, help=f"JSON Lines (default: {PAIRS} where it is, else the demo's)")
-    add("--steps", type=int, default=8, help="the first is not timed")
-    add("--batch-size", type=int, default=4, help="pairs a step")
-    add("--max-length", type=int, default=256, help="tokens of a prompt and its completion, at most")
-    add("--learning-rate", type=float, default=1e-5)
+    add("--steps", type=int, default=8, help="the first is not timed (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="pairs a step (default: %(default)s)")
+    add("--max-length", type=int, default=256, help="tokens of a prompt and its completion (default: %(default)s)")
+    add("--learning-rate", type=float, default=1e-5, help="(default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast, float32 weights")
     add("--lora", action="store_true", help="rank 16 on all linear layers, instead of full fine-tuning")
-    add("--contestants", nargs="+", choices=CONTESTANTS, help="default: TRL's, and lit_did with and without a cache")
-    add("--rounds", type=int, default=1, help="runs of every contestant")
+    add(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, CONTESTANTS))}, in quotes; default: TRL's, and lit_did with and without a cache",
+    )
+    add("--rounds", type=int, default=1, help="runs of every contestant (default: %(default)s)")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="the targets are for 2")
     add("--profile", action="store_true", help="where the time of LitDPO's steps goes, instead of the race")
     add("--before", type=Path, help="step_parts.json of an earlier commit, shown beside with --profile")
@@ -185,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.profile and not all(name.startswith(OURS) for name in names):
         parser.error(f"--profile: of {', '.join(n for n in CONTESTANTS if n.startswith(OURS))} only")
     pairs = options.pairs or (PAIRS if PAIRS.exists() else DEMO_PAIRS)
+    if not pairs.is_file():
+        parser.error(f"--pairs must be a file, but {pairs} is none")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         task = Task(

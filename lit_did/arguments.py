@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -15,6 +16,13 @@ def check_number(name: str, value: Any, kind: str = "an int or a float") -> None
     """Raises TypeError unless `value` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Expected `{name}` to be {kind}, but got {value!r}.")
+
+
+def check_name(argument: str, name: str | os.PathLike) -> None:
+    """Raises FileNotFoundError if `name`, a model's or a tokenizer's, is a path where no folder is."""
+    path = os.fspath(name)
+    if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.exists(path):
+        raise FileNotFoundError(f"Expected `{argument}` to be a name or a folder, but {path} does not exist.")
 
 
 def check_integer(name: str, value: Any, least: int, why: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lit_did.arguments import check_bool, check_integer, check_number
+from lit_did.arguments import check_bool, check_integer, check_name, check_number
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
@@ -83,8 +84,11 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not callable(tokenizer) and not isinstance(tokenizer, str | os.PathLike):
-            raise TypeError(f"Expected `tokenizer` to be a tokenizer or its name or path, but got {tokenizer!r}.")
+        if not hasattr(tokenizer, "bos_token_id") and not isinstance(tokenizer, str | os.PathLike):
+            raise TypeError(
+                f"Expected `tokenizer` to be a tokenizer of transformers, or its name or path, but got "
+                f"{type(tokenizer).__name__}."
+            )
         if chat_template is not None and not isinstance(chat_template, str):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
         switches = {"as_chat": as_chat, "pack": pack, "shuffle": shuffle, "drop_last": drop_last}
@@ -127,7 +131,8 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded on first use if a name or path was given."""
-        if not callable(self._tokenizer):
+        if isinstance(self._tokenizer, str | os.PathLike):
+            check_name("tokenizer", self._tokenizer)
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
@@ -169,8 +174,11 @@ class PreferenceDataModule(LightningDataModule):
         """Shuffled batches of this rank's training rows.
 
         Raises:
+            RuntimeError: before `setup`.
             ValueError: if `drop_last` leaves no batch.
         """
+        if self.train_dataset is None:
+            raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing has been read yet.")
         replicas = self._replicas()
         sampler = ResumableSampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
@@ -194,7 +202,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches of this rank's validation rows in order; an empty list, for no validation, if there are none."""
-        return [] if self.val_dataset is None else self._evaluation_loader(self.val_dataset)
+        if self.val_dataset is None:  # on purpose
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        return self._evaluation_loader(self.val_dataset)
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of this rank's rows for prediction, in order."""

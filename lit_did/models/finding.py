@@ -31,7 +31,7 @@ def find_policy(module: nn.Module, name: str | None) -> nn.Module:
     if len(found) != 1:
         raise ValueError(
             f"Expected one child of {type(module).__name__} to be a causal language model that trains, but got "
-            f"{len(found)}{_names(module)}: name it with `policy`, or give `logits_fn`."
+            f"{len(found)}{_names(module)}: name it with `policy`, freeze the reference, or give `logits_fn`."
         )
     return found[0]
 

@@ -93,11 +93,17 @@ def completion_logits(model: nn.Module, layout: Layout) -> Tensor:
     parameters = inspect.signature(_inner(model).forward).parameters
     length = layout.inputs["input_ids"].shape[1]
     arguments = {"use_cache": False} if "use_cache" in parameters else {}
-    if "logits_to_keep" not in parameters:
-        return model(**layout.inputs, **arguments).logits.flatten(0, 1)[layout.rows]
-    kept, column = torch.unique(layout.rows % length, return_inverse=True)
-    logits = model(**layout.inputs, **arguments, logits_to_keep=kept).logits
-    return logits[layout.rows // length, column]
+    if "input_ids" not in parameters or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {type(model).__name__}.")
+    if "logits_to_keep" in parameters:
+        kept, column = torch.unique(layout.rows % length, return_inverse=True)
+        arguments["logits_to_keep"] = kept
+    logits = getattr(model(**layout.inputs, **arguments), "logits", None)
+    if logits is None:
+        raise TypeError(f"Expected a causal language model, which returns `logits`, but got {type(model).__name__}.")
+    if "logits_to_keep" in parameters:
+        return logits[layout.rows // length, column]
+    return logits.flatten(0, 1)[layout.rows]
 
 
 def output_layer(model: nn.Module) -> OutputLayer:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_did.arguments import check_name
+
 
 def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
     """A causal language model of transformers, from its name or path; a module is returned as it is.
@@ -21,6 +23,7 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
         return model
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"Expected `{argument}` to be a model or its name, but got {type(model).__name__}.")
+    check_name(argument, model)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **model_kwargs})
@@ -81,7 +84,10 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("`lora` needs the package peft: pip install 'lit-did[lora]'.") from error
     if isinstance(lora, Mapping):
-        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+        try:
+            lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+        except TypeError as error:
+            raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
     return peft.get_peft_model(model, lora)
 
 

@@ -37,7 +37,7 @@ HEADER_BYTES = 4096
 _NO_CRC = "00000000"
 _CHUNK_BYTES = 2**20
 _FILES = "reference-*-of-*.safetensors"
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _blake2b = partial(hashlib.blake2b, digest_size=KEY_BYTES)
 # Of a configuration, what may change without the model: where it came from, and what its weights say themselves.
 _NOT_ARCHITECTURE = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
@@ -139,8 +139,8 @@ class CacheWriter:
 
         Args:
             keys: Of `sequence_keys`.
-            hidden: [completion tokens, H] float32, bfloat16 or float16, on any device: the final hidden states of the
-                positions that have labels.
+            hidden: [completion tokens, H] float64, float32, bfloat16 or float16, on any device: the final hidden states
+                of the positions that have labels.
             cu_labels: [sequences + 1]: sequence i owns the rows cu_labels[i] to cu_labels[i + 1].
 
         Raises:
@@ -148,7 +148,7 @@ class CacheWriter:
             ValueError: `hidden` is no matrix or not like the first call's, or `cu_labels` does not fit.
         """
         if hidden.dtype not in _DTYPES:
-            raise TypeError(f"Expected `hidden` to be float32, bfloat16 or float16, but got {hidden.dtype}.")
+            raise TypeError(f"Expected `hidden` to be float64, float32, bfloat16 or float16, but got {hidden.dtype}.")
         if hidden.dim() != 2:
             raise ValueError(f"Expected `hidden` to have the shape [tokens, H], but got {tuple(hidden.shape)}.")
         form = (hidden.dtype, hidden.shape[1])
@@ -257,8 +257,8 @@ class ReferenceCache:
         missing = {_file_name(shard, counts[0]) for shard in range(counts[0])} - {file.name for file in files}
         if missing:
             raise ValueError(
-                f"Expected `cache_reference` {path} to hold {counts[0]} shards, but {min(missing)} is missing: an "
-                "interrupted run's? Delete the folder."
+                f"Expected `cache_reference` {path} to hold {counts[0]} shards, but {min(missing)} is missing. Was the "
+                "run interrupted? Delete the folder. Do not all processes see one folder? Give one that they share."
             )
         shards = [_open_shard(file) for file in files]
         for file, shard in zip(files, shards, strict=True):
@@ -270,7 +270,8 @@ class ReferenceCache:
                 raise ValueError(
                     f"Expected `cache_reference` {file} to be of this {' and '.join(differs)} "
                     f"({_values(fingerprint, differs)}), but got another's ({_values(got, differs)})"
-                    f"{common if wanted and 'data' in differs else ''}: it is stale, give another folder or delete it."
+                    f"{common if wanted and 'data' in differs else ''}: it is stale, give another folder, or delete "
+                    "this one."
                 )
         return cls(path, shards)
 
@@ -373,25 +374,46 @@ def _bytes(tensor: Tensor) -> np.ndarray:
     return (tensor if tensor.dim() else tensor[None]).view(torch.uint8).numpy()
 
 
+def quick_digest(model: nn.Module, values: int = 64) -> str | None:
+    """Tells a model from others, and from itself after training, by `values` numbers of each tensor.
+
+    None where its tensors hold no values, or not all of them, here.
+    """
+    tensors = _tensors(unwrapped(model))
+    if any(t.is_meta or not t.numel() or type(t) not in (nn.Parameter, Tensor) for t in tensors.values()):
+        return None
+    digest = _blake2b()
+    for name, tensor in sorted(tensors.items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // values)][:values]
+        digest.update(json.dumps([name, tensor.shape]).encode())
+        digest.update(_bytes(some.double()))
+    return digest.hexdigest()
+
+
 def _model_digest(model: nn.Module) -> str:
     model = unwrapped(model)
+    inner = model.get_base_model() if is_peft(model) else model
+    config = inner.config.to_diff_dict() if hasattr(inner, "config") else {}
+    digest = _blake2b(json.dumps(_architecture(config), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(_tensors(model).items()):
+        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers; of a PeftModel the base model's, by the names that they had before."""
     adapter: tuple[str, ...] = ()
     if is_peft(model):
         adapter = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_")
         model = model.get_base_model()
     # peft moves what it wraps one level down.
     wrapped = re.compile(r"\b(base_layer|original_module|token_adapter)\.")
-    tensors = {
+    return {
         wrapped.sub("", name): tensor
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if not any(mark in name for mark in adapter)
     }
-    config = model.config.to_diff_dict() if hasattr(model, "config") else {}
-    digest = _blake2b(json.dumps(_architecture(config), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
 
 
 def _architecture(config: Any) -> Any:

@@ -41,6 +41,7 @@ def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor], *, weighte
     sequences = read_sequences(batch)
     _check_counts(sequences, batch.get("weight"))
     _check_token_ids(policy, sequences)
+    _warn_of_positions(policy, sequences)
     return sequences
 
 
@@ -110,12 +111,22 @@ def _check_labels(batch: Mapping[str, Tensor]) -> None:
     else:
         labelled &= batch["attention_mask"] != 0
         last = torch.tensor([-1])
-    wrong = labelled & (labels != input_ids.roll(-1, 1))
-    if wrong.any() or labelled[:, last].any():
-        raise ValueError(
-            "Expected `labels[:, t]` to be the token that position t predicts, `input_ids[:, t + 1]`, or -100, but got "
-            "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions."
-        )
+    following = input_ids.roll(-1, 1)
+    wrong = labelled & (labels != following)
+    wrong[:, last] |= labelled[:, last]
+    if not wrong.any():
+        return
+    row, position = wrong.nonzero()[0].tolist()
+    if (labels == input_ids)[labelled].all():
+        got = "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions"
+    else:
+        ends = position in last.remainder(labels.shape[1])
+        next_token = "no token follows" if ends else f"{following[row, position]} follows"
+        got = f"{labels[row, position]} where {next_token}, in row {row} at position {position}"
+    raise ValueError(
+        "Expected `labels[:, t]` to be the token that position t predicts, `input_ids[:, t + 1]`, or -100, but got "
+        f"{got}."
+    )
 
 
 def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
@@ -128,7 +139,7 @@ def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
     if len(empty):
         raise ValueError(
             f"Expected every sequence to have completion tokens, but got {len(empty)} of {sequences.count} whose "
-            f"labels are all -100, sequence {empty[0]} the first."
+            f"labels are all -100 (or where `attention_mask` is 0), sequence {empty[0]} the first."
         )
 
 
@@ -146,6 +157,19 @@ def _check_token_ids(policy: nn.Module, sequences: Sequences) -> None:
         )
     if least < 0:
         raise ValueError(f"Expected `input_ids` to be at least 0, but got {least}.")
+
+
+def _warn_of_positions(policy: nn.Module, sequences: Sequences) -> None:
+    """Warns of sequences that are longer than the policy knows positions; some models then fail, and name nothing."""
+    config = getattr(policy, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and sequences.position_ids.max(initial=0) >= limit:
+        warnings.warn(
+            f"Expected sequences of at most {limit} tokens, the policy's `max_position_embeddings`, but got longer "
+            "ones: lower `max_length`.",
+            stacklevel=5,
+        )
 
 
 def check_switches(**switches: bool) -> None:
@@ -250,3 +274,14 @@ def warn_unless_policy_is_reference(
         f"the loss is {loss:.4f} and the largest |log-ratio| {largest:.4g} nats. Cause: {cause}.",
         stacklevel=3,
     )
+
+
+def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
+    """Warns if a checkpoint's run had another reference than this module; None: nobody knows."""
+    if None not in (saved, own) and saved != own:
+        warnings.warn(
+            "Expected the reference that the checkpoint's policy was trained against, but the weights of this module's "
+            "are others. A `policy` or `reference` that is a module has to be given as it was before training, which "
+            "changed the policy in place: load it anew.",
+            stacklevel=3,
+        )

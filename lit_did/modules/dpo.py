@@ -24,6 +24,7 @@ from lit_did.models import attention, forward, loading
 from lit_did.models.layout import Layout, Sequences, split_pairs
 from lit_did.models.measuring import Outputs, completion_outputs, completion_statistics
 from lit_did.models.quiet import adapter_off
+from lit_did.models.reference_cache import quick_digest
 from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checks import (
     cache_folder,
@@ -35,6 +36,7 @@ from lit_did.modules.checks import (
     check_tokens_at_once,
     checked_sequences,
     warn_unless_policy_is_reference,
+    warn_unless_same_reference,
 )
 from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
@@ -58,10 +60,11 @@ class LitDPO(lightning.LightningModule):
     The models are given neither padding nor, a second time, what both sequences of a pair begin with, and no logits are
     held in memory, where the models allow it; a warning says where not. docs/performance.md has the switches.
 
-    What it does beyond a plain module: a reference that is given is frozen, and the policy's dropout switched off, in
-    place; `on_train_batch_end` finds no gradients, which are freed after the optimiser's step, and of a batch that goes
-    in parts (`tokens_at_once`) the first part's share of the loss as `outputs["loss"]`; models whose attention it
-    replaces by its own have theirs back when training ends. Every batch is checked: keys, shapes, labels, token ids.
+    What it does beyond a plain module: a reference that is given is frozen, and the policy trained, given its adapter
+    (`lora`) and rid of dropout, in place; `on_train_batch_end` finds no gradients, which are freed after the
+    optimiser's step, and of a batch that goes in parts (`tokens_at_once`) the first part's share of the loss as
+    `outputs["loss"]`; models whose attention it replaces by its own have theirs back when training ends. Every batch is
+    checked: keys, shapes, labels, token ids.
 
     Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
     mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each. A loss without a
@@ -174,6 +177,7 @@ class LitDPO(lightning.LightningModule):
         self._cache: CachedReference | None = None
         self._freed_bytes = 0  # of the reference's layers: activations may take their place
         self._start_checked = self._reference_free  # what starts as a reference needs one
+        self._reference_digest: str | None = None
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
         self.train_metrics = make_metrics(**self._loss_options)
@@ -201,6 +205,8 @@ class LitDPO(lightning.LightningModule):
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
+        if not self._reference_free:  # now: later it may be sharded, cast or freed
+            self._reference_digest = quick_digest(policy if reference is None else reference)
         if self.hparams.cache_reference is not None:  # else DDP would hold on to what is freed
             values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
             names = [name for name, _ in values if name.startswith("reference.")]
@@ -217,6 +223,7 @@ class LitDPO(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is trained: not the reference, and of a LoRA policy the adapter alone."""
         frozen = self._frozen_names()
+        checkpoint["reference_digest"] = self._reference_digest
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
@@ -224,7 +231,7 @@ class LitDPO(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that lacks a trained parameter, or of a run with a reference that is not given here."""
+        """Refuses a checkpoint of another policy, or of a run with a reference that is not given here."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if saved and "reference" not in saved and self.hparams.get("reference", "a module") is None:
             raise ValueError(
@@ -239,7 +246,22 @@ class LitDPO(lightning.LightningModule):
                 f"Expected the checkpoint to hold the {len(trained)} trained parameters of this policy, but "
                 f"{len(missing)} are missing, {missing[0]} the first: was it saved with another `policy` or `lora`?"
             )
+        own = {n for values in (self.named_parameters, self.named_buffers) for n, _ in values(remove_duplicate=False)}
+        surplus = sorted(name for name in checkpoint["state_dict"].keys() - own if name.startswith("policy."))
+        if surplus:
+            raise ValueError(
+                f"Expected the checkpoint to hold parameters of this policy alone, but {len(surplus)} are not its, "
+                f"{surplus[0]} the first: was it saved with another `policy` or `lora`?"
+            )
+        warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
         self._start_checked = True  # a resumed policy has left its reference
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every module's; what a checkpoint leaves out on purpose is not told as missing."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        left_out = self._frozen_names()
+        keys.missing_keys[:] = [n for n in keys.missing_keys if n not in left_out and not n.startswith("reference.")]
+        return keys
 
     def _frozen_names(self) -> set[str]:
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -415,6 +437,8 @@ class LitDPO(lightning.LightningModule):
         check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
 
     def _read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
+        if self.policy is None:  # a policy by name, and no Trainer has
+            self.configure_model()
         return checked_sequences(self.policy, batch, weighted=weighted)
 
     def _split(self, sequences: Sequences) -> list[Sequences]:

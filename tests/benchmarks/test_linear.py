@@ -56,6 +56,8 @@ def test_a_wrong_contestant_is_refused(inputs, wrong, words):
 def test_from_the_command_line_to_the_csv(tmp_path, capsys, monkeypatch):
     # The start of a process takes seconds.
     monkeypatch.setattr(linear, "in_own_process", lambda threads, function, *arguments: function(*arguments))
+    monkeypatch.setattr(linear, "CASES", ["32x512xfloat32"])  # what is judged
+    monkeypatch.setattr(linear, "TOKENS", 64)
     linear.main([*TINY, "--contestants", "lit_did", "eager", "--output", str(tmp_path)])
     with (tmp_path / "linear.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -69,7 +71,7 @@ def test_from_the_command_line_to_the_csv(tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["--tokens", "60"], "a multiple of 8"),
-        (["--cases", "32x512"], "must look like 576x49152xfloat32, but got 32x512"),
+        (["--cases", "32x512"], "but got 32x512"),
         (["--cases", "32x512xfloat31"], "must look like 576x49152xfloat32"),
         (["--contestants", "eager"], "must hold lit_did"),
     ],
@@ -89,11 +91,11 @@ def test_liger_is_asked_for_but_missing(monkeypatch, capsys):
 
 
 def test_the_targets_are_those_that_were_set():
-    def result(contestant: str, median_ms: float, peak_mib: float) -> Result:
+    def result(contestant: str, median_ms: float, peak_mib: float, case: str = linear.CASES[0]) -> Result:
         sizes = {"rows": 816, "vocabulary": 49152, "ignored": 0.0, "repeats": 5, "threads": 2}
         figures = dict.fromkeys(("fastest_ms", "slowest_ms", "gigabytes_per_second", "percent_of_limit"), 0.0)
         return Result(
-            race="case",
+            race=linear._case(case, linear.TOKENS).name,
             contestant=contestant,
             direction="both",
             device="cpu",
@@ -113,3 +115,4 @@ def test_the_targets_are_those_that_were_set():
     assert all(verdict.met for verdict in verdicts)
     missed = [result("lit_did", 102, 26), *met[1:]]
     assert not any(verdict.met for verdict in linear.judge(missed))
+    assert not linear.judge([result("lit_did", 100, 25, "32x1000xfloat32"), result("trl", 1, 1, "32x1000xfloat32")])

@@ -51,8 +51,8 @@ def test_arguments_are_checked(no_specials, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer or its name or path, but got 5."),
-        ({"tokenizer": None}, "Expected `tokenizer` to be a tokenizer or its name or path, but got None."),
+        ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer of transformers, or its name or path, but got int."),
+        ({"tokenizer": None}, "Expected `tokenizer` .* but got NoneType."),
         ({"chat_template": 5}, "Expected `chat_template` to be a Jinja template or None, but got 5."),
         ({"val_fraction": "0.1"}, "Expected `val_fraction` to be an int or a float, but got '0.1'."),
         ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
@@ -64,6 +64,13 @@ def test_arguments_are_checked(no_specials, arguments, message):
 def test_types_of_arguments_are_checked(no_specials, arguments, message):
     with pytest.raises(TypeError, match=message):
         PreferenceDataModule(ROWS, **{"tokenizer": no_specials, **arguments})
+
+
+def test_what_is_not_there_yet(no_specials):
+    with pytest.raises(RuntimeError, match=r"Expected `setup\('fit'\)` before `train_dataloader`"):
+        PreferenceDataModule(ROWS, no_specials).train_dataloader()
+    with pytest.raises(FileNotFoundError, match=r"`tokenizer` to be a name or a folder, but \./nowhere does not exist"):
+        PreferenceDataModule(ROWS, "./nowhere").setup("fit")
 
 
 def test_val_fraction_holds_out_the_last_rows(no_specials):

@@ -39,10 +39,7 @@ def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
         ),
         (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\] with"),
         (lambda b: b.update(cu_seqlens=b["cu_seqlens"][None]), "`cu_seqlens` to rise from 0 to the number of tokens"),
-        (
-            lambda b: b["labels"][0, b["cu_seqlens"][3] - 1 :].copy_(b["input_ids"][0, b["cu_seqlens"][3] - 1 :]),
-            "shifted",
-        ),
+        (lambda b: b["labels"][0, -1:].fill_(42), "but got 42 where no token follows, in row 0 at position"),
         (
             lambda b: b.update(cu_seqlens=b["cu_seqlens"] - (b["cu_seqlens"] == b["cu_seqlens"][-1]).long()),
             "`cu_seqlens` to rise from 0 to the number of tokens",
@@ -51,9 +48,12 @@ def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
         (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 1, 3, 4]]), "`cu_seqlens` to rise"),
         (lambda b: b.update(cu_seqlens=b["cu_seqlens"] + 1), "`cu_seqlens` to rise from 0"),
         (lambda b: b.update(labels=b["labels"].roll(1, 1)), "`labels.*that are not shifted"),
-        (lambda b: b["labels"][0, b["cu_seqlens"][1] - 1].copy_(b["input_ids"][0, b["cu_seqlens"][1]]), "not shifted"),
+        (
+            lambda b: b["labels"][0, b["cu_seqlens"][1] - 1].copy_(b["input_ids"][0, b["cu_seqlens"][1]]),
+            "no token",
+        ),
         (lambda b: b["labels"][0, : b["cu_seqlens"][1]].fill_(-100), "sequence to have completion tokens"),
-        (lambda b: b["input_ids"].fill_(VOCABULARY), "not shifted|`input_ids` to be below"),
+        (lambda b: b["input_ids"].fill_(VOCABULARY), f"where {VOCABULARY} follows, in row 0"),
     ],
 )
 def test_packed_batches_in_another_layout_are_refused(spoil, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lit_did import LitDPO
 from tests.modules.tiny import collate, make_pairs, tiny_gpt2, tiny_llama, trainer
@@ -122,6 +123,12 @@ SPOILED = [
     (lambda b: b.pop("labels"), "hold `labels`, but got input_ids, attention_mask"),
     (lambda b: b.clear(), "hold `input_ids`, but got nothing"),
     (lambda b: b.update(labels=b["labels"].roll(1, 1)), r"labels that are not shifted"),
+    (
+        lambda b: b["labels"].masked_fill_(b["labels"] == -100, 0),
+        r"got 0 where \d+ follows, in row 0 at position 0\.",
+    ),
+    (lambda b: b["labels"].add_(200 * (b["labels"] != -100)), r"but got 2\d\d where \d+ follows, in row 0 at position"),
+    (lambda b: b["labels"][3, -1:].fill_(9), r"but got 9 where no token follows, in row 3 at position \d+\."),
     (
         lambda b: b.update(labels=b["labels"][:, 1:]),
         r"`labels` to have the shape of `input_ids`, \(4, \d+\), but got \(4",
@@ -256,6 +263,15 @@ def test_position_ids_of_a_row_serve_all(row):
     assert torch.equal(module(batch | {"position_ids": row(positions)}).log_ratio, expected)
 
 
+def test_positions_that_the_policy_does_not_know_are_told(recwarn):
+    batch = collate(make_pairs(1))
+    longest = int(batch["attention_mask"].sum(1).max())  # the last token is no input
+    LitDPO(tiny_llama(max_position_embeddings=longest - 1))(batch)
+    assert not [w for w in recwarn if "max_position_embeddings" in str(w.message)]
+    with pytest.warns(UserWarning, match=rf"at most {longest - 2} tokens, .* lower `max_length`"):
+        LitDPO(tiny_llama(max_position_embeddings=longest - 2))(batch)
+
+
 def test_a_last_token_of_another_vocabulary_is_told():
     """It is no input, but a label."""
     batch = collate(make_pairs(1))
@@ -294,6 +310,21 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 
 def test_unfit_models_are_refused():
     model = tiny_llama()
+    batch = collate(make_pairs(1))
+    for policy, message in (
+        (tiny_llama().model, "which returns `logits`, but got LlamaModel"),
+        (nn.Linear(2, 2), "which takes `input_ids`, but got Linear"),
+        (
+            T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+            "but got T5ForConditionalGeneration",
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"Expected a causal language model, .*{message}"):
+            LitDPO(policy)(batch)
+    with pytest.raises(TypeError, match=r"`lora` to hold arguments of peft.LoraConfig, but got .*'rank': 4.* 'rank'"):
+        LitDPO(model, lora={"rank": 4})
+    with pytest.raises(FileNotFoundError, match="`policy` to be a name or a folder, but /nowhere/model does not exist"):
+        LitDPO("/nowhere/model")(batch)
     with pytest.raises(ValueError, match="another module than `policy`"):
         LitDPO(model, model)
     with pytest.raises(ValueError, match="policy's vocabulary, 67 entries, but got 68"):

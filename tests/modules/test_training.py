@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import lightning
 import peft
@@ -231,6 +232,41 @@ def test_a_reference_that_was_given_is_wanted_again(tmp_path):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(0))
     loaded = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(0), reference=tiny_llama(1)).eval()
     assert torch.equal(loaded.pair_statistics(batch).reward_margin, expected)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "reference", "bf16-true"])
+def test_loading_tells_of_another_reference_and_of_nothing_else(tmp_path, kind):
+    def again(seed: int = 0) -> dict:
+        reference = {"reference": tiny_llama(1 + seed)} if kind == "reference" else {}
+        return {"policy": tiny_llama(seed), "lora": LORA if kind == "lora" else None, **reference}
+
+    given = again()
+    run = trainer(max_steps=2, precision="bf16-true" if kind == "bf16-true" else "32-true")
+    run.fit(LitDPO(learning_rate=1e-2, **given), loader(make_pairs(4), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for every LoRA policy
+        LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again())
+    with pytest.warns(UserWarning, match="the reference that the checkpoint's policy was trained against"):
+        LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again(5))
+    if kind in ("full", "bf16-true"):  # trained in place
+        with pytest.warns(UserWarning, match="load it anew"):
+            LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **given)
+
+
+def test_a_deeper_policys_checkpoint_is_refused(tmp_path):
+    run = trainer(max_steps=1)
+    run.fit(LitDPO(tiny_llama()), loader(make_pairs(2), 2))
+    run.save_checkpoint(tmp_path / "deep.ckpt")
+    with pytest.raises(ValueError, match=r"parameters of this policy alone, but 9 are not its, policy.model.layers.1"):
+        LitDPO.load_from_checkpoint(tmp_path / "deep.ckpt", policy=tiny_llama(num_hidden_layers=1))
+
+
+def test_a_policy_by_name_is_loaded_when_it_is_first_needed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    batch = collate(make_pairs(2))
+    assert torch.equal(LitDPO(tmp_path)(batch).policy_logprob, LitDPO(tiny_llama())(batch).policy_logprob)
 
 
 def test_another_policys_checkpoint_is_refused(tmp_path):
