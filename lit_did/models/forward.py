@@ -93,7 +93,8 @@ def completion_logits(model: nn.Module, layout: Layout) -> Tensor:
     parameters = inspect.signature(_inner(model).forward).parameters
     length = layout.inputs["input_ids"].shape[1]
     arguments = {"use_cache": False} if "use_cache" in parameters else {}
-    if "input_ids" not in parameters or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    takes = "input_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {type(model).__name__}.")
     if "logits_to_keep" in parameters:
         kept, column = torch.unique(layout.rows % length, return_inverse=True)

@@ -290,7 +290,7 @@ def _vocabulary(layers: dict[str, Layer], labels: Tensor, process_group: Process
         rank = dist.get_rank(process_group)
         ends = labels.aminmax() if len(labels) else (0, 0)
         sizes = _gathered([*sizes[0], len(labels), *map(int, ends)], labels.device, process_group)
-    refused = [number for number, of_process in enumerate(sizes) if _REFUSED in of_process]
+    refused = [number for number, (policy_entries, *_) in enumerate(sizes) if policy_entries == _REFUSED]
     if refused:
         raise ValueError(
             "Expected all processes of `process_group` to pass arguments that are served, but rank "

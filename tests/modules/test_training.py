@@ -250,6 +250,9 @@ def test_loading_tells_of_another_reference_and_of_nothing_else(tmp_path, kind):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again())
     with pytest.warns(UserWarning, match="the reference that the checkpoint's policy was trained against"):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again(5))
+    if kind == "reference":
+        with pytest.warns(UserWarning, match="the reference that the checkpoint's policy was trained against"):
+            LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **{**again(), "reference": tiny_llama(5)})
     if kind in ("full", "bf16-true"):  # trained in place
         with pytest.warns(UserWarning, match="load it anew"):
             LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **given)

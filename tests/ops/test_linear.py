@@ -298,8 +298,8 @@ def test_backward_twice(softcap, cuts):
     assert all(torch.equal(again[name], grad) for name, grad in first.items())
     others = case.inputs()
     expected = gradients(logprobs, linear(case, others), others)
-    for name, grad in of_logprobs.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+    for name, grad in of_logprobs.items():  # sums of 1500 terms, in an order that may change with where memory lies
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=3e-6 * expected[name].abs().max().item())
     if cuts != "reference":
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             gradients(case, statistics, inputs)

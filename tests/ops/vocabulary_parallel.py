@@ -77,7 +77,8 @@ def refusals(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.Pro
     """What is said where one process passes something else."""
     spoiled = dist.get_rank(group) == 1
     shorter = {"reference_weight": inputs["reference_weight"][:-1]}
-    fewer, beyond, none = (copy.copy(case) for _ in range(3))
+    fewer, beyond, none, negative = (copy.copy(case) for _ in range(4))
+    negative.labels = case.labels.index_fill(0, torch.tensor([0]), -1)
     fewer.labels = case.labels.index_fill(0, torch.tensor([0]), -100)
     beyond.labels = case.labels.index_fill(0, torch.tensor([0]), 9999)
     none.labels = None
@@ -91,10 +92,11 @@ def refusals(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.Pro
         "label": (beyond, inputs, {}),
         "device": (case, inputs | {"policy_hidden": inputs["policy_hidden"].to("meta")}, {}),
         "no labels": (none, inputs, {}),
+        "negative, all": (negative, inputs, {}),
     }
     said = {}
     for name, given in other.items():
-        passed, tensors, options = given if spoiled else (case, inputs, {})
+        passed, tensors, options = given if spoiled or name.endswith("all") else (case, inputs, {})
         try:
             linear(passed, tensors, process_group=group, **options)
             said[name] = "nothing"
