@@ -1,4 +1,4 @@
-"""Checks of an argument's type, which all modules share: one error that names the argument and what came."""
+"""Checks of arguments that all modules share: one error that names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 
-def check_bool(name: str, value: Any) -> None:
-    """Raises TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+def check_bools(**values: Any) -> None:
+    """Raises TypeError unless all are True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
 
 
 def check_number(name: str, value: Any, kind: str = "an int or a float") -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lit_did.arguments import check_bool, check_integer, check_name, check_number
+from lit_did.arguments import check_bools, check_integer, check_name, check_number
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
@@ -91,9 +91,7 @@ class PreferenceDataModule(LightningDataModule):
             )
         if chat_template is not None and not isinstance(chat_template, str):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
-        switches = {"as_chat": as_chat, "pack": pack, "shuffle": shuffle, "drop_last": drop_last}
-        for name, value in switches.items():
-            check_bool(name, value)
+        check_bools(as_chat=as_chat, pack=pack, shuffle=shuffle, drop_last=drop_last)
         if eval_batch_size is None:
             eval_batch_size = 8 if batch_size is None else batch_size
         if batch_size is None and tokens_per_batch is None:

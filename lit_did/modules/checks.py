@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_did.arguments import check_bool, check_number
+from lit_did.arguments import check_number
 from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX, check_bounds
 from lit_did.models.layout import Sequences, read_sequences
@@ -32,9 +32,9 @@ def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor], *, weighte
     Raises:
         TypeError, ValueError: It has not.
     """
-    sequences = _check_form(batch)
+    count = _check_form(batch)
     if weighted:
-        check_of_pairs(batch, "weight", sequences // 2)
+        check_of_pairs(batch, "weight", count // 2)
     names = ["input_ids", "labels", "cu_seqlens" if "cu_seqlens" in batch else "attention_mask", "position_ids"]
     batch = {name: batch[name].cpu() for name in [*names, *["weight"] * weighted] if name in batch}
     _check_labels(batch)
@@ -170,12 +170,6 @@ def _warn_of_positions(policy: nn.Module, sequences: Sequences) -> None:
             "ones: lower `max_length`.",
             stacklevel=5,
         )
-
-
-def check_switches(**switches: bool) -> None:
-    """Raises TypeError unless all are True or False."""
-    for name, value in switches.items():
-        check_bool(name, value)
 
 
 def check_tokens_at_once(tokens_at_once: int | str | None) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_did.arguments import check_bools
 from lit_did.functional import REFERENCE_FREE_LOSSES, pair_margin, preference_loss, token_did_entropy
 from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
@@ -32,7 +33,6 @@ from lit_did.modules.checks import (
     check_loading,
     check_models,
     check_of_pairs,
-    check_switches,
     check_tokens_at_once,
     checked_sequences,
     warn_unless_policy_is_reference,
@@ -91,7 +91,7 @@ class LitDPO(lightning.LightningModule):
         pack: Gives the models the sequences of a batch end to end, without padding.
         share_prompts: Gives the models once what both sequences of a pair begin with.
         recompute_elementwise: Products, casts, copies and activation functions of the policy are computed again in the
-            backward pass instead of kept: half the activations, for a few per cent of the time, and the same bits.
+            backward pass instead of kept: half the activations, for little time, and the same bits.
         tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
             "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
@@ -149,7 +149,7 @@ class LitDPO(lightning.LightningModule):
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
         check_models(policy, reference, loss, cache_reference)
         check_loading(lora, model_kwargs)
-        check_switches(
+        check_bools(
             disable_dropout=disable_dropout,
             gradient_checkpointing=gradient_checkpointing,
             pack=pack,
@@ -208,8 +208,7 @@ class LitDPO(lightning.LightningModule):
         if not self._reference_free:  # now: later it may be sharded, cast or freed
             self._reference_digest = quick_digest(policy if reference is None else reference)
         if self.hparams.cache_reference is not None:  # else DDP would hold on to what is freed
-            values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-            names = [name for name, _ in values if name.startswith("reference.")]
+            names = [name for name in self._names() if name.startswith("reference.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         self._given = {}
 
@@ -246,8 +245,8 @@ class LitDPO(lightning.LightningModule):
                 f"Expected the checkpoint to hold the {len(trained)} trained parameters of this policy, but "
                 f"{len(missing)} are missing, {missing[0]} the first: was it saved with another `policy` or `lora`?"
             )
-        own = {n for values in (self.named_parameters, self.named_buffers) for n, _ in values(remove_duplicate=False)}
-        surplus = sorted(name for name in checkpoint["state_dict"].keys() - own if name.startswith("policy."))
+        unknown = checkpoint["state_dict"].keys() - self._names()
+        surplus = sorted(name for name in unknown if name.startswith("policy."))
         if surplus:
             raise ValueError(
                 f"Expected the checkpoint to hold parameters of this policy alone, but {len(surplus)} are not its, "
@@ -262,6 +261,11 @@ class LitDPO(lightning.LightningModule):
         left_out = self._frozen_names()
         keys.missing_keys[:] = [n for n in keys.missing_keys if n not in left_out and not n.startswith("reference.")]
         return keys
+
+    def _names(self) -> set[str]:
+        """Of all parameters and buffers."""
+        values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+        return {name for name, _ in values}
 
     def _frozen_names(self) -> set[str]:
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}

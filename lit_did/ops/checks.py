@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_did.arguments import check_bool, check_number
+from lit_did.arguments import check_bools, check_number
 from lit_did.ops.statistics import TokenStatistics
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -134,7 +134,7 @@ def check_inplace_backward(inplace_backward: bool, backend: str) -> None:
         TypeError: `inplace_backward` is not a bool.
         ValueError: It is True with `backend="reference"`, which cannot honour it.
     """
-    check_bool("inplace_backward", inplace_backward)
+    check_bools(inplace_backward=inplace_backward)
     if inplace_backward and backend == "reference":
         raise ValueError(
             "Expected `inplace_backward` to be False with `backend='reference'`, which is plain torch and cannot write "
