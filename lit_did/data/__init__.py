@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lit_did.data.datamodule import PreferenceDataModule
     from lit_did.data.dataset import PreferenceDataset
     from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
-    from lit_did.data.pairs import PreferencePair, parse_pair
-    from lit_did.data.reading import SourceRow, read_pairs
+    from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
+    from lit_did.data.reading import SkippedRow, SourceRow, read_pairs, read_rows
     from lit_did.data.token_batches import TokenBatchSampler
     from lit_did.data.tokenizing import TokenizedPair, tokenize_pair, truncate_pair
 
@@ -26,13 +26,16 @@ __all__ = [
     "PreferencePair",
     "ResumableDataLoader",
     "ResumableSampler",
+    "SkippedRow",
     "SourceRow",
     "TokenBatchSampler",
     "TokenizedPair",
+    "UnusableRowError",
     "collate_packed",
     "collate_pairs",
     "parse_pair",
     "read_pairs",
+    "read_rows",
     "tokenize_pair",
     "truncate_pair",
 ]
@@ -45,13 +48,16 @@ _HOME = {
     "PreferencePair": "pairs",
     "ResumableDataLoader": "loading",
     "ResumableSampler": "loading",
+    "SkippedRow": "reading",
     "SourceRow": "reading",
     "TokenBatchSampler": "token_batches",
     "TokenizedPair": "tokenizing",
+    "UnusableRowError": "pairs",
     "collate_packed": "collating",
     "collate_pairs": "collating",
     "parse_pair": "pairs",
     "read_pairs": "reading",
+    "read_rows": "reading",
     "tokenize_pair": "tokenizing",
     "truncate_pair": "tokenizing",
 }

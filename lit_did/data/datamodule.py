@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ from lit_did.arguments import check_bools, check_integer, check_name, check_numb
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
-from lit_did.data.reading import SourceRow, read_pairs
+from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, describe_skipped, read_rows
 from lit_did.data.token_batches import TokenBatchSampler
+
+Rows = tuple[list[SourceRow], list[SkippedRow]]
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -34,6 +37,9 @@ class PreferenceDataModule(LightningDataModule):
         val_fraction: without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
             rounded to the nearest number, at least one. Files sorted by topic should be shuffled before.
         predict: pairs for `trainer.predict`; by default those of validation.
+        columns: for each of our column names the sources' own, such as {"prompt": "question"}; see `read_rows`.
+        on_bad_rows: "skip" leaves out rows that are whole but cannot be trained on, such as an empty answer, with one
+            warning a source. "raise" stops at the first. Malformed rows always raise.
         batch_size: pairs per batch and rank, 8 by default. A batch has twice as many sequences. With
             `tokens_per_batch`, the most pairs of a batch, by default without limit.
         eval_batch_size: pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
@@ -71,6 +77,8 @@ class PreferenceDataModule(LightningDataModule):
         val: Any = None,
         val_fraction: float = 0.0,
         predict: Any = None,
+        columns: Mapping[str, str | None] | None = None,
+        on_bad_rows: str = "skip",
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
@@ -92,6 +100,8 @@ class PreferenceDataModule(LightningDataModule):
         if chat_template is not None and not isinstance(chat_template, str):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
         check_bools(as_chat=as_chat, pack=pack, shuffle=shuffle, drop_last=drop_last)
+        check_columns(columns)
+        check_on_bad_rows(on_bad_rows)
         if eval_batch_size is None:
             eval_batch_size = 8 if batch_size is None else batch_size
         if batch_size is None and tokens_per_batch is None:
@@ -114,6 +124,7 @@ class PreferenceDataModule(LightningDataModule):
         if val_fraction and train is None:
             raise ValueError(f"Expected `train` for `val_fraction={val_fraction}` to hold rows out of, but got None.")
         self.train, self.val, self.predict = train, val, predict
+        self.columns, self.on_bad_rows = columns, on_bad_rows
         self.val_fraction = val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length = max_length
@@ -158,14 +169,12 @@ class PreferenceDataModule(LightningDataModule):
         if makes_train or (makes_val and self.val is None):
             train_rows, val_rows = self._split_train()
         if makes_train:
-            self.train_dataset = self._tokenize("train", train_rows)
+            self.train_dataset = self._tokenize("train", *train_rows)
         if makes_val:
-            self.val_dataset = self._tokenize("val", val_rows if self.val is None else read_pairs(self.val, "val"))
+            self.val_dataset = self._tokenize("val", *(val_rows if self.val is None else self._read("val")))
         if needs_predict and self.predict_dataset is None:
             self.predict_dataset = (
-                self.val_dataset
-                if self.predict is None
-                else self._tokenize("predict", read_pairs(self.predict, "predict"))
+                self.val_dataset if self.predict is None else self._tokenize("predict", *self._read("predict"))
             )
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -230,21 +239,35 @@ class PreferenceDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
-    def _split_train(self) -> tuple[list[SourceRow], list[SourceRow]]:
-        """The rows of `train` to train on and those held out."""
-        rows = read_pairs(self.train, "train")
+    def _read(self, name: str) -> Rows:
+        return read_rows(getattr(self, name), name, columns=self.columns, on_bad_rows=self.on_bad_rows)
+
+    def _split_train(self) -> tuple[Rows, Rows]:
+        """The rows of `train` to train on and those held out, each with those skipped among them."""
+        rows, skipped = self._read("train")
         held_out = max(1, round(len(rows) * self.val_fraction)) if self.val_fraction else 0
         if held_out >= len(rows):
             raise ValueError(
                 f"Expected `train` to have rows left after holding out val_fraction={self.val_fraction}, "
                 f"but got {len(rows)} in all."
             )
-        return rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        cut = len(rows) - held_out
+        first = rows[cut].index if held_out else float("inf")
+        before, after = [row for row in skipped if row.index < first], [row for row in skipped if row.index >= first]
+        return (rows[:cut], before), (rows[cut:], after)
 
-    def _tokenize(self, name: str, rows: list[SourceRow]) -> PreferenceDataset:
+    def _tokenize(self, name: str, rows: list[SourceRow], skipped: list[SkippedRow]) -> PreferenceDataset:
         dataset = PreferenceDataset(
-            rows, self.tokenizer, self.max_length, chat_template=self.chat_template, as_chat=self.as_chat
+            rows,
+            self.tokenizer,
+            self.max_length,
+            chat_template=self.chat_template,
+            as_chat=self.as_chat,
+            skipped=skipped,
+            on_bad_rows=self.on_bad_rows,
         )
-        log = rank_zero_warn if dataset.num_dropped or dataset.num_identical else rank_zero_info
+        if dataset.skipped:
+            rank_zero_warn(describe_skipped(name, dataset.skipped, dataset.num_rows))
+        log = rank_zero_warn if dataset.num_identical else rank_zero_info
         log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset

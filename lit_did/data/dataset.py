@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from lit_did.data.pairs import to_chat
-from lit_did.data.reading import SourceRow
+from lit_did.data.pairs import UnusableRowError, prepare_pair
+from lit_did.data.reading import SkippedRow, SourceRow, check_on_bad_rows, describe_skipped
 from lit_did.data.rendering import RenderedPair, render_pair
 from lit_did.data.tokenizing import TokenizedPair, tokenize_rendered, truncate_pair
 
@@ -33,8 +33,9 @@ class PreferenceDataset(Dataset):
     out so that all ranks get equally many rows.
 
     Attributes:
-        num_rows: rows before dropping.
-        num_dropped: rows left out because a completion has no tokens.
+        num_rows: rows before skipping.
+        skipped: the rows left out because they cannot be trained on, those that the reader skipped among them.
+        num_dropped: how many these are.
         num_identical: rows kept although chosen and rejected have the same token ids, and so carry no preference.
         num_truncated: rows kept that lost tokens to `max_length`.
     """
@@ -47,33 +48,59 @@ class PreferenceDataset(Dataset):
         *,
         chat_template: str | None = None,
         as_chat: bool = False,
+        skipped: Sequence[SkippedRow] = (),
+        on_bad_rows: str = "skip",
     ) -> None:
         """Tokenises `rows` by the rules of `tokenize_pair`; its arguments are explained there.
+
+        Args:
+            rows, skipped: what `read_rows` returns. `skipped` is counted in `num_rows` and `num_dropped`.
+            on_bad_rows: "skip" or "raise", for rows that only now turn out to be unusable.
 
         Raises:
             ValueError: if a row cannot be rendered (naming it), or if no row is left.
         """
-        self.num_rows = len(rows)
-        self.num_dropped = self.num_identical = self.num_truncated = 0
+        check_on_bad_rows(on_bad_rows)
+        self.num_rows = len(rows) + len(skipped)
+        self.skipped = list(skipped)
+        self.num_identical = self.num_truncated = 0
         self._examples: list[Example] = []
         for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            rendered = [_render(row, tokenizer, chat_template, as_chat) for row in chunk]
+            chunk, rendered = [], []
+            for row in rows[start : start + _CHUNK]:
+                try:
+                    rendered.append(_render(row, tokenizer, chat_template, as_chat))
+                    chunk.append(row)
+                except UnusableRowError as error:
+                    self._skip(row, error, on_bad_rows)
             for row, pair in zip(chunk, tokenize_rendered(rendered, tokenizer), strict=True):
-                self._add(row.index, pair, truncate_pair(pair, max_length, tokenizer.bos_token_id))
+                try:
+                    self._add(row, pair, truncate_pair(pair, max_length, tokenizer.bos_token_id))
+                except UnusableRowError as error:
+                    self._skip(row, error, on_bad_rows)
         if not self._examples:
             raise ValueError(
-                f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows."
+                f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows. "
+                + describe_skipped("Skipped", self.skipped)
             )
 
-    def _add(self, index: int, whole: TokenizedPair, pair: TokenizedPair) -> None:
-        if not pair.chosen_ids or not pair.rejected_ids:
-            self.num_dropped += 1
-            return
+    @property
+    def num_dropped(self) -> int:
+        return len(self.skipped)
+
+    def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: str) -> None:
+        if on_bad_rows == "raise":
+            raise error
+        self.skipped.append(SkippedRow(row.index, row.where, str(error).removeprefix(f"{row.where}: ")))
+
+    def _add(self, row: SourceRow, whole: TokenizedPair, pair: TokenizedPair) -> None:
+        for name in ("chosen", "rejected"):
+            if not getattr(pair, f"{name}_ids"):
+                raise UnusableRowError(f"{row.where}: Expected `{name}` to have tokens, but got none.")
         self.num_identical += pair.chosen_ids == pair.rejected_ids
         self.num_truncated += pair != whole
         # Arrays take 4 bytes a token where lists of int take up to 36, and move to worker processes as they are.
-        self._examples.append(Example(*(np.array(ids, dtype=np.int32) for ids in pair), index=index, weight=1.0))
+        self._examples.append(Example(*(np.array(ids, dtype=np.int32) for ids in pair), index=row.index, weight=1.0))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -95,13 +122,15 @@ class PreferenceDataset(Dataset):
     def summary(self) -> str:
         """The counts in one line."""
         return (
-            f"{len(self)} pairs of {self.num_rows} rows: {self.num_dropped} dropped (a completion without tokens), "
+            f"{len(self)} pairs of {self.num_rows} rows: {self.num_dropped} skipped, "
             f"{self.num_identical} with identical chosen and rejected, {self.num_truncated} truncated"
         )
 
 
 def _render(row: SourceRow, tokenizer: Any, chat_template: str | None, as_chat: bool) -> RenderedPair:
     try:
-        return render_pair(to_chat(row.pair) if as_chat else row.pair, tokenizer, chat_template)
+        return render_pair(prepare_pair(row.pair, as_chat), tokenizer, chat_template)
+    except UnusableRowError as error:
+        raise UnusableRowError(f"{row.where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error

@@ -24,13 +24,24 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
+class UnusableRowError(ValueError):
+    """A row that is whole but cannot be trained on, such as one with an empty answer. Readers may skip it."""
+
+
 class PreferencePair(NamedTuple):
-    """A checked pair with its prompt made explicit: three strings, or three lists of messages."""
+    """A checked pair with its prompt made explicit: three strings, or three lists of messages.
+
+    `tools` and `chat_template_kwargs` are arguments of the chat template. `system` is the system message of a
+    plain-text pair; that of a chat pair is the first message of its prompt.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     tag: str = ""
+    tools: list | None = None
+    chat_template_kwargs: dict | None = None
+    system: str | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -90,18 +101,41 @@ def to_chat(pair: PreferencePair) -> PreferencePair:
     A dialogue as in HH-RLHF becomes its turns, without the whitespace around each. Chat pairs are returned as they are.
 
     Raises:
-        ValueError: if the prompt is empty: chat templates need a message to answer.
+        UnusableRowError: if the prompt is empty: chat templates need a message to answer.
     """
     if pair.is_chat:
         return pair
     if pair.prompt.endswith(_ASSISTANT) and _TURN.match(pair.prompt):
         prompt = _turns(pair.prompt)[:-1]  # the last turn is the one to complete
-        return PreferencePair(prompt, _turns(_ASSISTANT + pair.chosen), _turns(_ASSISTANT + pair.rejected), pair.tag)
-    if not pair.prompt.strip():
-        raise ValueError(f"Expected a prompt to wrap as a user message (`as_chat=True`), but got {pair.prompt!r}.")
-    prompt = [{"role": "user", "content": pair.prompt}]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
-    return PreferencePair(prompt, chosen, rejected, pair.tag)
+        chosen, rejected = (_turns(_ASSISTANT + text) for text in (pair.chosen, pair.rejected))
+    elif pair.prompt.strip():
+        prompt = [{"role": "user", "content": pair.prompt}]
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
+    else:
+        raise UnusableRowError(
+            f"Expected a prompt to wrap as a user message (`as_chat=True`), but got {pair.prompt!r}."
+        )
+    if pair.system:
+        prompt = [{"role": "system", "content": pair.system}, *prompt]
+    return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected, system=None)
+
+
+def prepare_pair(pair: PreferencePair, as_chat: bool) -> PreferencePair:
+    """The pair to render: with `as_chat` in messages, see `to_chat`.
+
+    Raises:
+        UnusableRowError: if the prompt is empty and `as_chat` needs one.
+        ValueError: for plain text beside `system`, `tools` or `chat_template_kwargs`, which need a chat template.
+    """
+    if as_chat:
+        return to_chat(pair)
+    for name in ("system", "tools", "chat_template_kwargs"):
+        if not pair.is_chat and getattr(pair, name):
+            raise ValueError(
+                f"Expected chat messages beside the column `{name}`, which a chat template places, but got plain text. "
+                f"Pass `as_chat=True` to wrap the text as messages, or `columns={{{name!r}: None}}` to leave it out."
+            )
+    return pair
 
 
 def _turns(dialogue: str) -> list[Message]:
@@ -134,7 +168,7 @@ def _split_chat(chosen: list[Message], rejected: list[Message]) -> PreferencePai
 def _check_field(name: str, value: Any, where: str) -> None:
     if isinstance(value, str):
         if not value and name != "prompt":
-            raise _error(where, f"`{name}` to be non-empty", "an empty string")
+            raise UnusableRowError(f"{where}: Expected `{name}` to have text, but got an empty string.")
         _check_unicode(name, value, where)
     elif isinstance(value, list):
         if not value:

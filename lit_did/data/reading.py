@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_did.data.pairs import PreferencePair, parse_pair
+from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
 
 _FIELDS = ("prompt", "chosen", "rejected", "tag")
 _JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -24,16 +26,42 @@ class SourceRow(NamedTuple):
     pair: PreferencePair
 
 
-def read_pairs(source: Any, name: str = "source") -> list[SourceRow]:
-    """Reads and checks all pairs of a source.
+class SkippedRow(NamedTuple):
+    """A row that was left out: its row number in the source, what errors call it, and the reason in a sentence."""
+
+    index: int
+    where: str
+    reason: str
+
+
+def read_pairs(
+    source: Any, name: str = "source", *, columns: Mapping[str, str | None] | None = None, on_bad_rows: str = "skip"
+) -> list[SourceRow]:
+    """Reads and checks all pairs of a source. One warning names the rows that were skipped.
+
+    Args, Returns, Raises: as `read_rows`, whose rows these are.
+    """
+    rows, skipped = read_rows(source, name, columns=columns, on_bad_rows=on_bad_rows)
+    if skipped:
+        warnings.warn(describe_skipped(name, skipped, len(rows) + len(skipped)), stacklevel=2)
+    return rows
+
+
+def read_rows(
+    source: Any, name: str = "source", *, columns: Mapping[str, str | None] | None = None, on_bad_rows: str = "skip"
+) -> tuple[list[SourceRow], list[SkippedRow]]:
+    """Reads and checks all pairs of a source, and says which rows it skipped.
 
     Args:
         source: the path of a .jsonl, .jsonl.gz, .json or .json.gz file (UTF-8, one object a line, blank lines
             skipped) or of a .parquet file; a `datasets.Dataset`; or a list of dicts. Formats of a row: `parse_pair`.
         name: what errors call a source that is not a file.
+        columns: for each of our names the source's: {"prompt": "question"}. None as a name leaves the column out.
+        on_bad_rows: what to do with rows that are whole but cannot be trained on (`UnusableRowError`): "skip" them, or
+            "raise". Malformed rows always raise.
 
     Returns:
-        The rows in the order of the source.
+        The rows in the order of the source, and those that were skipped.
 
     Raises:
         FileNotFoundError: if the file is not there.
@@ -41,6 +69,8 @@ def read_pairs(source: Any, name: str = "source") -> list[SourceRow]:
         ValueError: for malformed content, naming file and line (from 1), or source and row (from 0), and the reason.
         ImportError: for a .parquet file, if pyarrow is not installed.
     """
+    check_on_bad_rows(on_bad_rows)
+    check_columns(columns)
     if isinstance(source, (str, Path)):
         name = str(source)
         rows = _read_file(Path(source))
@@ -55,10 +85,52 @@ def read_pairs(source: Any, name: str = "source") -> list[SourceRow]:
             f"Expected `{name}` to be a path, a list of dicts or a datasets.Dataset, "
             f"but got {type(source).__name__}{hint}."
         )
-    pairs = [SourceRow(index, where, parse_pair(row, where)) for index, (where, row) in enumerate(rows)]
+    pairs: list[SourceRow] = []
+    skipped: list[SkippedRow] = []
+    for index, (where, row) in enumerate(rows):
+        try:
+            pairs.append(SourceRow(index, where, parse_pair(row, where)))
+        except UnusableRowError as error:
+            if on_bad_rows == "raise":
+                raise
+            skipped.append(SkippedRow(index, where, str(error).removeprefix(f"{where}: ")))
     if not pairs:
+        if skipped:
+            raise ValueError(
+                f"{name}: Expected preference pairs, but got none to train on. {describe_skipped(name, skipped)}"
+            )
         raise ValueError(f"{name}: contains no preference pairs.")
-    return pairs
+    return pairs, skipped
+
+
+def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
+    """One text on the rows of a source that were skipped: how many, why and where."""
+    reasons = Counter(row.reason for row in skipped).most_common(3)
+    lines = []
+    for reason, count in reasons:
+        places = [row.where for row in skipped if row.reason == reason]
+        more = ", ..." if count > 3 else ""
+        lines.append(f"{count} with the reason: {reason} ({'; '.join(places[:3])}{more})")
+    others = len(skipped) - sum(count for _, count in reasons)
+    if others:
+        lines.append(f"{others} for other reasons")
+    of = f" of {num_rows}" if num_rows is not None else ""
+    return (
+        f"{name}: {len(skipped)}{of} rows cannot be trained on and are skipped. {' '.join(lines)} "
+        'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.'
+    )
+
+
+def check_on_bad_rows(on_bad_rows: Any) -> None:
+    """Raises ValueError unless `on_bad_rows` is "skip" or "raise"."""
+    if on_bad_rows not in ("skip", "raise"):
+        raise ValueError(f'Expected `on_bad_rows` to be "skip" or "raise", but got {on_bad_rows!r}.')
+
+
+def check_columns(columns: Any) -> None:
+    """Raises unless `columns` maps our names to the source's."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise TypeError(f'Expected `columns` to be a dict such as {{"prompt": "question"}}, but got {columns!r}.')
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lit_did.data.pairs import PreferencePair, parse_pair, to_chat
+from lit_did.data.pairs import PreferencePair, parse_pair, prepare_pair
 from lit_did.data.rendering import RenderedPair, first_token, render_pair
 
 
@@ -49,7 +49,7 @@ def tokenize_pair(
         ValueError: if the row is malformed, cannot be rendered, or `max_length` is below 2.
     """
     pair = row if isinstance(row, PreferencePair) else parse_pair(row)
-    rendered = render_pair(to_chat(pair) if as_chat else pair, tokenizer, chat_template)
+    rendered = render_pair(prepare_pair(pair, as_chat), tokenizer, chat_template)
     return truncate_pair(tokenize_rendered([rendered], tokenizer)[0], max_length, tokenizer.bos_token_id)
 
 

@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
         data.setup("fit")
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(error) from error
-    tags = {i: row.pair.tag or "all pairs" for i, row in enumerate(rows)}
+    # A row's number in what the data module was given: the file, or the list of the first rows.
+    numbers = (row.index for row in rows) if options.max_pairs is None else range(len(rows))
+    tags = {number: row.pair.tag or "all pairs" for number, row in zip(numbers, rows, strict=True)}
     print(
         f"{len(data.train_dataset)} pairs to train on, {len(data.val_dataset)} held out, "
         f"from {options.data.name}; model {options.model or 'SmolLM2-135M-Instruct'}"

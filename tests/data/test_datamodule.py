@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_did.data import PreferenceDataModule
+from lit_did.data import PreferenceDataModule, UnusableRowError
 
 ROWS = [{"prompt": "a", "chosen": "b" * (n % 3 + 1), "rejected": "c" * (n % 2 + 1)} for n in range(10)]
 
@@ -37,6 +37,7 @@ def _indices(dataset) -> list[int]:
             {"pack": True, "tokens_per_batch": 2047},
             r"Expected `tokens_per_batch` to be an integer of at least 2048 \(2 \* max_length, .*\), but got 2047.",
         ),
+        ({"on_bad_rows": "drop"}, 'Expected `on_bad_rows` to be "skip" or "raise", but got .drop.'),
         ({"val_fraction": 1.0}, "Expected `val_fraction` to be in .0, 1., but got 1.0."),
         ({"val_fraction": -0.1}, "Expected `val_fraction` to be in .0, 1., but got -0.1."),
         ({"val_fraction": 0.1, "val": ROWS}, "Expected only one of `val` and `val_fraction`, but got both"),
@@ -56,6 +57,7 @@ def test_arguments_are_checked(no_specials, arguments, message):
         ({"chat_template": 5}, "Expected `chat_template` to be a Jinja template or None, but got 5."),
         ({"val_fraction": "0.1"}, "Expected `val_fraction` to be an int or a float, but got '0.1'."),
         ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
+        ({"columns": "question"}, "Expected `columns` to be a dict such as .* but got 'question'."),
         ({"pack": 1}, "Expected `pack` to be a bool, but got 1."),
         ({"shuffle": None}, "Expected `shuffle` to be a bool, but got None."),
         ({"drop_last": 0}, "Expected `drop_last` to be a bool, but got 0."),
@@ -255,9 +257,26 @@ def test_counts_are_logged_once(no_specials):
         data.setup("fit")
         data.setup("fit")
     assert [str(warning.message) for warning in caught] == [
-        "train: 11 pairs of 12 rows: 1 dropped (a completion without tokens), 1 with identical chosen and rejected, "
-        "3 truncated to max_length=3."
+        "train: 1 of 12 rows cannot be trained on and are skipped. 1 with the reason: Expected `chosen` to have "
+        'tokens, but got none. (train, row 10) Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.',
+        "train: 11 pairs of 12 rows: 1 skipped, 1 with identical chosen and rejected, 3 truncated to max_length=3.",
     ]
+
+
+def test_unusable_rows_may_raise(no_specials):
+    rows = [*ROWS, {"prompt": "a", "chosen": " ", "rejected": "b"}]
+    with pytest.raises(UnusableRowError, match="train, row 10: Expected `chosen` to have tokens, but got none"):
+        PreferenceDataModule(rows, no_specials, on_bad_rows="raise").setup("fit")
+
+
+def test_skipped_rows_belong_to_the_split_they_are_in(no_specials):
+    empty = {"prompt": "a", "chosen": "b", "rejected": ""}
+    data = PreferenceDataModule([empty, *ROWS[:3], empty, *ROWS[3:], empty], no_specials, val_fraction=0.3)
+    with pytest.warns(UserWarning, match="rows cannot be trained on"):
+        data.setup("fit")
+    assert [row.index for row in data.train_dataset.skipped] == [0, 4]
+    assert [row.index for row in data.val_dataset.skipped] == [12]
+    assert (data.train_dataset.num_rows, data.val_dataset.num_rows) == (9, 4)
 
 
 def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):

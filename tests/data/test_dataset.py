@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from lit_did.data.dataset import PreferenceDataset
-from lit_did.data.reading import read_pairs
+from lit_did.data.reading import read_pairs, read_rows
 
 ROWS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -34,9 +34,7 @@ def test_rows_and_counts(no_specials):
     assert [dataset[position].index for position in range(len(dataset))] == [0, 2, 3, 4]
     counts = (dataset.num_rows, dataset.num_dropped, dataset.num_identical, dataset.num_truncated)
     assert counts == (5, 1, 1, 2)
-    assert dataset.summary() == (
-        "4 pairs of 5 rows: 1 dropped (a completion without tokens), 1 with identical chosen and rejected, 2 truncated"
-    )
+    assert dataset.summary() == ("4 pairs of 5 rows: 1 skipped, 1 with identical chosen and rejected, 2 truncated")
 
 
 def test_tokens_of_a_pair_count_its_prompt_twice(no_specials):
@@ -64,6 +62,14 @@ def test_rows_stay_in_order_over_many_tokenizer_calls(no_specials, monkeypatch):
     assert [(example.index, len(example.chosen_ids)) for example in dataset] == [(n, n + 1) for n in range(10)]
 
 
+def test_rows_that_cannot_be_rendered_are_skipped_and_counted_with_the_readers(llama3):
+    rows, skipped = read_rows([ROWS[0] | {"rejected": ""}, ROWS[0], ROWS[0] | {"prompt": " "}])
+    dataset = PreferenceDataset(rows, llama3, max_length=64, as_chat=True, skipped=skipped)
+    assert [(row.index, row.where) for row in dataset.skipped] == [(0, "source, row 0"), (2, "source, row 2")]
+    assert dataset.skipped[1].reason == "Expected a prompt to wrap as a user message (`as_chat=True`), but got ' '."
+    assert (len(dataset), dataset.num_rows, dataset.num_dropped) == (1, 3, 2)
+
+
 def test_nothing_left_is_an_error(no_specials):
     with pytest.raises(ValueError, match=r"Expected preference pairs with tokens in both .*none in 1 rows"):
         PreferenceDataset(read_pairs(ROWS[1:2]), no_specials, max_length=3)
@@ -78,7 +84,7 @@ def test_rendering_errors_name_the_line(no_bos, tmp_path):
         PreferenceDataset(read_pairs(path), no_bos, max_length=8)
     path.write_text(json.dumps({"prompt": "", "chosen": "b", "rejected": "c"}))
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: Expected a prompt to wrap"):
-        PreferenceDataset(read_pairs(path), no_bos, max_length=8, as_chat=True)
+        PreferenceDataset(read_pairs(path), no_bos, max_length=8, as_chat=True, on_bad_rows="raise")
 
 
 def test_workers_get_only_the_tokens(no_bos):

@@ -102,7 +102,7 @@ def test_implicit_prompt_of_identical_chats_leaves_the_last_message():
             {"chosen": "a", "rejected": 3},
             "Expected `rejected` to be a string or a list of messages, but got int 3.",
         ),
-        ({"prompt": "x", "chosen": "", "rejected": "b"}, "Expected `chosen` to be non-empty, but got an empty string."),
+        ({"prompt": "x", "chosen": "", "rejected": "b"}, "Expected `chosen` to have text, but got an empty string."),
         ({"prompt": [], "chosen": [_bot("a")], "rejected": [_bot("b")]}, "Expected `prompt` to be non-empty"),
         (
             {"prompt": [_user("x")], "chosen": [_bot("a")], "rejected": []},

@@ -107,14 +107,14 @@ def test_other_sources_are_refused(source):
         ("[", "Expected one JSON object a line, but got invalid JSON"),
         ('"text"', "Expected an object with `chosen` and `rejected`, but got a string."),
         ('{"chosen": "a"}', "Expected the keys `chosen` and `rejected`, but got `chosen`."),
-        ('{"chosen": "a", "rejected": ""}', "Expected `rejected` to be non-empty, but got an empty string."),
+        ('{"chosen": "a", "rejected": ""}', "Expected `rejected` to have text, but got an empty string."),
         (b'{"chosen": "\xff", "rejected": "b"}', "Expected UTF-8, but got byte 0xff at byte 13 of the line."),
     ],
 )
 def test_malformed_lines_are_named(write_jsonl, line, reason):
     path = write_jsonl(GOOD, "", line, GOOD)
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {reason}")):
-        read_pairs(path)
+        read_pairs(path, on_bad_rows="raise")
 
 
 def test_malformed_rows_of_a_list_are_named():
