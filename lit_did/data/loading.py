@@ -117,7 +117,7 @@ class ResumableDataLoader(DataLoader):
                 self.sampler.epoch_skew += epoch - expected
                 self.sampler.epoch = expected
             return 0
-        if resume["batches"] >= resume["num_batches"]:
+        if not 0 < resume["batches"] < resume["num_batches"]:  # nothing to leave out: the settings may be others
             return 0
         was, now = resume["order"], self._order()
         # A state of before there were token budgets has no key for them.

@@ -1,0 +1,72 @@
+"""LitDPO and PreferenceDataModule under Lightning's Tuner and its callbacks: what is found, and the run that follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+
+from lit_did import LitDPO, PreferenceDataModule
+from tests.modules.tiny import byte_tokenizer, tiny_llama, trainer
+
+ROWS = [{"prompt": "a" * (n % 3 + 1), "chosen": "b" * (n % 4 + 1), "rejected": "c"} for n in range(12)]
+TOKENIZER = byte_tokenizer()
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and loggers
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints_of_the_tuner(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def module(**options) -> LitDPO:
+    return LitDPO(tiny_llama(vocab_size=len(TOKENIZER)), learning_rate=1e-3, **options)
+
+
+def data(**options) -> PreferenceDataModule:
+    return PreferenceDataModule(ROWS, TOKENIZER, **{"batch_size": 2, "val": ROWS[:6], "max_length": 20, **options})
+
+
+def weights(model: LitDPO) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+@pytest.mark.parametrize("options", [{}, {"pack": True, "tokens_per_batch": 60}], ids=["rows", "tokens"])
+def test_batch_size_is_found_and_training_goes_on_as_without(mode, options):
+    model, given, run = module(), data(**options), trainer(max_epochs=2)
+    before = weights(model)
+    size = Tuner(run).scale_batch_size(model, given, mode=mode, margin=0, max_trials=2, steps_per_trial=1)
+    assert (size, given.batch_size) == (4, 4)
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    run.fit(model, given)
+    plain, run_of_plain = module(), trainer(max_epochs=2)
+    run_of_plain.fit(plain, data(**{**options, "batch_size": 4}))
+    assert run.global_step == run_of_plain.global_step == 6
+    torch.testing.assert_close(weights(model), weights(plain), rtol=0, atol=0)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("method", ["validate", "predict"])
+def test_batch_size_of_evaluation_is_found(method):
+    given = data()
+    options = {"method": method, "batch_arg_name": "eval_batch_size", "max_trials": 2, "steps_per_trial": 1}
+    assert Tuner(trainer()).scale_batch_size(module(), datamodule=given, **options) == 4
+    assert given.eval_batch_size == 4
+
+
+def test_batch_size_finder_is_a_callback_too(tmp_path):
+    given, run = data(), trainer(max_epochs=2, callbacks=[BatchSizeFinder(max_trials=2, steps_per_trial=1)])
+    run.fit(module(cache_reference=tmp_path / "cache"), given)
+    assert (given.batch_size, run.global_step) == (4, 6)
+
+
+def test_learning_rate_is_found_and_leaves_the_policy_as_it_was():
+    model, run = module(), trainer(max_epochs=20)
+    before = weights(model)
+    found = Tuner(run).lr_find(model, data(), num_training=30, early_stop_threshold=None)
+    assert len(found.results["lr"]) == 30
+    assert model.hparams.learning_rate == found.suggestion() != 1e-3
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
