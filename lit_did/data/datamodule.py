@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from lit_did.arguments import check_bools, check_integer, check_name, check_number
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
-from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
+from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
 from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, describe_skipped, read_rows
 from lit_did.data.token_batches import TokenBatchSampler
 
@@ -209,9 +208,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches of this rank's validation rows in order; an empty list, for no validation, if there are none."""
-        if self.val_dataset is None:  # on purpose
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-            return []
+        if self.val_dataset is None:
+            return NoValidation()
         return self._evaluation_loader(self.val_dataset)
 
     def predict_dataloader(self) -> DataLoader:

@@ -49,6 +49,10 @@ class EvaluationSampler(DistributedSampler):
         return iter(range(self.rank, self.total_size, self.num_replicas))
 
 
+class NoValidation(list):
+    """No loaders. Lightning warns that the length of this class is zero, so its name says what that means."""
+
+
 class ResumableDataLoader(DataLoader):
     """A DataLoader that Lightning saves in checkpoints and resumes in the middle of an epoch.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -12,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +40,7 @@ from lit_did.modules.checks import (
 )
 from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
+from lit_did.modules.quiet_start import QuietStart
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
 
@@ -344,12 +345,14 @@ class LitDPO(lightning.LightningModule):
                 objective = self._train_on(part)
             (objective * scale).backward()
 
+    def configure_callbacks(self) -> list[Callback]:
+        """`QuietStart`, unless the Trainer has it from an earlier run."""
+        return [] if any(isinstance(c, QuietStart) for c in self.trainer.callbacks) else [QuietStart()]
+
     def on_fit_start(self) -> None:
-        """Starts the metrics anew, and keeps Lightning from warning that the reference is in eval mode."""
+        """Empties the metrics."""
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
         self._rest = []
-        if all(module.training for module in self.policy.modules()):
-            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
 
     def on_train_start(self) -> None:
         """With `cache_reference`, runs the reference over all pairs, or finds what it said, and frees its layers."""

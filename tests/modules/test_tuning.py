@@ -1,10 +1,10 @@
-"""LitDPO and PreferenceDataModule under Lightning's Tuner and its callbacks: what is found, and the run that follows."""
+"""LitDPO and PreferenceDataModule under Lightning's Tuner: what is found, and the run that follows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import Tuner
 
 from lit_did import LitDPO, PreferenceDataModule

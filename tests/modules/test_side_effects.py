@@ -1,0 +1,117 @@
+"""What a run leaves behind in the process: warning filters, log levels, torch's switches, the environment: nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import warnings
+
+import lightning
+import pytest
+import torch
+
+from lit_did import LitDPO, PreferenceDataModule
+from lit_did.callbacks import DIDMonitor
+from lit_did.sampling import sample_did
+from tests.modules.tiny import byte_tokenizer, tiny_llama, trainer
+
+TOKENIZER = byte_tokenizer()
+ROWS = [{"prompt": "a", "chosen": "b" * (n % 3 + 1), "rejected": "c"} for n in range(6)]
+
+
+def process_state() -> dict[str, object]:
+    loggers = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+    return {
+        "filters": list(warnings.filters),
+        "levels": {
+            name: level for name, level in loggers.items() if name.startswith(("lit_did", "lightning", "torch"))
+        },
+        "environment": dict(os.environ),
+        "path": list(sys.path),
+        "random": random.getstate(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def module(**options) -> LitDPO:
+    sizes = {"vocab_size": len(TOKENIZER)}
+    return LitDPO(tiny_llama(0, **sizes), tiny_llama(1, **sizes), **options)
+
+
+class Fails(lightning.Callback):
+    """Raises at the hook of this name."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._fail)
+
+    def _fail(self, *_):
+        raise KeyError("on purpose")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_done(tmp_path_factory):
+    """What libraries set when a first run imports them is none of ours."""
+    trainer(max_epochs=1).fit(module(), PreferenceDataModule(ROWS, TOKENIZER, val=ROWS))
+
+
+@pytest.mark.parametrize("val", [ROWS, None], ids=["validated", "alone"])
+@pytest.mark.parametrize("method", ["fit", "validate", "predict"])
+def test_a_run_leaves_nothing_behind(method, val, tmp_path):
+    if method != "fit" and val is None:
+        return
+    before = process_state()
+    data = PreferenceDataModule(ROWS, TOKENIZER, val=val, batch_size=2)
+    cached = method == "fit" and val
+    options = {"cache_reference": tmp_path / "cache"} if cached else {}
+    run = trainer(max_epochs=1, callbacks=[] if cached else [DIDMonitor()])
+    with warnings.catch_warnings(record=True) as seen:
+        before_fit = list(warnings.filters)
+        getattr(run, method)(module(**options), datamodule=data)
+        assert list(warnings.filters) == before_fit
+    assert not [w for w in seen if "in eval mode" in str(w.message)]
+    assert process_state() == before
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_train_start", "on_train_batch_start"])
+def test_a_run_that_fails_leaves_nothing_behind(hook):
+    before = process_state()
+    run = trainer(max_epochs=1, callbacks=[Fails(hook)])
+    with pytest.raises(KeyError, match="on purpose"):
+        run.fit(module(), PreferenceDataModule(ROWS, TOKENIZER, val=ROWS, batch_size=2))
+    assert process_state() == before
+
+
+def test_parts_of_the_policy_in_eval_mode_are_warned_of():
+    model = module()
+    model.policy.get_input_embeddings().eval()
+    with pytest.warns(UserWarning, match="in eval mode at the start of training"):
+        trainer(max_epochs=1).fit(model, PreferenceDataModule(ROWS, TOKENIZER))
+
+
+def test_a_second_run_adds_no_callback(capsys):
+    run, model = trainer(max_epochs=1), module()
+    run.fit(model, PreferenceDataModule(ROWS, TOKENIZER))
+    callbacks = list(run.callbacks)
+    run.fit(model, PreferenceDataModule(ROWS, TOKENIZER))
+    assert run.callbacks == callbacks
+
+
+def test_data_without_validation_are_told_by_that_name():
+    with pytest.warns(UserWarning, match="`NoValidation`"):
+        trainer(max_epochs=1).fit(module(), PreferenceDataModule(ROWS, TOKENIZER))
+
+
+def test_sampling_leaves_nothing_behind():
+    models = tiny_llama(0), tiny_llama(1)
+    before, numbers = process_state(), torch.get_rng_state()
+    sample_did(*models, [1, 2], max_new_tokens=2, num_samples=6, islands=3, progress=False)
+    assert process_state() == before
+    assert torch.equal(torch.get_rng_state(), numbers)
