@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -27,6 +26,7 @@ from lit_did.models.measuring import Outputs, completion_outputs, completion_sta
 from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
 from lit_did.modules.cached_reference import CachedReference, cached_reference
+from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
     cache_folder,
     check_did_entropy_weight,
@@ -36,7 +36,6 @@ from lit_did.modules.checks import (
     check_tokens_at_once,
     checked_sequences,
     warn_unless_policy_is_reference,
-    warn_unless_same_reference,
 )
 from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
@@ -49,7 +48,7 @@ TOKENS_AT_ONCE = 16_384
 """`tokens_at_once="auto"`: more than matrix products need for full speed, few enough for their activations"""
 
 
-class LitDPO(lightning.LightningModule):
+class LitDPO(TrainedState):
     """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290), or without one.
 
     Batches are dicts, as `PreferenceDataModule` makes them: `input_ids`, `attention_mask` and `labels` [2 pairs, T],
@@ -183,8 +182,6 @@ class LitDPO(lightning.LightningModule):
         self.reference: nn.Module | None = None
         self.train_metrics = make_metrics(**self._loss_options)
         self.val_metrics = nn.ModuleList()  # one a validation dataloader
-        # The checkpoint holds what is trained and nothing else; on_load_checkpoint checks that it is all there.
-        self.strict_loading = False
         if not isinstance(policy, str) and not isinstance(reference, str):
             self.configure_model()
 
@@ -209,7 +206,8 @@ class LitDPO(lightning.LightningModule):
         if not self._reference_free:  # now: later it may be sharded, cast or freed
             self._reference_digest = quick_digest(policy if reference is None else reference)
         if self.hparams.cache_reference is not None:  # else DDP would hold on to what is freed
-            names = [name for name in self._names() if name.startswith("reference.")]
+            values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+            names = [name for name, _ in values if name.startswith("reference.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         self._given = {}
 
@@ -219,57 +217,6 @@ class LitDPO(lightning.LightningModule):
         if self.reference is not None:
             self.reference.eval()
         return self
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what is trained: not the reference, and of a LoRA policy the adapter alone."""
-        frozen = self._frozen_names()
-        checkpoint["reference_digest"] = self._reference_digest
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if name not in frozen and not name.startswith("reference.")
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another policy, or of a run with a reference that is not given here."""
-        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if saved and "reference" not in saved and self.hparams.get("reference", "a module") is None:
-            raise ValueError(
-                "Expected `reference` to be given as it was to the run that saved the checkpoint, a module, but got "
-                "None: the policy would be compared with itself as it is given here."
-            )
-        self.configure_model()
-        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-        missing = sorted(trained - checkpoint["state_dict"].keys())
-        if missing:
-            raise ValueError(
-                f"Expected the checkpoint to hold the {len(trained)} trained parameters of this policy, but "
-                f"{len(missing)} are missing, {missing[0]} the first: was it saved with another `policy` or `lora`?"
-            )
-        unknown = checkpoint["state_dict"].keys() - self._names()
-        surplus = sorted(name for name in unknown if name.startswith("policy."))
-        if surplus:
-            raise ValueError(
-                f"Expected the checkpoint to hold parameters of this policy alone, but {len(surplus)} are not its, "
-                f"{surplus[0]} the first: was it saved with another `policy` or `lora`?"
-            )
-        warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
-        self._start_checked = True  # a resumed policy has left its reference
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every module's; what a checkpoint leaves out on purpose is not told as missing."""
-        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        left_out = self._frozen_names()
-        keys.missing_keys[:] = [n for n in keys.missing_keys if n not in left_out and not n.startswith("reference.")]
-        return keys
-
-    def _names(self) -> set[str]:
-        """Of all parameters and buffers."""
-        values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-        return {name for name, _ in values}
-
-    def _frozen_names(self) -> set[str]:
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
     # -----------------------------------------------------------------------------------------------------------
     # Steps

@@ -248,13 +248,13 @@ def test_loading_tells_of_another_reference_and_of_nothing_else(tmp_path, kind):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, for every LoRA policy
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again())
-    with pytest.warns(UserWarning, match="the reference that the checkpoint's policy was trained against"):
+    with pytest.warns(UserWarning, match="reference's weights differ from those of the run"):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **again(5))
     if kind == "reference":
-        with pytest.warns(UserWarning, match="the reference that the checkpoint's policy was trained against"):
+        with pytest.warns(UserWarning, match="reference's weights differ from those of the run"):
             LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **{**again(), "reference": tiny_llama(5)})
     if kind in ("full", "bf16-true"):  # trained in place
-        with pytest.warns(UserWarning, match="load it anew"):
+        with pytest.warns(UserWarning, match="pass a freshly loaded one"):
             LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **given)
 
 

@@ -1,0 +1,143 @@
+"""What `state_dict` and checkpoints hold and accept: layers with extra state, averages of weights, other processes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from lit_did import LitDPO
+from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+class Quantised(nn.Linear):
+    """Keeps what no parameter or buffer is, as 4-bit, 8-bit and FP8 layers do."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.quant_state.nf4"] = torch.ones(2)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        state_dict.pop(f"{prefix}weight.quant_state.nf4", None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def get_extra_state(self):
+        return torch.ones(1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+def quantised_llama() -> nn.Module:
+    model = tiny_llama()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                child.__class__ = Quantised
+    return model
+
+
+def whole(module: LitDPO) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.policy.named_parameters()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_state_dict_holds_what_is_trained_and_loads_strictly(lora):
+    module, again = (LitDPO(tiny_llama(), tiny_llama(seed), lora=lora) for seed in (1, 2))
+    state = module.state_dict()
+    assert state.keys() == {n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert lora is None or not equal(whole(module), whole(again))  # the premise: adapters start at random
+    assert not any(again.load_state_dict(state, strict=True))
+    assert equal(whole(module), whole(again))
+    name, value = state.popitem()
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        again.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"policy.other"'):
+        again.load_state_dict({**state, name: value, "policy.other": value})
+
+
+def test_frozen_layers_are_left_out_and_kept():
+    policy = tiny_llama()
+    policy.model.layers[0].requires_grad_(False)
+    policy.model.layers[0].register_buffer("scale", torch.ones(1))
+    policy.model.layers[1].register_buffer("scale", torch.ones(1))
+    module = LitDPO(policy)
+    assert not any("layers.0" in name for name in module.state_dict())
+    assert "policy.model.layers.1.scale" in module.state_dict()
+    again = LitDPO(copy.deepcopy(policy))
+    again.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
+    moved = {name for name, p in whole(again).items() if not torch.equal(p, whole(module)[name])}
+    assert moved == {name for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_layers_with_extra_state_resume(tmp_path, lora):
+    def module() -> LitDPO:
+        return LitDPO(quantised_llama(), lora=lora, learning_rate=1e-2)
+
+    run, first = trainer(max_epochs=1), module()
+    run.fit(first, loader(make_pairs(4), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    extra = [name for name in state if "extra" in name or "quant" in name]
+    assert len(extra) == (0 if lora else 30)  # with LoRA the layers are frozen
+    second = module()
+    trainer(max_epochs=1).fit(second, loader(make_pairs(4), 2), ckpt_path=tmp_path / "last.ckpt")
+    assert equal(whole(first), whole(second)) or lora
+    trained = {n: p for n, p in whole(second).items() if "lora_" in n or not lora}
+    assert all(torch.equal(p, whole(first)[n]) for n, p in trained.items())
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: WeightAveraging(use_buffers=False),
+        lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+    ],
+    ids=["EMA", "average", "SWA"],
+)
+def test_averages_of_weights_resume(tmp_path, average, lora):
+    def run(epochs: int, checkpoint: str | None = None) -> LitDPO:
+        torch.manual_seed(5)  # of the adapter
+        module = LitDPO(tiny_llama(), lora=lora, learning_rate=1e-2)
+        saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [average(), saved]
+        data = loader(make_pairs(4), 2), loader(make_pairs(2), 2)
+        trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True).fit(
+            module, *data, ckpt_path=checkpoint, weights_only=False
+        )
+        return module
+
+    straight = run(3)
+    checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)
+    names = [*checkpoint["state_dict"], *checkpoint.get("current_model_state", ())]
+    assert not any(name.startswith("reference.") for name in names)
+    assert lora is None or all("lora_" in name for name in names)
+    resumed = run(3, str(tmp_path / "epoch=1.ckpt"))
+    assert equal(whole(straight), whole(resumed))
+
+
+def test_a_process_that_trained_hands_its_weights_back(tmp_path):
+    """As under `ddp_notebook`, which is `ddp_fork`."""
+    tiny_llama().save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    module = LitDPO(tmp_path, lora=LORA, learning_rate=1e-2)
+    trainer(max_epochs=1, strategy="ddp_fork").fit(module, loader(make_pairs(4), 2))
+    torch.manual_seed(5)
+    here = LitDPO(tmp_path, lora=LORA, learning_rate=1e-2)
+    trainer(max_epochs=1).fit(here, loader(make_pairs(4), 2))
+    assert module.policy is not None
+    for name, weight in whole(here).items():
+        torch.testing.assert_close(whole(module)[name], weight, atol=1e-5, rtol=1e-4)
+    assert max(p.abs().max() for n, p in whole(module).items() if "lora_B" in n) > 1e-3  # the premise
