@@ -112,8 +112,8 @@ def _do_not_miss(module: nn.Module, keys: Any) -> None:
 def _left_out(module: TrainedState) -> Callable[[str], bool]:
     """Tells of a name in a full `state_dict` whether it is left out: what is the reference's, or frozen.
 
-    Buffers and extra state, such as a 4-bit layer's scales, go with the parameters of the part that holds them. Those of
-    a part without parameters are kept, unless the policy has an adapter: what is under it does not change.
+    Buffers and extra state, such as a 4-bit layer's scales, go with the parameters of the part that holds them. Those
+    of a part without parameters are kept, unless the policy has an adapter: what is under it does not change.
     """
     trained: dict[str, bool] = {}  # of each parameter and part that holds some: whether anything in it is trained
     parameters = {_plain(n): p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
