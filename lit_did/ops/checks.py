@@ -164,6 +164,7 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     Raises:
         ValueError: A label is out of range.
     """
+    labels = torch.func.debug_unwrap(labels)  # under vmap, which has no values, those of all examples
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
     if wrong.any():
         row = int(wrong.flatten().nonzero()[0])

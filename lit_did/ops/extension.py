@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _CLONE = Path(__file__).parents[2]
 # In a clone Python takes the package from the current folder, so that only an editable install is seen there.
@@ -75,16 +78,42 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """Resolves `backend` to "fused" or "reference" for tensors on `device`.
+def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of `tensors` is inside a transform of `torch.func` or `torch.vmap`, or has a forward-mode tangent."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return True
+    if torch.compiler.is_compiling():  # cannot look inside; what it cannot transform itself, it refuses
+        return False
+    return any(torch.func.debug_unwrap(tensor, recurse=False) is not tensor for tensor in tensors)
+
+
+def check_gradients(grads: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError where the gradients that a fused backward gets are batched, or have tangents."""
+    if is_transformed(grads):
+        raise RuntimeError(
+            "Expected `backend='reference'` where gradients are batched (torch.vmap over torch.autograd.grad) or have "
+            "forward-mode tangents, but got the fused operators, whose backward takes one plain gradient at a time."
+        )
+
+
+def choose_backend(backend: str, device: torch.device, tensors: Iterable[Tensor | None]) -> str:
+    """Resolves `backend` to "fused" or "reference" for `tensors`, which are on `device`.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
-        RuntimeError: `backend` is "fused" and the fused operators do not serve `device`.
+        RuntimeError: `backend` is "fused" and the fused operators do not serve `device` or transformed tensors.
     """
     check_backend(backend)
     if backend == "reference":
         return backend
+    if is_transformed(tensors):
+        if backend == "auto":
+            return "reference"
+        raise RuntimeError(
+            "Expected `backend` to be 'auto' or 'reference' under torch.func's transforms (vmap, grad, jvp, ...) and "
+            "forward-mode differentiation, which the fused operators do not support, but got 'fused'."
+        )
     served = fused_devices()
     if device.type in served:
         return "fused"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_did.ops.checks import check_not_leaves
+from lit_did.ops.extension import check_gradients
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 
 NUM_NORMALIZERS = 4  # log2-sum-exp2 of the three rows and their flags: csrc/row_statistics.h
@@ -101,6 +102,7 @@ def _backward(ctx, *grads):
     policy_logits, reference_logits, labels, *statistics, normalizers = ctx.saved_tensors
     needs_policy, needs_reference = ctx.needs_input_grad[:2]
     grads = list(grads[: len(statistics)])
+    check_gradients(grads)
     if all(grad is None for grad in grads):
         return (None,) * 6
     arguments = (

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_did.ops import reference, tiles
 from lit_did.ops.checks import check_cu_seqlens, check_labels, check_linear_arguments, check_memory, check_options
-from lit_did.ops.extension import check_backend, choose_backend
+from lit_did.ops.extension import check_backend, choose_backend, is_transformed
 from lit_did.ops.partials import NO_LABEL
 from lit_did.ops.sequence_statistics import sequence_reduction
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
@@ -75,6 +75,8 @@ def linear_token_statistics(
             computed again by the backward.
         process_group: The processes that each hold a slice of the vocabulary. See below.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused where it serves, else the reference.
+            Under `torch.func`'s transforms and forward-mode differentiation the reference alone serves, and holds the
+            logits of all tokens.
 
     Returns:
         TokenStatistics: eight tensors [...], in nats, float32 (float64 if anything is float64, all then computed so),
@@ -98,7 +100,7 @@ def linear_token_statistics(
             reference), an option is out of its range, or `max_extra_bytes` is too small for one token.
             With `process_group`: the two models' slices differ on any process, the labels are seen to differ, a process
             raised for its own arguments (all raised by all), or the backend is the reference.
-        RuntimeError: `backend="fused"` where it does not serve the device.
+        RuntimeError: `backend="fused"` where it does not serve the device, or under a transform.
 
     Example:
         >>> import torch
@@ -228,9 +230,12 @@ def _token_statistics(
             cast = {id(value): _as_autocast(value, dtype) for layer in layers.values() for value in layer}  # once each
             layers = {side: tuple(cast[id(value)] for value in layer) for side, layer in layers.items()}
         check_linear_arguments(layers, labels, softcap, scale)
-        chosen = choose_backend(backend, labels.device)
+        tensors = [labels, *layers["policy"], *layers["reference"]]
+        chosen = choose_backend(backend, labels.device, tensors)
         if process_group is not None and chosen == "reference":
             raise ValueError("Expected `backend` to be fused with `process_group`, but the reference serves here.")
+        if chosen == "reference" and is_transformed(tensors):
+            return _transformed_statistics(layers, labels.long(), softcap, scale, ignore_index, temperature)
         shape, labels = labels.shape, labels.flatten().long()
         kept = (labels != ignore_index).nonzero()[:, 0]
         double = any(layer[0].dtype == torch.float64 for layer in layers.values())
@@ -348,6 +353,25 @@ def _reference_statistics(
         for begin in range(0, max(1, len(labels)), rows)
     ]
     return TokenStatistics(*(torch.cat(values) for values in zip(*chunks, strict=True)))
+
+
+def _transformed_statistics(
+    layers: dict[str, Layer],
+    labels: Tensor,
+    softcap: tuple[float | None, float | None],
+    scale: tuple[float, float],
+    ignore_index: int,
+    temperature: float,
+) -> TokenStatistics:
+    """The specification with all logits at once: torch.func's transforms have neither checkpoints nor values of labels."""
+    check_labels(labels, _vocabulary(layers, labels, None)[1], ignore_index)
+    ignored = (labels == ignore_index)[..., None]
+    double = any(layer[0].dtype == torch.float64 for layer in layers.values())
+    logits = []
+    for (hidden, *layer), cap, by in zip(layers.values(), softcap, scale, strict=True):
+        layer = hidden.masked_fill(ignored, 0), *layer
+        logits.append(_logits([v.double() if double and v is not None else v for v in layer], cap, by))
+    return reference.token_statistics(*logits, labels, ignore_index, temperature)
 
 
 def _logits(layer: Layer, softcap: float | None, scale: float) -> Tensor:

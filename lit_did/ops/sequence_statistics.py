@@ -121,7 +121,7 @@ def _reduce(
     # long: against a narrow dtype, an `ignore_index` out of its range would wrap round and meet a label.
     labels = labels.long()
     offsets = None if cu_seqlens is None else cu_seqlens.long()
-    if choose_backend(backend, labels.device) == "fused":
+    if choose_backend(backend, labels.device, (*tokens, labels, offsets)) == "fused":
         return fused.sequence_reduction(tokens, labels, offsets, ignore_index)
     return _reference_reduction(tokens, labels, offsets, ignore_index)
 

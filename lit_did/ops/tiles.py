@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_did.ops.extension import check_gradients
 from lit_did.ops.partials import NO_LABEL, NUM_PARTIALS, finish_partials, merge_partials, slice_partials
 from lit_did.ops.statistics import TokenStatistics
 
@@ -281,6 +282,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        check_gradients(grads)
         saved = ctx.saved_tensors
         with torch.no_grad():
             results = _backward(ctx, saved, grads)

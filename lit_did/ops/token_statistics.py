@@ -42,6 +42,7 @@ def token_statistics(
         ignore_index: Rows with this label are not read; they return 0 and get a gradient of 0.
         temperature: Both logits are divided by it.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused where it serves, else the reference.
+            Under `torch.func`'s transforms and forward-mode differentiation the reference alone serves.
         inplace_backward: Give the logits up: the backward writes each gradient over its logits instead of into new
             memory. See below.
 
@@ -68,7 +69,7 @@ def token_statistics(
             `temperature` is not in [1e-30, 1e30], or `backend` is unknown. With `inplace_backward=True`: `backend` is
             "reference"; logits that require a gradient are a leaf or a view of one; or, from the backward, they have
             rows that overlap (expanded) or share memory with the other side.
-        RuntimeError: `backend="fused"` where it does not serve the device.
+        RuntimeError: `backend="fused"` where it does not serve the device, or under a transform.
 
     Example:
         >>> import torch
@@ -82,7 +83,7 @@ def token_statistics(
     """
     check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)
     check_inplace_backward(inplace_backward, backend)
-    chosen = choose_backend(backend, policy_logits.device)
+    chosen = choose_backend(backend, policy_logits.device, (policy_logits, reference_logits, labels))
     double = torch.float64 in (policy_logits.dtype, reference_logits.dtype)
     labels = labels.long()
     if double:
