@@ -39,7 +39,7 @@ CONTESTANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lit_did, prompts not shared": (trainers.lit_did, {"share_prompts": False}),
     "lit_did, padded": (trainers.lit_did, {"pack": False, "share_prompts": False}),
     "lit_did, parts of 512 tokens": (trainers.lit_did, {"tokens_at_once": 512}),
-    "lit_did, elementwise kept": (trainers.lit_did, {"recompute_elementwise": False}),
+    "lit_did, elementwise recomputed": (trainers.lit_did, {"recompute_elementwise": True}),
     "lit_did, checkpointing": (trainers.lit_did, {"gradient_checkpointing": True}),
 }
 DEFAULT = [name for name in CONTESTANTS if name.startswith(TRL) or name in (OURS, CACHED)]

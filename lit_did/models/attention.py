@@ -1,13 +1,16 @@
-"""Attention that stays inside each segment of a packed batch: PyTorch's or a model's own, a segment at a time.
+"""Attention that stays inside each segment of a packed row: torch's or a model's own, one segment at a time.
 
-transformers' own masks for packed batches are [tokens, tokens], and what they mask is computed all the same. Here every
-segment (`lit_did.models.layout`) attends to itself and to the segment that it continues, so that the work is that of
-the sequences alone. A model's configuration names the attention that it uses; `use_packed_attention` names ours in its
-place, which does what the model's did wherever it is not given segments.
+transformers' own masks for packed rows are [tokens, tokens], and what they mask is computed all the same. Here every
+segment (`lit_did.models.layout`) attends to itself and to the segment that it continues, so the work is that of the
+sequences alone. The functions are registered with transformers' `AttentionInterface` under names of their own, and
+`model.set_attn_implementation` selects them. Without segments they do what the model's own attention does.
+
+Nothing here decides whether a model may use them: `lit_did.models.trial` compares it with the untouched model first.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 SERVED = ("sdpa", "eager")
 PREFIX = "lit_did_"
 _OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # what transformers' sdpa takes besides
+_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of each batch's segments, the masks that its layers share; they go when the batch goes."""
 
 
 def implementation(model: nn.Module) -> str | None:
@@ -28,27 +34,21 @@ def implementation(model: nn.Module) -> str | None:
     return name if name is None else name.removeprefix(PREFIX)
 
 
-def packing(model: nn.Module) -> str:
-    """How `model`, of transformers, can be expected to keep sequences apart; `lit_did.models.forward` tries it.
+def packings(model: nn.Module) -> tuple[str, ...]:
+    """The ways in which `model`, of transformers, may keep the sequences of a row apart, best first.
 
-    "segments": it takes them as its `attention_mask`; "blocks": what `block_mask` makes of them; "positions": neither.
+    "segments": it takes them as its `attention_mask`. "blocks": it takes what `block_mask` makes of them. "positions":
+    it tells sequences apart by `position_ids` that restart, as with flash attention.
     """
-    config = getattr(model, "config", None)
-    if config is None or not getattr(model, "_supports_attention_backend", False):
-        return "positions"
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
+    if not getattr(model, "_supports_attention_backend", False):
+        return ("positions",)
     if implementation(model) == "flex_attention":
-        return "blocks" if kinds == {"full_attention"} and window is None else "positions"
-    # A window is in the mask, which ours replaces; the models that flash attention knows give it as an argument too.
-    told = window is None or getattr(model, "_supports_flash_attn", False)
-    ours = implementation(model) in SERVED and kinds <= {"full_attention", "sliding_attention"} and told
-    return "segments" if ours else "positions"
+        return ("blocks", "positions")
+    return ("segments", "positions") if implementation(model) in SERVED else ("positions",)
 
 
 def block_mask(segments: Tensor, device: torch.device) -> Any:
-    """The segments as flex attention wants them: a `BlockMask` that skips the blocks between them."""
+    """The segments as flex attention takes them: a `BlockMask` that skips the blocks between them."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     lengths, continues = segments[0, 0].T
@@ -63,47 +63,60 @@ def block_mask(segments: Tensor, device: torch.device) -> Any:
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Lets `model` take segments as its `attention_mask`, if `packing` says so; with any other it does what it did."""
-    for config in _configs(model):
-        name = config._attn_implementation.removeprefix(PREFIX)  # a model from another process may name ours already
-        if name in SERVED:
-            _register()
-            config._attn_implementation_internal = PREFIX + name
+    """Lets `model`, of transformers, take segments as its `attention_mask`."""
+    _register()
+    _rename(model, lambda name: PREFIX + name if name in SERVED else name)
 
 
 def use_own_attention(model: nn.Module) -> None:
     """Undoes `use_packed_attention`."""
-    for config in _configs(model):
-        config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
+    _rename(model, lambda name: name.removeprefix(PREFIX))
+
+
+def uses_packed_attention(model: nn.Module) -> bool:
+    """Whether `use_packed_attention` is in effect."""
+    return (getattr(getattr(model, "config", None), "_attn_implementation", None) or "").startswith(PREFIX)
 
 
 @contextmanager
-def packed_attention(*models: nn.Module) -> Iterator[None]:
-    """`use_packed_attention` for a while: not enough where activations are recomputed in a later backward pass."""
-    before = [(config, config._attn_implementation) for model in models for config in _configs(model)]
+def packed_attention(model: nn.Module, packed: bool = True) -> Iterator[None]:
+    """`use_packed_attention`, or with `packed=False` `use_own_attention`, for a while.
+
+    Not enough where activations are recomputed in a later backward pass.
+    """
+    before = uses_packed_attention(model)
     try:
-        for model in models:
-            use_packed_attention(model)
+        (use_packed_attention if packed else use_own_attention)(model)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        (use_packed_attention if before else use_own_attention)(model)
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """The configurations that attention modules read, once each."""
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
+def _rename(model: nn.Module, rename: Callable[[str], str]) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) is None:
+        return
+    names = _names(config, rename)
+    if names != _names(config, lambda name: name):
+        model.set_attn_implementation(names)
+
+
+def _names(config: Any, rename: Callable[[str], str]) -> dict[str, Any]:
+    """The attention of a configuration and of those within it, in the form that transformers sets them."""
+    within = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {}}
+    own = getattr(config, "_attn_implementation", None)
+    named = {key: _names(sub, rename) for key, sub in within.items() if sub is not None}
+    return named if own is None else {"": rename(own), **named}
 
 
 @lru_cache(maxsize=1)
 def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for name in SERVED:
-        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, _by_segments(name))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionInterface.register(PREFIX + name, _by_segments(name))
+        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 def _by_segments(name: str) -> Callable:
@@ -112,10 +125,7 @@ def _by_segments(name: str) -> Callable:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        if name == "eager":  # a function of its own in every model's file
-            inner = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            inner = ALL_ATTENTION_FUNCTIONS[name]
+        inner = _eager(type(module)) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         if attention_mask is None or attention_mask.dtype != torch.int64:
             return inner(module, query, key, value, attention_mask, **kwargs)
         # Elsewhere not every kernel of sdpa takes expanded views.
@@ -124,6 +134,16 @@ def _by_segments(name: str) -> Callable:
         return _attend_by_segments(inner, name == "eager", module, query, key, value, attention_mask, **kwargs)
 
     return attend
+
+
+@lru_cache(maxsize=64)
+def _eager(kind: type[nn.Module]) -> Callable:
+    """The eager attention of a class of modules: a function of that name in the file of the class, or of its base."""
+    for base in inspect.getmro(kind):
+        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise TypeError(f"Expected eager_attention_forward beside {kind.__name__}, but {kind.__module__} has none.")
 
 
 @torch.compiler.disable  # its lengths differ with every batch
@@ -140,8 +160,7 @@ def _attend_by_segments(
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` wants a mask where it is causal too."""
     lengths, continues = segments[0, 0].T.tolist()
-    # With the segments, so that all layers share them, and that they go when the batch goes.
-    masks: dict[tuple, Tensor] = segments.__dict__.setdefault("masks", {})
+    masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, before in enumerate(continues):

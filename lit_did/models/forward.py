@@ -1,27 +1,18 @@
-"""What the output layer of a language model is given at completion tokens, and the layer: no logits, no padding.
-
-What a model allows is found out once, by trying it on a handful of tokens: whether sequences may lie end to end, and
-whether its logits are a linear layer's of its last hidden states. Where not, it is padded, and asked for its logits.
-"""
+"""What a language model says at completion tokens: last hidden states and the output layer, or logits."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lit_did.models import attention
-from lit_did.models.layout import SHORTEST_SHARED, Layout, Sequences, packed_layout, padded_layout
+from lit_did.models.layout import Layout
 from lit_did.models.loading import is_peft
-from lit_did.models.quiet import evaluating, random_numbers_kept
-from lit_did.models.recompute import elementwise_recomputed
 
 
 class OutputLayer(NamedTuple):
@@ -40,76 +31,97 @@ class OutputLayer(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class Abilities(NamedTuple):
-    """What a model allows."""
+class Outputs(NamedTuple):
+    """What one model says at completion tokens: last hidden states with their output layer, or else logits."""
 
-    packing: str | None
-    """How sequences may lie end to end: "segments" (`lit_did.models.attention`), "blocks" (flex attention's form of
-    them), "positions" (the model tells them apart by `position_ids` that restart, as with flash attention); None: they
-    may not"""
-    body: Callable | None
-    """The model without its output layer; None: its logits are no linear layer's of last hidden states at hand."""
+    hidden: Tensor | None
+    """[completion tokens, H]"""
+    layer: OutputLayer | None
+    logits: Tensor | None
+    """[completion tokens, V]"""
+    auxiliary_loss: Tensor | None = None
+    """of a mixture of experts, if its configuration asks for it: times its coefficient, as transformers adds it"""
+
+    def to(self, device: torch.device) -> Outputs:
+        """The same, on `device`."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def detach(self) -> Outputs:
+        """The same, without gradients."""
+        return self._each(Tensor.detach)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        def each(value: Any) -> Any:
+            if isinstance(value, OutputLayer):
+                return OutputLayer(*map(each, value))
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Outputs(*map(each, self))
 
 
-@torch.compiler.disable
-def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, share: bool = True) -> Layout:
-    """The sequences as `model` takes them best, on its device.
+def completion_outputs(model: nn.Module, layout: Layout, body: Callable | None) -> Outputs:
+    """What `model` says at the completion tokens of `layout`.
 
     Args:
-        pack: End to end, if the model can.
-        share: What pairs begin with in common once, if the model can.
+        layout: One that `model` takes (`lit_did.models.trial.layout_of`).
+        body: The model without its output layer, of which the logits are a linear layer's; None: it has none such.
+
+    Raises:
+        TypeError: The model is no causal language model.
     """
-    device = next(model.parameters()).device
-    packing = abilities(model).packing if pack else None
-    if packing is None or (packing == "positions" and not sequences.counts):
-        return padded_layout(sequences, device)
-    return _packed(sequences, device, packing, share)
+    if body is not None:
+        return Outputs(completion_hidden(model, layout, body), output_layer(model), None)
+    logits, auxiliary = completion_logits(model, layout)
+    return Outputs(None, None, logits, auxiliary)
 
 
-def completion_hidden(
-    model: nn.Module, layout: Layout, *, recompute: bool = False, kept_bytes: int = 0
-) -> Tensor | None:
-    """The last hidden states [completion tokens, H] that predict each; None where `model` has none at hand.
-
-    Args:
-        recompute: Elementwise results are computed again in the backward pass (`lit_did.models.recompute`), unless the
-            model is compiled, whose compiler decides on that; `kept_bytes` of them are not.
-    """
-    body = abilities(model).body
-    if body is None:
-        return None
-    compiled = torch.compiler.is_compiling() or not isinstance(body, nn.Module) or hasattr(body, "_orig_mod")
-    recompute = recompute and torch.is_grad_enabled() and not compiled
-    with elementwise_recomputed(kept_bytes) if recompute else nullcontext():
-        hidden = _hidden(body, layout)
-    return hidden.flatten(0, 1)[layout.rows]
+def completion_hidden(model: nn.Module, layout: Layout, body: Callable) -> Tensor:
+    """The last hidden states [completion tokens, H] that predict each."""
+    parameters = inspect.signature(getattr(body, "_orig_mod", body).forward).parameters
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    with attention_for(model, layout):
+        states = [
+            body(**inputs, **options).last_hidden_state.flatten(0, 1)[rows]
+            for inputs, rows in _passes(layout, _forgetting(body, layout, options))
+        ]
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def completion_logits(model: nn.Module, layout: Layout) -> Tensor:
-    """The logits [completion tokens, V] that predict each, from the model's own forward pass.
+def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The logits [completion tokens, V] that predict each, from the model's own forward pass, and its auxiliary loss.
 
     Models that can, skip the output layer where no sequence has a completion token.
     """
-    parameters = inspect.signature(_inner(model).forward).parameters
-    length = layout.inputs["input_ids"].shape[1]
-    arguments = {"use_cache": False} if "use_cache" in parameters else {}
+    parameters = inspect.signature(inner(model).forward).parameters
+    options = {"use_cache": False} if "use_cache" in parameters else {}
     takes = "input_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {type(model).__name__}.")
-    if "logits_to_keep" in parameters:
-        kept, column = torch.unique(layout.rows % length, return_inverse=True)
-        arguments["logits_to_keep"] = kept
-    logits = getattr(model(**layout.inputs, **arguments), "logits", None)
-    if logits is None:
-        raise TypeError(f"Expected a causal language model, which returns `logits`, but got {type(model).__name__}.")
-    if "logits_to_keep" in parameters:
-        return logits[layout.rows // length, column]
-    return logits.flatten(0, 1)[layout.rows]
+    results, auxiliary = [], []
+    with attention_for(model, layout):
+        for inputs, rows in _passes(layout, _forgetting(model, layout, options)):
+            length, kept = inputs["input_ids"].shape[1], None
+            if "logits_to_keep" in parameters:
+                kept, column = torch.unique(rows % length, return_inverse=True)
+            output = model(**inputs, **options, **({} if kept is None else {"logits_to_keep": kept}))
+            logits = getattr(output, "logits", None)
+            shape = (len(inputs["input_ids"]), length if kept is None else len(kept))
+            if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != shape:
+                got = "nothing of that name" if logits is None else f"the shape {tuple(logits.shape)}"
+                raise TypeError(
+                    "Expected a causal language model, which returns `logits` [sequences, T, V], but "
+                    f"{type(inner(model)).__name__} returned {got}."
+                )
+            results.append(logits.flatten(0, 1)[rows] if kept is None else logits[rows // length, column])
+            if adds_auxiliary_loss(model):
+                auxiliary.append(output.aux_loss * _auxiliary_coefficient(model) * inputs["input_ids"].numel())
+    total = layout.inputs["input_ids"].numel() if layout.kind != "alone" else layout.inputs["attention_mask"].sum()
+    return torch.cat(results), torch.stack(auxiliary).sum() / total if auxiliary else None
 
 
 def output_layer(model: nn.Module) -> OutputLayer:
     """The layer that turns what `completion_hidden` returns into logits."""
-    layer, config = _inner(model).get_output_embeddings(), _inner(model).config.get_text_config()
+    layer, config = inner(model).get_output_embeddings(), inner(model).config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere's
         scale *= config.logit_scale
@@ -118,121 +130,52 @@ def output_layer(model: nn.Module) -> OutputLayer:
     return OutputLayer(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a model allows
-# ---------------------------------------------------------------------------------------------------------------
-
-_abilities: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
-
-
-@torch.compiler.disable
-def abilities(model: nn.Module) -> Abilities:
-    """What `model` allows, tried once. A warning names what it does not."""
-    if model not in _abilities:
-        with random_numbers_kept(next(model.parameters()).device), evaluating(model):
-            _abilities[model] = _try(model)
-    return _abilities[model]
+def adds_auxiliary_loss(model: nn.Module) -> bool:
+    """Whether `model` is a mixture of experts whose configuration asks for its load-balancing loss."""
+    config = getattr(inner(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "output_router_logits", False)) and bool(_auxiliary_coefficient(model))
 
 
-def _try(model: nn.Module) -> Abilities:
-    parameter = next(model.parameters())
-    half = parameter.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(parameter.device.type)
-    tolerance = 2e-2 if half else 1e-4  # far above rounding, and below what another sequence's tokens change
-
-    def agree(logits: Tensor, expected: Tensor) -> bool:
-        logits, expected = logits.float(), expected.float()
-        scale = expected.abs().nan_to_num(0).max().item()
-        return torch.allclose(logits, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-    sequences = _trial(model)
-    alone = [padded_layout(sequences.select([i]), parameter.device) for i in range(sequences.count)]
-    expected = torch.cat([completion_logits(model, layout) for layout in alone])
-    name = type(_inner(model)).__name__
-    body = _find_body(model)
-    if body is None or not agree(
-        output_layer(model).logits(torch.cat([_hidden(body, one)[0] for one in alone])), expected
-    ):
-        body = None
-        warnings.warn(
-            f"The logits of {name} are no linear layer's of last hidden states at hand: those of all completion tokens "
-            "are held in memory.",
-            stacklevel=5,
-        )
-    packing = _find_packing(model, sequences, lambda logits: agree(logits, expected))
-    if packing is None:
-        warnings.warn(
-            f"{name} does not take sequences end to end, with its attention "
-            f"{attention.implementation(_inner(model))!r}: they are padded.",
-            stacklevel=5,
-        )
-    return Abilities(packing, body)
+def _auxiliary_coefficient(model: nn.Module) -> float:
+    model = inner(model)
+    config = model.config.get_text_config()
+    return getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
 
 
-def _find_packing(model: nn.Module, sequences: Sequences, is_right: Callable[[Tensor], bool]) -> str | None:
-    if "position_ids" not in inspect.signature(_inner(model).forward).parameters:
-        return None
-    device = next(model.parameters()).device
-    packing = attention.packing(_inner(model))
-    layouts = [_packed(sequences, device, packing, share) for share in (False, True)]
-    try:
-        with attention.packed_attention(_inner(model)):
-            return packing if all(is_right(completion_logits(model, layout)) for layout in layouts) else None
-    except Exception:  # of somebody's model that was given what it does not know
-        return None
+def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
+    """The attention that `layout` needs, while the model runs; nothing changes where it is in effect already."""
+    packed = layout.packing == "segments"
+    if packed == attention.uses_packed_attention(inner(model)):
+        return nullcontext()
+    return attention.packed_attention(inner(model), packed)
 
 
-def _find_body(model: nn.Module) -> Callable | None:
-    inner = _inner(model)
-    body = getattr(inner, getattr(inner, "base_model_prefix", None) or "", None)
-    layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    # No subclass: an adapter or a quantised weight would be passed by. No shards: they are whole inside a forward pass.
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
-    if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        return None
-    if _is_sharded(model, layer):  # the model's own forward gathers what the layer needs
-        return None
-    known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
-    if any(parameter.requires_grad and id(parameter) not in known for parameter in inner.parameters()):
-        return None  # such as a factor of the logits that is 1 until it is trained
-    if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
-        return model.dynamo_ctx(body)
-    return body if model._compiled_call_impl is None and inner._compiled_call_impl is None else torch.compile(body)
-
-
-def _is_sharded(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
-
-
-def _hidden(body: Callable, layout: Layout) -> Tensor:
-    parameters = inspect.signature(getattr(body, "_orig_mod", body).forward).parameters
-    return body(**layout.inputs, **({"use_cache": False} if "use_cache" in parameters else {})).last_hidden_state
-
-
-def _trial(model: nn.Module) -> Sequences:
-    """Two sequences with a beginning in common, every token labelled."""
-    size = _inner(model).get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else 2
-    common = SHORTEST_SHARED
-    ids = [np.arange(common + rest) * step % size for rest, step in ((4, 1), (2, 1))]
-    ids[1][common:] = ids[1][common:][::-1] * 3 % size
-    positions = np.concatenate([np.arange(len(i)) for i in ids])
-    flat = np.concatenate(ids)
-    return Sequences(flat, positions, flat, np.array([0, len(ids[0]), len(flat)]))
-
-
-def _packed(sequences: Sequences, device: torch.device, packing: str, share: bool) -> Layout:
-    layout = packed_layout(sequences, device, share=share and packing != "positions")
-    if packing == "segments":
-        return layout
-    mask = attention.block_mask(layout.inputs["attention_mask"], device) if packing == "blocks" else None
-    return layout._replace(inputs={**layout.inputs, "attention_mask": mask})
-
-
-def _inner(model: nn.Module) -> nn.Module:
+def inner(model: nn.Module) -> nn.Module:
     """The model of transformers inside what compiles or adapts it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if is_peft(model) else model
+
+
+def _forgetting(model: Callable, layout: Layout, options: dict[str, Any]) -> Callable[[], None]:
+    """What makes the model forget the row before: a forward pass over one token."""
+
+    def reset() -> None:
+        if layout.forgets:
+            with torch.no_grad():
+                model(**{name: value[:1, :1] for name, value in layout.inputs.items()}, **options)
+
+    return reset
+
+
+def _passes(layout: Layout, reset: Callable[[], None]) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """The arguments of every forward pass, and the positions [completion tokens] in [rows * T] of its results."""
+    if layout.kind != "alone":
+        yield layout.inputs, layout.rows
+        return
+    lengths, bounds = layout.inputs["attention_mask"].sum(1).tolist(), layout.cu_labels.tolist()
+    width = layout.inputs["input_ids"].shape[1]
+    for row, length in enumerate(lengths):
+        reset()
+        inputs = {name: value[row : row + 1, :length] for name, value in layout.inputs.items()}
+        yield inputs, layout.rows[bounds[row] : bounds[row + 1]] - row * width

@@ -68,6 +68,12 @@ class Layout(NamedTuple):
     """[completion tokens] int64: the tokens"""
     cu_labels: Tensor
     """[sequences + 1] int64: where each sequence's begin and end"""
+    kind: str = "padded"
+    """"packed", "padded", or "alone": rows as in "padded", but each is given to the model by itself, without padding"""
+    packing: str | None = None
+    """how a packed row's sequences are kept apart, see `lit_did.models.attention.packings`"""
+    forgets: bool = False
+    """whether one token is given to the model before each row, so that it forgets the row before"""
 
 
 @torch.compiler.disable  # NumPy on the CPU, of other lengths in every batch: nothing to compile
@@ -216,6 +222,8 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
         rows=_tensor(np.concatenate(rows or [order]), device),
         labels=_tensor(np.concatenate(labels or [order]), device),
         cu_labels=_tensor(cu_labels, device),
+        kind="packed",
+        packing="segments",
     )
 
 

@@ -1,14 +1,16 @@
-"""The two models of preference optimisation: loading them, adding LoRA, freezing, checks, dropout."""
+"""The two models of preference optimisation: loading them, adding LoRA, freezing, checks."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.arguments import check_name
 
@@ -148,40 +150,33 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recomputes activations in the backward pass, whatever the installed transformers calls it."""
+def checkpoint_activations(model: nn.Module, keep_products: bool = False) -> None:
+    """Recomputes the activations of every layer in the backward pass.
+
+    Args:
+        keep_products: Matrix products and attention are kept (torch's selective checkpointing), and the rest, which is
+            cheap, is computed again.
+
+    Raises:
+        ValueError: The model does not support checkpointing.
+    """
     # Not reentrant: that kind needs an input with a gradient, which frozen embeddings do not give.
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keep_products:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _products())
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-_DROPOUT_ATTRIBUTES = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout")
+def _products() -> list[Any]:
+    """Operators whose results are dear to compute: matrix products and attention, as far as this torch has them."""
+    names = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", *(f"_scaled_dot_product_{kind}" for kind in _ATTENTION))
+    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: the log-ratio compares two models, not two draws of noise."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name in _DROPOUT_ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def active_dropout(model: nn.Module) -> list[str]:
-    """Names of the modules that would drop something in a training forward pass."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if module.training
-        and (
-            (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-            or any(
-                isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) > 0
-                for attribute in _DROPOUT_ATTRIBUTES
-            )
-        )
-    ]
+_ATTENTION = (
+    *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+    "fused_attention_overrideable",
+)

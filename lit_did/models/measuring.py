@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_did.arguments import check_integer
-from lit_did.models import attention, forward
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.layout import Layout, Sequences, read_sequences
+from lit_did.models.forward import Outputs
+from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.loading import is_peft
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.models.trial import layout_of, outputs_of
 from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
 
 MAX_LOGITS_BYTES = 2**30
-
-
-class Outputs(NamedTuple):
-    """What one model says at completion tokens: last hidden states with their output layer, or else logits."""
-
-    hidden: Tensor | None
-    """[completion tokens, H]"""
-    layer: forward.OutputLayer | None
-    logits: Tensor | None
-    """[completion tokens, V]"""
-
-    def to(self, device: torch.device) -> Outputs:
-        """The same, on `device`."""
-        hidden, logits = (None if value is None else value.to(device) for value in (self.hidden, self.logits))
-        if self.layer is None:
-            return Outputs(hidden, None, logits)
-        weight, bias = (None if value is None else value.to(device) for value in (self.layer.weight, self.layer.bias))
-        return Outputs(hidden, self.layer._replace(weight=weight, bias=bias), logits)
-
-    def detach(self) -> Outputs:
-        """The same, without gradients."""
-        hidden, logits = (None if value is None else value.detach() for value in (self.hidden, self.logits))
-        layer = self.layer
-        if layer is not None:
-            bias = None if layer.bias is None else layer.bias.detach()
-            layer = layer._replace(weight=layer.weight.detach(), bias=bias)
-        return Outputs(hidden, layer, logits)
-
-
-def completion_outputs(model: nn.Module, layout: Layout, *, recompute: bool = False, kept_bytes: int = 0) -> Outputs:
-    """What `model` says at the completion tokens of `layout`, which is one for it (`forward.layout_of`).
-
-    `recompute`, `kept_bytes`: as in `forward.completion_hidden`.
-    """
-    hidden = forward.completion_hidden(model, layout, recompute=recompute, kept_bytes=kept_bytes)
-    if hidden is None:
-        return Outputs(None, None, forward.completion_logits(model, layout))
-    return Outputs(hidden, forward.output_layer(model), None)
 
 
 def completion_statistics(
@@ -137,15 +99,15 @@ def measure(
     device = batch["labels"].device
     other = policy if reference is None else reference
     parts = []
-    with random_numbers_kept(device), evaluating(policy), attention.packed_attention(policy, other):
+    with random_numbers_kept(device), evaluating(policy):
         for sequences in _portions(read_sequences(batch), policy, max_logits_bytes):
-            layout = forward.layout_of(policy, sequences)
-            policy_outputs = completion_outputs(policy, layout)
+            layout = layout_of(policy, sequences)
+            policy_outputs = outputs_of(policy, layout)
             if reference is policy:
                 reference_outputs = policy_outputs
             else:
                 with adapter_off(policy, adapter) if reference is None else evaluating(reference):
-                    reference_outputs = completion_outputs(other, forward.layout_of(other, sequences))
+                    reference_outputs = outputs_of(other, layout_of(other, sequences))
             parts.append(
                 completion_statistics(
                     policy_outputs,

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from lit_did.models import forward
 from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.layout import Sequences
-from lit_did.models.measuring import Outputs
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
 
 PAIRS_AT_ONCE = 8  # where the loader does not say
@@ -36,7 +35,7 @@ class CachedReference:
         self._model = _OutputLayer(forward.output_layer(reference))
         return self._model
 
-    def outputs(self, sequences: Sequences, device: torch.device) -> Outputs:
+    def outputs(self, sequences: Sequences, device: torch.device) -> forward.Outputs:
         """What the reference says of these sequences.
 
         Raises:
@@ -45,7 +44,7 @@ class CachedReference:
         hidden = self.cache.hidden(_keys(sequences), device=device)
         model = self._model
         layer = model.layer() if isinstance(model, _OutputLayer) else forward.output_layer(model)
-        return Outputs(hidden, layer, None).detach()
+        return forward.Outputs(hidden, layer, None).detach()
 
 
 class _OutputLayer(nn.Module):
@@ -63,7 +62,7 @@ def cached_reference(
     trainer: lightning.Trainer,
     model: nn.Module,
     read: Callable[[Mapping[str, Tensor]], Sequences],
-    outputs: Callable[[Sequences], Outputs],
+    outputs: Callable[[Sequences], forward.Outputs],
     opened: CachedReference | None,
 ) -> CachedReference:
     """The cache in `path` of all training and validation pairs of `trainer`: the one there, or a new one.
@@ -90,11 +89,6 @@ def cached_reference(
             f"layers have been freed, but got {len(keys - opened.cache.keys())} other sequences and precision "
             f"{trainer.precision}: make another LitDPO for them."
         )
-    if forward.abilities(model).body is None:
-        raise ValueError(
-            "Expected a reference whose logits are a linear layer's of its last hidden states with `cache_reference`, "
-            f"but got {type(model).__name__}."
-        )
     mark = {**fingerprint(model, keys), "precision": trainer.precision}
     shards = min(world, len(batches))  # a shard holds a sequence at least
     if not trainer.strategy.broadcast(ReferenceCache.exists(path)):
@@ -104,7 +98,13 @@ def cached_reference(
                 quiet = rank > 0 or trainer.progress_bar_callback is None
                 total = len(range(rank, len(batches), shards))
                 for sequences in tqdm(own, desc="Reference", total=total, unit="batch", leave=False, disable=quiet):
-                    writer.add(_keys(sequences), outputs(sequences).hidden.detach(), _cu_labels(sequences))
+                    hidden = outputs(sequences).hidden
+                    if hidden is None:
+                        raise ValueError(
+                            "Expected a reference that exposes last hidden states followed by a plain nn.Linear with "
+                            f"`cache_reference`, but got {type(model).__name__}."
+                        )
+                    writer.add(_keys(sequences), hidden.detach(), _cu_labels(sequences))
                 writer.finish(mark)
         trainer.strategy.barrier()
     return CachedReference(ReferenceCache.open(path, mark, keys), model, trainer.precision)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lit_did.arguments import check_number
 from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX, check_bounds
+from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.models.layout import Sequences, read_sequences
-from lit_did.models.loading import active_dropout
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # all hold the -100 of labels
 
@@ -233,6 +233,21 @@ def check_did_entropy_weight(weight: float, loss: str) -> None:
     if weight and loss in REFERENCE_FREE_LOSSES:
         raise ValueError(
             f"Expected `did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got {weight}."
+        )
+
+
+def warn_of_noise(policy: nn.Module, sequences: Sequences) -> None:
+    """Warns if the policy draws random numbers in training mode although dropout is switched off, and names where."""
+    device = next(policy.parameters()).device
+    noisy = random_modules(policy, torch.from_numpy(sequences.input_ids)[None].to(device))
+    if noisy:
+        modules = dict(policy.named_modules())
+        warnings.warn(
+            f"With `disable_dropout=True`, {len(noisy)} modules of the policy still answer the same input differently "
+            "from one pass to the next in training mode. The first is "
+            f"{noisy[0] or 'the model'} ({type(modules[noisy[0]]).__name__}). The log-ratio then compares draws of "
+            "noise too. Set that module's probability to 0, or pass `disable_dropout=False` if you want the noise.",
+            stacklevel=4,
         )
 
 

@@ -21,10 +21,12 @@ from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
 from lit_did.metrics import DIDMetrics
 from lit_did.models import attention, forward, loading
+from lit_did.models.dropout import switch_off_dropout
 from lit_did.models.layout import Layout, Sequences, split_pairs
-from lit_did.models.measuring import Outputs, completion_outputs, completion_statistics
+from lit_did.models.measuring import completion_statistics
 from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
+from lit_did.models.trial import layout_of, outputs_of
 from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
@@ -35,6 +37,7 @@ from lit_did.modules.checks import (
     check_of_pairs,
     check_tokens_at_once,
     checked_sequences,
+    warn_of_noise,
     warn_unless_policy_is_reference,
 )
 from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
@@ -90,8 +93,9 @@ class LitDPO(TrainedState):
         gradient_checkpointing: Recomputes the policy's activations in the backward pass.
         pack: Gives the models the sequences of a batch end to end, without padding.
         share_prompts: Gives the models once what both sequences of a pair begin with.
-        recompute_elementwise: Products, casts, copies and activation functions of the policy are computed again in the
-            backward pass instead of kept: half the activations, for little time, and the same bits.
+        recompute_elementwise: Keeps the policy's matrix products and attention for the backward pass, and computes the
+            rest of each layer again (torch's selective checkpointing): a third less memory for activations, and the
+            same bits. Without effect beside `gradient_checkpointing`, which keeps less.
         tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
             "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
@@ -129,7 +133,7 @@ class LitDPO(TrainedState):
         gradient_checkpointing: bool = False,
         pack: bool = True,
         share_prompts: bool = True,
-        recompute_elementwise: bool = True,
+        recompute_elementwise: bool = False,
         tokens_at_once: int | str | None = "auto",
         cache_reference: str | os.PathLike | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -175,7 +179,7 @@ class LitDPO(TrainedState):
         self._model_kwargs = dict(model_kwargs or {})
         self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
         self._cache: CachedReference | None = None
-        self._freed_bytes = 0  # of the reference's layers: activations may take their place
+        self._noise_checked = not disable_dropout
         self._start_checked = self._reference_free  # what starts as a reference needs one
         self._reference_digest: str | None = None
         self.policy: nn.Module | None = None
@@ -197,9 +201,9 @@ class LitDPO(TrainedState):
             **self._given, model_kwargs=self._model_kwargs, needs_reference=not self._reference_free
         )
         if self.hparams.disable_dropout:
-            loading.switch_off_dropout(policy)
-        if self.hparams.gradient_checkpointing:
-            loading.checkpoint_activations(policy)
+            switch_off_dropout(policy)
+        if self.hparams.gradient_checkpointing or self.hparams.recompute_elementwise:
+            loading.checkpoint_activations(policy, keep_products=not self.hparams.gradient_checkpointing)
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
@@ -230,9 +234,8 @@ class LitDPO(TrainedState):
         return self._statistics(self._read(batch))
 
     def _statistics(self, sequences: Sequences) -> SequenceStatistics:
-        layout = self._layout(self.policy, sequences)
-        recompute = self.hparams.recompute_elementwise and not self.hparams.gradient_checkpointing
-        policy = completion_outputs(self.policy, layout, recompute=recompute, kept_bytes=self._freed_bytes)
+        layout = self._policy_layout(sequences)
+        policy = outputs_of(self.policy, layout)
         if self._reference_free:
             reference = policy.detach()
         elif self._cache is not None:
@@ -249,17 +252,22 @@ class LitDPO(TrainedState):
         return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
 
     def _layout(self, model: nn.Module, sequences: Sequences) -> Layout:
-        if self.hparams.pack:
-            attention.use_packed_attention(model)  # until `teardown`: a backward pass may run layers again
-        return forward.layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts)
+        return layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts)
 
-    def _reference_outputs(self, sequences: Sequences, layout: Layout | None = None) -> Outputs:
-        """What the reference says; `layout`: the policy's, which serves the policy with its adapter off."""
+    def _policy_layout(self, sequences: Sequences) -> Layout:
+        layout = self._layout(self.policy, sequences)
+        # Until the next batch or `teardown`, not for the forward pass alone: a backward pass may run layers again.
+        packed = layout.packing == "segments"
+        (attention.use_packed_attention if packed else attention.use_own_attention)(forward.inner(self.policy))
+        return layout
+
+    def _reference_outputs(self, sequences: Sequences, layout: Layout | None = None) -> forward.Outputs:
+        """What the reference says; `layout`: the policy's, which also suits the policy with its adapter off."""
         if self.reference is None:
             with adapter_off(self.policy):
-                return completion_outputs(self.policy, layout or self._layout(self.policy, sequences))
+                return outputs_of(self.policy, layout or self._layout(self.policy, sequences))
         with torch.no_grad():
-            return completion_outputs(self.reference, self._layout(self.reference, sequences))
+            return outputs_of(self.reference, self._layout(self.reference, sequences))
 
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
@@ -276,6 +284,9 @@ class LitDPO(TrainedState):
         """
         sequences = self._read(batch)
         self._whole = (sequences.count // 2, sequences.num_labels)
+        if not self._noise_checked:
+            warn_of_noise(self.policy, sequences)
+            self._noise_checked = True
         first, *self._rest = self._split(sequences)
         self._first_objective = self._train_on(first)
         return self._first_objective
@@ -315,10 +326,7 @@ class LitDPO(TrainedState):
             self._cache,
         )
         if self.reference is not None:
-            attention.use_own_attention(self.reference)
-            before = _size(self.reference)
             self.reference = self._cache.keep_output_layer(self.reference)
-            self._freed_bytes += before - _size(self.reference)
             gc.collect()  # save_hyperparameters left frames that hold it, and one another
 
     def _resume_data(self) -> None:
@@ -339,10 +347,9 @@ class LitDPO(TrainedState):
             self.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def teardown(self, stage: str) -> None:
-        """Gives the models their own attention back."""
-        for model in (self.policy, self.reference):
-            if model is not None:  # not its truth, which is a length that a compiled model lacks
-                attention.use_own_attention(model)
+        """Gives the policy its own attention back."""
+        if self.policy is not None:  # not its truth, which is a length that a compiled model lacks
+            attention.use_own_attention(forward.inner(self.policy))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the metrics over all micro-batches and processes of this optimiser step."""
@@ -470,11 +477,6 @@ class LitDPO(TrainedState):
                 sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
             )
         metrics.reset()
-
-
-def _size(model: nn.Module) -> int:
-    """Bytes of its parameters."""
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _is_plain(value: Any) -> bool:

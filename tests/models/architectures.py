@@ -8,11 +8,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lit_did.models import attention
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.forward import layout_of
 from lit_did.models.layout import Sequences, read_sequences
-from lit_did.models.measuring import completion_outputs
+from lit_did.models.trial import layout_of, outputs_of
 from lit_did.ops import SequenceStatistics
 
 LAYOUTS = {"padded": (False, False), "packed": (True, False), "shared": (True, True)}
@@ -74,7 +72,7 @@ PACKED = [
 def build(name: str, implementation: str | None = None, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
     """A causal language model in eval mode, in float32."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **_OF[name], **overrides})
+    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **_OF.get(name, {}), **overrides})
     model = transformers.AutoModelForCausalLM.from_config(
         config, **({} if implementation is None else {"attn_implementation": implementation})
     )
@@ -133,8 +131,8 @@ def double(model: nn.Module) -> nn.Module:
 
 def logits_in(model: nn.Module, sequences: Sequences, **options) -> Tensor:
     """[completion tokens, V], as `completion_statistics` would be given them."""
-    with torch.no_grad(), attention.packed_attention(model):
-        outputs = completion_outputs(model, layout_of(model, sequences, **options))
+    with torch.no_grad():
+        outputs = outputs_of(model, layout_of(model, sequences, **options))
         return outputs.logits if outputs.hidden is None else outputs.layer.logits(outputs.hidden)
 
 

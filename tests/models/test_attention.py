@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,12 +23,12 @@ from lit_did.models import attention
 from lit_did.models.attention import (
     implementation,
     packed_attention,
-    packing,
+    packings,
     use_own_attention,
     use_packed_attention,
 )
-from lit_did.models.forward import layout_of
 from lit_did.models.layout import read_sequences
+from lit_did.models.trial import layout_of
 from tests.models.architectures import PACKED, build, make_batch
 
 ROOT = Path(__file__).parents[2]
@@ -165,15 +166,24 @@ def test_no_scores_between_sequences():
     assert watch.largest == longest**2
 
 
-def test_what_it_can_serve():
-    assert {packing(build(*given)) for given in PACKED} == {"segments"}
-    for name in ("Llama4Text", "Mamba", "Bloom"):  # attention in chunks; none; its own
-        assert packing(build(name)) == "positions"
-    assert packing(build("Llama", "flex_attention", head_dim=16)) == "blocks"
-    assert packing(torch.nn.Linear(2, 2)) == "positions"
-    hides_window = build("Mistral", "sdpa")
-    hides_window._supports_flash_attn = False  # its window may be nowhere but in the mask
-    assert packing(hides_window) == "positions"
+def test_what_a_model_may_take():
+    assert {packings(build(*given)) for given in PACKED} == {("segments", "positions")}
+    for name in ("Mamba", "Bloom"):  # no attention; its own
+        assert packings(build(name)) == ("positions",)
+    assert packings(build("Llama", "flex_attention", head_dim=16)) == ("blocks", "positions")
+    assert packings(torch.nn.Linear(2, 2)) == ("positions",)
+
+
+def test_eager_attention_is_that_of_the_class_or_of_its_base():
+    from transformers.models.llama import modeling_llama
+
+    class Mine(modeling_llama.LlamaAttention):
+        """In a file that has no eager attention."""
+
+    assert attention._eager(Mine) is attention._eager(modeling_llama.LlamaAttention)
+    assert attention._eager(Mine) is modeling_llama.eager_attention_forward
+    with pytest.raises(TypeError, match=r"Expected eager_attention_forward beside Linear"):
+        attention._eager(torch.nn.Linear)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,7 +236,7 @@ def test_a_model_does_what_it_did(name, given):
 def test_it_is_ours_for_a_while():
     one, other = build("Llama", "sdpa"), build("Gemma2", "eager")
     use_packed_attention(other)
-    with packed_attention(one, other):
+    with packed_attention(one), packed_attention(other):
         assert one.config._attn_implementation == "lit_did_sdpa"
         with pytest.raises(IndexError), packed_attention(one):
             one(torch.tensor([[10**6]]))
@@ -234,6 +244,25 @@ def test_it_is_ours_for_a_while():
     assert one.config._attn_implementation == "sdpa"
     assert other.config._attn_implementation == "lit_did_eager"  # as it was given
     assert implementation(other) == "eager"
+    with packed_attention(other, packed=False):
+        assert other.config._attn_implementation == "eager"
+    assert other.config._attn_implementation == "lit_did_eager"
+
+
+def test_configurations_within_others():
+    """A model of text inside one of text and images, whose two parts have attention of their own."""
+    parts = {
+        "text_config": build("Gemma3Text").config.to_dict(),
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    }
+    config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "flex_attention"})
+    use_packed_attention(model)
+    text, vision = model.config.text_config, model.config.vision_config
+    assert (text._attn_implementation, vision._attn_implementation) == ("lit_did_eager", "flex_attention")
+    use_own_attention(model)
+    assert [c._attn_implementation for c in (model.config, text, vision)] == ["sdpa", "eager", "flex_attention"]
 
 
 def test_other_attention_stays():

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_did.models import attention
-from lit_did.models.forward import abilities, layout_of
 from lit_did.models.layout import Sequences, read_sequences
-from lit_did.models.measuring import completion_outputs, completion_statistics
+from lit_did.models.measuring import completion_statistics
+from lit_did.models.trial import layout_of, outputs_of
 from tests.models.architectures import (
     LAYOUTS,
     PACKED,
@@ -27,8 +26,8 @@ from tests.models.architectures import (
 def statistics(policy: nn.Module, reference: nn.Module, sequences: Sequences, pack: bool, share: bool):
     layout = layout_of(policy, sequences, pack=pack, share=share)
     with torch.no_grad():
-        outputs = completion_outputs(reference, layout)
-    return completion_statistics(completion_outputs(policy, layout), outputs, layout.labels, layout.cu_labels)
+        outputs = outputs_of(reference, layout_of(reference, sequences, pack=pack, share=share))
+    return completion_statistics(outputs_of(policy, layout), outputs, layout.labels, layout.cu_labels)
 
 
 @pytest.mark.parametrize(("name", "implementation"), PACKED)
@@ -46,12 +45,10 @@ def test_statistics_and_gradients_of_every_layout(name, implementation):
     truths = gradients(exact[0], truth)
     assert truth.log_ratio.abs().max() > 0.5  # the premise: the models differ
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(held in memory|are padded).*")
-        packing, body = abilities(models[0])
-    assert packing == "segments"
-    assert body is not None
+        warnings.filterwarnings("error", message=".*(kept in memory|are padded).*")
+        assert outputs_of(models[0], layout_of(models[0], sequences)).hidden is not None
     sizes = set()
-    with attention.packed_attention(*models):
+    if True:
         for pack, share in LAYOUTS.values():
             sizes.add(layout_of(models[0], sequences, pack=pack, share=share).inputs["input_ids"].numel())
             ours = statistics(*models, sequences, pack, share)
@@ -76,11 +73,10 @@ def test_bfloat16(name, implementation):
     with torch.no_grad():
         truth = true_statistics(*map(double, models), sequences)
         errors = {}
-        with attention.packed_attention(*models):
-            for layout, (pack, share) in LAYOUTS.items():
-                ours = statistics(*models, sequences, pack, share)
-                errors[layout] = (ours.log_ratio - truth.log_ratio).square().mean().sqrt().item()
-    assert abilities(models[0]).packing == "segments"
+        for layout, (pack, share) in LAYOUTS.items():
+            ours = statistics(*models, sequences, pack, share)
+            errors[layout] = (ours.log_ratio - truth.log_ratio).square().mean().sqrt().item()
+    assert layout_of(models[0], sequences).packing == "segments"
     # As wrong as the model itself is in its precision: other roundings, no more of them.
     assert errors["packed"] <= 2 * errors["padded"]
     assert errors["shared"] <= 2 * errors["padded"]

@@ -9,8 +9,9 @@ from torch import nn
 
 from lit_did import LitDPO
 from lit_did.models import measuring
-from lit_did.models.measuring import completion_outputs, measure
+from lit_did.models.measuring import measure
 from lit_did.models.quiet import adapter_off
+from lit_did.models.trial import outputs_of
 from tests.modules.tiny import collate, make_pairs, tiny_gpt2, tiny_llama
 
 
@@ -34,9 +35,9 @@ def test_portions_of_a_batch(limit, monkeypatch):
 
     def watched(model, layout):
         sizes.append((len(layout.cu_labels) - 1, len(layout.rows) * model.config.vocab_size * 8))  # of both, float32
-        return completion_outputs(model, layout)
+        return outputs_of(model, layout)
 
-    monkeypatch.setattr(measuring, "completion_outputs", watched)
+    monkeypatch.setattr(measuring, "outputs_of", watched)
     assert_same(measure(policy, reference, batch, max_logits_bytes=limit), whole)
     assert all(rows == 1 or size <= limit for rows, size in sizes)
     assert len(sizes) > 2  # the premise

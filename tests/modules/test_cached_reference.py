@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from lit_did.data import PreferenceDataModule
-from lit_did.models import forward
 from lit_did.models.layout import read_sequences
-from lit_did.models.recompute import elementwise_recomputed
 from lit_did.models.reference_cache import ReferenceCache
+from lit_did.models.trial import find
 from lit_did.modules.cached_reference import cached_reference
 from tests.modules import two_processes
 from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
@@ -138,10 +137,17 @@ def test_trains_as_without_the_cache(tmp_path, case):
             break
 
 
+def try_out(model) -> None:
+    """Models are tried on sequences as long as the batch's before they are used."""
+    batch = read_sequences(collate([*TRAIN, *VAL] * 2))
+    with torch.no_grad():
+        find(model, batch)
+
+
 def test_the_reference_runs_once_over_each_pair_and_never_again(tmp_path):
     def reference_tokens() -> int:
         module, tokens = pairs_of(tmp_path), []
-        forward.abilities(module.reference)  # what a model allows is tried once, on a handful of tokens
+        try_out(module.reference)
         body = module.reference.model.register_forward_hook(
             lambda _, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
@@ -277,26 +283,6 @@ def test_after_training_a_module_can_be_copied(tmp_path, lora):
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_activations_take_the_place_of_the_layers(tmp_path, tied, monkeypatch):
-    """Of as many bytes as a full policy's reference is freed of; an adapter's reference is the policy."""
-    given = []
-
-    def recomputed(kept_bytes):
-        given.append(kept_bytes)
-        return elementwise_recomputed(kept_bytes)
-
-    monkeypatch.setattr(forward, "elementwise_recomputed", recomputed)
-    module = pairs_of(tmp_path / "full", tied=tied)
-    layers = sum(p.nbytes for p in module.reference.parameters()) - module.reference.lm_head.weight.nbytes
-    fit(module, loader(TRAIN, 3))
-    assert set(given) == {layers}
-    given.clear()
-    for other in (pairs_of(tmp_path / "lora", lora=LORA), pairs_of()):
-        fit(other, loader(TRAIN, 3))
-    assert set(given) == {0}
-
-
 def test_the_reference_that_was_given_gets_its_own_attention_back(tmp_path):
     module = pairs_of(tmp_path)
     reference = module.reference
@@ -375,7 +361,7 @@ def test_an_interrupted_run_leaves_nothing_that_would_be_used(tmp_path):
         if len(batches) == 2:
             raise RuntimeError("power cut")
 
-    forward.abilities(module.reference)
+    try_out(module.reference)
     module.reference.model.register_forward_hook(interrupt)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(module, loader(TRAIN, 3))
@@ -386,7 +372,7 @@ def test_an_interrupted_run_leaves_nothing_that_would_be_used(tmp_path):
 
 
 class Logits(type(tiny_llama())):
-    """A Llama whose logits are no linear layer's."""
+    """A Llama whose logits are not those of a linear layer."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -411,8 +397,8 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
             fit(pairs_of(tmp_path), data, max_epochs=1)
     reference = Logits(tiny_llama(1).config)
     with (
-        pytest.warns(UserWarning, match="no linear layer's"),
-        pytest.raises(ValueError, match=r"linear layer's of its last hidden states with `cache_reference`.*Logits"),
+        pytest.warns(UserWarning, match="does not expose last hidden states"),
+        pytest.raises(ValueError, match=r"exposes last hidden states .* with `cache_reference`.*Logits"),
     ):
         fit(LitDPO(tiny_llama(0), reference, cache_reference=tmp_path), loader(TRAIN, 3))
     with pytest.raises(ValueError, match="`cache_reference` to be None with `loss='simpo'`"):

@@ -199,7 +199,7 @@ def test_what_an_interrupted_run_leaves_is_forgotten():
 
 def test_parameters_that_one_side_does_not_reach():
     class Experts(nn.Module):
-        """A bias for sequences that hold token 66, and one for those that hold token -1: none."""
+        """A bias from token 66 of a sequence on, and one from token -1 on: never."""
 
         def __init__(self, seed: int) -> None:
             super().__init__()
@@ -209,9 +209,9 @@ def test_parameters_that_one_side_does_not_reach():
         def forward(self, input_ids, attention_mask):
             output = self.model(input_ids=input_ids, attention_mask=attention_mask)
             for token, bias in ((66, self.sixty_six), (-1, self.never)):
-                holds = (input_ids == token).any(1)
+                holds = (input_ids == token).cumsum(1) > 0
                 if holds.any():
-                    output.logits = output.logits + holds[:, None, None] * bias
+                    output.logits = output.logits + holds[:, :, None] * bias
             return output
 
     pairs = [([1, 2], [3, 4], [3, 4, 66, 5]), ([7], [8, 9], [8, 9, 66, 3])]

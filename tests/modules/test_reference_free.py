@@ -14,7 +14,8 @@ from torch.nn.functional import softplus
 from lit_did import LitDPO
 from lit_did.callbacks import DIDMonitor
 from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.models.forward import abilities
+from lit_did.models.layout import read_sequences
+from lit_did.models.trial import find
 from lit_did.modules import dpo
 from tests.modules.test_statistics import log_prob
 from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
@@ -100,7 +101,8 @@ def test_nothing_is_copied_and_one_forward_pass_is_run(loss, lora, pairs, monkey
     module = LitDPO(tiny_llama(), loss=loss, lora=lora)
     assert module.reference is None
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in module.policy.parameters())
-    abilities(module.policy)  # tried once, in passes of its own
+    for batch in loader(pairs, 3):
+        find(module.policy, read_sequences(batch))  # tried in passes of its own
     passes = []
     module.policy.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
     with warnings.catch_warnings():

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_did import LitDPO
 from lit_did.models import measuring
-from lit_did.models.forward import abilities
+from lit_did.models.layout import read_sequences
+from lit_did.models.trial import find
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, loader, make, train
 from tests.modules.tiny import tiny_gpt2, tiny_llama, trainer
 
@@ -27,7 +28,9 @@ def test_gradient_checkpointing():
             runs[checkpointing] = []
             mlp = module.policy.model.layers[0].mlp
             # Before, not after: what runs again stops at the last tensor that is wanted.
-            mlp.register_forward_pre_hook(lambda *_, of=runs[checkpointing]: of.append(torch.is_grad_enabled()))
+            mlp.register_forward_pre_hook(  # not those of the trial, in eval mode
+                lambda m, _, of=runs[checkpointing]: of.append(torch.is_grad_enabled() and m.training)
+            )
             assert_same(train(module), expected)
         assert sum(runs[True]) == 2 * sum(runs[False])  # the premise: layers run again
 
@@ -137,7 +140,8 @@ def test_no_logits_in_memory(monkeypatch):
         options = {"vocab_size": vocabulary, "hidden_size": hidden, "head_dim": 4}
         module = LitDPO(*(tiny_llama(seed, **options) for seed in (0, 1)), **OPTIMISER)
         for model in (module.policy, module.reference):
-            abilities(model)  # tried with logits of a few tokens
+            for batch in data:
+                find(model, read_sequences(batch))  # tried with logits of a few tokens
         with Largest(vocabulary, hidden) as watch:
             trainer(max_epochs=1).fit(module, data)
         assert rows == labels  # what the output layer is given: completion tokens, each once

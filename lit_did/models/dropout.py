@@ -1,0 +1,124 @@
+"""What a model draws at random in training mode: switching it off, and finding what is left.
+
+The log-ratio compares two models, not two draws of noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_did.models.quiet import random_numbers_kept
+
+_MARKS = ("drop", "jitter", "noise")  # dropout, layerdrop, attn_pdrop, router_jitter_noise
+_PROBE_TOKENS = 8
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every probability of dropping something, and every noise, to 0: of modules and of their configurations."""
+    for owner, name, _ in _probabilities(model):
+        setattr(owner, name, 0.0)
+
+
+def active_dropout(model: nn.Module) -> list[str]:
+    """Names of the modules that would drop something in a training forward pass."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training and any(not _is_config(owner) for owner, *_ in _probabilities(module, deep=False))
+    ]
+
+
+def random_modules(model: nn.Module, input_ids: Tensor) -> list[str]:
+    """Names of the innermost modules that answer the same inputs differently in two passes of training mode.
+
+    Args:
+        model: A causal language model, in the mode that it is trained in.
+        input_ids: [1, T] int64; a few of them are enough.
+    """
+    with random_numbers_kept(input_ids.device), torch.no_grad():
+        records = [_record(model, input_ids[:, :_PROBE_TOKENS], seed) for seed in (0, 1)]
+    names = [
+        name
+        for name, (inputs, outputs) in records[0].items()
+        if name in records[1] and _same(inputs, records[1][name][0]) and not _same(outputs, records[1][name][1])
+    ]
+    return [name for name in names if not any(other != name and _within(other, name) for other in names)]
+
+
+def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """The tensors that every module is given and returns, at its first call."""
+    torch.manual_seed(seed)
+    record: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    handles = []
+    for name, module in model.named_modules():
+
+        def note(_: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+            # Copies: what a module is given may be changed in place later.
+            record.setdefault(
+                name, ([t.clone() for t in _tensors((args, kwargs))], [t.clone() for t in _tensors(output)])
+            )
+
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return record
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    """Up to rounding: some kernels of a GPU add in an order of their own."""
+    return len(tensors) == len(others) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for a, b in zip(tensors, others, strict=True)
+    )
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[tuple[Any, str, float]]:
+    """Owner, attribute and value of all that is above 0."""
+    seen = set()
+    for module in model.modules() if deep else [model]:
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            yield module, "p", module.p
+        owners = [module, *_configs(getattr(module, "config", None))]
+        for owner in owners:
+            if id(owner) in seen:
+                continue
+            seen.add(id(owner))
+            for name, value in list(vars(owner).items()):
+                if type(value) is float and value > 0 and any(mark in name for mark in _MARKS):
+                    yield owner, name, value
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those within it."""
+    if config is None or not _is_config(config):
+        return
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        yield from _configs(getattr(config, name, None))
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_diff_dict")

@@ -1,0 +1,451 @@
+"""What layout of a batch a model takes, found by comparing it with the untouched model.
+
+A model gives the same answers however its sequences lie, or it does not: some let packed sequences see each other, some
+depend on the position in the row, some on the longest sequence beside them. So each model is tried on sequences as long
+as the batch's, made of the batch's own tokens. The truth is the model as it is, given one sequence at a time: its
+logits, and where it is trained its gradients. The first layout that agrees is used, in this order:
+
+    packed, with the beginning that a pair shares laid down once
+    packed
+    padded
+    alone: one sequence at a time
+
+Where the fastest one that was asked for does not agree, one warning says so. A model in which a later token changes an
+earlier logit is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_did.models import attention
+from lit_did.models.forward import (
+    Outputs,
+    adds_auxiliary_loss,
+    completion_hidden,
+    completion_logits,
+    completion_outputs,
+    inner,
+    output_layer,
+)
+from lit_did.models.layout import IGNORE_INDEX, SHORTEST_SHARED, Layout, Sequences, packed_layout, padded_layout
+from lit_did.models.quiet import random_numbers_kept
+
+LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
+COMPARED = 32  # tokens of a sequence whose logits are compared: [32, V] is small beside a step's
+SHORT = SHORTEST_SHARED + 5  # tokens of the short sequence beside the long one
+MAX_GRADIENT_ELEMENTS = 2**24  # of the parameters whose gradients are compared, the smallest first: 64 MiB
+
+
+class Found(NamedTuple):
+    """What a model takes, tried on sequences of up to `length` tokens and rows of up to `row` tokens."""
+
+    length: int
+    row: int
+    gradients: bool
+    """whether they were compared too"""
+    pack: bool
+    """whether packing was tried; "padded" then says that it failed"""
+    kind: str
+    """"packed", "padded" or "alone": see `Layout`"""
+    packing: str | None
+    share: bool
+    """whether what pairs begin with in common may be laid down once"""
+    forgets: bool
+    """whether the model keeps something of one forward pass for the next, until it is given one token"""
+
+
+class _Model:
+    """What is known of one model."""
+
+    def __init__(self) -> None:
+        self.body: Callable | None = None
+        self.body_tried = False
+        self.found: list[Found] = []
+        self.warned: set[str] = set()
+
+
+_known: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, share: bool = True) -> Layout:
+    """The sequences in the fastest layout in which `model` is right, on its device.
+
+    Args:
+        pack: End to end in one row, if the model is right then.
+        share: What pairs begin with in common once, if the model is right then.
+
+    Raises:
+        TypeError: The model is no causal language model.
+        ValueError: The sequences are longer than the model has positions.
+    """
+    device = next(model.parameters()).device
+    found = find(model, sequences, pack=pack)
+    if found.kind == "packed" and pack and (found.packing != "positions" or sequences.counts):
+        return _packed(sequences, device, found.packing, share and found.share)
+    kind = "alone" if found.kind == "alone" else "padded"
+    return padded_layout(sequences, device)._replace(kind=kind, forgets=found.forgets)
+
+
+@torch.compiler.disable
+def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
+    """What `model` says at the completion tokens of `layout`, which `layout_of` made for it."""
+    return completion_outputs(model, layout, _known[model].body)
+
+
+def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
+    """What `model` takes of sequences such as these; tried where that is not known yet."""
+    known = _known.setdefault(model, _Model())
+    gradients = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    lengths = np.diff(sequences.cu_seqlens)
+    length, row = int(lengths.max(initial=1)), int(lengths.sum())
+    best = [f for f in known.found if f.pack >= pack and f.gradients >= gradients]
+    # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
+    for found in best:
+        fastest = found.kind == ("packed" if pack else "padded") and not found.forgets
+        if found.length >= length and found.row >= row and fastest:
+            return found
+    _check_positions(model, length)
+    wanted = _bounds(model, length, row)
+    for found in best:
+        if (found.length, found.row) == wanted:
+            return found
+    sharded = is_sharded(model)
+    if sharded and best:  # a trial is a forward pass, which needs all processes at the same time
+        _warn(known, "longer", f"{_name(model)} is sharded and was tried on shorter sequences than {length} tokens.")
+        return best[0]
+    if sharded:
+        wanted = _agreed(model, wanted)
+    with _untouched(model):
+        found = _try(model, known, sequences, *wanted, gradients=gradients and not sharded, pack=pack)
+    known.found.append(found._replace(gradients=gradients))
+    return known.found[-1]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are DTensors, so that a forward pass needs all processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    parameters = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return parameters or any(isinstance(part, FSDPModule) for part in model.modules())
+
+
+def _check_positions(model: nn.Module, length: int) -> None:
+    """Raises ValueError if the model has learned fewer positions than a sequence has tokens."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    if not isinstance(limit, int) or length <= limit:
+        return
+    tokens = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
+    # Some tables begin with a few rows that stand for no position.
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    if any(limit <= table.num_embeddings <= limit + 8 for table in tables):
+        raise ValueError(
+            f"Expected sequences of at most {limit} tokens, which {_name(model)} has positions for, but got {length}. "
+            "Lower `max_length`."
+        )
+
+
+def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
+    """Tokens of the trial's longest sequence and of its row: up to the next powers of two, so that trials are few."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    longest = max(LEAST_LENGTH, 2 ** (length - 1).bit_length())
+    if isinstance(limit, int) and length <= limit < longest:
+        longest = limit
+    return longest, max(longest + SHORT, 2 ** (row - 1).bit_length())
+
+
+def _agreed(model: nn.Module, wanted: tuple[int, int]) -> tuple[int, int]:
+    """The largest bounds of all processes, doubled: later batches may be longer, and there is one trial only."""
+    if not torch.distributed.is_initialized():
+        return wanted
+    bounds = torch.tensor(wanted, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    return _bounds(model, *(2 * bounds).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The trial
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Answer(NamedTuple):
+    logits: Tensor
+    """[compared tokens, V]"""
+    gradients: list[Tensor] | None
+
+
+def _try(
+    model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, pack: bool
+) -> Found:
+    device, name = next(model.parameters()).device, _name(model)
+    sequences = _trial_sequences(batch, longest, row)
+    pairs = sequences.count // 2
+    compared = sequences.select([pairs - 1, 2 * pairs - 1])  # the last in the row, long and short
+    parameters = _some_parameters(model) if gradients else None
+    alone = padded_layout(compared, device)._replace(kind="alone")
+
+    forgets = _check_forward(model, compared, device, name)
+    alone = alone._replace(forgets=forgets)
+    truth = _answer(model, None, alone, parameters)
+    if not known.body_tried:
+        known.body_tried = True
+        known.body = _find_body(model)
+        if known.body is not None and not _agree(_answer(model, known.body, alone, parameters), truth):
+            known.body = None
+        if known.body is None and not adds_auxiliary_loss(model):
+            _warn(
+                known,
+                "body",
+                f"{name} does not expose last hidden states followed by a plain nn.Linear, so the logits of all "
+                "completion tokens are kept in memory.",
+            )
+
+    def right(layout: Layout) -> bool:
+        try:
+            return _agree(_answer(model, known.body, layout, parameters), truth)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of a model that was given what it does not know
+            return False
+
+    found = Found(longest, row, gradients, pack, "alone", None, False, forgets)
+    tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
+    for packing in tried:
+        for share in (True, False) if packing != "positions" else (False,):
+            if _takes_positions(model) and right(_packed(sequences, device, packing, share)):
+                return found._replace(kind="packed", packing=packing, share=share)
+    if not forgets and right(padded_layout(compared, device)):
+        found = found._replace(kind="padded")
+    if adds_auxiliary_loss(model):
+        return found
+    if found.kind == "alone":
+        _warn(
+            known,
+            "alone",
+            f"{name} gives other results when sequences of {longest} tokens and of {SHORT} are padded to one length, "
+            "so it is given batches with sequences as long one sequence at a time. Results are right, but training is "
+            "slower.",
+        )
+    elif pack:
+        _warn(
+            known,
+            "padded",
+            f"{name} gives other results when sequences lie end to end in one row (attention "
+            f"{attention.implementation(inner(model))!r}), so they are padded instead. Results are right, but training "
+            "is slower.",
+        )
+    return found
+
+
+def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, name: str) -> bool:
+    """Whether the model must be made to forget between sequences.
+
+    Raises:
+        TypeError: A later token changes an earlier logit.
+        ValueError: What one forward pass leaves for the next cannot be undone.
+    """
+    long, short = compared.select([0]), compared.select([1])
+    half = len(long.input_ids) // 2
+    other = long.input_ids.copy()
+    other[half + 1 :] = (
+        np.roll(other[half + 1 :], 1) if len(set(other[half + 1 :].tolist())) > 1 else short.input_ids[0]
+    )
+    early = long.labels.copy()
+    early[half:] = IGNORE_INDEX
+    # Three quarters as long: what stretches its positions for the longest sequence may keep that for shorter ones.
+    size = max(len(short.input_ids), 3 * len(long.input_ids) // 4)
+    middle = Sequences(*(array[:size] for array in long[:3]), np.array([0, size]))
+    middle = middle._replace(labels=np.where(np.arange(size) == size - 1, middle.input_ids, IGNORE_INDEX))
+
+    def logits(sequences: Sequences, forgets: bool = False) -> Tensor:
+        layout = padded_layout(sequences, device)._replace(kind="alone", forgets=forgets)
+        with torch.no_grad():
+            return completion_logits(model, layout)[0]
+
+    first = logits(middle, forgets=True)
+    if first.shape[1] <= int(compared.input_ids.max(initial=0)):
+        raise TypeError(
+            f"Expected a causal language model, but the logits of {name} are of {first.shape[1]} classes, fewer than "
+            "its input has tokens."
+        )
+    if len(other) > 3 and (early != IGNORE_INDEX).any():
+        expected = logits(long._replace(labels=early))
+        if not _close(logits(long._replace(input_ids=other, labels=early)), expected):
+            raise TypeError(
+                f"Expected a causal language model, but in {name} a later token changes an earlier logit, so it would "
+                "see the tokens that it is to predict. Pass a decoder; some encoders become one with `is_decoder=True` "
+                "in their configuration."
+            )
+    logits(long)
+    if _close(logits(middle), first):
+        return False
+    logits(long)
+    if not _close(logits(middle, forgets=True), first):
+        raise ValueError(
+            f"Expected a model whose forward pass depends on its arguments alone, but {name} answered differently "
+            "after another sequence."
+        )
+    return True
+
+
+def _trial_sequences(batch: Sequences, longest: int, row: int) -> Sequences:
+    """Pairs with a beginning in common, of the batch's tokens; of the last pair, a long and a short one, some labelled.
+
+    The pairs before it fill the row, so that the last one lies deep in it.
+    """
+    tokens = np.resize(batch.input_ids, 2 * longest + SHORT)
+    long = tokens[:longest]
+    # Another continuation than the long one's, where the batch has two different tokens.
+    short = np.concatenate([long[:SHORTEST_SHARED], long[SHORTEST_SHARED : SHORT + 1][::-1][: SHORT - SHORTEST_SHARED]])
+    fill = max(0, row - longest - SHORT)
+    # Each begins elsewhere in the tokens, so that they share no beginning.
+    fillers = [np.roll(tokens, -1 - i)[:longest] for i in range(-(-fill // longest))]
+    if len(fillers) % 2:  # a pair each
+        fillers.append(np.roll(tokens, 1)[:SHORT])
+    half = len(fillers) // 2
+    ids = [*fillers[:half], long, *fillers[half:], short]
+    labels = [np.full(len(i), IGNORE_INDEX) for i in ids]
+    for at in (half, 2 * half + 1):
+        # The label is the token itself, any token will do; the last ones are as far from the beginning as can be.
+        places = np.unique(np.linspace(0, len(ids[at]) - 1, min(COMPARED, len(ids[at]))).astype(int))
+        labels[at][places] = ids[at][places]
+    cu_seqlens = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+    positions = np.concatenate([np.arange(len(i)) for i in ids])
+    return Sequences(np.concatenate(ids), positions, np.concatenate(labels), cu_seqlens)
+
+
+def _answer(model: nn.Module, body: Callable | None, layout: Layout, parameters: list[Tensor] | None) -> _Answer:
+    with torch.set_grad_enabled(parameters is not None):
+        if body is None:
+            logits = completion_logits(model, layout)[0]
+        else:
+            logits = output_layer(model).logits(completion_hidden(model, layout, body))
+        if parameters is None:
+            return _Answer(logits, None)
+        objective = logits.float().log_softmax(-1).gather(1, layout.labels[:, None]).mean()
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
+    return _Answer(logits.detach(), list(gradients))
+
+
+def _agree(answer: _Answer, truth: _Answer) -> bool:
+    if not _close(answer.logits, truth.logits):
+        return False
+    if truth.gradients is None:
+        return True
+    tolerance = 5e-2 if _is_half(truth.logits) or _is_half(truth.gradients[0]) else 1e-3
+    # A gradient of nearly 0, such as of a bias that the softmax cancels, is rounding: it counts beside the others.
+    norms = [gradient.float().norm() for gradient in truth.gradients]
+    least = 1e-2 * torch.stack(norms).norm()
+    return all(
+        bool((one.float() - other.float()).norm() <= tolerance * (norm + least)) or not bool(norm.isfinite())
+        for one, other, norm in zip(answer.gradients, truth.gradients, norms, strict=True)
+    )
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by rounding alone; NaN equals NaN, so that broken weights are no inability."""
+    # Far above rounding, and below what another sequence's tokens change.
+    tolerance = 2e-2 if _is_half(expected) or torch.is_autocast_enabled(expected.device.type) else 1e-4
+    logits, expected = logits.float(), expected.float()
+    scale = expected.abs().nan_to_num(0, posinf=0).max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _some_parameters(model: nn.Module) -> list[Tensor]:
+    """Trained parameters, the smallest first: some of every layer, whose gradients depend on all layers above."""
+    chosen, left = [], MAX_GRADIENT_ELEMENTS
+    for parameter in sorted((p for p in model.parameters() if p.requires_grad), key=Tensor.numel):
+        if chosen and parameter.numel() > left:
+            break
+        chosen.append(parameter)
+        left -= parameter.numel()
+    return chosen
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode, not compiled, with its own attention; torch's random numbers as without."""
+    training = [module for module in model.modules() if module.training]
+    with (
+        random_numbers_kept(next(model.parameters()).device),
+        attention.packed_attention(inner(model), packed=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _packed(sequences: Sequences, device: torch.device, packing: str, share: bool) -> Layout:
+    layout = packed_layout(sequences, device, share=share)._replace(packing=packing)
+    if packing == "segments":
+        return layout
+    mask = attention.block_mask(layout.inputs["attention_mask"], device) if packing == "blocks" else None
+    return layout._replace(inputs={**layout.inputs, "attention_mask": mask})
+
+
+def _find_body(model: nn.Module) -> Callable | None:
+    base = inner(model)
+    body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
+    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    # No subclass: an adapter or a quantised weight would be passed by. No shards: they are whole inside a forward pass.
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
+    if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return None
+    if _manages(model, layer) or adds_auxiliary_loss(model):  # the model's own forward pass does what is needed
+        return None
+    known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
+        return None  # such as a factor of the logits that is 1 until it is trained
+    if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
+        return model.dynamo_ctx(body)
+    return body if model._compiled_call_impl is None and base._compiled_call_impl is None else torch.compile(body)
+
+
+def _manages(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(inner(model).forward).parameters
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(inner(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _name(model: nn.Module) -> str:
+    return type(inner(model)).__name__
+
+
+def _warn(known: _Model, what: str, message: str) -> None:
+    if what not in known.warned:
+        known.warned.add(what)
+        warnings.warn(message, stacklevel=6)
