@@ -238,7 +238,8 @@ class PreferenceDataModule(LightningDataModule):
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def _read(self, name: str) -> Rows:
-        return read_rows(getattr(self, name), name, columns=self.columns, on_bad_rows=self.on_bad_rows)
+        options = {"columns": self.columns, "on_bad_rows": self.on_bad_rows, "warn": rank_zero_warn}
+        return read_rows(getattr(self, name), name, **options)
 
     def _split_train(self) -> tuple[Rows, Rows]:
         """The rows of `train` to train on and those held out, each with those skipped among them."""

@@ -1,12 +1,21 @@
-"""One preference pair: from a raw row (any of the formats that TRL documents) to a checked `PreferencePair`.
+"""One preference pair: from a raw row to a checked `PreferencePair`.
 
     explicit prompt, plain text     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
     explicit prompt, chat           {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
     implicit prompt, plain text     {"chosen": "2+2? 4", "rejected": "2+2? 5"}
     implicit prompt, chat           {"chosen": [user, assistant], "rejected": [user, assistant]}
+    prompt beside conversations     {"prompt": "2+2?", "chosen": [user, assistant], "rejected": [user, assistant]}
 
-where `user` and `assistant` stand for {"role": ..., "content": ...}. A string `tag` names the kind of pair, for results
-by kind. Other columns are ignored.
+where `user` and `assistant` stand for messages: {"role": ..., "content": ...}, or what `messages` lists. A single
+message may stand for a list of one. A string beside messages is a message too: of the user in `prompt`, of the
+assistant elsewhere. `formats` lists columns of other names that hold these fields. Besides, a row may have
+
+    system                  the system message of a chat, or of text that is wrapped as one
+    tools                   what the chat template is given as `tools`: a list, or a JSON text of one
+    chat_template_kwargs    further arguments of the chat template: an object, or a JSON text of one
+    tag                     a string that names the kind of pair, for results by kind
+
+Other columns are ignored, but not where they may hold the prompt: see `formats`.
 """
 
 from __future__ import annotations
@@ -15,17 +24,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-Message = dict[str, Any]
+from lit_did.data.errors import UnusableRowError, in_words, kind, malformed, unusable
+from lit_did.data.formats import read_fields
+from lit_did.data.messages import Message, check_unicode, drop_nulls, has_content, parse_messages
+from lit_did.data.prompts import ASSISTANT, join_chat, num_repeats, split_chat, split_text, strip_chat, strip_text
+
 Text = str | list[Message]
 
-_FIELDS = ("prompt", "chosen", "rejected")
-_ASSISTANT = "\n\nAssistant:"
+_SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class UnusableRowError(ValueError):
-    """A row that is whole but cannot be trained on, such as one with an empty answer. Readers may skip it."""
 
 
 class PreferencePair(NamedTuple):
@@ -42,75 +50,77 @@ class PreferencePair(NamedTuple):
     tools: list | None = None
     chat_template_kwargs: dict | None = None
     system: str | None = None
+    holds_turns: bool = False
+    """whether the completions of a plain-text pair, cut from two dialogues, hold further turns"""
 
     @property
     def is_chat(self) -> bool:
         return not isinstance(self.prompt, str)
 
 
-def parse_pair(row: Mapping[str, Any], where: str = "row") -> PreferencePair:
+def parse_pair(
+    row: Mapping[str, Any], where: str = "row", columns: Mapping[str, str | None] | None = None
+) -> PreferencePair:
     """Checks one row and makes its prompt explicit.
 
-    An implicit prompt is what `chosen` and `rejected` share: for dialogues as in HH-RLHF everything up to and with the
-    last shared "\\n\\nAssistant:"; for other text the longest common prefix, cut back to the start of its last
-    whitespace, so that no word is split and the completions keep that whitespace; for chat the common leading messages.
+    An implicit prompt is what `chosen` and `rejected` share: see `split_text` for plain text; for chat the common
+    leading messages. A prompt that both completions repeat is taken off them; see `strip_text` and `strip_chat`.
 
     Args:
-        row: a mapping with `chosen`, `rejected` and perhaps `prompt`; strings, or lists of messages.
+        row: a mapping in one of the formats above.
         where: what errors call this row, such as "train.jsonl, line 3".
+        columns: for each of our column names the row's, such as {"prompt": "question"}; None leaves a column out.
 
     Raises:
-        ValueError: if the row is in none of the formats above. The message starts with `where`.
+        UnusableRowError: if the row is whole but cannot be trained on, such as one with an empty answer.
+        ValueError: if the row is in none of the formats. The message starts with `where`.
+    """
+    pair = parse_row(row, where, columns)
+    return strip_repeated(pair, where, certain=not pair.is_chat and num_repeats(*pair[:3]) == 2)
+
+
+def parse_row(row: Any, where: str, columns: Mapping[str, str | None] | None = None) -> PreferencePair:
+    """As `parse_pair`, but completions in plain text that begin with the prompt are left as they are.
+
+    Whether they repeat it or begin so by chance is for the whole source to say: see `read_rows`.
     """
     if not isinstance(row, Mapping):
-        raise _error(where, "an object with `chosen` and `rejected`", _kind(row))
-    missing = [name for name in ("chosen", "rejected") if name not in row]
-    if missing:
-        keys = ", ".join(f"`{key}`" for key in row) or "no keys"
-        raise _error(where, "the keys `chosen` and `rejected`", keys)
-    fields = {name: row[name] for name in _FIELDS if name in row}
-    for name, value in fields.items():
-        _check_field(name, value, where)
-    if len({isinstance(value, str) for value in fields.values()}) > 1:
-        got = ", ".join(f"`{name}`: {_kind(value)}" for name, value in fields.items())
-        hint = ""
-        if isinstance(fields.get("prompt"), str) and isinstance(fields["chosen"], list):
-            hint = " (without the column `prompt`, the prompt is taken from the messages both sides share)"
-        raise _error(where, "all strings or all lists of messages" + hint, got)
-    for name, value in fields.items():
-        if isinstance(value, list):
-            # Parquet gives every message the keys of all, as null; templates ask whether a key is there.
-            fields[name] = [{key: item for key, item in message.items() if item is not None} for message in value]
-    if "prompt" in fields:
-        pair = PreferencePair(**fields)
-    elif isinstance(fields["chosen"], str):
-        pair = _split_text(**fields)
-    else:
-        pair = _split_chat(**fields)
+        raise malformed(where, "an object with `chosen` and `rejected`", kind(row))
+    try:
+        return _parse(read_fields(row, columns, where), where)
+    except RecursionError:
+        raise malformed(where, "values within Python's recursion limit", "values that are nested too deeply") from None
+
+
+def strip_repeated(pair: PreferencePair, where: str, certain: bool) -> PreferencePair:
+    """Takes the prompt off completions in plain text that repeat it; see `strip_text`."""
     if pair.is_chat:
-        _check_chat(pair, where)
-    tag = row.get("tag") or ""
-    if not isinstance(tag, str):
-        raise _error(where, "`tag` to be a string", _kind(tag))
-    return pair._replace(tag=tag)
+        return pair
+    prompt, chosen, rejected = strip_text(*pair[:3], where, certain)
+    return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def to_chat(pair: PreferencePair) -> PreferencePair:
     """Wraps a plain-text pair as messages: the prompt as the user's, the completions as the assistant's.
 
-    A dialogue as in HH-RLHF becomes its turns, without the whitespace around each. Chat pairs are returned as they are.
+    A dialogue as in HH-RLHF becomes its turns, without the whitespace around each. An answer beside an explicit prompt
+    stays one message, also where it quotes a dialogue. `system` becomes the first message. Chat pairs are returned as
+    they are.
 
     Raises:
         UnusableRowError: if the prompt is empty: chat templates need a message to answer.
     """
     if pair.is_chat:
         return pair
-    if pair.prompt.endswith(_ASSISTANT) and _TURN.match(pair.prompt):
+    if pair.prompt.endswith(ASSISTANT) and _TURN.match(pair.prompt):
         prompt = _turns(pair.prompt)[:-1]  # the last turn is the one to complete
-        chosen, rejected = (_turns(_ASSISTANT + text) for text in (pair.chosen, pair.rejected))
+        if pair.holds_turns:
+            chosen, rejected = (_turns(ASSISTANT + text) for text in (pair.chosen, pair.rejected))
+        else:
+            chosen, rejected = ([_answer(text.strip())] for text in (pair.chosen, pair.rejected))
     elif pair.prompt.strip():
         prompt = [{"role": "user", "content": pair.prompt}]
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
+        chosen, rejected = ([_answer(text)] for text in (pair.chosen, pair.rejected))
     else:
         raise UnusableRowError(
             f"Expected a prompt to wrap as a user message (`as_chat=True`), but got {pair.prompt!r}."
@@ -138,83 +148,116 @@ def prepare_pair(pair: PreferencePair, as_chat: bool) -> PreferencePair:
     return pair
 
 
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
 def _turns(dialogue: str) -> list[Message]:
     """Splits "\\n\\nHuman: a\\n\\nAssistant: b" into messages."""
     _, *parts = _TURN.split(dialogue)
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _split_text(chosen: str, rejected: str) -> PreferencePair:
-    length = min(len(chosen), len(rejected))
-    shared = chosen[: next((place for place in range(length) if chosen[place] != rejected[place]), length)]
-    marker = shared.rfind(_ASSISTANT)
-    if marker >= 0:
-        end = marker + len(_ASSISTANT)
+def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
+    texts = {name: _parse_text(name, fields[name], where) for name in ("prompt", *_SIDES) if name in fields}
+    prompt, chosen, rejected = (texts.get(name) for name in ("prompt", *_SIDES))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        got = ", ".join(f"`{name}`: {kind(value)}" for name, value in texts.items())
+        raise malformed(where, "all strings or all lists of messages", got)
+    if isinstance(chosen, str) and not isinstance(prompt, list):
+        pair = _split_text(prompt, chosen, rejected, fields, where)
     else:
-        # The last whitespace that both share, from its start; never all of the shorter text: a completion would be "".
-        shared = shared[: length - 1]
-        end = max((match.start() for match in re.finditer(r"\s+", shared)), default=0)
-    return PreferencePair(chosen[:end], chosen[end:], rejected[end:])
+        pair = PreferencePair(*_split_chat(prompt, chosen, rejected, fields["unknown"], where))
+        for name in _SIDES:
+            _check_side(name, getattr(pair, name), where)
+    return pair._replace(
+        tag=_optional(fields, "tag", str, "a string", where) or "",
+        tools=_optional(fields, "tools", list, "a list, or a JSON text of one", where),
+        chat_template_kwargs=_optional(fields, "chat_template_kwargs", dict, "an object, or a JSON text of one", where),
+        **_place_system(pair, _optional(fields, "system", str, "a string", where), where),
+    )
 
 
-def _split_chat(chosen: list[Message], rejected: list[Message]) -> PreferencePair:
-    end = 0
-    # The last message of the shorter side is a completion even where both sides share it.
-    while end < min(len(chosen), len(rejected)) - 1 and chosen[end] == rejected[end]:
-        end += 1
-    return PreferencePair(chosen[:end], chosen[end:], rejected[end:])
+def _split_text(prompt: str | None, chosen: str, rejected: str, fields: dict[str, Any], where: str) -> PreferencePair:
+    parts, is_dialogue = (prompt, chosen, rejected), False
+    if prompt is None:
+        parts, is_dialogue = split_text(chosen, rejected)
+        if not is_dialogue:
+            if "prompt" in fields:
+                raise unusable(where, "`prompt` to be a string or a list of messages", "null")
+            _check_unknown(fields["unknown"], where)
+    for name, text in zip(_SIDES, parts[1:], strict=True):
+        if not text.strip():
+            raise unusable(where, f"`{name}` to be non-empty", "whitespace" if text else "an empty string")
+    return PreferencePair(*parts, holds_turns=is_dialogue and any(_TURN.search(text) for text in parts[1:]))
 
 
-def _check_field(name: str, value: Any, where: str) -> None:
-    if isinstance(value, str):
-        if not value and name != "prompt":
-            raise UnusableRowError(f"{where}: Expected `{name}` to have text, but got an empty string.")
-        _check_unicode(name, value, where)
-    elif isinstance(value, list):
-        if not value:
-            raise _error(where, f"`{name}` to be non-empty", "an empty list")
-        for number, message in enumerate(value):
-            _check_message(f"message {number} of `{name}`", message, where)
-    else:
-        raise _error(where, f"`{name}` to be a string or a list of messages", _kind(value))
+def _split_chat(prompt: Text | None, chosen: Text, rejected: Text, unknown: list[str], where: str) -> tuple:
+    if isinstance(chosen, str):
+        chosen, rejected = [_answer(chosen)], [_answer(rejected)]
+    if isinstance(prompt, str):
+        return join_chat(prompt, chosen, rejected, where)
+    if prompt is not None:
+        return strip_chat(prompt, chosen, rejected, where)
+    parts = split_chat(chosen, rejected)
+    if not parts[0]:
+        _check_unknown(unknown, where)
+        raise unusable(
+            where, "`chosen` and `rejected` to share their first message, as the prompt", "no shared message"
+        )
+    return parts
 
 
-def _check_message(name: str, message: Any, where: str) -> None:
-    if not isinstance(message, Mapping):
-        raise _error(where, f"{name} to be an object with `role` and `content`", _kind(message))
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            got = _kind(message[key]) if key in message else f"no `{key}`"
-            raise _error(where, f"{name} to have a string `{key}`", got)
-        _check_unicode(f"{key} of {name}", message[key], where)
+def _check_unknown(unknown: list[str], where: str) -> None:
+    """Refuses a prompt that would be guessed from two answers while a column of unknown name may hold it."""
+    if unknown:
+        raise ValueError(
+            f"{where}: Expected a column `prompt`, or no other text than `chosen` and `rejected`, but got "
+            f'{in_words(unknown)}. Name the prompt\'s column: `columns={{"prompt": {unknown[0]!r}}}`. If both texts '
+            'begin with the prompt, pass `columns={"prompt": None}`.'
+        )
 
 
-def _check_chat(pair: PreferencePair, where: str) -> None:
-    if not pair.prompt:
-        raise _error(where, "`chosen` and `rejected` to share their first message, as the prompt", "no shared message")
-    for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if completion[-1]["role"] != "assistant":
-            raise _error(where, f"`{name}` to end in a message of the assistant", f"role {completion[-1]['role']!r}")
-        if not any(message["content"] or message.get("tool_calls") for message in completion):
-            raise _error(where, f"`{name}` to be non-empty", "messages without content")
-
-
-def _check_unicode(name: str, text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")  # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise _error(where, f"`{name}` to be valid Unicode", f"a lone surrogate at character {error.start}") from None
-
-
-def _kind(value: Any) -> str:
+def _parse_text(name: str, value: Any, where: str) -> Text | None:
     if value is None:
-        return "null"
+        if name == "prompt":
+            return None
+        raise unusable(where, f"`{name}` to be a string or a list of messages", "null")
     if isinstance(value, str):
-        return "a string"
-    if isinstance(value, list):
-        return "a list"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float)) else type(value).__name__
+        check_unicode(f"`{name}`", value, where)
+        return value
+    if isinstance(value, (list, tuple, Mapping)):
+        return parse_messages(name, value, where)
+    raise malformed(where, f"`{name}` to be a string or a list of messages", kind(value))
 
 
-def _error(where: str, expected: str, got: str) -> ValueError:
-    return ValueError(f"{where}: Expected {expected}, but got {got}.")
+def _check_side(name: str, side: list[Message], where: str) -> None:
+    if side[-1]["role"] != "assistant":
+        raise malformed(where, f"`{name}` to end in a message of the assistant", f"role {side[-1]['role']!r}")
+    if not has_content(side):
+        raise unusable(where, f"`{name}` to be non-empty", "messages without content")
+
+
+def _place_system(pair: PreferencePair, system: str | None, where: str) -> dict[str, Any]:
+    """Where the system message goes: to the front of a chat's prompt, or beside plain text."""
+    if not system or not system.strip():
+        return {}
+    if not pair.is_chat:
+        return {"system": system}
+    first = pair.prompt[0]
+    if first["role"] != "system":
+        return {"prompt": [{"role": "system", "content": system}, *pair.prompt]}
+    if first.get("content", "").strip() != system.strip():
+        raise malformed(where, "one system message", "a column `system` beside another in the messages")
+    return {}
+
+
+def _optional(fields: dict[str, Any], name: str, of: type, expected: str, where: str) -> Any:
+    """The value of a column that need not be there, or None where it is missing or empty."""
+    value = drop_nulls(fields.get(name))
+    if value is None or value == of():
+        return None
+    if not isinstance(value, of):
+        raise malformed(where, f"`{name}` to be {expected}", kind(value))
+    check_unicode(f"`{name}`", value, where)
+    return value

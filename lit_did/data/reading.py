@@ -1,21 +1,35 @@
-"""Reads preference pairs from JSON Lines, Parquet, a datasets.Dataset or a list, each with its place for errors."""
+"""Preference pairs from files, tables, data sets of the hub or lists, each with its place for errors.
+
+A source is one of
+
+    a path            .jsonl, .ndjson, .json (one list, or lines), .csv, .tsv, each also with .gz, or .parquet
+    a folder          all such files in it and in its folders, which must belong to one split
+    a pattern         "data/*.jsonl"
+    a list of these   one after the other
+    "org/name:split"  a data set of the Hugging Face hub, where no such path exists; also "org/name/config:split"
+    a table           `datasets.Dataset`, `pyarrow.Table`, pandas `DataFrame`
+    a list of dicts
+
+`pairs` has the formats of a row, and `formats` the names of columns.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
+import os
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
+from lit_did.data import hub
+from lit_did.data.files import SUFFIXES, find_files, is_glob, read_file, read_table
+from lit_did.data.formats import check_columns, columns_to_read, describe_columns
+from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
+from lit_did.data.prompts import num_repeats
 
-_FIELDS = ("prompt", "chosen", "rejected", "tag")
-_JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
+Columns = Mapping[str, str | None]
+Warn = Callable[[str], None]
 
 
 class SourceRow(NamedTuple):
@@ -35,7 +49,7 @@ class SkippedRow(NamedTuple):
 
 
 def read_pairs(
-    source: Any, name: str = "source", *, columns: Mapping[str, str | None] | None = None, on_bad_rows: str = "skip"
+    source: Any, name: str = "source", *, columns: Columns | None = None, on_bad_rows: str = "skip"
 ) -> list[SourceRow]:
     """Reads and checks all pairs of a source. One warning names the rows that were skipped.
 
@@ -43,64 +57,84 @@ def read_pairs(
     """
     rows, skipped = read_rows(source, name, columns=columns, on_bad_rows=on_bad_rows)
     if skipped:
+        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else name
         warnings.warn(describe_skipped(name, skipped, len(rows) + len(skipped)), stacklevel=2)
     return rows
 
 
 def read_rows(
-    source: Any, name: str = "source", *, columns: Mapping[str, str | None] | None = None, on_bad_rows: str = "skip"
+    source: Any,
+    name: str = "source",
+    *,
+    columns: Columns | None = None,
+    on_bad_rows: str = "skip",
+    warn: Warn = warnings.warn,
 ) -> tuple[list[SourceRow], list[SkippedRow]]:
     """Reads and checks all pairs of a source, and says which rows it skipped.
 
     Args:
-        source: the path of a .jsonl, .jsonl.gz, .json or .json.gz file (UTF-8, one object a line, blank lines
-            skipped) or of a .parquet file; a `datasets.Dataset`; or a list of dicts. Formats of a row: `parse_pair`.
+        source: see the top of this file.
         name: what errors call a source that is not a file.
-        columns: for each of our names the source's: {"prompt": "question"}. None as a name leaves the column out.
+        columns: for each of our column names the source's, such as {"prompt": "question"}. None leaves a column out;
+            {"prompt": None} says that the prompt is in both completions.
         on_bad_rows: what to do with rows that are whole but cannot be trained on (`UnusableRowError`): "skip" them, or
             "raise". Malformed rows always raise.
+        warn: called with one text if fields are read from columns of other names without being told to.
 
     Returns:
         The rows in the order of the source, and those that were skipped.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        TypeError: if `source` is none of the above.
-        ValueError: for malformed content, naming file and line (from 1), or source and row (from 0), and the reason.
+        FileNotFoundError: if there is no such file, nor a data set of the hub.
+        ConnectionError: if `source` is not here and the hub cannot be reached.
+        TypeError: if `source` is none of the above, or `columns` no dict of names.
+        ValueError: for malformed content, naming file and line (from 1), or source and row (from 0), and the reason;
+            for a source without pairs.
         ImportError: for a .parquet file, if pyarrow is not installed.
     """
     check_on_bad_rows(on_bad_rows)
     check_columns(columns)
-    if isinstance(source, (str, Path)):
-        name = str(source)
-        rows = _read_file(Path(source))
-    elif isinstance(source, (list, tuple)):
-        rows = ((f"{name}, row {number}", row) for number, row in enumerate(source))
-    elif isinstance(getattr(source, "column_names", None), list):  # a datasets.Dataset, told without importing it
-        rows = _read_dataset(source, name)
-    else:
-        splits = isinstance(source, dict) and hasattr(source, "column_names")  # a datasets.DatasetDict
-        hint = f" of the splits {sorted(source)}; choose one" if splits else ""
-        raise TypeError(
-            f"Expected `{name}` to be a path, a list of dicts or a datasets.Dataset, "
-            f"but got {type(source).__name__}{hint}."
-        )
-    pairs: list[SourceRow] = []
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+    rows: list[SourceRow] = []
     skipped: list[SkippedRow] = []
-    for index, (where, row) in enumerate(rows):
+
+    def skip(index: int, where: str, error: UnusableRowError) -> None:
+        if on_bad_rows == "raise":
+            raise error
+        skipped.append(SkippedRow(index, where, str(error).removeprefix(f"{where}: ")))
+
+    layouts: dict[tuple[str, ...], None] = {}
+    missing = {column for column in (columns or {}).values() if column is not None}
+    for index, (where, row) in enumerate(_read(source, name, partial(columns_to_read, columns=columns))):
         try:
-            pairs.append(SourceRow(index, where, parse_pair(row, where)))
+            rows.append(SourceRow(index, where, parse_row(row, where, columns)))
         except UnusableRowError as error:
-            if on_bad_rows == "raise":
-                raise
-            skipped.append(SkippedRow(index, where, str(error).removeprefix(f"{where}: ")))
-    if not pairs:
+            skip(index, where, error)
+        layouts.setdefault(tuple(row))
+        missing -= row.keys()
+    if missing and (rows or skipped):
+        raise ValueError(f"{name}: Expected the columns that `columns` names, but no row has {sorted(missing)}.")
+    if told := "; or ".join(sorted({describe_columns(names, columns) for names in layouts} - {""})):
+        warn(f'{name}: Reads {told}. Pass `columns`, such as {{"prompt": "question"}}, to choose the columns yourself.')
+    parsed, rows = rows, []
+    certain = _repeats_prompts([row.pair for row in parsed])
+    for row in parsed:
+        try:
+            rows.append(row._replace(pair=strip_repeated(row.pair, row.where, certain)))
+        except UnusableRowError as error:
+            skip(row.index, row.where, error)
+    if not rows:
         if skipped:
-            raise ValueError(
-                f"{name}: Expected preference pairs, but got none to train on. {describe_skipped(name, skipped)}"
-            )
+            raise ValueError(f"{describe_skipped(name, skipped)} No row is left.")
         raise ValueError(f"{name}: contains no preference pairs.")
-    return pairs, skipped
+    return rows, sorted(skipped)
+
+
+def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
+    """Whether at least a tenth of the pairs in plain text have a completion that begins with the prompt: no chance."""
+    repeats = [num_repeats(*pair[:3]) > 0 for pair in pairs if not pair.is_chat]
+    return 10 * sum(repeats) >= len(repeats) > 0
 
 
 def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
@@ -127,79 +161,71 @@ def check_on_bad_rows(on_bad_rows: Any) -> None:
         raise ValueError(f'Expected `on_bad_rows` to be "skip" or "raise", but got {on_bad_rows!r}.')
 
 
-def check_columns(columns: Any) -> None:
-    """Raises unless `columns` maps our names to the source's."""
-    if columns is not None and not isinstance(columns, Mapping):
-        raise TypeError(f'Expected `columns` to be a dict such as {{"prompt": "question"}}, but got {columns!r}.')
+def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
+    """The raw rows of a source with what errors call each."""
+    if isinstance(source, (str, os.PathLike)):
+        return _read_path(os.fspath(source), choose)
+    if isinstance(source, (list, tuple)):
+        paths = [part for part in source if isinstance(part, (str, os.PathLike))]
+        if not paths:
+            return ((f"{name}, row {number}", row) for number, row in enumerate(source))
+        if len(paths) < len(source):
+            raise TypeError(f"Expected `{name}` to be a list of paths or a list of dicts, but got both in one.")
+        return _read_paths(paths, name, choose)
+    module = type(source).__module__.partition(".")[0]
+    if module == "pyarrow" and hasattr(source, "schema"):
+        return read_table(source, name, choose)
+    if module == "pandas" and hasattr(source, "columns"):
+        return _read_frame(source, name, choose)
+    if isinstance(getattr(source, "column_names", None), list):  # a datasets.Dataset, told without importing it
+        return _read_dataset(source, name, choose)
+    splits = isinstance(source, dict) and hasattr(source, "column_names")  # a datasets.DatasetDict
+    hint = f" of the splits {sorted(source)}; choose one" if splits else ""
+    raise TypeError(
+        f"Expected `{name}` to be a path, a list of paths or dicts, a datasets.Dataset, a pyarrow.Table or a pandas "
+        f"DataFrame, but got {type(source).__name__}{hint}."
+    )
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.exists():
-        raise FileNotFoundError(f"Expected a file of preference pairs, but {path} does not exist.")
-    if not path.is_file():
-        raise ValueError(f"{path}: Expected a file of preference pairs, but got a directory.")
-    if path.name.endswith(_JSON_SUFFIXES):
-        return _read_json_lines(path)
-    if path.name.endswith(".parquet"):
-        return _read_parquet(path)
-    raise ValueError(f"{path}: Expected a file name ending in one of {', '.join(_SUFFIXES)}, but got {path.name!r}.")
+def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
+    path = os.path.expanduser(path)
+    if not os.path.lexists(path) and not is_glob(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
+        yield from _read_dataset(hub.load(path), path, choose)
+        return
+    for file in find_files(path):
+        yield from read_file(file, choose)
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    open_file = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    # Bytes, not text: lines end at "\n" only (strings may hold other separators), and bad UTF-8 has a line number.
-    try:
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if line.strip():
-                    yield f"{path}, line {number}", _parse_line(line, f"{path}, line {number}")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}, line {number + 1}: Expected gzip data, but got: {error}.") from error
+def _read_paths(paths: Sequence[Any], name: str, choose: Any) -> Iterator[tuple[str, Any]]:
+    texts = [os.fspath(path) for path in paths]
+    (most, count), *_ = Counter(texts).most_common(1)
+    if count > 1:
+        raise ValueError(f"{name}: Expected every path once, but got {most} {count} times.")
+    for path in texts:
+        yield from _read_path(path, choose)
 
 
-def _parse_line(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8").rstrip())
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: Expected UTF-8, but got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: Expected one JSON object a line, but got invalid JSON: {error.msg} (column {error.colno})."
-        ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"Reading {path} needs pyarrow. Install it with: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: Expected Parquet data, but got: {error}") from error
-    with file:
-        columns = _choose_columns(file.schema_arrow.names, str(path))
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                yield f"{path}, row {number}", row
-                number += 1
-
-
-def _read_dataset(dataset: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _read_dataset(dataset: Any, name: str, choose: Any) -> Iterator[tuple[str, Any]]:
     # Other columns (images, say) may be slow to decode, so they are left out before iterating.
-    columns = _choose_columns(dataset.column_names, name)
-    for number, row in enumerate(dataset.select_columns(columns)):
+    dataset = dataset.select_columns(choose(dataset.column_names, name))
+    for number, row in enumerate(dataset.with_format(None)):
         yield f"{name}, row {number}", row
 
 
-def _choose_columns(names: list[str], where: str) -> list[str]:
-    if not {"chosen", "rejected"} <= set(names):
-        raise ValueError(f"{where}: Expected the columns `chosen` and `rejected`, but got {names}.")
-    return [name for name in _FIELDS if name in names]
+def _read_frame(frame: Any, name: str, choose: Any) -> Iterator[tuple[str, Any]]:
+    names = choose(list(frame.columns), name)
+    columns = [frame[column].tolist() for column in names]
+    for number, values in enumerate(zip(*columns, strict=True)):
+        yield f"{name}, row {number}", dict(zip(names, map(_plain, values), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a data frame in Python's own types: arrays as lists, and what stands for a missing value as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    missing = type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    return None if missing else value

@@ -257,15 +257,16 @@ def test_counts_are_logged_once(no_specials):
         data.setup("fit")
         data.setup("fit")
     assert [str(warning.message) for warning in caught] == [
-        "train: 1 of 12 rows cannot be trained on and are skipped. 1 with the reason: Expected `chosen` to have "
-        'tokens, but got none. (train, row 10) Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.',
+        "train: 1 of 12 rows cannot be trained on and are skipped. 1 with the reason: Expected `chosen` to be "
+        "non-empty, but got whitespace. (train, row 10) "
+        'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.',
         "train: 11 pairs of 12 rows: 1 skipped, 1 with identical chosen and rejected, 3 truncated to max_length=3.",
     ]
 
 
 def test_unusable_rows_may_raise(no_specials):
     rows = [*ROWS, {"prompt": "a", "chosen": " ", "rejected": "b"}]
-    with pytest.raises(UnusableRowError, match="train, row 10: Expected `chosen` to have tokens, but got none"):
+    with pytest.raises(UnusableRowError, match="train, row 10: Expected `chosen` to be non-empty, but got whitespace"):
         PreferenceDataModule(rows, no_specials, on_bad_rows="raise").setup("fit")
 
 
@@ -299,8 +300,11 @@ def test_real_files(shared_data, no_bos, name):
         rows = [json.loads(line) for line in file]
     data = PreferenceDataModule(shared_data / name, no_bos, max_length=100_000, batch_size=4)
     data.setup("fit")
-    assert len(data.train_dataset) == len(rows)
-    assert (data.train_dataset.num_dropped, data.train_dataset.num_truncated) == (0, 0)
+    empty = [number for number, row in enumerate(rows) if row["chosen"].endswith("\n\nAssistant: ")]
+    assert len(empty) == (4 if "hh" in name else 0)
+    assert [row.index for row in data.train_dataset.skipped] == empty
+    assert len(data.train_dataset) == len(rows) - len(empty)
+    assert data.train_dataset.num_truncated == 0
     for batch in list(data.train_dataloader())[:10]:
         count = len(batch["index"])
         for place, ids in enumerate(batch["input_ids"]):

@@ -8,15 +8,21 @@ import pickle
 import pytest
 
 from lit_did.data.dataset import PreferenceDataset
-from lit_did.data.reading import read_pairs, read_rows
+from lit_did.data.pairs import PreferencePair
+from lit_did.data.reading import SourceRow, read_pairs, read_rows
 
 ROWS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
-    {"prompt": "a b c", "chosen": " ", "rejected": "c"},  # no tokens in chosen: dropped
+    {"prompt": "a b c", "chosen": " ", "rejected": "c"},  # no tokens in chosen: skipped
     {"prompt": "a", "chosen": "b", "rejected": " b"},  # other text, the same tokens: kept
     {"prompt": "a b c", "chosen": "b", "rejected": "c"},  # too long: truncated
     {"prompt": "a", "chosen": "b c", "rejected": "b b c"},  # the same tokens once truncated
 ]
+
+
+def _rows(rows) -> list[SourceRow]:
+    """What the reader returns, but for its checks: whether a text has tokens is for the tokenizer to say."""
+    return [SourceRow(number, f"source, row {number}", PreferencePair(**row)) for number, row in enumerate(rows)]
 
 
 def _ids(example) -> tuple:
@@ -24,7 +30,7 @@ def _ids(example) -> tuple:
 
 
 def test_rows_and_counts(no_specials):
-    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    dataset = PreferenceDataset(_rows(ROWS), no_specials, max_length=3)
     assert [_ids(example) for example in dataset] == [
         ([0], [1], [2], 0, 1.0),
         ([0], [1], [1], 2, 1.0),
@@ -38,7 +44,7 @@ def test_rows_and_counts(no_specials):
 
 
 def test_tokens_of_a_pair_count_its_prompt_twice(no_specials):
-    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    dataset = PreferenceDataset(_rows(ROWS), no_specials, max_length=3)
     assert dataset.num_tokens.tolist() == [4, 4, 6, 6]
     assert dataset.num_tokens.dtype == "int64"
 
@@ -49,7 +55,7 @@ def test_identical_is_counted_after_truncation(no_specials):
 
 
 def test_positions_past_the_end_repeat_rows_with_weight_zero(no_specials):
-    dataset = PreferenceDataset(read_pairs(ROWS), no_specials, max_length=3)
+    dataset = PreferenceDataset(_rows(ROWS), no_specials, max_length=3)
     for position in range(4, 12):
         assert _ids(dataset[position]) == (*_ids(dataset[position % 4])[:4], 0.0)
     assert dataset[-1].weight == 1.0
@@ -72,7 +78,7 @@ def test_rows_that_cannot_be_rendered_are_skipped_and_counted_with_the_readers(l
 
 def test_nothing_left_is_an_error(no_specials):
     with pytest.raises(ValueError, match=r"Expected preference pairs with tokens in both .*none in 1 rows"):
-        PreferenceDataset(read_pairs(ROWS[1:2]), no_specials, max_length=3)
+        PreferenceDataset(_rows(ROWS[1:2]), no_specials, max_length=3)
 
 
 def test_rendering_errors_name_the_line(no_bos, tmp_path):
@@ -89,6 +95,6 @@ def test_rendering_errors_name_the_line(no_bos, tmp_path):
 
 def test_workers_get_only_the_tokens(no_bos):
     # Four bytes a token, and neither the tokenizer nor the text.
-    dataset = PreferenceDataset(read_pairs(ROWS), no_bos, max_length=3)
+    dataset = PreferenceDataset(_rows(ROWS), no_bos, max_length=3)
     assert dataset[0].prompt_ids.dtype == "int32"
     assert b"okenizer" not in pickle.dumps(dataset).replace(b"lit_did.data.tokenizing", b"")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lit_did.data.pairs import PreferencePair, parse_pair, to_chat
+from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair, to_chat
 
 
 def _user(text: str) -> dict:
@@ -45,8 +45,6 @@ def test_null_keys_of_messages_are_left_out():
         ("\n\nHuman: x\n\nAssistant: y\n\nHuman: z\n\nAssistant: a", "\n\nHuman: x\n\nAssistant: n", 0),
         # A marker shared only in part does not count.
         ("\n\nHuman: x\n\nAssistant: a\n\nAssistant: b", "\n\nHuman: x\n\nAssistant: a\n\nAssistance", 0),
-        # An empty last turn leaves an empty completion (dropped later), not an earlier prompt.
-        ("\n\nHuman: x\n\nAssistant:", "\n\nHuman: x\n\nAssistant: n", 0),
     ],
 )
 def test_implicit_prompt_of_a_dialogue_ends_in_the_last_shared_marker(chosen, rejected, prompt):
@@ -102,7 +100,7 @@ def test_implicit_prompt_of_identical_chats_leaves_the_last_message():
             {"chosen": "a", "rejected": 3},
             "Expected `rejected` to be a string or a list of messages, but got int 3.",
         ),
-        ({"prompt": "x", "chosen": "", "rejected": "b"}, "Expected `chosen` to have text, but got an empty string."),
+        ({"prompt": "x", "chosen": "", "rejected": "b"}, "Expected `chosen` to be non-empty, but got an empty string."),
         ({"prompt": [], "chosen": [_bot("a")], "rejected": [_bot("b")]}, "Expected `prompt` to be non-empty"),
         (
             {"prompt": [_user("x")], "chosen": [_bot("a")], "rejected": []},
@@ -111,11 +109,6 @@ def test_implicit_prompt_of_identical_chats_leaves_the_last_message():
         (
             {"prompt": [_user("x")], "chosen": [_bot("a")], "rejected": [_bot("")]},
             "Expected `rejected` to be non-empty, but got messages without content.",
-        ),
-        (
-            {"prompt": "x", "chosen": [_bot("a")], "rejected": [_bot("b")]},
-            "Expected all strings or all lists of messages (without the column `prompt`, the prompt is taken from the "
-            "messages both sides share), but got `prompt`: a string, `chosen`: a list, `rejected`: a list.",
         ),
         (
             {"chosen": "a", "rejected": [_bot("b")]},
@@ -163,7 +156,7 @@ def test_to_chat_wraps_plain_text_unchanged():
 
 def test_to_chat_turns_a_dialogue_into_its_turns():
     first = "\n\nHuman: hello \n\nAssistant: hi\n\nHuman: and?\n\nAssistant:"
-    pair = to_chat(PreferencePair(first, " so\n\nHuman: go on\n\nAssistant: on", " no"))
+    pair = to_chat(PreferencePair(first, " so\n\nHuman: go on\n\nAssistant: on", " no", holds_turns=True))
     assert pair.prompt == [_user("hello"), _bot("hi"), _user("and?")]
     assert pair.chosen == [_bot("so"), _user("go on"), _bot("on")]
     assert pair.rejected == [_bot("no")]
@@ -183,10 +176,16 @@ def test_real_dialogues_split_at_the_marker_and_reassemble(shared_data):
     with gzip.open(shared_data / "hh_rlhf_harmless_test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 2312
+    empty = 0
     for row in rows:
-        pair = parse_pair(row)
+        try:
+            pair = parse_pair(row)
+        except UnusableRowError:
+            empty += 1
+            continue
         assert pair.prompt.endswith("\n\nAssistant:")
         assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+    assert empty == 4  # answers of a space
 
 
 def test_tag_is_optional_and_survives_wrapping():

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lit_did.data.pairs import PreferencePair
 from lit_did.data.tokenizing import TokenizedPair, tokenize_pair, truncate_pair
 
 PLAIN = {"prompt": "Two plus two is", "chosen": " four.", "rejected": " five, of course."}
@@ -129,9 +130,9 @@ def test_completion_is_tokenised_alone_where_joint_tokens_cross_the_boundary(mer
 
 
 def test_completion_without_tokens_stays_empty(no_specials):
-    assert tokenize_pair({"prompt": "a", "chosen": " \n", "rejected": "b"}, no_specials, 8).chosen_ids == []
+    assert tokenize_pair(PreferencePair("a", " \n", "b"), no_specials, 8).chosen_ids == []
     # The same where an EOS could have been added.
-    row = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}
+    row = PreferencePair("\n\nHuman: a\n\nAssistant:", "", " b")
     no_specials_eos = no_specials.__class__(tokenizer_object=no_specials.backend_tokenizer, eos_token="c")
     assert tokenize_pair(row, no_specials_eos, 8).chosen_ids == []
 
@@ -212,6 +213,8 @@ def test_real_files_reassemble(shared_data, adds_bos, name):
     with open_file(shared_data / name, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:200]
     for row in rows:
+        if row["chosen"].endswith("Assistant: "):
+            continue  # an empty answer
         pair = tokenize_pair(row, adds_bos, 1_000_000)
         for ids, text in ((pair.chosen_ids, row["chosen"]), (pair.rejected_ids, row["rejected"])):
             assert adds_bos.decode(pair.prompt_ids + ids) == "<s>" + row.get("prompt", "") + text + "</s>"

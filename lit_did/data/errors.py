@@ -1,0 +1,37 @@
+"""What is wrong with a row, in one line that begins with its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class UnusableRowError(ValueError):
+    """A row that is whole but cannot be trained on, such as one with an empty answer. Readers may skip it."""
+
+
+def malformed(where: str, expected: str, got: str) -> ValueError:
+    """The error for a row in none of the formats: always raised."""
+    return ValueError(f"{where}: Expected {expected}, but got {got}.")
+
+
+def unusable(where: str, expected: str, got: str) -> UnusableRowError:
+    """The error for a row that is whole but cannot be trained on: readers may skip the row."""
+    return UnusableRowError(f"{where}: Expected {expected}, but got {got}.")
+
+
+def kind(value: Any) -> str:
+    """A value in words, for errors."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+        return "a huge int"  # Python refuses to print integers of more than 4300 digits
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float)) else type(value).__name__
+
+
+def in_words(names: Any) -> str:
+    """Column names for errors: `a`, `b`."""
+    return ", ".join(f"`{name}`" for name in names) or "no keys"

@@ -1,0 +1,342 @@
+"""Rows of files, each with its place for errors: JSON Lines, JSON, CSV and Parquet.
+
+Nothing is read that could block or never end: what is no regular file is refused by its kind, and a line has at most
+64 MiB.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import glob
+import gzip
+import json
+import os
+import re
+import stat
+import sys
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, Any]  # what errors call it, and what it holds
+Choose = Callable[[list[str], str], list[str]]  # from a table's columns and its name to those to read
+
+_JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+_JSON = (".json", ".json.gz")
+_CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SUFFIXES = (*_JSON_LINES, *_JSON, *_CSV, ".parquet")
+MAX_LINE = 64 * 2**20  # bytes; also of one CSV cell, which may span lines
+MAX_JSON = 2**30  # bytes of a .json file that holds one list: it is in memory as a whole
+_ROWS = 1024  # rows of Parquet decoded at once: as finely as an error inside a page is placed
+_LINES = "one JSON object a line"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval)(?![a-z])")
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path that does not exist is a pattern."""
+    return glob.has_magic(path) and not os.path.lexists(path)
+
+
+def find_files(path: str) -> list[Path]:
+    """The files of a path: itself, those of a pattern such as "data/*.jsonl", or those of a folder and its folders.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if a folder holds the files of several splits.
+    """
+    if is_glob(path):
+        paths = [Path(found) for found in sorted(glob.glob(path, recursive=True))]
+        if not paths:
+            raise FileNotFoundError(f"Expected files of preference pairs, but no path matches {path}.")
+        return [file for found in paths for file in (_find_in_folder(found) if found.is_dir() else [found])]
+    if stat.S_ISDIR(_stat(Path(path)).st_mode):
+        return _find_in_folder(Path(path))
+    return [Path(path)]
+
+
+def read_file(path: Path, choose: Choose) -> Iterator[Row]:
+    """The rows of a file, by its suffix; of Parquet with the columns alone that `choose` returns.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: for a path that is no regular file or of an unknown suffix, and for malformed content, naming the
+            line (from 1) or the row (from 0).
+        ImportError: for a .parquet file, if pyarrow is not installed.
+    """
+    mode = _stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        is_a = next((name for check, name in _KINDS if check(mode)), "a folder" if stat.S_ISDIR(mode) else "no file")
+        link = f" (through the link to {os.readlink(path)})" if path.is_symlink() else ""
+        raise ValueError(f"{path}: Expected a file of preference pairs, but got {is_a}{link}.")
+    name = path.name.lower()
+    if name.endswith(_JSON_LINES):
+        return _read_json_lines(path)
+    if name.endswith(_JSON):
+        return _read_json(path)
+    if name.endswith(_CSV):
+        return _read_csv(path)
+    if name.endswith(".parquet"):
+        return _read_parquet(path, choose)
+    raise ValueError(f"{path}: Expected a file name ending in one of {', '.join(SUFFIXES)}, but got {path.name!r}.")
+
+
+def read_table(table: Any, name: str, choose: Choose) -> Iterator[Row]:
+    """The rows of a pyarrow.Table or RecordBatch."""
+    table = table.select(choose(table.schema.names, name))
+    return _read_batches(table.to_batches(max_chunksize=_ROWS) if hasattr(table, "to_batches") else [table], name)
+
+
+def _stat(path: Path) -> os.stat_result:
+    """What is at a path, without opening it: a FIFO would block."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise FileNotFoundError(
+                f"Expected a file of preference pairs, but {path} is a link to {os.readlink(path)}, which does not "
+                "exist."
+            ) from None
+        raise FileNotFoundError(f"Expected a file of preference pairs, but {path} does not exist.") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        loops = isinstance(error, OSError) and error.errno == errno.ELOOP
+        got = "a loop of links" if loops else getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{str(path)!r}: Expected a file of preference pairs, but got: {got}.") from None
+
+
+def _find_in_folder(folder: Path) -> list[Path]:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        raise ValueError(
+            f"{folder}: Expected a folder of data files, but got one that `datasets` has saved. "
+            "Pass `datasets.load_from_disk(folder)` instead, with its split if it has several."
+        )
+    files = [
+        Path(parent, name)
+        for parent, folders, names in os.walk(folder)  # does not follow links to folders, which may be loops
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".") and "/." not in parent[len(str(folder)) :]
+    ]
+    if not files:
+        raise FileNotFoundError(
+            f"Expected files of preference pairs in {folder}, but it has none ending in one of {', '.join(SUFFIXES)}."
+        )
+    splits = sorted({match[1] for file in files if (match := _SPLIT.match(file.name.lower()))})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder}: Expected the files of one split, but got those of {', '.join(splits)}. "
+            f'Pass a pattern instead, such as "{folder / splits[-1]}*".'
+        )
+    return sorted(files)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, gzipped or not, with their numbers from 1; each of at most MAX_LINE bytes."""
+    # Bytes, not text: lines end at "\n" only (strings may hold other separators), and bad UTF-8 has a line number.
+    number = 1
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"{path}, line {number}: Expected at most {MAX_LINE} bytes a line, but got more.")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                yield number, line
+                number += 1
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}, line {number}: Expected gzip data, but got: {error}.") from error
+    except OSError as error:
+        raise type(error)(error.errno, f"{path}, line {number}: {error.strerror or error}") from error
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: Expected UTF-8, but got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line."
+        ) from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        if line.strip():
+            text = _decode(line, where).strip()
+            yield where, _parse(partial(_JSON_DECODER.decode, text), _LINES, lambda place, where=where: where)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """The items of one list, or lines."""
+    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    number, first = next(lines, (1, b""))
+    if not first.lstrip().startswith(b"["):
+        yield from _read_json_lines(path)
+        return
+    size, texts, numbers = 0, [], []
+    for at, line in chain([(number, first)], lines):
+        size += len(line)
+        if size > MAX_JSON:
+            raise ValueError(
+                f"{path}: Expected a list of at most {MAX_JSON} bytes, but got more. Write JSON Lines instead."
+            )
+        texts.append(_decode(line, f"{path}, line {at}"))
+        numbers.append(at)
+    ends = list(accumulate(map(len, texts)))
+    last = len(ends) - 1
+    yield from _items("".join(texts), lambda place: f"{path}, line {numbers[min(bisect_right(ends, place), last)]}")
+
+
+def _items(text: str, where: Callable[[int], str]) -> Iterator[Row]:
+    """The items of a list, each with the line that it begins in."""
+    place = _skip(text, text.index("[") + 1)
+    closed = text[place : place + 1] == "]"
+    while not closed:
+        row, end = _parse(partial(_JSON_DECODER.raw_decode, text, place), "a list of JSON objects", where, place)
+        yield where(place), row
+        place = _skip(text, end)
+        mark = text[place : place + 1]
+        closed = mark == "]"
+        if not closed and mark != ",":
+            got = f"invalid JSON: {mark!r} after an item" if mark else "the end of the file within the list"
+            raise ValueError(f"{where(place)}: Expected a list of JSON objects, but got {got}.")
+        place = _skip(text, place + 1) if not closed else place
+    if _skip(text, place + 1) < len(text):
+        raise ValueError(f"{where(place)}: Expected one list of JSON objects, but got more text after it.")
+
+
+def _skip(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()
+
+
+def _parse(decode: Callable[[], Any], expected: str, where: Callable[[int], str], start: int = 0) -> Any:
+    """What `decode` returns; what it raises, in one line with its place."""
+    try:
+        return decode()
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where(error.pos)}: Expected {expected}, but got invalid JSON: {error.msg} (column {error.colno})."
+        ) from error
+    except RecursionError:
+        raise ValueError(f"{where(start)}: Expected {expected}, but got values that are nested too deeply.") from None
+    except _RepeatedKey as error:
+        raise ValueError(f"{where(start)}: Expected every key once, but got `{error}` more than once.") from None
+    except ValueError:  # Python reads no integer of more digits than sys.get_int_max_str_digits()
+        most = sys.get_int_max_str_digits()
+        raise ValueError(f"{where(start)}: Expected numbers of at most {most} digits, but got a longer one.") from None
+
+
+class _RepeatedKey(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return row
+
+
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """The rows below the header, every cell a string."""
+    delimiter = "\t" if path.name.lower().endswith((".tsv", ".tsv.gz")) else ","
+    header: list[str] | None = None
+    texts = (_decode(line, f"{path}, line {number}") for number, line in _lines(path))
+    cells = csv.reader(texts, delimiter=delimiter, strict=True)
+    while True:
+        where = f"{path}, line {cells.line_num + 1}"  # a row may span lines: the one that it begins in
+        try:
+            with _field_limit():
+                values = next(cells, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: Expected CSV, but got: {error}.") from error
+        if values is None:
+            return
+        if not values:
+            continue  # a blank line
+        if header is None:
+            header = values
+            if len(set(header)) < len(header):
+                raise ValueError(f"{where}: Expected every column once, but got the header {header}.")
+        elif len(values) != len(header):
+            raise ValueError(f"{where}: Expected {len(header)} cells as in the header, but got {len(values)}.")
+        else:
+            yield where, dict(zip(header, values, strict=True))
+
+
+@contextmanager
+def _field_limit() -> Iterator[None]:
+    """The bound of a cell, which the csv module keeps for the whole process."""
+    before = csv.field_size_limit(MAX_LINE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(path: Path, choose: Choose) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"Reading {path} needs pyarrow. Install it with: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: Expected Parquet data, but got: {_one_line(error)}.") from error
+    with file:
+        names = choose(file.schema_arrow.names, str(path))
+        yield from _read_batches(file.iter_batches(batch_size=_ROWS, columns=names), str(path))
+
+
+def _read_batches(batches: Iterable[Any], name: str) -> Iterator[Row]:
+    import pyarrow
+
+    number = 0
+    batches = iter(batches)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{name}, row {number} or one of the next {_ROWS - 1}: Expected Parquet data, but got: "
+                f"{_one_line(error)}."
+            ) from error
+        if batch is None:
+            return
+        for row in _read_batch(batch, name, number):
+            yield f"{name}, row {number}", row
+            number += 1
+
+
+def _read_batch(batch: Any, name: str, number: int) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # bytes that are no UTF-8, or times out of Python's range
+        for place in range(batch.num_rows):
+            try:
+                batch.slice(place, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{name}, row {number + place}: Expected values that Python can hold, but got: {_one_line(error)}."
+                ) from error
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

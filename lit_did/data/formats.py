@@ -1,0 +1,255 @@
+"""Which column of a row holds what: the names that well-known data sets and trainers use, and those that users give.
+
+    TRL, axolotl (prompt_pairs, ultra)   prompt, chosen, rejected; system, tools, chat_template_kwargs
+    Orca DPO pairs, axolotl (intel)      system, question, chosen, rejected
+    axolotl (icr), distilabel            system, input, chosen, rejected
+    LLaMA-Factory, alpaca                instruction, input, chosen, rejected; system, history
+    LLaMA-Factory, sharegpt and openai   conversations or messages, chosen, rejected; system, tools
+    axolotl (chat_template)              messages, chosen, rejected
+    argilla, NeMo                        instruction or prompt, chosen_response, rejected_response
+    torchtune                            chosen_conversations, rejected_conversations
+    ms-swift                             messages that end in the chosen answer, rejected_response
+    OpenAI                               input: {messages, tools}, preferred_output, non_preferred_output
+
+What may hold a prompt is used or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from lit_did.data.errors import in_words, kind, malformed
+
+FIELDS = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "tag")
+_REQUIRED = ("chosen", "rejected")
+_SIDES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("preferred_output", "non_preferred_output"),
+    ("messages", "rejected_response"),
+)
+_PROMPTS = ("question", "instruction", "query", "input", "messages", "conversations", "conversation", "history")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Names of columns that describe a pair and so do not hold its prompt.
+_ABOUT = re.compile(
+    r"(chosen|rejected)_|(?:.*_)?(ids?|idx|index|key|uu?id|hash|sources?|origin|datasets?|subset|split|categor(y|ies)|"
+    r"topics?|domain|lang|language|locale|models?|scores?|ratings?|ranks?|rewards?|margin|labels?|tags?|types?|kind|"
+    r"meta|metadata|info|urls?|links?|license|date|time|timestamp|created|annotators?|feedback|critiques?|rationale|"
+    r"reason|explanation|comments?|notes?|weight|difficulty|name|file|path|version|author|judge|winner|status|responses?|generations?)(_|$)"
+)
+
+
+class Columns(NamedTuple):
+    """Where the fields of a row are: column names, or None."""
+
+    named: dict[str, str]  # ours: the source's, for those that are certain
+    prompts: tuple[str, ...]  # columns that may hold the prompt
+    implicit: bool  # whether the user says that no column holds the prompt
+    unknown: tuple[str, ...]  # columns that may hold a prompt under a name that is not known
+
+
+def check_columns(columns: Any) -> None:
+    """Raises TypeError or ValueError unless `columns` maps our names to the source's, or to None."""
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping):
+        raise TypeError(f'Expected `columns` to be a dict such as {{"prompt": "question"}}, but got {columns!r}.')
+    for name, column in columns.items():
+        if name not in FIELDS:
+            raise ValueError(f"Expected the keys of `columns` to be among {in_words(FIELDS)}, but got {name!r}.")
+        if not isinstance(column, str) and (column is not None or name in _REQUIRED):
+            raise TypeError(f"Expected `columns[{name!r}]` to be the name of a column, but got {column!r}.")
+
+
+def find_columns(names: Any, columns: Mapping[str, str | None] | None, where: str) -> Columns:
+    """Where a row with columns `names` has its fields.
+
+    Args:
+        names: the row's or the table's columns.
+        columns: what the user says, see `read_rows`.
+        where: what errors call the row or the table.
+
+    Raises:
+        ValueError: if a column of `columns` or those of both answers are not among `names`.
+    """
+    names = tuple(names)
+    try:
+        found = _find_columns(names, tuple((columns or {}).items()))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if found is None:
+        raise ValueError(
+            f"{where}: Expected the keys `chosen` and `rejected`, but got {in_words(names)}. "
+            'Name them: `columns={"chosen": ..., "rejected": ...}`.'
+        )
+    return found
+
+
+def describe_columns(names: Any, columns: Mapping[str, str | None] | None) -> str:
+    """What `find_columns` reads from columns of other names than ours without being told to; "" for nothing."""
+    found, ours = find_columns(names, columns, "row"), columns or {}
+    parts = [(name, column) for name, column in found.named.items() if column != name and name not in ours]
+    if "system" in found.named and "system" not in ours:
+        parts = [part for part in parts if part[0] != "system"] + [("system", found.named["system"])]
+    if "prompt" not in found.named and found.prompts:
+        parts.append(("prompt", "` and `".join(found.prompts)))
+    return ", ".join(f"{name} from `{column}`" for name, column in parts)
+
+
+def columns_to_read(names: list[str], where: str, columns: Mapping[str, str | None] | None) -> list[str]:
+    """The columns of a table that `read_fields` looks at; others, such as embeddings, need not be decoded."""
+    repeated = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if repeated is not None:
+        raise ValueError(f"{where}: Expected every column once, but got `{repeated}` more than once.")
+    found = find_columns(names, columns, where)
+    wanted = {*found.named.values(), *found.prompts, *found.unknown, *_MEDIA}
+    return [name for name in names if name in wanted]
+
+
+def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None, where: str) -> dict[str, Any]:
+    """The values of a row by our names; `prompt` is missing where it is implicit, and None where it is null.
+
+    `unknown` holds the names of columns that may hold an implicit prompt's text, for errors.
+
+    Raises:
+        ValueError: if columns are missing, or several may hold the prompt and differ.
+    """
+    found = find_columns(row, columns, where)
+    fields = {name: row[column] for name, column in found.named.items() if column in row}
+    if "input" in found.prompts and isinstance(row["input"], Mapping) and "preferred_output" in row:  # OpenAI's
+        fields |= {name: row["input"].get(key) for name, key in (("prompt", "messages"), ("tools", "tools"))}
+    elif found.named["chosen"] == "messages" and isinstance(row["messages"], (list, tuple)):  # ms-swift's
+        fields["prompt"], fields["chosen"] = row["messages"][:-1], row["messages"][-1:]
+    else:
+        _read_prompt(fields, row, found, where)
+    fields = {name: _parse_json(name, value, where) for name, value in fields.items()}
+    for name in _MEDIA:
+        if name in row and _filled(row[name]):
+            raise malformed(where, "a pair of texts alone", f"the column `{name}` too, which cannot be read")
+    fields["unknown"] = [name for name in found.unknown if _is_text(row[name])]
+    return fields
+
+
+@lru_cache(maxsize=256)
+def _find_columns(names: tuple[str, ...], columns: tuple[tuple[str, str | None], ...]) -> Columns | None:
+    chosen_by_user = dict(columns)
+    named = {name: column for name, column in columns if column is not None}
+    for name in ("prompt", *_REQUIRED):
+        if name in named and named[name] not in names:
+            raise ValueError(
+                f"Expected the column `{named[name]}`, which `columns` names for `{name}`, but got {in_words(names)}."
+            )
+    left = [name for name in names if name not in named.values()]
+    for sides in _SIDES:
+        if all(ours in named or side in left for ours, side in zip(_REQUIRED, sides, strict=True)):
+            named = dict(zip(_REQUIRED, sides, strict=True)) | named
+            break
+    else:
+        return None
+    left = [name for name in left if name not in named.values()]
+    for name in ("prompt", "tools", "chat_template_kwargs", "tag"):
+        if name in left and name not in chosen_by_user:
+            named[name] = name
+    systems = [name for name in _SYSTEMS if name in left and "system" not in chosen_by_user]
+    if len(systems) > 1:
+        raise ValueError(
+            f"Expected one column with the system message, but got {in_words(systems)}. "
+            f'Name it: `columns={{"system": "{systems[0]}"}}`.'
+        )
+    if systems:
+        named["system"] = systems[0]
+    by_user = "prompt" in chosen_by_user
+    prompts = () if by_user else tuple(name for name in _PROMPTS if name in left)
+    known = {*named.values(), *chosen_by_user.values(), *_PROMPTS, *_SYSTEMS, *_MEDIA, *FIELDS}
+    unknown = () if by_user else tuple(name for name in left if name not in known and not _ABOUT.match(name.lower()))
+    return Columns(named, prompts, by_user and chosen_by_user["prompt"] is None, unknown)
+
+
+def _read_prompt(fields: dict[str, Any], row: Mapping[str, Any], found: Columns, where: str) -> None:
+    """Puts the prompt into `fields`, from whichever column holds it."""
+    filled = [name for name in found.prompts if _filled(row[name])]
+    if _filled(fields.get("prompt")):
+        texts = _texts(fields["prompt"])
+        others = [name for name in filled if not _overlap(_texts(row[name]), texts)]
+        if others:
+            raise _several(where, ["prompt", *others])
+    elif "instruction" in filled and set(filled) <= {"instruction", "input", "history"}:  # Alpaca's
+        parts = [row[name] for name in ("instruction", "input") if name in filled]
+        if not all(isinstance(part, str) for part in parts):
+            raise malformed(where, "`instruction` and `input` to be strings", ", ".join(map(kind, parts)))
+        fields["prompt"] = "\n".join(parts)
+        if "history" in filled:
+            fields["prompt"] = [*_turns(row["history"], where), {"role": "user", "content": fields["prompt"]}]
+    elif len(filled) > 1:
+        raise _several(where, filled)
+    elif filled:
+        fields["prompt"] = row[filled[0]]
+    elif found.prompts:  # such as a question that is empty
+        fields.setdefault("prompt", None)
+
+
+def _several(where: str, names: list[str]) -> ValueError:
+    return ValueError(
+        f"{where}: Expected one column with the prompt, but got {in_words(names)} with different texts. "
+        f'Name the one to use: `columns={{"prompt": "{names[0]}"}}`.'
+    )
+
+
+def _turns(history: Any, where: str) -> list[dict[str, str]]:
+    """LLaMA-Factory's earlier turns, [[question, answer], ...], as messages."""
+    turns = history if isinstance(history, list) else [history]
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise malformed(where, "`history` to be a list of [question, answer]", kind(history))
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a column that may hold a prompt: a string, or the contents of messages."""
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, Mapping):
+        value = [value.get(key) for key in ("content", "value", "text")]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+def _overlap(some: list[str], others: list[str]) -> bool:
+    return any(a and b and (a in b or b in a) for a in some for b in others)
+
+
+def _filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
+
+
+def _is_text(value: Any) -> bool:
+    return bool(isinstance(value, str) and value.strip()) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    )
+
+
+def _parse_json(name: str, value: Any, where: str) -> Any:
+    """A value that data sets may hold as a JSON text: tools, template arguments, and messages (in CSV files)."""
+    if not isinstance(value, str) or name in ("system", "tag"):
+        return value
+    if name in ("tools", "chat_template_kwargs"):
+        try:
+            return json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise malformed(where, f"`{name}` to be JSON", f"invalid JSON: {error}") from None
+    start = value.lstrip()[:40]
+    if re.match(r"\[\s*\{\s*'(role|content|from|value)'", start):
+        raise malformed(
+            where, f"`{name}` to be text or messages in JSON", "a Python list written as text (by pandas' to_csv?)"
+        )
+    if re.match(r'\[\s*\{\s*"(role|content|from|value)"', start):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value  # a text that begins like messages
+    return value

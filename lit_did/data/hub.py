@@ -1,0 +1,86 @@
+"""Data sets of the Hugging Face hub by name: "org/name", "org/name:split", "org/name/config:split"."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
+_TIMEOUT = 10.0  # seconds for the hub to answer
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a path that does not exist may be a data set of the hub: its first part is no folder either."""
+    return (
+        _NAME.fullmatch(source) is not None and not source.startswith(".") and not os.path.lexists(source.split("/")[0])
+    )
+
+
+def load(source: str) -> Any:
+    """The `datasets.Dataset` of a name. The split may be any that `datasets` takes, such as "train[:1000]".
+
+    Where the hub cannot be reached, what `datasets` has in its cache is used.
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+        FileNotFoundError: if there is no such data set, neither here nor on the hub.
+        ConnectionError: if the hub cannot be reached and the data set is not in the cache.
+        ValueError: if there is no such config or split, or several splits to choose from.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"Loading {source} from the hub needs datasets. Install it with: pip install datasets"
+        ) from error
+    path, config, split = _NAME.fullmatch(source).group("path", "config", "split")
+    expected = f"Expected a file, a folder or a data set of the hub, but {source} does not exist here, and"
+    problem = _problem(path)
+    try:
+        with _offline(datasets.config, problem is not None):
+            dataset = datasets.load_dataset(path, config, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise FileNotFoundError(f"{expected} the hub has none of this name: {_first_line(error)}") from error
+    except OSError as error:
+        raise ConnectionError(f"{expected} the hub cannot be reached: {problem or _first_line(error)}") from error
+    except ValueError as error:  # no such config or split
+        raise ValueError(f"{source}: Expected a data set that can be loaded, but got: {_first_line(error)}") from error
+    if split is not None:
+        return dataset
+    if len(dataset) != 1:
+        raise ValueError(
+            f'{source}: Expected one split, but got {", ".join(dataset)}. Pass "{source}:{next(iter(dataset))}".'
+        )
+    return next(iter(dataset.values()))
+
+
+def _problem(path: str) -> str | None:
+    """Why the hub does not answer, or None if it does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(path, timeout=_TIMEOUT)
+    except HfHubHTTPError:
+        return None  # it answers; `datasets` says best what is wrong
+    except Exception as error:  # of the HTTP client, which is another from version to version
+        return _first_line(error)
+    return None
+
+
+@contextmanager
+def _offline(config: Any, offline: bool) -> Iterator[None]:
+    """Lets `datasets` look into its cache alone, instead of trying for half a minute to reach the hub."""
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
