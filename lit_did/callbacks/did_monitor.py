@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_did.functional.inputs import Statistics
 from lit_did.metrics import DIDMetrics
-from lit_did.models.batches import read_batch
+from lit_did.models.batches import check_pairs, read_batch
 from lit_did.models.finding import find_attribute, find_policy, find_reference
 from lit_did.models.loading import load_reference
 from lit_did.models.measuring import check_every_n_steps, measure
@@ -46,7 +46,7 @@ class DIDMonitor(Callback):
             with its adapter off.
         beta: DPO's inverse temperature. None: `hparams.beta` or `beta` of the module, or 0.1.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
-            order. False leaves out the metrics of pairs.
+            order; batches that hold none are refused. False leaves out the metrics of pairs.
         every_n_steps: Optimiser steps from one measurement to the next; 0: none in training. None: the Trainer's
             `log_every_n_steps`.
         metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`, `temperature` or `ignore_index`.
@@ -198,6 +198,8 @@ class DIDMonitor(Callback):
         policy, reference = self._models
         options = self._train_metrics.options
         read = read_batch(batch, options["ignore_index"])
+        if self._options["pairs"]:
+            check_pairs(batch, read)
         return measure(policy, reference, read, temperature=options["temperature"], backend=options["backend"])
 
     def _find_models(self, pl_module: lightning.LightningModule) -> tuple[nn.Module, nn.Module | None]:

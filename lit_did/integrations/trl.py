@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 
 from lit_did.metrics import DIDMetrics
-from lit_did.models.batches import read_batch
+from lit_did.models.batches import check_pairs, read_batch
 from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft, load_reference
 from lit_did.models.measuring import check_every_n_steps, measure, unwrapped
 from lit_did.ops import SequenceStatistics
@@ -43,7 +43,8 @@ class DIDCallback(TrainerCallback):
         every_n_steps: Steps from one measurement in training to the next; 0: none. None: as the trainer logs, with
             `logging_strategy="steps"` at its `logging_steps` and `logging_first_step`, otherwise not at all.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
-            order, as DPOTrainer has them. False leaves out the metrics of pairs.
+            order, as DPOTrainer has them; batches that hold none are refused. False leaves out the metrics of pairs.
+            None: False for TRL's trainers whose batches are not pairs, such as KTOTrainer and SFTTrainer, else True.
         metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`.
 
     Raises:
@@ -64,7 +65,7 @@ class DIDCallback(TrainerCallback):
         reference: str | os.PathLike | nn.Module | None = None,
         beta: float | None = None,
         every_n_steps: int | None = None,
-        pairs: bool = True,
+        pairs: bool | None = None,
         **metrics: Any,
     ) -> None:
         if not isinstance(trainer, Trainer):
@@ -73,7 +74,7 @@ class DIDCallback(TrainerCallback):
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self._reference = self._find_reference(reference)
         beta = getattr(trainer, "beta", 0.1) if beta is None else beta
-        self._sequences_a_row = 2 if pairs else 1  # of the data set
+        self._pairs = pairs = _trains_on_pairs(trainer) if pairs is None else pairs
         self._metrics = {
             stage: DIDMetrics(beta=beta, pairs=pairs, **metrics).to(trainer.args.device) for stage in ("train", "eval")
         }
@@ -120,7 +121,8 @@ class DIDCallback(TrainerCallback):
 
     def _prediction_step(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         statistics = self._measure(model, inputs)
-        self._update("eval", _without_repeats(statistics, self._sequences_a_row, self.trainer.accelerator))
+        sequences_a_row = 2 if self._pairs else 1  # of the data set
+        self._update("eval", _without_repeats(statistics, sequences_a_row, self.trainer.accelerator))
         return original(model, inputs, *args, **kwargs)
 
     def _evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -150,16 +152,20 @@ class DIDCallback(TrainerCallback):
 
     def _measure(self, model: nn.Module, inputs: Any) -> SequenceStatistics:
         device = self.trainer.args.device
-        batch = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        options = self._metrics["train"].options
+        if isinstance(inputs, Mapping):
+            inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        batch = read_batch(inputs, options["ignore_index"])
+        if self._pairs:
+            check_pairs(inputs, batch)
         reference = None if self._reference is None else self._reference.to(device)
         adapter = "ref" if reference is None and _has_reference_adapter(unwrapped(model)) else None
-        options = self._metrics["train"].options
         # A context of its own: were it the loss's, autocast would reuse weights that were cast without gradients.
         with self.trainer.accelerator.autocast():
             return measure(
                 model,
                 reference,
-                read_batch(batch, options["ignore_index"]),
+                batch,
                 adapter=adapter,
                 temperature=options["temperature"],
                 backend=options["backend"],
@@ -180,6 +186,12 @@ class DIDCallback(TrainerCallback):
             )
         check_adapter_is_all_that_trains(policy)
         return None
+
+
+def _trains_on_pairs(trainer: Trainer) -> bool:
+    """Whether it is one of TRL's trainers of pairs, or none of TRL's."""
+    of_trl = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.partition(".")[0] == "trl"}
+    return not of_trl or not of_trl.isdisjoint({"DPOTrainer", "CPOTrainer", "ORPOTrainer"})
 
 
 def _has_reference_adapter(policy: nn.Module) -> bool:

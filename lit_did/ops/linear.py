@@ -363,7 +363,7 @@ def _transformed_statistics(
     ignore_index: int,
     temperature: float,
 ) -> TokenStatistics:
-    """The specification with all logits at once: torch.func's transforms have neither checkpoints nor values of labels."""
+    """The specification with all logits at once: transforms have neither checkpoints nor the values of labels."""
     check_labels(labels, _vocabulary(layers, labels, None)[1], ignore_index)
     ignored = (labels == ignore_index)[..., None]
     double = any(layer[0].dtype == torch.float64 for layer in layers.values())

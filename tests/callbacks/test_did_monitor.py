@@ -430,6 +430,23 @@ def test_completions_that_are_no_pairs():
         trainer(callbacks=[DIDMonitor()]).validate(module, data, verbose=False)
 
 
+@pytest.mark.parametrize("kind", ["label", "interleaved"])
+def test_batches_that_only_look_like_pairs_are_refused(kind):
+    def collated(pairs):
+        batch = collate_as_transformers(pairs)
+        if kind == "label":
+            return batch | {"label": torch.ones(2 * len(pairs))}
+        order = torch.arange(2 * len(pairs)).view(2, -1).T.flatten()
+        return {name: value[order] for name, value in batch.items()}
+
+    module, data = Own(tiny_llama(0), tiny_llama(1)), DataLoader(make_pairs(2), batch_size=2, collate_fn=collated)
+    with pytest.raises(ValueError, match="Expected a batch of pairs"):
+        trainer(callbacks=[DIDMonitor()]).validate(module, data, verbose=False)
+    run = trainer(callbacks=[DIDMonitor(pairs=False)])
+    run.validate(module, data, verbose=False)
+    assert "did/val/reward" in run.callback_metrics
+
+
 def test_pairs_that_only_fill_a_batch_do_not_count():
     pairs = make_pairs(4)
 

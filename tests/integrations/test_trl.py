@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import datasets
 import peft
 import pytest
 import torch
 import transformers
+import trl
 from trl import DPOTrainer
 
 from lit_did import DIDMetrics
 from lit_did.integrations.trl import DIDCallback
 from tests.integrations.tiny_trl import LORA, dataset, gpt2, llama, trainer
-from tests.modules.tiny import collate, make_pairs, tiny_llama
+from tests.modules.tiny import byte_tokenizer, collate, make_pairs, tiny_llama
 
 TIMES = ("runtime", "samples_per_second", "steps_per_second", "train_runtime")
 
@@ -328,6 +330,50 @@ def test_any_trainer_with_a_preference_batch(tmp_path):
         metrics.update(run.model.eval()(**inputs).logits, tiny_llama(1)(**inputs).logits, batch["labels"])
     expected = {name: value.item() for name, value in metrics.compute().items()}
     assert did_entries(run.state.log_history, "eval_did/")[2] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+OF_PAIRS = {"reward_margin", "reward_accuracy", "chosen_fell"}
+
+
+class MyKTOTrainer(trl.KTOTrainer):
+    """A trainer of the user's."""
+
+
+@pytest.mark.parametrize("kind", [trl.KTOTrainer, MyKTOTrainer, trl.SFTTrainer])
+def test_trainers_of_single_completions_log_no_metrics_of_pairs(tmp_path, kind):
+    config = trl.SFTConfig if kind is trl.SFTTrainer else trl.KTOConfig
+    rows = [{"prompt": "a", "completion": "b" * (n + 1), "label": n % 2 == 0} for n in range(4)]
+    if kind is trl.SFTTrainer:
+        rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    arguments = config(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=4, bf16=False,
+        logging_steps=1, disable_tqdm=True, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    of_kto = {} if kind is trl.SFTTrainer else {"ref_model": llama(1)}
+    run = kind(
+        model=llama(0),
+        args=arguments,
+        processing_class=byte_tokenizer(),
+        train_dataset=datasets.Dataset.from_list(rows),
+        **of_kto,
+    )
+    callback = DIDCallback(run, reference=llama(1))
+    run.add_callback(callback)
+    run.train()
+    logged = did_entries(run.state.log_history)[1]
+    assert "reward" in logged
+    assert OF_PAIRS.isdisjoint(logged)
+    run.remove_callback(callback)
+    run.add_callback(DIDCallback(run, reference=llama(1), pairs=True))
+    if kind is not trl.SFTTrainer:  # rows of one prompt look like pairs
+        with pytest.raises(ValueError, match=r"Expected a batch of pairs.*`pairs=False`"):
+            run.train()
+
+
+def test_batches_without_completions_are_refused(tmp_path):
+    callback = DIDCallback(trainer(tmp_path, llama(0), llama(1)))
+    with pytest.raises(TypeError, match="where completions are generated during training"):
+        callback._measure(llama(0), [{"prompt": "a"}])
 
 
 @pytest.mark.parametrize(

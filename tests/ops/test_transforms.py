@@ -95,7 +95,7 @@ def test_derivatives_are_right_or_refused(operator, transform):
     for backend in ("auto", "reference"):
         got = derivative(lambda x, b=backend: scalar(call(x, b)), x, direction)
         assert float(got) == pytest.approx(expected, rel=1e-4, abs=1e-5), backend
-    with pytest.raises(RuntimeError, match="Expected `backend` to be 'auto' or 'reference' under torch.func"):
+    with pytest.raises(RuntimeError, match=r"Expected `backend` to be 'auto' or 'reference' under torch\.func"):
         derivative(lambda x: scalar(call(x, "fused")), x, direction)
 
 
