@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.arguments import check_name
@@ -28,7 +29,24 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
     check_name(argument, model)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **model_kwargs})
+    return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **_renamed(model_kwargs)})
+
+
+def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`torch_dtype`, the older name, as `dtype`: transformers reads the older one only where the other is absent.
+
+    Raises:
+        ValueError: Both are given, with other values.
+    """
+    renamed = dict(model_kwargs)
+    if "torch_dtype" in renamed:
+        dtype = renamed.pop("torch_dtype")
+        if renamed.setdefault("dtype", dtype) != dtype:
+            raise ValueError(
+                f"Expected `model_kwargs` to hold one of `dtype` and `torch_dtype`, but got {renamed['dtype']} and "
+                f"{dtype}."
+            )
+    return renamed
 
 
 def load_pair(
@@ -43,7 +61,9 @@ def load_pair(
 
     No reference: it is the policy with its adapter off, or (unless `needs_reference`) there is none.
     """
-    policy = load_model(policy, "policy", model_kwargs)
+    given, policy = policy, load_model(policy, "policy", model_kwargs)
+    if reference is None and lora is None and needs_reference and not is_peft(policy) and is_sharded(policy):
+        reference = _named(given)
     if reference is not None:
         reference = load_model(reference, "reference", model_kwargs)
         check_separate(policy, reference)
@@ -138,6 +158,25 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
         raise ValueError(
             f"Expected `reference` to have the policy's vocabulary, {sizes[0]} entries, but got {sizes[1]}."
         )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of its parameters are distributed tensors, as FSDP 2 and tensor parallelism make them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _named(policy: str | os.PathLike | nn.Module) -> str | os.PathLike:
+    """The name of a sharded policy, by which it can be loaded once more as its reference.
+
+    Raises:
+        ValueError: It was given as a module. Copies of sharded modules fail, on some processes or on all.
+    """
+    if isinstance(policy, nn.Module):
+        raise ValueError(
+            "Expected `reference` to be given for a `policy` whose parameters are sharded, because such a module "
+            "cannot be copied, but got None. Pass a second model that was loaded and sharded in the same way."
+        )
+    return policy
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -43,6 +43,11 @@ from lit_did.modules.checks import (
 from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
 from lit_did.modules.quiet_start import QuietStart
+from lit_did.modules.strategies import (
+    check_backward_is_run,
+    check_gradients_are_exchanged,
+    check_unsharded_with_ddp,
+)
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
 
@@ -214,6 +219,8 @@ class LitDPO(TrainedState):
             names = [name for name, _ in values if name.startswith("reference.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         self._given = {}
+        if self._trainer is not None:
+            check_unsharded_with_ddp(self)
 
     def train(self, mode: bool = True) -> LitDPO:
         """Puts the policy in train or eval mode; the reference stays in eval mode."""
@@ -307,8 +314,15 @@ class LitDPO(TrainedState):
         """`QuietStart`, unless the Trainer has it from an earlier run."""
         return [] if any(isinstance(c, QuietStart) for c in self.trainer.callbacks) else [QuietStart()]
 
+    def setup(self, stage: str) -> None:
+        """Refuses a strategy that ignores `backward`, and DDP with models that are sharded."""
+        if stage == "fit":
+            check_backward_is_run(self.trainer)
+        check_unsharded_with_ddp(self)
+
     def on_fit_start(self) -> None:
-        """Empties the metrics."""
+        """Refuses a strategy under which parameters would drift apart, and empties the metrics."""
+        check_gradients_are_exchanged(self)
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
         self._rest = []
 

@@ -42,6 +42,7 @@ class LitDPOPG(LitDPO):
 
     def setup(self, stage: str) -> None:
         """Refuses a strategy under which no process holds whole gradients."""
+        super().setup(stage)
         # Not isinstance: strategies that shard, such as DeepSpeed's, are subclasses.
         if stage == "fit" and type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(

@@ -1,0 +1,86 @@
+"""Starts training in ways that two processes cannot train right: run by test_strategies.py.
+
+python -m tests.modules.refusals FOLDER
+
+Writes FOLDER/RANK.json: of each way the error, or None and a number that stands for the trained weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from lit_did import LitDPO
+from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+class HalfSharded(LitDPO):
+    """Shards a layer and forgets the rest."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self._trainer is not None:
+            fully_shard(self.policy.model.layers[0], mesh=self.device_mesh["data_parallel"])
+
+
+def ways(folder: Path) -> dict:
+    tp = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")}
+    fsdp = {"distributed_config": DistributedConfig(fsdp_size=2)}
+    return {
+        "nothing sharded": (lambda: LitDPO(tiny_llama()), data_parallel),
+        "one layer sharded": (lambda: HalfSharded(tiny_llama()), data_parallel),
+        "adapters beside shards": (lambda: LitDPO(folder, lora=LORA, model_kwargs=fsdp), data_parallel),
+        "adapters beside tensor parallelism": (lambda: LitDPO(folder, lora=LORA, model_kwargs=tp), tensor_parallel),
+        "tensor parallelism with two batches": (lambda: LitDPO(folder, model_kwargs=tp), data_parallel),
+        "adapters beside shards under DDP": (lambda: LitDPO(folder, lora=LORA, model_kwargs=fsdp), DDPStrategy),
+        "tensor parallelism under DDP": (lambda: LitDPO(folder, model_kwargs=tp), DDPStrategy),
+        "a sharded module to copy": (
+            lambda: LitDPO(AutoModelForCausalLM.from_pretrained(folder, **tp)),
+            tensor_parallel,
+        ),
+        "tensor parallelism": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=tp), tensor_parallel),
+        "FSDP 2 by transformers": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=fsdp), data_parallel),
+    }
+
+
+def data_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def tensor_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+
+
+def weights(module: LitDPO) -> float:
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in module.policy.parameters())
+    return sum(p.double().abs().sum().item() for p in whole)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for name, (make, strategy) in ways(folder).items():
+        run = trainer(devices=2, strategy=strategy(), max_epochs=2)
+        weighed = []
+        try:
+            module = make()
+            module.on_train_end = lambda module=module, weighed=weighed: weighed.append(weights(module))
+            run.fit(module, loader(make_pairs(4), 4 if strategy is tensor_parallel else 2))
+            results[name] = [None, weighed[0]]
+        except ValueError as error:
+            results[name] = [str(error), None]
+    (folder / f"{run.global_rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

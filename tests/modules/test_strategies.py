@@ -1,0 +1,54 @@
+"""Strategies that would train wrong are refused, by all processes, when training starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from lit_did import LitDPO, LitDPOPG
+from tests.modules.refusals import weights
+from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+
+ROOT = Path(__file__).parents[2]
+REFUSED = {
+    "nothing sharded": "to be sharded over the 2 processes.*ModelParallelStrategy and 21 of 21.*apply `fully_shard`",
+    "one layer sharded": "ModelParallelStrategy and 12 of 21 parameters that are neither",
+    "adapters beside shards": "28 of 28 parameters that are neither, policy.*lora_A",
+    "adapters beside tensor parallelism": r"\d+ of 28 parameters that are neither, policy.*lora_A",
+    "tensor parallelism with two batches": "21 of 21 parameters that are neither",
+    "adapters beside shards under DDP": "models that are not sharded with DDP.*without `distributed_config`",
+    "a sharded module to copy": "`reference` to be given for a `policy` whose parameters are sharded",
+    "tensor parallelism under DDP": "models that are not sharded with DDP.*without `distributed_config`",
+}
+
+
+def test_two_processes_train_right_or_both_refuse(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "tests.modules.refusals", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second  # none goes on alone
+    one = LitDPO(tiny_llama(), learning_rate=1e-2)
+    trainer(max_epochs=2).fit(one, loader(make_pairs(4), 4))
+    for name, (error, trained) in first.items():
+        assert (error is not None) == (name in REFUSED), (name, error)
+        if error is None:
+            assert trained == pytest.approx(weights(one), rel=1e-6), name
+            assert trained != pytest.approx(weights(LitDPO(tiny_llama())), rel=1e-4)  # the premise
+        else:
+            assert re.search(REFUSED[name], error), (name, error)
+
+
+@pytest.mark.parametrize("kind", [LitDPO, LitDPOPG])
+def test_deepspeed_which_ignores_backward_is_refused(kind):
+    module = kind(tiny_llama())
+    module._trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))  # the package is not installed
+    with pytest.raises(ValueError, match=r"runs the module's own `backward`, but got DeepSpeed.* Use 'ddp'"):
+        module.setup("fit")
