@@ -38,7 +38,7 @@ _SYSTEMS = ("system", "system_prompt", "system_message")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Names of columns that describe a pair and so do not hold its prompt.
 _ABOUT = re.compile(
-    r"(chosen|rejected)_|(?:.*_)?(ids?|idx|index|key|uu?id|hash|sources?|origin|datasets?|subset|split|categor(y|ies)|"
+    r"(chosen|rejected)_|(?:.*_)?(ids?|idx|index|key|uu?id|hash|sources?|origin|datasets?|subset|split|category|categories|"
     r"topics?|domain|lang|language|locale|models?|scores?|ratings?|ranks?|rewards?|margin|labels?|tags?|types?|kind|"
     r"meta|metadata|info|urls?|links?|license|date|time|timestamp|created|annotators?|feedback|critiques?|rationale|"
     r"reason|explanation|comments?|notes?|weight|difficulty|name|file|path|version|author|judge|winner|status|responses?|generations?)(_|$)"
@@ -50,8 +50,7 @@ class Columns(NamedTuple):
 
     named: dict[str, str]  # ours: the source's, for those that are certain
     prompts: tuple[str, ...]  # columns that may hold the prompt
-    implicit: bool  # whether the user says that no column holds the prompt
-    unknown: tuple[str, ...]  # columns that may hold a prompt under a name that is not known
+    unknown: tuple[str, ...]  # without any of these: columns that may hold it under a name that is not known
 
 
 def check_columns(columns: Any) -> None:
@@ -126,6 +125,8 @@ def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None
         fields |= {name: row["input"].get(key) for name, key in (("prompt", "messages"), ("tools", "tools"))}
     elif found.named["chosen"] == "messages" and isinstance(row["messages"], (list, tuple)):  # ms-swift's
         fields["prompt"], fields["chosen"] = row["messages"][:-1], row["messages"][-1:]
+        if isinstance(fields["rejected"], str):
+            fields["rejected"] = {"role": "assistant", "content": fields["rejected"]}
     else:
         _read_prompt(fields, row, found, where)
     fields = {name: _parse_json(name, value, where) for name, value in fields.items()}
@@ -167,8 +168,9 @@ def _find_columns(names: tuple[str, ...], columns: tuple[tuple[str, str | None],
     by_user = "prompt" in chosen_by_user
     prompts = () if by_user else tuple(name for name in _PROMPTS if name in left)
     known = {*named.values(), *chosen_by_user.values(), *_PROMPTS, *_SYSTEMS, *_MEDIA, *FIELDS}
-    unknown = () if by_user else tuple(name for name in left if name not in known and not _ABOUT.match(name.lower()))
-    return Columns(named, prompts, by_user and chosen_by_user["prompt"] is None, unknown)
+    has_prompt = by_user or "prompt" in named or prompts
+    unknown = () if has_prompt else tuple(name for name in left if name not in known and not _ABOUT.match(name.lower()))
+    return Columns(named, prompts, unknown)
 
 
 def _read_prompt(fields: dict[str, Any], row: Mapping[str, Any], found: Columns, where: str) -> None:
