@@ -45,7 +45,7 @@ _KINDS = (
 )
 
 
-def is_glob(path: str) -> bool:
+def _is_glob(path: str) -> bool:
     """Whether a path that does not exist is a pattern."""
     return glob.has_magic(path) and not os.path.lexists(path)
 
@@ -57,7 +57,7 @@ def find_files(path: str) -> list[Path]:
         FileNotFoundError: if there is none.
         ValueError: if a folder holds the files of several splits.
     """
-    if is_glob(path):
+    if _is_glob(path):
         paths = [Path(found) for found in sorted(glob.glob(path, recursive=True))]
         if not paths:
             raise FileNotFoundError(f"Expected files of preference pairs, but no path matches {path}.")

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lit_did.data import hub
-from lit_did.data.files import SUFFIXES, find_files, is_glob, read_file, read_table
+from lit_did.data.files import SUFFIXES, find_files, read_file, read_table
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
 from lit_did.data.prompts import num_repeats
@@ -189,7 +189,7 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
 
 def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
     path = os.path.expanduser(path)
-    if not os.path.lexists(path) and not is_glob(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
+    if not os.path.lexists(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
         yield from _read_dataset(hub.load(path), path, choose)
         return
     for file in find_files(path):

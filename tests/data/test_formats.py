@@ -206,7 +206,7 @@ def test_columns_named_by_the_user(row, columns, pair):
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        ({"promt": "q"}, ValueError, "Expected the keys of `columns` to be among `prompt`, .* but got 'promt'."),
+        ({"prompts": "q"}, ValueError, "Expected the keys of `columns` to be among `prompt`, .* but got 'prompts'."),
         ({"prompt": 5}, TypeError, "Expected `columns.'prompt'.` to be the name of a column, but got 5."),
         ({"chosen": None}, TypeError, "Expected `columns.'chosen'.` to be the name of a column, but got None."),
         ("question", TypeError, "Expected `columns` to be a dict such as"),
