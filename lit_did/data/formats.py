@@ -33,7 +33,9 @@ _SIDES = (
     ("preferred_output", "non_preferred_output"),
     ("messages", "rejected_response"),
 )
-_PROMPTS = ("question", "instruction", "query", "input", "messages", "conversations", "conversation", "history")
+_PROMPTS = (
+    "question", "instruction", "query", "input", "context", "messages", "conversations", "conversation", "history",
+)  # fmt: skip
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Names of columns that describe a pair and so do not hold its prompt.
@@ -188,7 +190,7 @@ def _read_prompt(fields: dict[str, Any], row: Mapping[str, Any], found: Columns,
         fields["prompt"] = "\n".join(parts)
         if "history" in filled:
             fields["prompt"] = [*_turns(row["history"], where), {"role": "user", "content": fields["prompt"]}]
-    elif len(filled) > 1:
+    elif any(_texts(row[name]) != _texts(row[filled[0]]) for name in filled[1:]):
         raise _several(where, filled)
     elif filled:
         fields["prompt"] = row[filled[0]]

@@ -177,9 +177,9 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
         return read_table(source, name, choose)
     if module == "pandas" and hasattr(source, "columns"):
         return _read_frame(source, name, choose)
-    if isinstance(getattr(source, "column_names", None), list):  # a datasets.Dataset, told without importing it
-        return _read_dataset(source, name, choose)
     splits = isinstance(source, dict) and hasattr(source, "column_names")  # a datasets.DatasetDict
+    if module == "datasets" and hasattr(source, "select_columns") and not splits:
+        return _read_dataset(source, name, choose)
     hint = f" of the splits {sorted(source)}; choose one" if splits else ""
     raise TypeError(
         f"Expected `{name}` to be a path, a list of paths or dicts, a datasets.Dataset, a pyarrow.Table or a pandas "
@@ -188,6 +188,8 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
+    if not path:
+        raise FileNotFoundError("Expected a path of preference pairs, but got an empty one.")
     path = os.path.expanduser(path)
     if not os.path.lexists(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
         yield from _read_dataset(hub.load(path), path, choose)
@@ -206,8 +208,9 @@ def _read_paths(paths: Sequence[Any], name: str, choose: Any) -> Iterator[tuple[
 
 
 def _read_dataset(dataset: Any, name: str, choose: Any) -> Iterator[tuple[str, Any]]:
-    # Other columns (images, say) may be slow to decode, so they are left out before iterating.
-    dataset = dataset.select_columns(choose(dataset.column_names, name))
+    if dataset.column_names is not None:  # a stream may not know them
+        # Other columns (images, say) may be slow to decode, so they are left out before iterating.
+        dataset = dataset.select_columns(choose(dataset.column_names, name))
     for number, row in enumerate(dataset.with_format(None)):
         yield f"{name}, row {number}", row
 

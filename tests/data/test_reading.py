@@ -77,7 +77,9 @@ def test_parquet_errors(tmp_path, monkeypatch):
 def test_dataset_and_list():
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list(ROWS)
-    for source in (dataset, ROWS, tuple(ROWS)):
+    stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+    assert stream.column_names is None  # the premise
+    for source in (dataset, dataset.with_format("numpy"), dataset.to_iterable_dataset(), stream, ROWS, tuple(ROWS)):
         rows = read_pairs(source, "train")
         assert [row.pair for row in rows] == PAIRS
         assert [row.where for row in rows] == ["train, row 0", "train, row 1"]
@@ -133,6 +135,8 @@ def test_empty_sources(write_jsonl, lines):
 def test_wrong_paths(tmp_path, write_jsonl):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         read_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="Expected a path of preference pairs, but got an empty one"):
+        read_pairs("")
     with pytest.raises(FileNotFoundError, match=r"has none ending in one of \.jsonl, .*\.parquet"):
         read_pairs(tmp_path)
     with pytest.raises(ValueError, match=r"ending in one of \.jsonl, .*\.parquet, but got 'pairs\.txt'"):
