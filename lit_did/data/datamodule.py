@@ -16,6 +16,7 @@ from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
 from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, describe_skipped, read_rows
+from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
@@ -239,7 +240,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> Rows:
         options = {"columns": self.columns, "on_bad_rows": self.on_bad_rows, "warn": rank_zero_warn}
-        return read_rows(getattr(self, name), name, **options)
+        rows, skipped = read_rows(getattr(self, name), name, **options)
+        if unread := describe_unread(name, (row.pair for row in rows), self.tokenizer, self.chat_template):
+            rank_zero_warn(unread)
+        return rows, skipped
 
     def _split_train(self) -> tuple[Rows, Rows]:
         """The rows of `train` to train on and those held out, each with those skipped among them."""

@@ -1,0 +1,37 @@
+"""Columns that a chat template is given but does not use: it would ignore them without a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lit_did.data.pairs import PreferencePair
+
+
+def describe_unread(name: str, pairs: Iterable[PreferencePair], tokenizer: Any, chat_template: str | None) -> str:
+    """A warning on what the pairs hand to the chat template without effect; "" if there is nothing, or no template.
+
+    Args:
+        name: what the warning calls the source.
+        pairs: its pairs.
+        tokenizer: a transformers tokenizer.
+        chat_template: a Jinja template to use instead of the tokenizer's.
+    """
+    given: set[str] = set()
+    for pair in pairs:
+        given.update(pair.chat_template_kwargs or (), ("tools",) if pair.tools else ())
+    templates = chat_template or getattr(tokenizer, "chat_template", None)
+    if not given or not templates:
+        return ""
+    # A tokenizer may have several templates by name, one of them for tools.
+    text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    unread = sorted(variable for variable in given if not re.search(rf"\b{re.escape(variable)}\b", text))
+    if not unread:
+        return ""
+    names = ", ".join(f"`{variable}`" for variable in unread)
+    return (
+        f"{name}: The chat template does not use {names}, so what the rows have for it changes nothing. Pass another "
+        '`chat_template`, or leave the column out: `columns={"tools": None}` or '
+        '`columns={"chat_template_kwargs": None}`.'
+    )

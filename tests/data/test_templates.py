@@ -1,0 +1,45 @@
+"""Columns for the chat template that it does not use are told."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+from lit_did.data import PreferenceDataModule
+from lit_did.data.pairs import PreferencePair
+from lit_did.data.templates import describe_unread
+
+PAIR = PreferencePair([], [], [], tools=[{"name": "t"}], chat_template_kwargs={"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("template", "unread"),
+    [
+        ("{{ messages }}", "`enable_thinking`, `tools`"),
+        ("{% if tools %}{{ tools }}{% endif %}", "`enable_thinking`"),
+        ("{{ tools }}{{ enable_thinking }}", None),
+        ("{{ enable_thinking_more }}{{ builtin_tools }}", "`enable_thinking`, `tools`"),
+        ({"default": "{{ enable_thinking }}", "tool_use": "{{ tools }}"}, None),
+        (None, None),
+    ],
+)
+def test_what_a_template_does_not_use_is_named(template, unread):
+    text = describe_unread("train", [PAIR], SimpleNamespace(chat_template=template), None)
+    assert ("does not use " in text) == bool(unread)
+    assert not unread or f"does not use {unread}, so" in text
+    assert not describe_unread(
+        "train", [PAIR], SimpleNamespace(chat_template=template), "{{ tools }}{{ enable_thinking }}"
+    )
+    assert not describe_unread("train", [PAIR._replace(tools=None, chat_template_kwargs=None)], None, "{{ messages }}")
+
+
+def test_it_is_told_once_a_source(chatml):
+    chat = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "q"}], **chat, "tools": [{"name": "t"}]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PreferenceDataModule([row, row], chatml).setup("fit")
+        PreferenceDataModule([row, row], chatml, columns={"tools": None}).setup("fit")
+    assert sum("The chat template does not use `tools`" in str(warning.message) for warning in caught) == 1
