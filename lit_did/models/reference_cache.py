@@ -8,14 +8,16 @@ chat template, tokenizer or maximal length shows as other data.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
+import shutil
 import zlib
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.loading import is_peft
 from lit_did.models.measuring import unwrapped
+from lit_did.models.unfinished import UnfinishedFile, remove_unfinished
 
 VERSION = "1"
 KEY_BYTES = 16
@@ -101,11 +104,14 @@ class CacheWriter:
     Args:
         path: The folder of the cache, which is made if it is not there.
         shard, shards: The number of this process, from 0, and of all processes that write.
+        num_tokens: Completion tokens to come, if known: the first `add` then checks that there is room for all.
 
     Raises:
         NotADirectoryError: `path` is a file.
+        OSError: From `add` and `finish`, the disk is full: the error names the folder and the bytes that are needed.
 
     Example:
+        >>> import tempfile
         >>> path = tempfile.mkdtemp()
         >>> with CacheWriter(path) as writer:
         ...     writer.add([b"one".zfill(16), b"two".zfill(16)], torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 3]))
@@ -114,14 +120,17 @@ class CacheWriter:
         ['reference-00001-of-00001.safetensors']
     """
 
-    def __init__(self, path: str | os.PathLike, *, shard: int = 0, shards: int = 1) -> None:
+    def __init__(
+        self, path: str | os.PathLike, *, shard: int = 0, shards: int = 1, num_tokens: int | None = None
+    ) -> None:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"Expected `cache_reference` to be a folder, but got the file {path}.")
         path.mkdir(parents=True, exist_ok=True)
-        self._target = path / _file_name(shard, shards)
-        self._folder = tempfile.TemporaryDirectory(dir=path, prefix=".unfinished_")
-        self._file = open(Path(self._folder.name) / self._target.name, "wb")  # noqa: SIM115
+        remove_unfinished(path)
+        self._path, self._num_tokens = path, num_tokens
+        self._unfinished = UnfinishedFile(path / _file_name(shard, shards))
+        self._file = self._unfinished.stream
         self._file.seek(HEADER_BYTES)
         self._crc = 0
         self._lengths: dict[bytes, int] = {}
@@ -131,8 +140,7 @@ class CacheWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._folder.cleanup()
+        self._unfinished.close()
 
     def add(self, keys: Sequence[bytes], hidden: Tensor, cu_labels: Tensor) -> None:
         """Appends the sequences that are not there yet.
@@ -152,7 +160,9 @@ class CacheWriter:
         if hidden.dim() != 2:
             raise ValueError(f"Expected `hidden` to have the shape [tokens, H], but got {tuple(hidden.shape)}.")
         form = (hidden.dtype, hidden.shape[1])
-        self._form = self._form or form
+        if self._form is None:
+            self._form = form
+            self._check_room()
         if form != self._form:
             raise ValueError(f"Expected `hidden` to have the first one's dtype and H, {self._form}, but got {form}.")
         bounds = cu_labels.tolist()
@@ -163,10 +173,11 @@ class CacheWriter:
                 f"{bounds}."
             )
         rows = _bytes(hidden)
-        for key, (start, end) in zip(keys, pairwise(bounds), strict=True):
-            if key not in self._lengths:
-                self._lengths[key] = end - start
-                self._write(rows[start:end])
+        with self._room_named():
+            for key, (start, end) in zip(keys, pairwise(bounds), strict=True):
+                if key not in self._lengths:
+                    self._lengths[key] = end - start
+                    self._write(rows[start:end])
 
     def finish(self, fingerprint: Mapping[str, str]) -> None:
         """Puts the shard in its place.
@@ -178,7 +189,7 @@ class CacheWriter:
         Raises:
             ValueError: Nothing was added, or the fingerprint is longer than a header.
         """
-        with self:  # whatever happens
+        with self, self._room_named():  # whatever happens
             if self._form is None:
                 raise ValueError("Expected a sequence at least in every shard of the cached reference, but got none.")
             dtype, size = self._form
@@ -199,8 +210,34 @@ class CacheWriter:
             metadata["crc32"] = f"{zlib.crc32(_pad_header(header), self._crc):08x}"
             self._file.seek(0)
             self._file.write(_pad_header(header))
-            self._file.close()
-            os.replace(self._file.name, self._target)
+            self._unfinished.finish()
+
+    def _check_room(self) -> None:
+        needed = self._needed_bytes()
+        if needed is not None and needed > shutil.disk_usage(self._path).free:
+            with self._room_named():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _needed_bytes(self) -> int | None:
+        dtype, size = self._form
+        return None if self._num_tokens is None else HEADER_BYTES + self._num_tokens * size * dtype.itemsize
+
+    @contextmanager
+    def _room_named(self) -> Iterator[None]:
+        """Names the folder, and what it needs room for, in the error of a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            needed = self._needed_bytes()
+            what = "the hidden states" if needed is None else f"{needed:,} bytes of hidden states"
+            raise OSError(
+                error.errno,
+                f"Expected room in the folder of `cache_reference`, {self._path}, for {what}, but got "
+                f"{error.strerror.lower()!r} with {shutil.disk_usage(self._path).free:,} bytes free. Nothing half-"
+                "written is left there. Make room, or give a folder on another disk.",
+            ) from error
 
     def _write(self, data: np.ndarray | bytes) -> None:
         self._crc = zlib.crc32(data, self._crc)
@@ -213,6 +250,7 @@ class ReferenceCache:
     The files are mapped into memory: what is read is in the system's page cache, which it takes back when it must.
 
     Example:
+        >>> import tempfile
         >>> path, key = tempfile.mkdtemp(), b"sequence".zfill(16)
         >>> with CacheWriter(path) as writer:
         ...     writer.add([key], torch.arange(4.0).view(2, 2), torch.tensor([0, 2]))

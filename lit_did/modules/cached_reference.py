@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 
@@ -17,6 +18,7 @@ from lit_did.models import forward
 from lit_did.models.batches import IGNORE_INDEX
 from lit_did.models.layout import Sequences
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
+from lit_did.models.unfinished import remove_unfinished
 
 PAIRS_AT_ONCE = 8  # where the loader does not say
 
@@ -79,7 +81,7 @@ def cached_reference(
             linear layer's of last hidden states.
     """
     rank, world = trainer.global_rank, trainer.world_size
-    batches = [_keys(sequences) for sequences in _pairs(trainer, read)]
+    batches = [_num_tokens(sequences) for sequences in _pairs(trainer, read)]
     keys = set(chain.from_iterable(batches))
     if opened is not None and keys <= opened.cache.keys() and opened.precision == trainer.precision:
         return opened
@@ -91,9 +93,13 @@ def cached_reference(
         )
     mark = {**fingerprint(model, keys), "precision": trainer.precision}
     shards = min(world, len(batches))  # a shard holds a sequence at least
+    if rank == 0:
+        remove_unfinished(path)
     if not trainer.strategy.broadcast(ReferenceCache.exists(path)):
         if rank < shards:
-            with CacheWriter(path, shard=rank, shards=shards) as writer, trainer.precision_plugin.forward_context():
+            num_tokens = sum(ChainMap(*batches[rank::shards]).values())  # of every sequence once
+            file = CacheWriter(path, shard=rank, shards=shards, num_tokens=num_tokens)
+            with file as writer, trainer.precision_plugin.forward_context():
                 own = islice(_pairs(trainer, read), rank, None, shards)
                 quiet = rank > 0 or trainer.progress_bar_callback is None
                 total = len(range(rank, len(batches), shards))
@@ -130,6 +136,11 @@ def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Se
                 starts = range(0, len(dataset), size)
                 examples = ([dataset[i] for i in range(s, min(s + size, len(dataset)))] for s in starts)
             yield from (read(loader.collate_fn(example)) for example in examples)
+
+
+def _num_tokens(sequences: Sequences) -> dict[bytes, int]:
+    """Completion tokens by key."""
+    return dict(zip(_keys(sequences), _cu_labels(sequences).diff().tolist(), strict=True))
 
 
 def _keys(sequences: Sequences) -> list[bytes]:

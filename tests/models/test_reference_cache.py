@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,8 +20,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lit_did.models import reference_cache
+from lit_did.models import reference_cache, unfinished
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
+from lit_did.models.unfinished import remove_unfinished
 from tests.modules.tiny import collate, make_pairs, tiny_llama
 
 PRINT = {"model": "a" * 32, "data": "b" * 32}
@@ -413,8 +418,102 @@ def test_a_killed_process(tmp_path):
     assert not ReferenceCache.exists(tmp_path)
     with pytest.raises(ValueError, match="but got none"):
         ReferenceCache.open(tmp_path, PRINT)
-    write(tmp_path)  # beside it
+    write(tmp_path)
     assert len(ReferenceCache.open(tmp_path, PRINT)) == 5
+    assert len(list(tmp_path.iterdir())) == 1  # what was left is removed
+
+
+def test_what_is_left_of_dead_processes_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / ".unfinished_old").mkdir()
+    (tmp_path / ".unfinished_old" / "reference-00001-of-00001.safetensors").write_bytes(b"begun")
+    (tmp_path / ".unfinished_empty").mkdir()
+    (tmp_path / "mine").write_text("kept")
+    program = (
+        "import sys, torch; from lit_did.models.reference_cache import CacheWriter\n"
+        "writer = CacheWriter(sys.argv[1], shards=2)\n"
+        "print(flush=True); sys.stdin.readline()\n"
+        "writer.add([bytes(16)], torch.zeros(9, 9), torch.tensor([0, 9])); writer.finish({})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as alive:
+        alive.stdout.readline()
+        with CacheWriter(tmp_path, shard=1, shards=2) as writer:
+            assert len(list(tmp_path.glob(".unfinished_*"))) == 2
+            remove_unfinished(tmp_path)  # nor its own
+            add(writer, [0, 1], sequences())
+            writer.finish({})
+        alive.communicate(b"\n")
+    assert alive.returncode == 0
+    names = ["mine", *(f"reference-0000{n}-of-00002.safetensors" for n in (1, 2))]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(unfinished.fcntl, "flock", no_locks)
+    (tmp_path / ".unfinished_of_another").mkdir()
+    (tmp_path / ".unfinished_of_another" / "file").touch()
+    write(tmp_path)
+    assert len(ReferenceCache.open(tmp_path, PRINT)) == 5
+    assert (tmp_path / ".unfinished_of_another" / "file").exists()
+
+
+@pytest.mark.parametrize("taken", ["between creation and lock", "before the file"])
+def test_a_folder_that_another_run_takes_for_a_dead_ones_is_made_again(taken, tmp_path, monkeypatch):
+    """Between two system calls a new folder looks like one that was left behind."""
+    flock, mkdtemp, done = unfinished.fcntl.flock, tempfile.mkdtemp, []
+
+    def taken_first(folder):
+        if not done:
+            done.append(folder)
+            shutil.rmtree(folder)
+
+    def late_lock(descriptor, flags):
+        taken_first(next(tmp_path.glob(".unfinished_*")))
+        return flock(descriptor, flags)
+
+    def late_file(*args, **kwargs):
+        folder = mkdtemp(*args, **kwargs)
+        taken_first(folder)
+        return folder
+
+    if taken == "before the file":
+        monkeypatch.setattr(tempfile, "mkdtemp", late_file)
+    else:
+        monkeypatch.setattr(unfinished.fcntl, "flock", late_lock)
+    write(tmp_path)
+    assert done
+    assert len(ReferenceCache.open(tmp_path, PRINT)) == 5
+
+
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    expected = rf"folder of `cache_reference`, {tmp_path}, for 32,096 bytes of hidden states.* with 5,000 bytes free"
+    with CacheWriter(tmp_path, num_tokens=11) as writer:  # of 7 float32
+        add(writer, [0, 1], sequences())
+    with pytest.raises(OSError, match=expected) as raised, CacheWriter(tmp_path, num_tokens=1000) as writer:
+        add(writer, [0, 1], sequences())
+    assert raised.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("when", ["add", "finish"])
+def test_a_disk_that_fills_up_is_named(when, tmp_path):
+    def fill(writer):
+        writer._file.close()
+        writer._file = writer._unfinished.stream = open("/dev/full", "wb", buffering=0 if when == "add" else 2**20)  # noqa: SIM115
+        add(writer, [0, 1], sequences())
+        assert when == "finish"
+        writer.finish(PRINT)
+
+    named = f"`cache_reference`, {tmp_path}, for the hidden states"
+    with pytest.raises(OSError, match=named), CacheWriter(tmp_path) as writer:
+        fill(writer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_runs_at_once(tmp_path):
