@@ -13,13 +13,7 @@ from torch import Tensor
 
 from lit_did.arguments import check_integer
 from lit_did.functional.inputs import Statistics, as_pairs, as_sequences
-from lit_did.functional.preference import (
-    REFERENCE_FREE_LOSSES,
-    check_beta,
-    pair_accuracy,
-    pair_margin,
-    preference_loss,
-)
+from lit_did.functional.preference import LossTerms, check_beta, pair_accuracy, pair_losses, pair_margin
 from lit_did.ops import SequenceStatistics
 
 DISPLACEMENTS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_fell")
@@ -228,34 +222,50 @@ def check_num_bins(num_bins: int) -> None:
     check_integer("num_bins", num_bins, 1)
 
 
-def loss_sums(statistics: SequenceStatistics, *, loss: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """The sum of `preference_loss` over pairs, and the pairs."""
-    pairs = as_pairs(statistics._replace(log_ratio=loss_log_ratio(statistics, loss)))
+def losses_of_pairs(statistics: SequenceStatistics, terms: LossTerms, **options: Any) -> Tensor:
+    """[pairs] float64: the weighted preference losses, without the SFT term; 0 log-ratios where a pair does not count.
+
+    `options`: as in `lit_did.functional.preference.pair_losses`.
+    """
+    pairs = as_pairs(statistics._replace(log_ratio=compared_log_ratio(statistics, terms)))
     chosen_num_tokens, rejected_num_tokens = statistics.num_tokens.chunk(2)
-    losses = preference_loss(
+    return pair_losses(
         pairs.chosen_log_ratio,
         pairs.rejected_log_ratio,
-        loss=loss,
+        terms.preference,
         chosen_num_tokens=chosen_num_tokens,
         rejected_num_tokens=rejected_num_tokens,
         **options,
     )
-    return torch.where(pairs.counts, losses, 0).sum(), pairs.counts.sum()
 
 
-def loss_log_ratio(statistics: SequenceStatistics, loss: str) -> Tensor:
+def loss_sums(statistics: SequenceStatistics, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """[2] the sums of `losses` [pairs] and of the chosen completions' -log pi, and [2] their pairs and tokens."""
+    counts = as_pairs(statistics).counts
+    chosen_nll, chosen_num_tokens = -statistics.policy_logprob.chunk(2)[0], statistics.num_tokens.chunk(2)[0]
+    totals = [torch.where(counts, value.double(), 0).sum() for value in (losses, chosen_nll)]
+    return torch.stack(totals), torch.stack([counts.sum(), torch.where(counts, chosen_num_tokens, 0).sum()])
+
+
+def loss_value(totals: Tensor, counts: Tensor, sft: float) -> Tensor:
+    """The mean loss of a pair, and `sft` times the mean negative log-likelihood of a chosen token."""
+    means = totals / counts
+    return means[0] + sft * means[1] if sft else means[0]  # 0 times an infinite one would be NaN
+
+
+def compared_log_ratio(statistics: SequenceStatistics, terms: LossTerms) -> Tensor:
     """[sequences] What `preference_loss` takes for the log-ratio: log pi with a loss that has no reference."""
-    return statistics.policy_logprob if loss in REFERENCE_FREE_LOSSES else statistics.log_ratio
+    return statistics.policy_logprob if terms.reference_free else statistics.log_ratio
 
 
-def implicit_log_ratio(statistics: SequenceStatistics, loss: str) -> Tensor:
-    """[sequences] The implicit reward of a loss divided by beta, in nats: what `loss_log_ratio` returns, divided by the
-    number of tokens with "simpo" and "orpo", whose reward is a mean.
+def implicit_log_ratio(statistics: SequenceStatistics, terms: LossTerms) -> Tensor:
+    """[sequences] The implicit reward of a loss divided by beta, in nats: what `compared_log_ratio` returns, divided by
+    the number of tokens where the reward is a mean.
 
     Example:
         >>> statistics = as_sequences(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), torch.tensor([[3, 5]]))
-        >>> implicit_log_ratio(statistics, "cpo"), implicit_log_ratio(statistics, "simpo")
-        (tensor([-4.1589]), tensor([-2.0794]))
+        >>> [implicit_log_ratio(statistics, LossTerms({loss: 1.0}, 0.0)) for loss in ("cpo", "simpo")]
+        [tensor([-4.1589]), tensor([-2.0794])]
     """
-    log_ratio = loss_log_ratio(statistics, loss)
-    return log_ratio / statistics.num_tokens.clamp(min=1) if loss in ("simpo", "orpo") else log_ratio
+    log_ratio = compared_log_ratio(statistics, terms)
+    return log_ratio / statistics.num_tokens.clamp(min=1) if terms.per_token_reward else log_ratio

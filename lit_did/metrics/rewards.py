@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -205,7 +206,8 @@ class RewardCalibration(StatisticsMetric):
 class PreferenceLoss(StatisticsMetric):
     """`lit_did.functional.preference_loss`, its mean over pairs: what DPO's training minimises.
 
-    Input: as `RewardMargin`; of the reference a loss without one reads nothing. `compute` returns a float64 scalar.
+    The SFT term, where the loss has one, is a mean over all chosen tokens. Input: as `RewardMargin`; of the reference a
+    loss without one reads nothing. `compute` returns a float64 scalar.
 
     Args:
         beta, loss, label_smoothing, gamma, nll_weight: As in `lit_did.functional.preference_loss`.
@@ -226,29 +228,25 @@ class PreferenceLoss(StatisticsMetric):
     is_differentiable = True
     higher_is_better = False
     quantity = "loss"
+    totals_shape = (2,)
+    counts_shape = (2,)
 
     def __init__(
         self,
         *,
         beta: float = 0.1,
-        loss: str = "sigmoid",
+        loss: str | Mapping[str, float] = "sigmoid",
         label_smoothing: float = 0.0,
         gamma: float | None = None,
         nll_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.options = {
-            "beta": beta,
-            "loss": loss,
-            "label_smoothing": label_smoothing,
-            "gamma": gamma,
-            "nll_weight": nll_weight,
-        }
-        check_preference_loss(**self.options)
-        super().__init__(settings=self.options, **kwargs)
+        self.options = {"beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
+        self.terms = check_preference_loss(loss=loss, nll_weight=nll_weight, **self.options)
+        super().__init__(settings={**self.options, "loss": loss, "nll_weight": nll_weight}, **kwargs)
 
     def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
-        return rewards.loss_sums(statistics, **self.options)
+        return rewards.loss_sums(statistics, rewards.losses_of_pairs(statistics, self.terms, **self.options))
 
     def value(self, totals: Tensor, counts: Tensor) -> Tensor:
-        return totals / counts
+        return rewards.loss_value(totals, counts, self.terms.sft)

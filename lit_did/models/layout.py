@@ -44,6 +44,16 @@ class Sequences(NamedTuple):
         """How many completion tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def mean_chosen_labels(self, counted: Tensor | None = None) -> float:
+        """How many completion tokens a chosen sequence, one of the first half, has on average.
+
+        `counted`: [pairs] bool, the pairs that count; None: all.
+        """
+        before = np.concatenate([[0], (self.labels != IGNORE_INDEX).cumsum()])
+        chosen = np.diff(before[self.cu_seqlens])[: self.count // 2]
+        chosen = chosen if counted is None else chosen[counted.cpu().numpy()]
+        return float(chosen.mean()) if len(chosen) else 0.0
+
     def slice(self, index: int) -> slice:
         """Where sequence `index` lies."""
         return slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.arguments import check_number
-from lit_did.functional import REFERENCE_FREE_LOSSES
 from lit_did.models.batches import IGNORE_INDEX, check_bounds
 from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.models.layout import Sequences, read_sequences
@@ -181,6 +180,15 @@ def check_tokens_at_once(tokens_at_once: int | str | None) -> None:
         )
 
 
+def check_training_step(objective: Tensor | None) -> None:
+    """Raises RuntimeError if LitDPO's own training step, which keeps its `objective`, was left out."""
+    if objective is None:
+        raise RuntimeError(
+            "Expected an overridden `training_step` to call `super().training_step(batch, batch_idx)`, which adds the "
+            "batch to the metrics, but it was not called. Pass a function as `loss` to minimise another loss."
+        )
+
+
 def check_loading(lora: Any, model_kwargs: Mapping[str, Any] | None) -> None:
     """Raises TypeError unless they are what LitDPO documents."""
     # A PeftConfig, told without importing peft.
@@ -207,7 +215,11 @@ def cache_folder(cache_reference: Any) -> str | None:
 
 
 def check_models(
-    policy: str | nn.Module, reference: str | nn.Module | None, loss: str, cache_reference: str | None
+    policy: str | nn.Module,
+    reference: str | nn.Module | None,
+    cache_reference: str | None,
+    reference_free: bool,
+    loss: Any,
 ) -> None:
     """Raises TypeError or ValueError unless they can be a policy and its reference with that loss."""
     for name, model in (("policy", policy), ("reference", reference)):
@@ -215,7 +227,7 @@ def check_models(
             raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
     if reference is policy and isinstance(policy, nn.Module):
         raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
-    if loss not in REFERENCE_FREE_LOSSES:
+    if not reference_free:
         return
     named = reference if reference is None or isinstance(reference, str) else type(reference).__name__
     for name, value in (("cache_reference", cache_reference), ("reference", named)):
@@ -225,12 +237,12 @@ def check_models(
             )
 
 
-def check_did_entropy_weight(weight: float, loss: str) -> None:
+def check_did_entropy_weight(weight: float, reference_free: bool, loss: Any) -> None:
     """Raises TypeError or ValueError unless `did_entropy_weight` is a finite number that suits the loss."""
     check_number("did_entropy_weight", weight)
     if not math.isfinite(weight):
         raise ValueError(f"Expected `did_entropy_weight` to be finite, but got {weight}.")
-    if weight and loss in REFERENCE_FREE_LOSSES:
+    if weight and reference_free:
         raise ValueError(
             f"Expected `did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got {weight}."
         )
@@ -251,16 +263,13 @@ def warn_of_noise(policy: nn.Module, sequences: Sequences) -> None:
         )
 
 
-def warn_unless_policy_is_reference(
-    policy: nn.Module, adapter: bool, log_ratio: Tensor, num_tokens: Tensor, loss: Tensor, expected_loss: Tensor
-) -> None:
+def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, log_ratio: Tensor, num_tokens: Tensor) -> None:
     """Warns, with the cause, if the policy does not start as its reference.
 
     Args:
         policy: The policy, in the mode it is trained in.
         adapter: Whether the reference is the policy with its adapter off.
         log_ratio, num_tokens: [sequences] of the first batch.
-        loss, expected_loss: Scalars: the first batch's, and the one where every log-ratio is 0.
     """
     parameter = next(policy.parameters())
     full = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
@@ -279,7 +288,7 @@ def warn_unless_policy_is_reference(
     else:
         cause = "the reference's weights are not those that the policy starts from, or its numerics differ"
     warnings.warn(
-        f"At the first step the policy should be its reference, with loss {expected_loss:.4f} and every margin 0, but "
-        f"the loss is {loss:.4f} and the largest |log-ratio| {largest:.4g} nats. Cause: {cause}.",
+        "At the first step the policy should be its reference and every log-ratio 0, but the largest |log-ratio| is "
+        f"{largest:.4g} nats. Cause: {cause}.",
         stacklevel=3,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_did.arguments import check_bools
-from lit_did.functional import REFERENCE_FREE_LOSSES, pair_margin, preference_loss, token_did_entropy
-from lit_did.functional.preference import check_preference_loss
-from lit_did.functional.rewards import implicit_log_ratio, loss_log_ratio
-from lit_did.metrics import DIDMetrics
+from lit_did.functional import pair_margin, token_did_entropy
+from lit_did.functional.preference import sft_shares
 from lit_did.models import attention, forward, loading
 from lit_did.models.dropout import switch_off_dropout
 from lit_did.models.layout import Layout, Sequences, split_pairs
@@ -36,12 +36,14 @@ from lit_did.modules.checks import (
     check_models,
     check_of_pairs,
     check_tokens_at_once,
+    check_training_step,
     checked_sequences,
     warn_of_noise,
     warn_unless_policy_is_reference,
 )
-from lit_did.modules.optimizer import adamw, check_optimizer, count_warmup_steps, scheduler
-from lit_did.modules.pairs import WITHOUT_REFERENCE, PairStatistics, both_sides, counted, make_metrics
+from lit_did.modules.objective import Objective, PairLoss, check_functions_given_again, plain_loss
+from lit_did.modules.optimizer import check_optimizer, optimizer_and_schedule
+from lit_did.modules.pairs import WITHOUT_REFERENCE, PairMetrics, PairStatistics, both_sides, counted
 from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
     check_backward_is_run,
@@ -85,13 +87,22 @@ class LitDPO(TrainedState):
         reference: The same, never trained. None: a PeftModel's reference is itself with the adapter off; any other
             policy's is a frozen copy of the policy as it is given; a loss without a reference has none.
         beta: DPO's inverse temperature.
-        loss: One of `lit_did.functional.LOSSES`; docs/losses.md tells them apart.
-        label_smoothing, gamma, nll_weight: Of some losses: see `lit_did.functional.preference_loss`.
+        loss: One of `lit_did.functional.LOSSES`; or a weighted sum of them, such as `{"sigmoid": 0.8, "sft": 0.2}`; or
+            a function of the statistics [pairs] of the chosen and of the rejected completions, two
+            `SequenceStatistics`, that returns the loss [pairs]. docs/losses.md has the formulas and examples.
+        label_smoothing, gamma: Of some losses: see `lit_did.functional.preference_loss`.
+        nll_weight: Adds so many times the SFT term, the negative log-likelihood of the chosen completions, a mean over
+            their tokens in a micro-batch on one process.
         did_entropy_weight: What is minimised is the loss less so many times the mean of `did_entropy` over the tokens
             of a micro-batch on one process: above 0 raises that entropy (explores), below 0 lowers it (reinforces).
             `loss`, as it is logged, stays the preference loss.
         lora: Adds a LoRA adapter to the policy: a `peft.LoraConfig`, or its arguments as a dict.
-        learning_rate, adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed.
+        optimizer: A function of the trained parameters that returns the optimiser, such as
+            `functools.partial(torch.optim.SGD, lr=1e-3)`. None: AdamW with the next four arguments.
+        lr_scheduler: A function of the optimiser that returns its scheduler, stepped every optimiser step. None: the
+            one of `warmup_steps` and `schedule`.
+        learning_rate: None: 1e-6, and 5e-5 of a policy with an adapter (`lora`, or a `PeftModel`).
+        adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed.
         warmup_steps: Optimiser steps over which the learning rate rises; below 1, as a share of all steps.
         schedule: What follows the warmup: "constant", "linear" or "cosine" (both to 0 at the end of training).
         disable_dropout: Sets the policy's dropout probabilities to 0.
@@ -122,13 +133,15 @@ class LitDPO(TrainedState):
         reference: str | nn.Module | None = None,
         *,
         beta: float = 0.1,
-        loss: str = "sigmoid",
+        loss: str | Mapping[str, float] | PairLoss = "sigmoid",
         label_smoothing: float = 0.0,
         gamma: float | None = None,
         nll_weight: float | None = None,
         did_entropy_weight: float = 0.0,
         lora: Any = None,
-        learning_rate: float = 1e-6,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        learning_rate: float | None = None,
         adam_betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -145,18 +158,20 @@ class LitDPO(TrainedState):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self._loss_options = {
-            "beta": beta,
-            "loss": loss,
-            "label_smoothing": label_smoothing,
-            "gamma": gamma,
-            "nll_weight": nll_weight,
-        }
-        self._check_objective(**self._loss_options, did_entropy_weight=did_entropy_weight)
-        self._reference_free = loss in REFERENCE_FREE_LOSSES
+        self.objective = Objective(
+            beta=beta, loss=loss, label_smoothing=label_smoothing, gamma=gamma, nll_weight=nll_weight
+        )
+        self._reference_free = self.objective.reference_free
+        loss = plain_loss(loss)
+        self._check_objective(
+            loss=loss,
+            label_smoothing=label_smoothing,
+            nll_weight=nll_weight,
+            did_entropy_weight=did_entropy_weight,
+        )
         cache_reference = cache_folder(cache_reference)
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
-        check_models(policy, reference, loss, cache_reference)
+        check_models(policy, reference, cache_reference, self._reference_free, loss)
         check_loading(lora, model_kwargs)
         check_bools(
             disable_dropout=disable_dropout,
@@ -167,6 +182,8 @@ class LitDPO(TrainedState):
         )
         check_tokens_at_once(tokens_at_once)
         check_optimizer(
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
             learning_rate=learning_rate,
             adam_betas=adam_betas,
             adam_eps=adam_eps,
@@ -176,12 +193,15 @@ class LitDPO(TrainedState):
         )
         if backend not in BACKENDS:
             raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
-        # Modules and configuration objects are not hyperparameters: hand them to load_from_checkpoint again.
+        # Modules, configuration objects and functions are not hyperparameters: hand them to load_from_checkpoint again.
         arguments = {"policy": policy, "reference": reference, "lora": lora}
-        objects = {**arguments, "model_kwargs": model_kwargs}
+        functions = {"loss": loss, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        objects = {**arguments, **functions, "model_kwargs": model_kwargs}
         self.save_hyperparameters(ignore=[name for name, value in objects.items() if not _is_plain(value)])
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._first_objective: Tensor | None = None  # of the part of the batch that `training_step` went through
         self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
         self._cache: CachedReference | None = None
         self._noise_checked = not disable_dropout
@@ -189,7 +209,7 @@ class LitDPO(TrainedState):
         self._reference_digest: str | None = None
         self.policy: nn.Module | None = None
         self.reference: nn.Module | None = None
-        self.train_metrics = make_metrics(**self._loss_options)
+        self.train_metrics = PairMetrics(self.objective)
         self.val_metrics = nn.ModuleList()  # one a validation dataloader
         if not isinstance(policy, str) and not isinstance(reference, str):
             self.configure_model()
@@ -228,6 +248,17 @@ class LitDPO(TrainedState):
         if self.reference is not None:
             self.reference.eval()
         return self
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another policy, or of a run with functions or a reference that are not given here."""
+        functions = {
+            "loss": self.objective.custom,
+            "optimizer": self._optimizer,
+            "lr_scheduler": self._lr_scheduler,
+        }
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        check_functions_given_again(saved, functions, resuming=self._trainer is not None)
+        super().on_load_checkpoint(checkpoint)
 
     # -----------------------------------------------------------------------------------------------------------
     # Steps
@@ -280,7 +311,8 @@ class LitDPO(TrainedState):
         """The statistics, loss and reward margin of every pair of a batch."""
         sequences = self._read(batch, weighted=True)
         check_of_pairs(batch, "index", sequences.count // 2)
-        pairs = self._pair_statistics(sequences)
+        weight = batch.get("weight")
+        pairs = self._pair_statistics(sequences, sequences.mean_chosen_labels(None if weight is None else weight > 0))
         return pairs._replace(index=batch.get("index", pairs.index))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -290,7 +322,7 @@ class LitDPO(TrainedState):
         others. What is logged is the whole batch's.
         """
         sequences = self._read(batch)
-        self._whole = (sequences.count // 2, sequences.num_labels)
+        self._whole = (sequences.count // 2, sequences.num_labels, sequences.mean_chosen_labels())
         if not self._noise_checked:
             warn_of_noise(self.policy, sequences)
             self._noise_checked = True
@@ -300,6 +332,7 @@ class LitDPO(TrainedState):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass, of one part of the batch after the other."""
+        check_training_step(self._first_objective)
         rest, self._rest = self._rest, []
         if rest:  # what Lightning, and a gradient scaler, multiplied the objective by
             (scale,) = torch.autograd.grad(loss, self._first_objective, retain_graph=True)
@@ -324,7 +357,7 @@ class LitDPO(TrainedState):
         """Refuses a strategy under which parameters would drift apart, and empties the metrics."""
         check_gradients_are_exchanged(self)
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
-        self._rest = []
+        self._rest, self._first_objective = [], None
 
     def on_train_start(self) -> None:
         """With `cache_reference`, runs the reference over all pairs, or finds what it said, and frees its layers."""
@@ -367,16 +400,17 @@ class LitDPO(TrainedState):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the metrics over all micro-batches and processes of this optimiser step."""
-        self._log("train/", self.train_metrics, ("loss", "reward_margin", "did_entropy"))
+        if self.train_metrics["loss"].update_called:  # a `training_step` may have skipped all batches
+            self._log("train/", self.train_metrics, ("loss", "reward_margin", "did_entropy"))
 
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics a validation dataloader."""
         loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
-        self.val_metrics = nn.ModuleList(make_metrics(**self._loss_options).to(self.device) for _ in range(loaders))
+        self.val_metrics = nn.ModuleList(PairMetrics(self.objective).to(self.device) for _ in range(loaders))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch to the epoch's metrics."""
-        self._add(self.val_metrics[dataloader_idx], self.pair_statistics(batch), batch.get("weight"))
+        self.val_metrics[dataloader_idx].update(self.pair_statistics(batch), batch.get("weight"))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over the epoch and all processes."""
@@ -390,26 +424,15 @@ class LitDPO(TrainedState):
         return pairs if "weight" not in batch else counted(pairs, batch["weight"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the trained parameters, its schedule stepped every optimiser step."""
-        h = self.hparams
-        optimizer = adamw(
-            self.policy.parameters(),
-            learning_rate=h.learning_rate,
-            betas=tuple(h.adam_betas),
-            eps=h.adam_eps,
-            weight_decay=h.weight_decay,
-            fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,
+        """The optimiser of the trained parameters, its schedule stepped every optimiser step."""
+        return optimizer_and_schedule(
+            self.policy, self.trainer, self.hparams, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler
         )
-        total = self.trainer.estimated_stepping_batches
-        warmup = count_warmup_steps(h.warmup_steps, total, h.schedule)
-        schedule = scheduler(optimizer, warmup_steps=warmup, total_steps=total, schedule=h.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _check_objective(self, *, did_entropy_weight: float, **loss_options: Any) -> None:
-        check_preference_loss(**loss_options)
-        check_did_entropy_weight(did_entropy_weight, loss_options["loss"])
+    def _check_objective(self, *, loss: Any, did_entropy_weight: float, **_: Any) -> None:
+        check_did_entropy_weight(did_entropy_weight, self._reference_free, loss)
 
     def _read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
         if self.policy is None:  # a policy by name, and no Trainer has
@@ -428,19 +451,22 @@ class LitDPO(TrainedState):
 
     def _train_on(self, sequences: Sequences) -> Tensor:
         """Adds a part of the batch to the metrics; its share of what training minimises."""
-        pairs = self._pair_statistics(sequences)
+        pairs = self._pair_statistics(sequences, self._whole[2])
         if not self._start_checked:
             self._check_start(pairs)
             self._start_checked = True
-        self._add(self.train_metrics, pairs)
+        self.train_metrics.update(pairs)
         return self._objective(pairs)
 
-    def _pair_statistics(self, sequences: Sequences) -> PairStatistics:
+    def _pair_statistics(self, sequences: Sequences, mean_chosen_tokens: float) -> PairStatistics:
+        """Of some pairs of a batch whose chosen completions have that many tokens on average."""
         chosen, rejected = self._sides(sequences)
-        loss = self._loss(chosen, rejected)
+        preference = loss = self._loss(chosen, rejected)
+        if self.objective.sft:
+            loss = loss + self.objective.sft * sft_shares(chosen.policy_logprob, mean_chosen_tokens)
         index = torch.full(loss.shape, -1, device=loss.device)
-        rewards = [implicit_log_ratio(side, self.hparams.loss) for side in (chosen, rejected)]
-        return PairStatistics(index, chosen, rejected, loss, pair_margin(*rewards, self.hparams.beta))
+        margin = pair_margin(*map(self.objective.log_ratio, (chosen, rejected)), self.hparams.beta)
+        return PairStatistics(index, chosen, rejected, loss, margin, preference)
 
     def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics]:
         """The statistics [pairs] of the chosen and of the rejected completions."""
@@ -449,7 +475,7 @@ class LitDPO(TrainedState):
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
         """Some pairs' share of what training minimises."""
-        num_pairs, num_tokens = self._whole
+        num_pairs, num_tokens, _ = self._whole
         objective = pairs.loss.sum() / num_pairs
         if not self.hparams.did_entropy_weight:
             return objective
@@ -458,29 +484,18 @@ class LitDPO(TrainedState):
         return objective - self.hparams.did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
 
     def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
-        return preference_loss(
-            *(loss_log_ratio(side, self._loss_options["loss"]) for side in (chosen, rejected)),
-            chosen_num_tokens=chosen.num_tokens,
-            rejected_num_tokens=rejected.num_tokens,
-            **self._loss_options,
-        )
-
-    def _add(self, metrics: DIDMetrics, pairs: PairStatistics, weight: Tensor | None = None) -> None:
-        both = both_sides(pairs, weight)
-        metrics.update(both._replace(log_ratio=implicit_log_ratio(both, self.hparams.loss)))
+        """[pairs] the loss of every pair, without the SFT term."""
+        return self.objective.losses(chosen, rejected)
 
     def _check_start(self, pairs: PairStatistics) -> None:
-        start = pairs.chosen._replace(log_ratio=torch.zeros_like(pairs.loss))
         warn_unless_policy_is_reference(
             self.policy,
             self.reference is None,
             torch.cat([pairs.chosen.log_ratio, pairs.rejected.log_ratio]).detach(),
             torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
-            pairs.loss.mean(),
-            self._loss(start, start).mean(),
         )
 
-    def _log(self, prefix: str, metrics: DIDMetrics, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
+    def _log(self, prefix: str, metrics: PairMetrics, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
         # Already over all processes: every rank logs the same number.
         for name, value in metrics.compute().items():
             self.log(

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lit_did.models.layout import Sequences
+from lit_did.modules.checks import check_training_step
 from lit_did.modules.dpo import LitDPO
 from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
@@ -34,7 +35,7 @@ class LitDPOPG(LitDPO):
     gradient in memory than LitDPO, and runs the models once a side. Adds to what LitDPO logs `train/gradient_cosine`,
     the cosine of g_w and g_l: above 0 the step was projected, else it was DPO's.
 
-    Args: as `LitDPO`, with `loss="sigmoid"`, and `label_smoothing` and `did_entropy_weight` 0.
+    Args: as `LitDPO`, with `loss="sigmoid"`, no `nll_weight`, and `label_smoothing` and `did_entropy_weight` 0.
 
     Raises:
         TypeError, ValueError: An argument is out of range; when training starts, a strategy that shards gradients.
@@ -57,6 +58,7 @@ class LitDPOPG(LitDPO):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Adds the two terms of the loss's gradient up apart: the chosen one in `.grad`, the rejected one beside it."""
+        check_training_step(self._first_objective)
         log_ratios, self._log_ratios, self._first_objective = self._log_ratios, None, None
         # -beta s / pairs and beta s / pairs, times what Lightning and the gradient scaler multiplied the loss by.
         chosen_weight, rejected_weight = torch.autograd.grad(loss, log_ratios)
@@ -92,7 +94,8 @@ class LitDPOPG(LitDPO):
 
     def _check_objective(self, **options: Any) -> None:
         super()._check_objective(**options)
-        for name, only in (("loss", "sigmoid"), ("label_smoothing", 0), ("did_entropy_weight", 0)):
+        plain = {"loss": "sigmoid", "label_smoothing": 0, "nll_weight": None, "did_entropy_weight": 0}
+        for name, only in plain.items():
             if options[name] != only:
                 raise ValueError(f"Expected `{name}` to be {only!r} with LitDPOPG, but got {options[name]!r}.")
 

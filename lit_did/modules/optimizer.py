@@ -1,22 +1,30 @@
-"""AdamW and its learning-rate schedule, stepped every optimiser step."""
+"""The optimiser of LitDPO and its learning-rate schedule: AdamW, or what the user's functions return."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import lightning
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lit_did.arguments import check_number
+from lit_did.models.loading import is_peft
 
 SCHEDULES = ("constant", "linear", "cosine")
+LEARNING_RATE = 1e-6
+ADAPTER_LEARNING_RATE = 5e-5
+"""of an adapter: it has few parameters, and half of LoRA's start at zero"""
 
 
 def check_optimizer(
     *,
-    learning_rate: float,
+    optimizer: Callable[[Iterable], Optimizer] | None,
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
+    learning_rate: float | None,
     adam_betas: Sequence[float],
     adam_eps: float,
     weight_decay: float,
@@ -24,7 +32,13 @@ def check_optimizer(
     schedule: str,
 ) -> None:
     """Raises TypeError or ValueError unless they are what LitDPO documents."""
-    numbers = {"learning_rate": learning_rate, "adam_eps": adam_eps, "weight_decay": weight_decay}
+    for name, value in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+        if value is not None and not callable(value):
+            given = "parameters" if name == "optimizer" else "the optimiser"
+            raise TypeError(f"Expected `{name}` to be a function of {given} or None, but got {value!r}.")
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, "an int, a float or None")
+    numbers = {"learning_rate": learning_rate or 0.0, "adam_eps": adam_eps, "weight_decay": weight_decay}
     for name, value in {**numbers, "warmup_steps": warmup_steps}.items():
         check_number(name, value)
     for name, value in numbers.items():
@@ -40,10 +54,85 @@ def check_optimizer(
         raise ValueError(f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}.")
     if schedule not in SCHEDULES:
         raise ValueError(f"Expected `schedule` to be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")
+    adam = {"learning_rate": learning_rate, "adam_betas": tuple(adam_betas), "adam_eps": adam_eps}
+    _check_unused("optimizer", optimizer, {**adam, "weight_decay": weight_decay})
+    _check_unused("lr_scheduler", lr_scheduler, {"warmup_steps": warmup_steps, "schedule": schedule})
+
+
+DEFAULTS = {
+    "learning_rate": None,
+    "adam_betas": (0.9, 0.999),
+    "adam_eps": 1e-8,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "schedule": "constant",
+}
+
+
+def _check_unused(argument: str, function: Any, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if settings are given whose place a function takes."""
+    for name, value in settings.items():
+        if function is not None and value != DEFAULTS[name]:
+            raise ValueError(
+                f"Expected `{name}` to be {DEFAULTS[name]!r} with `{argument}`, which replaces it, but got {value!r}."
+            )
+
+
+def optimizer_and_schedule(
+    policy: nn.Module,
+    trainer: lightning.Trainer,
+    settings: Any,
+    *,
+    optimizer: Callable[[Iterable], Optimizer] | None = None,
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns.
+
+    Args:
+        settings: Whose attributes are LitDPO's arguments.
+        optimizer, lr_scheduler: As LitDPO's.
+
+    Raises:
+        TypeError, ValueError: A function returned something else; nothing is trained; training has no known end.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(
+            "Expected `policy` to have trainable parameters, but all are frozen: load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if optimizer is not None:
+        made = optimizer(trained)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"Expected `optimizer` to return a torch.optim.Optimizer, but got {made!r}.")
+    else:
+        default = ADAPTER_LEARNING_RATE if is_peft(policy) else LEARNING_RATE
+        made = adamw(
+            trained,
+            learning_rate=default if settings.learning_rate is None else settings.learning_rate,
+            betas=tuple(settings.adam_betas),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            fused=getattr(trainer.precision_plugin, "scaler", None) is None,
+        )
+    if lr_scheduler is None:
+        total = trainer.estimated_stepping_batches
+        warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
+        schedule = scheduler(made, warmup_steps=warmup, total_steps=total, schedule=settings.schedule)
+    else:
+        schedule = lr_scheduler(made)
+        if not isinstance(schedule, LRScheduler):
+            raise TypeError(
+                f"Expected `lr_scheduler` to return a torch.optim.lr_scheduler.LRScheduler, but got {schedule!r}."
+            )
+        if isinstance(schedule, ReduceLROnPlateau):  # it wants a value that is logged: an epoch's
+            monitor = getattr(schedule, "monitor", "val/loss")  # lightning.pytorch.cli's has one
+            return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "monitor": monitor}}
+    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter],
+    trainable: Sequence[nn.Parameter],
     *,
     learning_rate: float,
     betas: tuple[float, float],
@@ -56,12 +145,6 @@ def adamw(
     `fused`: one kernel that reads and writes everything once, where PyTorch has it for all parameters. Not with a
     gradient scaler: it is not told the scale.
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trainable:
-        raise ValueError(
-            "Expected `policy` to have trainable parameters, but all are frozen: load an adapter with "
-            "`PeftModel.from_pretrained(..., is_trainable=True)`."
-        )
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
@@ -106,7 +189,7 @@ def count_warmup_steps(warmup_steps: float, total_steps: float, schedule: str) -
     return int(warmup_steps) if warmup_steps >= 1 or not warmup_steps else round(warmup_steps * total_steps)
 
 
-def scheduler(optimizer: AdamW, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:
+def scheduler(optimizer: Optimizer, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:
     """The schedule as PyTorch wants it. To be stepped once an optimiser step."""
     return LambdaLR(
         optimizer,

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
-from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.metrics import DIDMetrics, LikelihoodDisplacement, PreferenceLoss
+from lit_did.functional.rewards import loss_sums, loss_value
+from lit_did.metrics import DIDMetrics, LikelihoodDisplacement
+from lit_did.metrics.base import StatisticsMetric
+from lit_did.modules.objective import Objective
 from lit_did.ops import SequenceStatistics
 
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
@@ -26,8 +29,12 @@ class PairStatistics(NamedTuple):
     chosen: SequenceStatistics
     rejected: SequenceStatistics
     loss: Tensor
+    """what training minimises, so that its mean over a batch is the batch's. A pair's SFT term is its share of a mean
+    over the batch's chosen tokens"""
     reward_margin: Tensor
     """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
+    preference_loss: Tensor
+    """`loss` without an SFT term"""
 
 
 def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:
@@ -48,16 +55,48 @@ def counted(pairs: PairStatistics, weight: Tensor) -> PairStatistics:
     return select(pairs)
 
 
-def make_metrics(*, beta: float, loss: str, **loss_options: Any) -> DIDMetrics:
-    """What is logged of training or validation with a loss, all in one pass."""
-    metrics = DIDMetrics(beta=beta)
-    if loss in REFERENCE_FREE_LOSSES:
-        for name in metrics.keys() - {"policy_entropy", "reward_margin", "reward_accuracy"}:
-            del metrics[name]
-        for side in ("chosen", "rejected"):
-            metrics.add_metrics({f"{side}_logprob": _Logprob(only=f"{side}_log_ratio")})
-    metrics.add_metrics({"loss": PreferenceLoss(beta=beta, loss=loss, **loss_options)})
-    return metrics
+class PairMetrics(DIDMetrics):
+    """What is logged of training or validation, all in one pass and one exchange between processes."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(beta=objective.beta)
+        self._log_ratio = objective.log_ratio
+        if objective.reference_free:
+            for name in self.keys() - {"policy_entropy", "reward_margin", "reward_accuracy"}:
+                del self[name]
+            for side in ("chosen", "rejected"):
+                self.add_metrics({f"{side}_logprob": _Logprob(only=f"{side}_log_ratio")})
+        self.add_metrics({"loss": _Loss(objective.sft)})
+
+    def update(self, pairs: PairStatistics, weight: Tensor | None = None) -> None:
+        """Adds pairs, but for those of weight 0."""
+        both = both_sides(pairs, weight)
+        with torch.no_grad():
+            MetricCollection.update(self, both._replace(log_ratio=self._log_ratio(both)), losses=pairs.preference_loss)
+
+
+class _Loss(StatisticsMetric):
+    """The mean of losses as they were minimised, not computed a second time."""
+
+    quantity = "loss"
+    totals_shape = (2,)
+    counts_shape = (2,)
+
+    def __init__(self, sft: float) -> None:
+        super().__init__()
+        self.sft = sft
+
+    def update(self, statistics: SequenceStatistics, *, losses: Tensor) -> None:
+        """Adds statistics [2 pairs] and the losses [pairs] without their SFT term."""
+        self._losses = losses
+        super().update(statistics)
+        self._losses = None
+
+    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+        return loss_sums(statistics, self._losses)
+
+    def value(self, totals: Tensor, counts: Tensor) -> Tensor:
+        return loss_value(totals, counts, self.sft)
 
 
 class _Logprob(LikelihoodDisplacement):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -13,6 +14,7 @@ from lit_did import LitDPO
 from lit_did.functional import preference_loss
 from lit_did.models.batches import read_batch
 from tests.integrations.tiny_trl import llama, trainer
+from tests.modules.steps import train
 from tests.modules.tiny import collate, make_pairs, tiny_llama
 
 
@@ -72,51 +74,82 @@ def test_on_the_same_log_probabilities(loss, options, theirs, beta):
 
 
 @each
-def test_a_pair_in_the_whole_trainer(loss, options, theirs):
+@pytest.mark.parametrize("pairs", [1, 5])
+def test_a_batch_in_the_whole_trainer(loss, options, theirs, pairs):
     """From token ids to the loss and the gradient of every weight.
 
-    With one pair, because TRL's NLL is a mean over the batch's tokens and ours one over pairs of means over their own;
-    with a prompt of one token, because the NLL of its ORPO takes in the prompt.
+    With a prompt of one token, and one pair, for ORPO, because the NLL of TRL's takes in the prompt.
     """
     beta = 0.3
-    prompt, chosen, rejected = make_pairs(1, seed=7)[0]
-    assert 1 < len(rejected) < len(chosen)  # the premise: lengths tell sums from means
-    batch = collate([(prompt[:1], chosen, rejected)])
+    if loss == "orpo" and pairs > 1:
+        options = {**options, "nll_weight": 0}
+    rows = [(prompt[:1], chosen, rejected) for prompt, chosen, rejected in make_pairs(pairs, seed=7)]
+    assert 1 < len(rows[0][2]) < len(rows[0][1])  # the premise: lengths tell sums from means
+    batch = collate(rows)
     run, model = theirs(beta), tiny_llama()
     unshifted = torch.where(batch["labels"].roll(1, 1) != -100, batch["input_ids"], -100)
     rows = {
-        f"{side}_{name}": value[row : row + 1]
-        for row, side in enumerate(("chosen", "rejected"))
+        f"{side}_{name}": value[half * pairs : (half + 1) * pairs]
+        for half, side in enumerate(("chosen", "rejected"))
         for name, value in (batch | {"labels": unshifted}).items()
     }
     expected, metrics = run.get_batch_loss_metrics(model, rows)
-    expected.backward()
+    if loss == "orpo" and pairs > 1:  # without its NLL term
+        expected = expected - metrics["nll_loss"]
+        model, expected = None, expected.detach()
+    else:
+        expected.backward()
     module = LitDPO(tiny_llama(), beta=beta, loss=loss, **options)
-    pairs = module.pair_statistics(batch)
-    pairs.loss.mean().backward()
-    assert pairs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert pairs.reward_margin.item() == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+    statistics = module.pair_statistics(batch)
+    statistics.loss.mean().backward()
+    assert statistics.loss.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert statistics.reward_margin.mean().item() == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+    if model is None:
+        return
     for p, q in zip(module.policy.parameters(), model.parameters(), strict=True):
         # float32 through two layers and back
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
+MIXTURE = {"sigmoid": 0.8, "sft": 0.2}
+
+
 @pytest.mark.parametrize(
-    ("loss", "options"),
-    [("sigmoid", {}), ("hinge", {}), ("ipo", {}), ("robust", {"label_smoothing": 0.1}), ("robust", {})],
+    ("ours", "theirs"),
+    [
+        *(
+            ({"loss": loss}, {"loss_type": loss})
+            for loss in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "sft")
+        ),
+        ({"loss": "robust", "label_smoothing": 0.1}, {"loss_type": "robust", "label_smoothing": 0.1}),
+        ({"loss": MIXTURE}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]}),
+        ({"nll_weight": 0.3}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+        (
+            {"loss": {"hinge": 0.5, "ipo": 1, "robust": 0.2}, "nll_weight": 0.4, "label_smoothing": 0.1},
+            {
+                "loss_type": ["hinge", "ipo", "robust", "sft"],
+                "loss_weights": [0.5, 1.0, 0.2, 0.4],
+                "label_smoothing": 0.1,
+            },
+        ),
+    ],
 )
-def test_a_batch_in_dpo_trainer(tmp_path, loss, options):
+def test_a_batch_in_dpo_trainer(tmp_path, ours, theirs):
+    """The loss of a batch, its gradient, and what a training step makes of it: whole, and a pair at a time."""
     run = trainer(
-        tmp_path, llama(0), llama(1), loss_type=loss, beta=0.3, per_device_train_batch_size=6, max_steps=1,
-        eval_strategy="no", **options,
+        tmp_path, llama(0), llama(1), beta=0.3, per_device_train_batch_size=6, max_steps=1, eval_strategy="no",
+        **{"loss_type": "sigmoid", **theirs},
     )  # fmt: skip
     batch = next(iter(run.get_train_dataloader()))
     expected = run.compute_loss(run.model, batch)
     expected.backward()
-    module = LitDPO(llama(0), llama(1), beta=0.3, loss=loss, **options)
-    pairs = module.pair_statistics(read_batch(batch))
-    pairs.loss.mean().backward()
-    assert pairs.chosen.num_tokens.unique().numel() > 2  # the premise: lengths differ
-    assert pairs.loss.mean().item() == pytest.approx(expected.item(), rel=1e-5)
-    for p, q in zip(module.policy.parameters(), run.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    batch = read_batch(batch)
+    for parts in (None, 1):
+        module = LitDPO(llama(0), llama(1), beta=0.3, tokens_at_once=parts, learning_rate=0.0, **ours)
+        pairs = module.pair_statistics(batch)
+        assert pairs.chosen.num_tokens.unique().numel() > 2  # the premise: lengths differ
+        assert pairs.loss.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+        record = train(module, DataLoader([batch] * 2, batch_size=None))
+        assert record.logged[0]["train/loss"] == pytest.approx(expected.item(), rel=1e-5)
+        for gradient, parameter in zip(record.gradients[0], run.model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)

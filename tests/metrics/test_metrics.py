@@ -16,6 +16,7 @@ from lit_did import functional as F
 from lit_did import metrics as M
 from lit_did import sequence_statistics, token_statistics
 from lit_did.functional.inputs import as_pairs
+from lit_did.functional.preference import check_preference_loss
 from lit_did.functional.rewards import DISPLACEMENTS
 from lit_did.ops import SequenceStatistics
 from tests.metrics.oracle import expected, make_batches
@@ -364,14 +365,19 @@ PREFERENCE_LOSSES = [
     {"loss": "robust", "label_smoothing": 0.2},
     *({"loss": loss} for loss in F.LOSSES if loss not in ("sigmoid", "robust")),
     {"loss": "simpo", "gamma": 1.0, "nll_weight": 0.5},
+    {"nll_weight": 0.3},
+    {"loss": {"hinge": 0.5, "ipo": 0.1, "sft": 0.2}},
+    {"loss": {"cpo": 0.5, "slic": 0.1}},
 ]
 
 
 @pytest.mark.parametrize("options", PREFERENCE_LOSSES, ids=lambda options: "_".join(map(str, options.values())))
 def test_every_preference_loss(options):
     batches = make_batches()
-    free = options.get("loss") in F.REFERENCE_FREE_LOSSES
-    losses = []
+    terms = check_preference_loss(
+        **{"beta": 0.7, "loss": "sigmoid", "label_smoothing": 0, "gamma": None, "nll_weight": None, **options}
+    )
+    free, losses, nll, chosen_tokens = terms.reference_free, [], 0.0, 0
     for policy, reference, labels in batches:
         counts = labels != -100
         log_pi, log_rho = (
@@ -384,8 +390,13 @@ def test_every_preference_loss(options):
             j = i + len(tokens) // 2
             if tokens[i] and tokens[j]:
                 lengths = {"chosen_num_tokens": tokens[i], "rejected_num_tokens": tokens[j]}
-                losses.append(F.preference_loss(compared[i], compared[j], beta=0.7, **options, **lengths))
-    expected = close(torch.stack(losses).mean().item())
+                chosen = log_pi[i].sum()
+                losses.append(
+                    F.preference_loss(compared[i], compared[j], beta=0.7, chosen_logprob=chosen, **options, **lengths)
+                    + terms.sft * chosen / tokens[i]  # without its SFT term
+                )
+                nll, chosen_tokens = nll - chosen, chosen_tokens + tokens[i]
+    expected = close((torch.stack(losses).mean() + terms.sft * nll / chosen_tokens).item())
     metric = M.PreferenceLoss(beta=0.7, **options)
     assert value_of(metric, batches) == expected
     if free:  # nothing is read that a policy alone has not
@@ -405,7 +416,8 @@ def test_gradients_of_every_preference_loss_pass_by_pairs_that_do_not_count(loss
     (gradient,) = torch.autograd.grad(M.PreferenceLoss(loss=loss)(policy, reference, labels), policy)
     assert gradient.isfinite().all()
     assert (gradient[[2, 5]] == 0).all()
-    assert (gradient[[1, 4]] != 0).any(-1).any(-1).all()
+    read = [1] if loss == "sft" else [1, 4]
+    assert (gradient[read] != 0).any(-1).any(-1).all()
 
 
 @each

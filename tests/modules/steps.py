@@ -52,7 +52,7 @@ class Record(lightning.Callback):
         self.logged: list[dict[str, float]] = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append([p.grad.clone() for p in module.policy.parameters() if p.requires_grad])
+        self.gradients.append([p.grad.clone() for p in module.policy.parameters() if p.grad is not None])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if len(self.logged) < trainer.global_step:

@@ -28,13 +28,19 @@ def log_odds(log_p):
     return log_p - torch.log1p(-log_p.exp())
 
 
-# of log pi of the two completions, their means over tokens, and beta; with the defaults of gamma and nll_weight
+# of log pi of the two completions, their means over tokens, and beta; with the default of gamma
 FORMULAS = {
-    "slic": lambda c, r, mean_c, mean_r, b: (1 - b * (c - r)).clamp(min=0) - mean_c,
-    "cpo": lambda c, r, mean_c, mean_r, b: softplus(-b * (c - r)) - mean_c,
+    "slic": lambda c, r, mean_c, mean_r, b: (1 - b * (c - r)).clamp(min=0),
+    "cpo": lambda c, r, mean_c, mean_r, b: softplus(-b * (c - r)),
     "simpo": lambda c, r, mean_c, mean_r, b: softplus(0.5 - b * (mean_c - mean_r)),
-    "orpo": lambda c, r, mean_c, mean_r, b: b * softplus(log_odds(mean_r) - log_odds(mean_c)) - mean_c,
+    "orpo": lambda c, r, mean_c, mean_r, b: b * softplus(log_odds(mean_r) - log_odds(mean_c)),
 }
+
+
+def loss_of(loss: str, beta: float, chosen, rejected, chosen_tokens, rejected_tokens):
+    """[pairs] with the SFT term of all but "simpo": each pair's share of a mean over all chosen tokens."""
+    preference = FORMULAS[loss](chosen, rejected, chosen / chosen_tokens, rejected / rejected_tokens, beta)
+    return preference if loss == "simpo" else preference - chosen / chosen_tokens.double().mean()
 
 
 def truth(model, pairs, loss: str, beta: float) -> dict[str, torch.Tensor]:
@@ -42,10 +48,10 @@ def truth(model, pairs, loss: str, beta: float) -> dict[str, torch.Tensor]:
     chosen, rejected = (
         torch.tensor([log_prob(model, pair[0], pair[side]) for pair in pairs], dtype=torch.float64) for side in (1, 2)
     )
-    means = [v / torch.tensor([len(pair[side]) for pair in pairs]) for side, v in ((1, chosen), (2, rejected))]
-    compared = means if loss in ("simpo", "orpo") else (chosen, rejected)
+    tokens = [torch.tensor([len(pair[side]) for pair in pairs]) for side in (1, 2)]
+    compared = (chosen / tokens[0], rejected / tokens[1]) if loss in ("simpo", "orpo") else (chosen, rejected)
     return {
-        "loss": FORMULAS[loss](chosen, rejected, *means, beta),
+        "loss": loss_of(loss, beta, chosen, rejected, *tokens),
         "reward_margin": beta * (compared[0] - compared[1]),
         "chosen_logprob": chosen,
         "rejected_logprob": rejected,
@@ -84,8 +90,7 @@ def test_gradients_are_those_of_the_formula(loss, pairs):
     log_probs = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
     counts = batch["labels"] != -100
     per_token = log_probs.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0] * counts
-    sums, means = per_token.sum(1), per_token.sum(1) / counts.sum(1)
-    FORMULAS[loss](*sums.chunk(2), *means.chunk(2), 0.3).mean().backward()
+    loss_of(loss, 0.3, *per_token.sum(1).chunk(2), *counts.sum(1).chunk(2)).mean().backward()
     for ours, theirs in zip(module.policy.parameters(), model.parameters(), strict=True):
         # float32 through two layers and back
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2e-5, rtol=1e-3)
@@ -159,7 +164,7 @@ def test_options_arrive(pairs):
         tiny_llama(), loss="simpo", beta=2.0, gamma=1.5, nll_weight=0.7, label_smoothing=0.1
     ).eval().pair_statistics(batch)  # fmt: skip
     m = weighted.reward_margin - 1.5
-    nll = -weighted.chosen.policy_logprob / weighted.chosen.num_tokens
+    nll = -weighted.chosen.policy_logprob / weighted.chosen.num_tokens.float().mean()
     torch.testing.assert_close(weighted.loss, 0.9 * softplus(-m) + 0.1 * softplus(m) + 0.7 * nll)
 
 
@@ -169,7 +174,11 @@ def test_predict_step_leaves_padding_rows_out(pairs):
     whole = module.predict_step(batch, 0)
     kept = module.predict_step(batch | {"index": torch.arange(6), "weight": torch.tensor([1.0, 0, 1, 1, 0, 1])}, 0)
     assert kept.index.tolist() == [0, 2, 3, 5]
-    torch.testing.assert_close(kept.loss, whole.loss[[0, 2, 3, 5]])
+    torch.testing.assert_close(kept.preference_loss, whole.preference_loss[[0, 2, 3, 5]])
+    tokens = kept.chosen.num_tokens  # of the pairs that count
+    nll = -kept.chosen.policy_logprob.sum() / tokens.sum()
+    torch.testing.assert_close(kept.loss.mean(), kept.preference_loss.mean() + nll)
+    assert tokens.float().mean() != whole.chosen.num_tokens.float().mean()  # the premise
     assert kept.rejected.kl.shape == (4,)
 
 
