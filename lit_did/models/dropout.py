@@ -5,12 +5,14 @@ The log-ratio compares two models, not two draws of noise.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_did.models.forward import inner
 from lit_did.models.quiet import random_numbers_kept
 
 _MARKS = ("drop", "jitter", "noise")  # dropout, layerdrop, attn_pdrop, router_jitter_noise
@@ -65,7 +67,9 @@ def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, tuple[l
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
         with torch.compiler.set_stance("force_eager"):
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+            # Not every model can make a cache.
+            options = {"use_cache": False} if "use_cache" in inspect.signature(inner(model).forward).parameters else {}
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -26,6 +26,7 @@ class _SecondModelProcessor(LogitsProcessor):
         self._prompts: Tensor | None = None  # [prompts, T], those that the mask is of
         self._cached: CachedModel | None = None
         self._read: Tensor | None = None  # [B, t], the rows that it has read
+        self._reads = 0  # how often it has read since it began
 
     def second_logits(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] logits after `input_ids` [B, t], in the dtype and on the device of `scores` [B, V]."""
@@ -33,8 +34,19 @@ class _SecondModelProcessor(LogitsProcessor):
             logits = self._cached.read(input_ids[:, self._read.shape[1] :])
         else:
             self._cached = CachedModel(self._model, without_adapter=self._without_adapter)
+            self._reads = 0
             logits = self._cached.read(input_ids, self._mask(input_ids))
-        self._read = input_ids
+        self._read, self._reads = input_ids, self._reads + 1
+        # After 2, 4, 8 ... reads one row is compared with the model's own forward pass.
+        compared = self._reads > 1 and self._reads.bit_count() == 1
+        if compared and self._cached.caches and not self._cached.agrees(logits):
+            tokens = (
+                f"{input_ids.shape[1]} tokens (up to the last {self._reads // 2} may have been drawn from wrong ones)"
+            )
+            self._cached.give_up_cache(
+                f"gives other results with its cache than in its own forward pass after {tokens}"
+            )
+            logits = self._cached.read(input_ids[:, :0])
         if logits.shape != scores.shape:
             raise ValueError(
                 f"Expected both models to have one vocabulary, but the one that generates has {scores.shape[-1]} "

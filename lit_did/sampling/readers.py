@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +32,22 @@ def unmasked(logits: Tensor) -> Tensor:
 
 
 class CachedModel:
-    """A transformers causal language model with its keys and values, in eval mode, without gradients.
+    """A transformers causal language model that reads token by token, in eval mode, without gradients.
 
-    A model that returns no `past_key_values` reads everything again at every step: slower, and just as right.
+    It keeps the model's own cache (`past_key_values`). A model without one, or whose cache fails, reads everything
+    again at every step, each row without its padding. That is slower, and just as right. One warning says so.
 
     Args:
-        model: A causal language model; its own mode is put back after every read.
+        model: A causal language model. Its own mode is put back after every read.
         without_adapter: Reads with `model`, a PeftModel, without its adapter.
+        cache: False: reads everything again at every step.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: `without_adapter`, and `model` is no PeftModel; or its adapter is made of virtual tokens.
     """
 
-    def __init__(self, model: nn.Module, *, without_adapter: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, without_adapter: bool = False, cache: bool = True) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a causal language model, but got {type(model).__name__}.")
         self._model = unwrapped(model)
@@ -53,7 +57,10 @@ class CachedModel:
             check_positions_are_kept(self._model)
         self._without_adapter = without_adapter
         inner = self._model.get_base_model() if is_peft(self._model) else self._model
+        self.name = type(inner).__name__
         self._accepts = inspect.signature(inner.forward).parameters
+        self.caches = cache and "past_key_values" in self._accepts
+        self._told = not cache  # that everything is read again
         self._cache = None
         self._input_ids: Tensor | None = None  # [n, t], all that was read
         self._mask: Tensor | None = None  # [n, t]
@@ -71,25 +78,96 @@ class CachedModel:
         first = self._input_ids is None
         self._input_ids = input_ids if first else torch.cat([self._input_ids, input_ids], 1)
         self._mask = mask if first else torch.cat([self._mask, mask], 1)
-        unread = input_ids if self._cache is not None else self._input_ids
-        inputs = {"input_ids": unread, "attention_mask": self._mask}
-        if "position_ids" in self._accepts:  # padding on the left takes no position
-            inputs["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -unread.shape[1] :]
-        if "past_key_values" in self._accepts:
-            inputs |= {"past_key_values": self._cache, "use_cache": True}
-        if "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1
-        with adapter_off(self._model) if self._without_adapter else evaluating(self._model):
-            outputs = self._model(**inputs)
-        self._cache = getattr(outputs, "past_key_values", None)
-        return outputs.logits[:, -1]
+        if self.caches:
+            try:
+                return self._read_on(self._input_ids if self._cache is None else input_ids)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a model whose cache is not for this
+                self.give_up_cache(f"cannot read on with its cache ({type(error).__name__}: {error})")
+        if not self._told:
+            self.give_up_cache("has no cache of keys and values")
+        return self._read_whole()
 
     def select(self, rows: Tensor) -> None:
         """Goes on with `rows` [m] int64 of what was read, in their order; a row may come several times."""
         rows = rows.to(self._input_ids.device)
         self._input_ids, self._mask = self._input_ids[rows], self._mask[rows]
         if self._cache is not None:
-            self._cache.reorder_cache(rows)
+            try:
+                self._cache.reorder_cache(rows)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.give_up_cache(f"cannot reorder its cache ({type(error).__name__}: {error})")
+
+    def give_up_cache(self, reason: str) -> None:
+        """Reads everything again from here on."""
+        self.caches, self._cache, self._told = False, None, True
+        warn_without_cache(self.name, reason)
+
+    def agrees(self, logits: Tensor) -> bool:
+        """Whether the model's forward pass over a whole row gives these logits [n, V] of the last `read`.
+
+        The row is the one with the most padding, and is read without it.
+        """
+        row = int(self._mask.sum(1).argmin())
+        whole = self._forward(self._input_ids[row][self._mask[row] > 0][None])[0, -1]
+        return self._close(*(unmasked(x.double()).log_softmax(-1) for x in (logits[row], whole)))
+
+    def agrees_on(self, prompt: Tensor, completion: Tensor, log_prob: Tensor) -> bool:
+        """Whether one forward pass gives the log-probability of `completion` [m] after `prompt` [1, t]."""
+        row = torch.cat([prompt[0], completion])[None].to(next(self._model.parameters()).device)
+        length = len(completion)
+        logits = unmasked(self._forward(row, length + 1)[0, -length - 1 : -1].double())
+        return self._close(log_prob, logits.log_softmax(-1).gather(1, row[0, -length:, None]).sum().cpu())
+
+    def _close(self, values: Tensor, expected: Tensor) -> bool:
+        """Whether log-probabilities differ by rounding alone."""
+        parameter = next(self._model.parameters())
+        # A model in half precision rounds other sums when it reads on than when it reads everything.
+        half = parameter.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(parameter.device.type)
+        finite = expected.isfinite()
+        scale = expected[finite].abs().max() if finite.any() else 1.0
+        return bool(((values - expected)[finite].abs() <= (5e-2 if half else 1e-3) * scale).all())
+
+    def _read_on(self, input_ids: Tensor) -> Tensor:
+        inputs = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        # Models count positions themselves, each in its own way. Padding on the left takes none.
+        if "position_ids" in self._accepts and not self._mask.all():
+            inputs["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        outputs = self._run(input_ids=input_ids, **inputs, **self._options(1))
+        self._cache = getattr(outputs, "past_key_values", None)
+        if self._cache is None:
+            self.give_up_cache("returns no cache")
+        return outputs.logits[:, -1]
+
+    def _read_whole(self) -> Tensor:
+        if self._mask.all():
+            return self._forward(self._input_ids)[:, -1]
+        rows = zip(self._input_ids, self._mask, strict=True)
+        return torch.cat([self._forward(row[mask > 0][None])[:, -1] for row, mask in rows])
+
+    def _forward(self, input_ids: Tensor, keep: int = 1) -> Tensor:
+        """The model's own logits [n, T, V], of the last `keep` positions at least."""
+        options = {"use_cache": False} if "use_cache" in self._accepts else {}
+        return self._run(input_ids=input_ids, **options, **self._options(keep)).logits
+
+    def _options(self, keep: int) -> dict[str, Any]:
+        options = {"logits_to_keep": keep, "output_router_logits": False}  # the last: no load-balancing loss here
+        return {name: value for name, value in options.items() if name in self._accepts}
+
+    def _run(self, **inputs: Any) -> Any:
+        with adapter_off(self._model) if self._without_adapter else evaluating(self._model):
+            return self._model(**inputs)
+
+
+def warn_without_cache(name: str, reason: str) -> None:
+    """Warns that a model reads everything again at every step."""
+    warnings.warn(
+        f"{name} {reason}, so it reads every prefix whole at every step. Results are right, but sampling is slower.",
+        stacklevel=3,
+    )
 
 
 class CachedFunction:
@@ -116,9 +194,16 @@ class CachedFunction:
 
 
 def as_readers(
-    policy: nn.Module | NextToken, reference: nn.Module | NextToken | None, prompt: Tensor | Sequence[int] | None
+    policy: nn.Module | NextToken,
+    reference: nn.Module | NextToken | None,
+    prompt: Tensor | Sequence[int] | None,
+    *,
+    cache: bool = True,
 ) -> tuple[CachedModel, CachedModel, Tensor] | tuple[CachedFunction, CachedFunction, Tensor]:
-    """Both models ready to read, and the prompt [1, t] to read first. Raises what `sample_did` says."""
+    """Both models ready to read, and the prompt [1, t] to read first. Raises what `sample_did` says.
+
+    `cache`: as in `CachedModel`.
+    """
     if not isinstance(policy, nn.Module):
         for name, model in (("policy", policy), ("reference", reference)):
             if not callable(model) or isinstance(model, nn.Module):
@@ -133,13 +218,13 @@ def as_readers(
         if not is_peft(unwrapped(policy)):
             raise ValueError("Expected `reference`, or a PeftModel as `policy`, but got neither.")
         check_adapter_is_all_that_trains(unwrapped(policy))
-        second = CachedModel(policy, without_adapter=True)
+        second = CachedModel(policy, without_adapter=True, cache=cache)
     elif not isinstance(reference, nn.Module):
         raise TypeError(f"Expected `reference` to be a language model, but got {type(reference).__name__}.")
     else:
         check_separate(unwrapped(policy), unwrapped(reference))
         check_same_vocabulary(unwrapped(policy), unwrapped(reference))
-        second = CachedModel(reference)
+        second = CachedModel(reference, cache=cache)
     if prompt is None:
         raise ValueError("Expected `prompt`, the token ids that completions follow, but got None.")
     if not isinstance(prompt, Tensor | list | tuple):
@@ -154,7 +239,7 @@ def as_readers(
             f"Expected `prompt` to be integers of shape [t] or [1, t], t >= 1, but got {prompt.dtype} "
             f"{tuple(prompt.shape)}."
         )
-    return CachedModel(policy), second, prompt.long()
+    return CachedModel(policy, cache=cache), second, prompt.long()
 
 
 def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None) -> list[int]:

@@ -13,7 +13,16 @@ from tqdm.auto import tqdm
 from lit_did.arguments import check_integer
 from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
-from lit_did.sampling.readers import as_readers, ends_of, unmasked
+from lit_did.sampling.readers import (
+    CachedFunction,
+    CachedModel,
+    as_readers,
+    ends_of,
+    unmasked,
+    warn_without_cache,
+)
+
+_COMPARED = 8  # completions that a model reads once more, whole
 
 
 class DIDSamples(NamedTuple):
@@ -87,6 +96,9 @@ def sample_did(
 
     Everything stays in logarithms, at any length and vocabulary. Two runs with one seed on one machine agree.
 
+    Language models read on with their own caches. Afterwards some completions go through each model's own forward pass.
+    Where a log-probability differs, all is drawn again without caches, and one warning says so.
+
     Args:
         policy: A transformers causal language model, or a function from prefixes [n, t] int64, t from 0, to the next
             token's logits [n, V], as `lit_did.functional.enumerate_did` takes.
@@ -125,9 +137,30 @@ def sample_did(
     _check(num_samples, islands, max_new_tokens, resample_below)
     check_confidence(confidence)
     ends = ends_of(policy, eos)
-    policy, reference, prompt = as_readers(policy, reference, prompt)
-    generator = torch.Generator().manual_seed(seed)
-    particles = _Particles(num_samples, islands, max_new_tokens)
+    for cache in (True, False):
+        readers = as_readers(policy, reference, prompt, cache=cache)
+        generator = torch.Generator().manual_seed(seed)
+        particles = _Particles(num_samples, islands, max_new_tokens)
+        log_num_completions = _grow(particles, *readers, ends, resample_below, generator, progress)
+        wrong = _wrong_caches(particles, *readers) if cache else []
+        if not wrong:
+            break
+        warn_without_cache(" and ".join(wrong), "gives other results with its cache than in its own forward pass")
+    return particles.result(confidence, log_num_completions)
+
+
+def _grow(
+    particles: _Particles,
+    policy: CachedModel | CachedFunction,
+    reference: CachedModel | CachedFunction,
+    prompt: Tensor,
+    ends: list[int],
+    resample_below: float,
+    generator: torch.Generator,
+    progress: bool,
+) -> float:
+    """Grows the particles to their ends; the logarithm of how many completions there are."""
+    num_samples, max_new_tokens = particles.completions.shape
     # All particles begin with the one prompt, read once.
     own, parents, unread = torch.arange(num_samples), torch.zeros(num_samples, dtype=torch.long), prompt
     for step in tqdm(range(max_new_tokens), desc="DID", unit="token", disable=not progress):
@@ -148,7 +181,30 @@ def sample_did(
             policy.select(parents)
             reference.select(parents)
         parents, unread = own, tokens[:, None]
-    return particles.result(confidence, float(after[max_new_tokens]))
+    return float(after[max_new_tokens])
+
+
+def _wrong_caches(
+    particles: _Particles,
+    policy: CachedModel | CachedFunction,
+    reference: CachedModel | CachedFunction,
+    prompt: Tensor,
+) -> list[str]:
+    """Names of models that give some completions other log-probabilities in one forward pass over all their tokens.
+
+    So a cache that goes wrong anywhere, such as beyond a window or when rows are reordered, is noticed at little cost.
+    """
+    compared = range(0, len(particles.completions), max(1, len(particles.completions) // _COMPARED))
+    wrong = set()
+    for reader, log_probs in ((policy, particles.logprobs[0]), (reference, particles.logprobs[1])):
+        if not isinstance(reader, CachedModel) or not reader.caches:
+            continue
+        for row in compared:
+            completion = particles.completions[row]
+            if not reader.agrees_on(prompt, completion[completion >= 0], log_probs[row]):
+                wrong.add(reader.name)
+                break
+    return sorted(wrong)
 
 
 class _Particles:

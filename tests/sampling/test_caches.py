@@ -1,0 +1,154 @@
+"""Models whose caches fail or give other results than their own forward passes: read whole, with one warning."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_did.sampling import DIDLogitsProcessor, sample_did
+from lit_did.sampling.readers import CachedModel
+from tests.modules.tiny import tiny_llama
+
+PROMPT = torch.tensor([[5, 6, 7]])
+TOKENS = 8
+
+
+class Forgetful(nn.Module):
+    """A Llama whose cache goes wrong once it holds `after` tokens, in one of several ways."""
+
+    def __init__(self, seed: int, how: str, after: int) -> None:
+        super().__init__()
+        self.model = tiny_llama(seed).eval()
+        self.how, self.after = how, after
+        self.cached_reads = 0
+
+    def forward(self, input_ids: Tensor, attention_mask=None, past_key_values=None, use_cache=None):
+        options = {"attention_mask": attention_mask} if past_key_values is not None else {}
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        outputs = self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **options)
+        self.cached_reads += use_cache is True
+        if use_cache and held >= self.after:
+            if self.how == "raises":
+                raise IndexError("list index out of range")
+            if self.how == "none":
+                outputs.past_key_values = None
+            if self.how == "other":
+                outputs.logits = outputs.logits.roll(1, -1)
+        return outputs
+
+
+def draw(policy: nn.Module, reference: nn.Module) -> tuple[Tensor, list[str]]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        samples = sample_did(
+            policy,
+            reference,
+            PROMPT,
+            max_new_tokens=TOKENS,
+            eos=None,
+            num_samples=8,
+            resample_below=1.0,
+            progress=False,
+        )
+    return samples.policy_logprob, [str(warning.message) for warning in told]
+
+
+@pytest.mark.parametrize("after", [0, 6])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", r"cannot read on with its cache \(IndexError: list index out of range\)"),
+        ("none", "returns no cache"),
+        ("other", "gives other results with its cache than in its own forward pass"),
+    ],
+)
+def test_draws_are_right_without_the_cache(how, words, after):
+    expected, told = draw(tiny_llama(0).eval(), tiny_llama(1).eval())
+    assert told == []
+    broken = Forgetful(0, how, after)
+    got, told = draw(broken, tiny_llama(1).eval())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    assert broken.cached_reads > 0  # the premise
+    (warning,) = told
+    assert warning.startswith("Forgetful ")
+    assert words.replace("\\", "") in warning
+    assert warning.endswith("Results are right, but sampling is slower.")
+
+
+def test_a_cache_that_cannot_be_reordered(monkeypatch):
+    import transformers
+
+    expected, _ = draw(tiny_llama(0).eval(), tiny_llama(1).eval())
+
+    def fails(self, rows):
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", fails)
+    got, told = draw(tiny_llama(0).eval(), tiny_llama(1).eval())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    assert all("cannot reorder its cache (NotImplementedError" in warning for warning in told)
+
+
+def test_running_out_of_memory_is_no_reason_to_read_more(monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("too much")
+
+    reader = CachedModel(tiny_llama(0).eval())
+    reader.read(PROMPT)
+    monkeypatch.setattr(torch.nn.functional, "embedding", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        reader.read(PROMPT)
+    assert reader.caches
+
+
+def test_processors_notice_within_twice_as_many_tokens():
+    policy, reference = tiny_llama(0).eval(), Forgetful(1, "other", after=6)
+    processor = DIDLogitsProcessor(reference)
+
+    def step(ids: Tensor) -> tuple[Tensor, bool]:
+        with torch.no_grad():
+            scores = policy(input_ids=ids).logits[:, -1]
+            expected = (scores - reference.model(input_ids=ids).logits[:, -1]).log_softmax(-1)
+        got = processor(ids, scores)
+        return torch.cat([ids, got.argmax(-1)[:, None]], 1), torch.allclose(got, expected, atol=1e-3)
+
+    ids, right = PROMPT, []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            ids, agrees = step(ids)
+            right.append(agrees)
+    # The first four find a cache of at most 5 tokens. The eighth is compared.
+    assert right == [True] * 4 + [False] * 3 + [True] * 3
+    (warning,) = told
+    assert "own forward pass after 10 tokens (up to the last 4 may" in str(warning.message)
+
+
+def test_rows_with_padding_are_read_alone_without_a_cache():
+    model = tiny_llama(0).eval()
+    reader = CachedModel(model, cache=False)
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=row[None]).logits[:, -1] for row in (ids[0, 2:], ids[1])])
+    torch.testing.assert_close(reader.read(ids, mask), expected, rtol=0, atol=1e-4)
+
+
+def test_a_padding_token_that_was_drawn_is_no_padding():
+    """RoBERTa counts positions by the tokens that are not padding: its cache counts others than its forward pass."""
+    import transformers
+
+    def roberta(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 40}
+        config = transformers.RobertaConfig(
+            **sizes, num_hidden_layers=1, num_attention_heads=2, is_decoder=True, pad_token_id=1, initializer_range=0.3
+        )
+        return transformers.RobertaForCausalLM(config).eval()
+
+    policy, reference = roberta(0), roberta(1)
+    got, told = draw(policy, reference)
+    assert any("RobertaForCausalLM" in warning and "own forward pass" in warning for warning in told)
+    assert got.isfinite().all()
