@@ -34,6 +34,7 @@ def active_dropout(model: nn.Module) -> list[str]:
     ]
 
 
+@torch.compiler.disable  # hooks, and passes that are not compiled
 def random_modules(model: nn.Module, input_ids: Tensor) -> list[str]:
     """Names of the innermost modules that answer the same inputs differently in two passes of training mode.
 

@@ -130,6 +130,37 @@ def output_layer(model: nn.Module) -> OutputLayer:
     return OutputLayer(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def find_body(model: nn.Module) -> Callable | None:
+    """The model without its output layer, where that is a plain linear layer of last hidden states; else None.
+
+    What the layer and its configuration do not show is for a trial to find (`lit_did.models.trial`).
+    """
+    base = inner(model)
+    body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
+    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    # No subclass: an adapter or a quantised weight would be passed by. No shards: they are whole inside a forward pass.
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
+    if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return None
+    if _manages(model, layer) or adds_auxiliary_loss(model):  # the model's own forward pass does what is needed
+        return None
+    known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
+        return None  # such as a factor of the logits that is 1 until it is trained
+    if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
+        return model.dynamo_ctx(body)
+    return body if model._compiled_call_impl is None and base._compiled_call_impl is None else torch.compile(body)
+
+
+def _manages(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
+
+
 def adds_auxiliary_loss(model: nn.Module) -> bool:
     """Whether `model` is a mixture of experts whose configuration asks for its load-balancing loss."""
     config = getattr(inner(model), "config", None)

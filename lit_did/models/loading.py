@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -161,8 +162,10 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its parameters are distributed tensors, as FSDP 2 and tensor parallelism make them."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether a forward pass needs all processes, as under FSDP and tensor parallelism."""
+    # FSDP too: between passes its parameters may look whole.
+    units = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return units or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _named(policy: str | os.PathLike | nn.Module) -> str | os.PathLike:

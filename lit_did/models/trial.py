@@ -34,10 +34,12 @@ from lit_did.models.forward import (
     completion_hidden,
     completion_logits,
     completion_outputs,
+    find_body,
     inner,
     output_layer,
 )
 from lit_did.models.layout import IGNORE_INDEX, SHORTEST_SHARED, Layout, Sequences, packed_layout, padded_layout
+from lit_did.models.loading import is_sharded
 from lit_did.models.quiet import random_numbers_kept
 
 LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
@@ -132,17 +134,6 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     return known.found[-1]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are DTensors, so that a forward pass needs all processes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    parameters = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return parameters or any(isinstance(part, FSDPModule) for part in model.modules())
-
-
 def _check_positions(model: nn.Module, length: int) -> None:
     """Raises ValueError if the model has learned fewer positions than a sequence has tokens."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)
@@ -202,7 +193,7 @@ def _try(
     truth = _answer(model, None, alone, parameters)
     if not known.body_tried:
         known.body_tried = True
-        known.body = _find_body(model)
+        known.body = find_body(model)
         if known.body is not None and not _agree(_answer(model, known.body, alone, parameters), truth):
             known.body = None
         if known.body is None and not adds_auxiliary_loss(model):
@@ -403,33 +394,6 @@ def _packed(sequences: Sequences, device: torch.device, packing: str, share: boo
         return layout
     mask = attention.block_mask(layout.inputs["attention_mask"], device) if packing == "blocks" else None
     return layout._replace(inputs={**layout.inputs, "attention_mask": mask})
-
-
-def _find_body(model: nn.Module) -> Callable | None:
-    base = inner(model)
-    body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
-    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    # No subclass: an adapter or a quantised weight would be passed by. No shards: they are whole inside a forward pass.
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
-    if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        return None
-    if _manages(model, layer) or adds_auxiliary_loss(model):  # the model's own forward pass does what is needed
-        return None
-    known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
-    if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
-        return None  # such as a factor of the logits that is 1 until it is trained
-    if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
-        return model.dynamo_ctx(body)
-    return body if model._compiled_call_impl is None and base._compiled_call_impl is None else torch.compile(body)
-
-
-def _manages(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
 
 
 def _takes_positions(model: nn.Module) -> bool:
