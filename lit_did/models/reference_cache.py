@@ -273,7 +273,7 @@ class ReferenceCache:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike, fingerprint: Mapping[str, str], keys: Iterable[bytes] = ()
+        cls, path: str | os.PathLike, fingerprint: Mapping[str, str], keys: Iterable[bytes] = (), data_hint: str = ""
     ) -> ReferenceCache:
         """Maps the shards of a cache after reading them through once for damage.
 
@@ -281,6 +281,7 @@ class ReferenceCache:
             path: The folder.
             fingerprint: What the cache must be of.
             keys: Of the sequences that are wanted, for an error to tell how other data differ.
+            data_hint: A sentence for that error on what may make the data differ.
 
         Raises:
             ValueError: A shard is missing, truncated, damaged, of another version of this format, or of another model
@@ -309,7 +310,7 @@ class ReferenceCache:
                     f"Expected `cache_reference` {file} to be of this {' and '.join(differs)} "
                     f"({_values(fingerprint, differs)}), but got another's ({_values(got, differs)})"
                     f"{common if wanted and 'data' in differs else ''}: it is stale, give another folder, or delete "
-                    "this one."
+                    f"this one.{data_hint if 'data' in differs else ''}"
                 )
         return cls(path, shards)
 

@@ -89,7 +89,7 @@ def cached_reference(
         raise ValueError(
             f"Expected the training data and precision ({opened.precision}) of the cache in {path}, whose reference's "
             f"layers have been freed, but got {len(keys - opened.cache.keys())} other sequences and precision "
-            f"{trainer.precision}: make another LitDPO for them."
+            f"{trainer.precision}: make another LitDPO for them.{_date_hint(trainer)}"
         )
     mark = {**fingerprint(model, keys), "precision": trainer.precision}
     shards = min(world, len(batches))  # a shard holds a sequence at least
@@ -113,7 +113,24 @@ def cached_reference(
                     writer.add(_keys(sequences), hidden.detach(), _cu_labels(sequences))
                 writer.finish(mark)
         trainer.strategy.barrier()
-    return CachedReference(ReferenceCache.open(path, mark, keys), model, trainer.precision)
+    return CachedReference(ReferenceCache.open(path, mark, keys, _date_hint(trainer)), model, trainer.precision)
+
+
+def _date_hint(trainer: lightning.Trainer) -> str:
+    """A sentence for the errors of other data, if the data module's chat template writes today's date into prompts."""
+    data = getattr(trainer, "datamodule", None)
+    given = getattr(data, "chat_template", None) or getattr(getattr(data, "tokenizer", None), "chat_template", None)
+    template = " ".join(given.values()) if isinstance(given, Mapping) else str(given)
+    if "strftime_now" not in template or "date_string" in (getattr(data, "chat_template_kwargs", None) or {}):
+        return ""
+    takes_date = "date_string" in template
+    fixed = (
+        '`chat_template_kwargs={"date_string": "01 Jan 2026"}`' if takes_date else "a `chat_template` with a fixed date"
+    )
+    return (
+        " A likely cause: the chat template writes today's date into every prompt (`strftime_now`), so the pairs of "
+        f"another day are other data. Pass the data module {fixed} instead, and keep it for all runs."
+    )
 
 
 def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Iterator[Sequences]:

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from lit_did.data import PreferenceDataModule
 from lit_did.models.layout import read_sequences
-from lit_did.models.reference_cache import ReferenceCache
+from lit_did.models.reference_cache import CacheWriter, ReferenceCache
 from lit_did.models.trial import find
-from lit_did.modules.cached_reference import cached_reference
+from lit_did.modules.cached_reference import _date_hint, cached_reference
 from tests.modules import two_processes
 from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
@@ -331,6 +331,43 @@ def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed):
         fit(make(tmp_path), data(), callbacks=[record], **options)
     assert not record.batches
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
+
+
+DATED = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+DATED_OR_GIVEN = "{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}{% endif %}" + DATED
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        ({"chat_template": DATED}, "Pass the data module a `chat_template` with a fixed date"),
+        ({"chat_template": DATED_OR_GIVEN}, 'Pass the data module `chat_template_kwargs={"date_string": '),
+        ({"tokenizer": SimpleNamespace(chat_template={"default": "x", "tool_use": DATED})}, "a `chat_template` with"),
+        ({"chat_template": DATED_OR_GIVEN, "chat_template_kwargs": {"date_string": "today"}}, None),
+        ({"chat_template": "x", "tokenizer": SimpleNamespace(chat_template=DATED)}, None),
+        ({"tokenizer": SimpleNamespace(chat_template=None)}, None),
+        ({}, None),
+    ],
+)
+def test_todays_date_in_a_template_is_named_as_the_cause_of_other_data(data, remedy, tmp_path):
+    writer = CacheWriter(tmp_path)
+    writer.add([bytes(16)], torch.zeros(1, 2), torch.tensor([0, 1]))
+    writer.finish({"model": "a", "data": "b"})
+    hint = _date_hint(SimpleNamespace(datamodule=SimpleNamespace(**data)))
+    assert (remedy in hint) if remedy else not hint
+    for mark, named in (({"model": "a", "data": "c"}, remedy), ({"model": "c", "data": "b"}, None)):
+        with pytest.raises(ValueError, match="it is stale") as raised:
+            ReferenceCache.open(tmp_path, mark, (), hint)
+        assert ("today's date" in str(raised.value)) == bool(named)
+
+
+def test_a_dated_cache_is_refused_with_the_date(tmp_path):
+    def data(count):
+        return PreferenceDataModule(ROWS[:count], TOKENIZER, max_length=40, as_chat=True, chat_template=DATED)
+
+    fit(text_of(tmp_path), data(3), max_epochs=1)
+    with pytest.raises(ValueError, match=r"stale, .*today's date into every prompt \(`strftime_now`\)"):
+        fit(text_of(tmp_path), data(4))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "shard missing"])
