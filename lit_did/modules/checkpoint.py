@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import lightning
+from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
 from lit_did.models.loading import is_peft
@@ -56,8 +57,10 @@ class TrainedState(lightning.LightningModule):
                 "None: the policy would be compared with itself as it is given here."
             )
         self.configure_model()
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning would do it when float32 weights have taken the float64 ones, rounded
         if "state_dict" in checkpoint:
-            own = {f"policy.{_plain(name)}" for name in self.policy.state_dict()}
+            own = {f"policy.{plain_name(name)}" for name in self.policy.state_dict()}
             self._check_names(checkpoint["state_dict"].keys(), own)
         elif "trained" in checkpoint:  # a strategy that shards has loaded the weights and removed them
             self._check_names(checkpoint["trained"], self._trained_names())
@@ -65,11 +68,11 @@ class TrainedState(lightning.LightningModule):
         self._start_checked = True
 
     def _trained_names(self) -> set[str]:
-        return {_plain(name) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {plain_name(name) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def _check_names(self, saved: Iterable[str], own: set[str]) -> None:
         """Raises ValueError unless all that is trained was saved, and nothing of a policy that is not in `own`."""
-        saved, trained = {_plain(name) for name in saved}, self._trained_names()
+        saved, trained = {plain_name(name) for name in saved}, self._trained_names()
         missing = sorted(trained - saved)
         if missing:
             raise ValueError(
@@ -98,14 +101,14 @@ def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Removes what is left out. A hook of `state_dict`, because a wrapper's `state_dict` does not call a child's."""
     left_out = _left_out(module)
-    for name in [n for n in state_dict if n.startswith(prefix) and left_out(_plain(n.removeprefix(prefix)))]:
+    for name in [n for n in state_dict if n.startswith(prefix) and left_out(plain_name(n.removeprefix(prefix)))]:
         del state_dict[name]
 
 
 def _do_not_miss(module: nn.Module, keys: Any) -> None:
     """Takes what is left out off the missing keys; a wrapper may have put a prefix before them."""
     left_out = _left_out(module)
-    names = {name: _OWN.search(_plain(name)) for name in keys.missing_keys}
+    names = {name: _OWN.search(plain_name(name)) for name in keys.missing_keys}
     keys.missing_keys[:] = [name for name, own in names.items() if own is None or not left_out(own[0])]
 
 
@@ -116,12 +119,12 @@ def _left_out(module: TrainedState) -> Callable[[str], bool]:
     of a part without parameters are kept, unless the policy has an adapter: what is under it does not change.
     """
     trained: dict[str, bool] = {}  # of each parameter and part that holds some: whether anything in it is trained
-    parameters = {_plain(n): p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
+    parameters = {plain_name(n): p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
     for name, trains in parameters.items():
         for part in accumulate(name.split("."), "{}.{}".format):
             trained[part] = trained.get(part, False) or trains
     without = not (module.policy is not None and is_peft(module.policy))
-    trained = dict.fromkeys((_plain(name) for name, _ in module.named_modules()), without) | trained
+    trained = dict.fromkeys((plain_name(name) for name, _ in module.named_modules()), without) | trained
 
     def left_out(name: str) -> bool:
         if not name.startswith("policy."):
@@ -133,7 +136,7 @@ def _left_out(module: TrainedState) -> Callable[[str], bool]:
     return left_out
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without what wrappers add to it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")

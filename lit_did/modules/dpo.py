@@ -28,7 +28,7 @@ from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.modules.cached_reference import CachedReference, cached_reference
-from lit_did.modules.checkpoint import TrainedState
+from lit_did.modules.checkpoint import TrainedState, plain_name
 from lit_did.modules.checks import (
     cache_folder,
     check_did_entropy_weight,
@@ -42,7 +42,7 @@ from lit_did.modules.checks import (
     warn_unless_policy_is_reference,
 )
 from lit_did.modules.objective import Objective, PairLoss, check_functions_given_again, plain_loss
-from lit_did.modules.optimizer import check_optimizer, optimizer_and_schedule
+from lit_did.modules.optimizer import check_optimizer, optimizer_and_schedule, warn_if_steps_are_rounded_away
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairMetrics, PairStatistics, both_sides, counted
 from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
@@ -102,7 +102,8 @@ class LitDPO(TrainedState):
         lr_scheduler: A function of the optimiser that returns its scheduler, stepped every optimiser step. None: the
             one of `warmup_steps` and `schedule`.
         learning_rate: None: 1e-6, and 5e-5 of a policy with an adapter (`lora`, or a `PeftModel`).
-        adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed.
+        adam_betas, adam_eps, weight_decay: AdamW's. Vectors (biases, norms) are not decayed. float16 weights raise a
+            smaller `adam_eps` to 2.4e-4, with a warning.
         warmup_steps: Optimiser steps over which the learning rate rises; below 1, as a share of all steps.
         schedule: What follows the warmup: "constant", "linear" or "cosine" (both to 0 at the end of training).
         disable_dropout: Sets the policy's dropout probabilities to 0.
@@ -229,6 +230,7 @@ class LitDPO(TrainedState):
             switch_off_dropout(policy)
         if self.hparams.gradient_checkpointing or self.hparams.recompute_elementwise:
             loading.checkpoint_activations(policy, keep_products=not self.hparams.gradient_checkpointing)
+        self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards
         # from_pretrained leaves eval mode, which Lightning keeps.
         self.policy = policy.train()
         self.reference = reference
@@ -356,6 +358,7 @@ class LitDPO(TrainedState):
     def on_fit_start(self) -> None:
         """Refuses a strategy under which parameters would drift apart, and empties the metrics."""
         check_gradients_are_exchanged(self)
+        warn_if_steps_are_rounded_away(self.trainer.optimizers)
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
         self._rest, self._first_objective = [], None
 
@@ -426,7 +429,12 @@ class LitDPO(TrainedState):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser of the trained parameters, its schedule stepped every optimiser step."""
         return optimizer_and_schedule(
-            self.policy, self.trainer, self.hparams, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler
+            self.policy,
+            self.trainer,
+            self.hparams,
+            dims=self._dims,
+            optimizer=self._optimizer,
+            lr_scheduler=self._lr_scheduler,
         )
 
     # -----------------------------------------------------------------------------------------------------------

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning
-from torch import nn
-from torch.optim import AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lit_did.arguments import check_number
 from lit_did.models.loading import is_peft
+from lit_did.modules.checkpoint import plain_name
 
 SCHEDULES = ("constant", "linear", "cosine")
 LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 5e-5
 """of an adapter: it has few parameters, and half of LoRA's start at zero"""
+SAMPLE = 65_536
+"""weights of a parameter that say how many of its steps are rounded away"""
 
 
 def check_optimizer(
@@ -83,6 +90,7 @@ def optimizer_and_schedule(
     trainer: lightning.Trainer,
     settings: Any,
     *,
+    dims: Mapping[str, int],
     optimizer: Callable[[Iterable], Optimizer] | None = None,
     lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
 ) -> dict[str, Any]:
@@ -90,25 +98,27 @@ def optimizer_and_schedule(
 
     Args:
         settings: Whose attributes are LitDPO's arguments.
+        dims: As `adamw`'s.
         optimizer, lr_scheduler: As LitDPO's.
 
     Raises:
         TypeError, ValueError: A function returned something else; nothing is trained; training has no known end.
     """
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    trained = {plain_name(name): p for name, p in policy.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
             "Expected `policy` to have trainable parameters, but all are frozen: load an adapter with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     if optimizer is not None:
-        made = optimizer(trained)
+        made = optimizer(list(trained.values()))
         if not isinstance(made, Optimizer):
             raise TypeError(f"Expected `optimizer` to return a torch.optim.Optimizer, but got {made!r}.")
     else:
         default = ADAPTER_LEARNING_RATE if is_peft(policy) else LEARNING_RATE
         made = adamw(
             trained,
+            dims=dims,
             learning_rate=default if settings.learning_rate is None else settings.learning_rate,
             betas=tuple(settings.adam_betas),
             eps=settings.adam_eps,
@@ -132,29 +142,93 @@ def optimizer_and_schedule(
 
 
 def adamw(
-    trainable: Sequence[nn.Parameter],
+    trained: Mapping[str, nn.Parameter],
     *,
+    dims: Mapping[str, int],
     learning_rate: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     fused: bool,
 ) -> AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms) are not decayed.
+    """AdamW; vectors (biases, norms) are not decayed.
 
-    `fused`: one kernel that reads and writes everything once, where PyTorch has it for all parameters. Not with a
-    gradient scaler: it is not told the scale.
+    Args:
+        trained: Parameters by name.
+        dims: By name, how many dimensions a parameter has whole. Shards of FSDP 1 and of ZeRO 3 are flat.
+        fused: One kernel that reads and writes everything once, where PyTorch has it for all parameters. Not with a
+            gradient scaler: it is not told the scale.
+
+    Raises:
+        ValueError: FSDP has made matrices and vectors one parameter.
     """
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+    if weight_decay and any(isinstance(parameter, FlatParameter) for parameter in trained.values()):
+        raise ValueError(
+            f"Expected FSDP to keep parameters apart with weight_decay={weight_decay}, because vectors are not "
+            "decayed, but got flat parameters. Pass FSDPStrategy(use_orig_params=True)."
+        )
+    matrices = {name: p for name, p in trained.items() if dims.get(name, p.dim()) >= 2}
+    vectors = {name: p for name, p in trained.items() if name not in matrices}
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    groups = [{"params": list(group.values()), "weight_decay": decay} for group, decay in groups if group]
+    fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained.values())
     fused = fused or None  # PyTorch's own choice
-    optimizer = AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    eps = _eps(eps, trained.values())
+    optimizer = AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
     if fused:  # it could unscale gradients itself, so that Lightning refuses to clip them in mixed precision
         optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def _eps(eps: float, parameters: Iterable[nn.Parameter]) -> float:
+    """`eps`, but of float16 weights at least what keeps a step finite whose gradient's square is 0 in float16."""
+    float16 = torch.finfo(torch.float16)
+    least = math.sqrt(float16.tiny * float16.eps)  # of the smallest number above 0
+    if eps >= least or all(parameter.dtype != torch.float16 for parameter in parameters):
+        return eps
+    warnings.warn(
+        f"Got adam_eps={eps} with float16 weights: squares of gradients below {least:.1e} are 0 in float16, so that a "
+        f"step would divide by `adam_eps` alone. AdamW uses {least:.1e} instead. Train float32 weights with "
+        "Trainer(precision='16-mixed'), or pass that `adam_eps`.",
+        stacklevel=3,
+    )
+    return least
+
+
+def warn_if_steps_are_rounded_away(optimizers: Iterable[Optimizer]) -> None:
+    """Warns if most weights are in half precision and so large that a step of Adam's does not change them.
+
+    Adam's steps are about the learning rate, and smaller where gradients change their sign. A step of less than half
+    the distance to the next number is lost in rounding.
+    """
+    lost, numbers, rates, dtypes = 0.0, 0, set(), set()
+    for group in (g for o in optimizers if isinstance(o, Adam) for g in o.param_groups):
+        rate = float(group.get("initial_lr", group["lr"]))  # before the warmup
+        for parameter in group["params"]:
+            numbers += parameter.numel()
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                lost += _share_rounded(parameter.detach(), rate) * parameter.numel()
+                rates.add(rate)
+                dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    if lost > numbers / 2:
+        warnings.warn(
+            f"{lost / numbers:.0%} of the trained weights, which are {' and '.join(sorted(dtypes))}, are too large for "
+            f"steps of the learning rate {max(rates):g} to change them: the steps are lost in rounding. Train float32 "
+            "weights: load the policy with `dtype=torch.float32` and use Trainer(precision='bf16-mixed') or '32-true'. "
+            "Or raise `learning_rate`, or train a LoRA adapter.",
+            stacklevel=3,
+        )
+
+
+def _share_rounded(weight: Tensor, step: float) -> float:
+    """The share of weights that a step does not change, from a sample."""
+    weight = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
+    weight = weight[:: max(1, weight.numel() // SAMPLE)]
+    if not step or not weight.numel():
+        return 0.0
+    # Numbers from 2^k to 2^(k + 1) are 2^k eps apart.
+    least = 2.0 ** (math.floor(math.log2(2 * step / torch.finfo(weight.dtype).eps)) + 1)
+    return (weight.abs().float() >= least).float().mean().item()
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str) -> float:
