@@ -271,9 +271,10 @@ class LitDPO(TrainedState):
 
         With a loss that has no reference, all but `WITHOUT_REFERENCE` is NaN.
         """
-        return self._statistics(self._read(batch))
+        return self._statistics(self._read(batch))[0]
 
-    def _statistics(self, sequences: Sequences) -> SequenceStatistics:
+    def _statistics(self, sequences: Sequences) -> tuple[SequenceStatistics, Tensor | None]:
+        """The statistics, and a mixture of experts' auxiliary loss where its configuration asks for one."""
         layout = self._policy_layout(sequences)
         policy = outputs_of(self.policy, layout)
         if self._reference_free:
@@ -286,10 +287,11 @@ class LitDPO(TrainedState):
             policy, reference, layout.labels, layout.cu_labels, backend=self.hparams.backend
         )
         if not self._reference_free:
-            return statistics
+            return statistics, policy.auxiliary_loss
         undefined = torch.full_like(statistics.policy_logprob, torch.nan, requires_grad=False)
         kept = {name: getattr(statistics, name) for name in WITHOUT_REFERENCE}
-        return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
+        statistics = SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
+        return statistics, policy.auxiliary_loss
 
     def _layout(self, model: nn.Module, sequences: Sequences) -> Layout:
         return layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts)
@@ -468,18 +470,22 @@ class LitDPO(TrainedState):
 
     def _pair_statistics(self, sequences: Sequences, mean_chosen_tokens: float) -> PairStatistics:
         """Of some pairs of a batch whose chosen completions have that many tokens on average."""
-        chosen, rejected = self._sides(sequences)
-        preference = loss = self._loss(chosen, rejected)
+        chosen, rejected, auxiliary = self._sides(sequences)
+        preference = self._loss(chosen, rejected)
+        if auxiliary is not None:
+            preference = preference + auxiliary
+        loss = preference
         if self.objective.sft:
             loss = loss + self.objective.sft * sft_shares(chosen.policy_logprob, mean_chosen_tokens)
         index = torch.full(loss.shape, -1, device=loss.device)
         margin = pair_margin(*map(self.objective.log_ratio, (chosen, rejected)), self.hparams.beta)
         return PairStatistics(index, chosen, rejected, loss, margin, preference)
 
-    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics]:
-        """The statistics [pairs] of the chosen and of the rejected completions."""
-        statistics, pairs = self._statistics(sequences), sequences.count // 2
-        return tuple(SequenceStatistics(*(v[rows] for v in statistics)) for rows in (slice(pairs), slice(pairs, None)))
+    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, Tensor | None]:
+        """The statistics [pairs] of the chosen and of the rejected completions, and the auxiliary loss."""
+        (statistics, auxiliary), pairs = self._statistics(sequences), sequences.count // 2
+        halves = (slice(pairs), slice(pairs, None))
+        return *(SequenceStatistics(*(v[rows] for v in statistics)) for rows in halves), auxiliary
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
         """Some pairs' share of what training minimises."""
@@ -492,7 +498,7 @@ class LitDPO(TrainedState):
         return objective - self.hparams.did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
 
     def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
-        """[pairs] the loss of every pair, without the SFT term."""
+        """[pairs] the loss of every pair, without the SFT term and the auxiliary loss."""
         return self.objective.losses(chosen, rejected)
 
     def _check_start(self, pairs: PairStatistics) -> None:

@@ -102,10 +102,16 @@ class LitDPOPG(LitDPO):
     def _split(self, sequences: Sequences) -> list[Sequences]:
         return [sequences]  # the projection wants both terms' gradients of the whole batch
 
-    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics]:
+    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, None]:
         # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
         pairs = sequences.count // 2
-        return tuple(self._statistics(sequences.select(side)) for side in (range(pairs), range(pairs, 2 * pairs)))
+        sides = [self._statistics(sequences.select(side)) for side in (range(pairs), range(pairs, 2 * pairs))]
+        if any(auxiliary is not None for _, auxiliary in sides):
+            raise ValueError(
+                "Expected a `policy` without an auxiliary loss with LitDPOPG, whose projection is of the preference "
+                "loss's gradient, but its configuration has `output_router_logits=True`. Set it to False."
+            )
+        return sides[0][0], sides[1][0], None
 
     def _objective(self, pairs: PairStatistics) -> Tensor:
         self._log_ratios = (pairs.chosen.log_ratio, pairs.rejected.log_ratio)

@@ -30,7 +30,8 @@ class PairStatistics(NamedTuple):
     rejected: SequenceStatistics
     loss: Tensor
     """what training minimises, so that its mean over a batch is the batch's. A pair's SFT term is its share of a mean
-    over the batch's chosen tokens"""
+    over the batch's chosen tokens. A mixture of experts' auxiliary loss, of the tokens given to it at once, is added to
+    each pair"""
     reward_margin: Tensor
     """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
     preference_loss: Tensor
