@@ -201,6 +201,35 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
     stretch_gradient<Real, false>(policy, reference, offset, t.size, t.label, c, by);
 }
 
+// coefficient * 2^(scale z - normalizer), and `at_label` besides at the label. kCareful: the row holds infinities.
+template <typename Real, bool kCareful, typename T>
+__device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, int offset, int size, int label,
+                                                 Real normalizer, Real coefficient, Real at_label,
+                                                 const Scaling<Real>& by) {
+  constexpr int kEntries = 16 / sizeof(T);
+  constexpr int kStep = kBackwardThreads * kEntries, kUnroll = 4;
+#pragma unroll 1
+  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < size; first += kUnroll * kStep) {
+    Chunk<T, kEntries> chunk[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) chunk[u] = load_chunk<T, kEntries>(side, first + u * kStep, size);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = first + u * kStep;
+      if (at >= size) break;
+      Real values[kEntries];
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        const Real z = kCareful ? effective_logit<Real>(chunk[u][i], by.limit) : chunk[u][i];
+        const bool outside = kCareful && z == minus_infinity<Real>();
+        values[i] = outside ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
+      }
+      if (label >= at && label < at + kEntries) add_at_label(values, label - at, at_label);
+      store_chunk(side.grad, at, size, Chunk<T, kEntries>::of(values));
+    }
+  }
+}
+
 // The gradient of one side's log-probabilities alone, in that side's logits: nothing of the other side is read.
 template <typename T, bool kPolicy>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<T>::type>)
@@ -220,27 +249,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
   const Real normalizer = kPolicy ? c.policy_origin : c.reference_origin;
   const Real coefficient = kPolicy ? c.pi_0 : c.rho_0;
   const Real at_label = kPolicy ? c.policy_label : c.reference_label;
-  constexpr int kStep = kBackwardThreads * kEntries, kUnroll = 4;
-#pragma unroll 1
-  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < t.size; first += kUnroll * kStep) {
-    Chunk<T, kEntries> chunk[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) chunk[u] = load_chunk<T, kEntries>(side, first + u * kStep, t.size);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = first + u * kStep;
-      if (at >= t.size) break;
-      Real values[kEntries];
-#pragma unroll
-      for (int i = 0; i < kEntries; ++i) {
-        const Real z = effective_logit<Real>(chunk[u][i], by.limit);
-        values[i] =
-            z == minus_infinity<Real>() ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
-      }
-      if (t.label >= at && t.label < at + kEntries) add_at_label(values, t.label - at, at_label);
-      store_chunk(side.grad, at, t.size, Chunk<T, kEntries>::of(values));
-    }
-  }
+  if (c.careful)
+    logprob_gradient<Real, true>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
+  else
+    logprob_gradient<Real, false>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
 }
 
 }  // namespace lit_did::cuda

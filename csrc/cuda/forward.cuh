@@ -3,8 +3,9 @@
 // Computes   lit_did::RowStatistics of two [V] rows and what follows from it (row_statistics.h).
 // Reads      every entry of both rows once; nothing of a row whose label is ignored.
 // Writes     one RowStatistics a split; then eight statistics and four normalizers a row.
-// Threads    one block a split of a row. A thread adds its chunks to sums of its own; a warp brings them to common
-//            origins and adds them by shuffles; one merge in shared memory makes the split's. Then a thread a row.
+// Threads    one block a split of a row. A thread adds its chunks to sums of its own, whose origins its warp moves. In
+//            the end a warp adds its lanes' sums by shuffles, and one merge in shared memory makes the split's. Then a
+//            thread a row.
 // Bits       The order of every addition follows from V alone: not from addresses, the number of rows or the device.
 #pragma once
 
@@ -40,6 +41,7 @@ struct Accumulator {
     difference_limit = (d + kSlack) * by.inverse;
   }
 
+  // By all lanes of a warp together. `entries` of the chunk belong to the row; none where that is 0 or less.
   template <typename P, typename R, int kEntries>
   __device__ __forceinline__ void add(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
                                       int entries, const Scaling<Real>& by) {
@@ -54,12 +56,19 @@ struct Accumulator {
       lowest = smaller(lowest, smaller(z, r));
     }
     // NaN passes unseen, and makes the sums NaN.
-    if (!(z_max <= policy_limit && r_max <= reference_limit && d_max <= difference_limit && lowest >= -by.limit)) {
-      if (!(z_max <= by.limit && r_max <= by.limit && lowest >= -by.limit)) {
-        add_carefully(policy, reference, entries, by);
-        return;
-      }
-      rebase(z_max, r_max, d_max, by);
+    const bool fits =
+        z_max <= policy_limit && r_max <= reference_limit && d_max <= difference_limit && lowest >= -by.limit;
+    // A branch that one lane takes costs the whole warp. So all lanes take it together, and move their origins to the
+    // warp's maxima, above which their next chunks seldom rise.
+    if (!__all_sync(kWholeWarp, fits || entries <= 0)) {
+      const bool plain = entries > 0 && z_max <= by.limit && r_max <= by.limit && lowest >= -by.limit;
+      const Real hole = minus_infinity<Real>();
+      rebase(warp_maximum(plain ? z_max : hole), warp_maximum(plain ? r_max : hole), warp_maximum(plain ? d_max : hole),
+             by);
+      if (!plain && entries > 0) add_carefully(policy, reference, entries, by);
+      if (!plain) return;
+    } else if (entries <= 0) {
+      return;
     }
     const Real z0 = sums.policy_max, r0 = sums.reference_max, d0 = sums.difference_max;
     const Real x0 = z0 - r0;
@@ -157,7 +166,8 @@ __device__ __forceinline__ void accumulate(const P* policy, const R* reference, 
   const int policy_past = kAligned ? 0 : bytes_past_boundary(policy);
   const int reference_past = kAligned ? 0 : bytes_past_boundary(reference);
 #pragma unroll 1
-  for (int at = static_cast<int>(threadIdx.x) * kEntries; at < size; at += kUnroll * kStep) {
+  for (int begin = 0; begin < size; begin += kUnroll * kStep) {
+    const int at = begin + static_cast<int>(threadIdx.x) * kEntries;
     Chunk<P, kEntries> z[kUnroll];
     Chunk<R, kEntries> r[kUnroll];
 #pragma unroll
@@ -166,8 +176,7 @@ __device__ __forceinline__ void accumulate(const P* policy, const R* reference, 
       r[u] = load_chunk<R, kEntries, kAligned, true>(reference, at + u * kStep, size, reference_past);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (at + u * kStep < size) accumulator.add(z[u], r[u], size - at - u * kStep, by);
+    for (int u = 0; u < kUnroll; ++u) accumulator.add(z[u], r[u], size - at - u * kStep, by);
   }
 }
 

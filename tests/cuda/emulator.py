@@ -225,7 +225,7 @@ class _Tokens:
         self.memories = out.memories
 
     def read(self, results: _Reader) -> TokenResult:
-        results.integer()  # bytes of the workspace
+        self.exchanges = results.integer()
         errors = [results.integer() for _ in range(1 if self.case.upstream is None else 2)]
         assert not any(errors), f"cudaError_t {errors}"
         after = [results.memory(memory.numel()) for memory in self.memories]
@@ -283,6 +283,9 @@ class _Sequences:
 
 class Emulator:
     """A driver built from `csrc` under a sanitizer, or none ("plain"). `cache` keeps objects by their source."""
+
+    exchanges: list[int]
+    """of each `TokenCase` of the last run: how often a lane gave the others of its warp a value in the forward"""
 
     def __init__(self, sanitizer: str, cache: Path, csrc: Path = CSRC):
         self.flags = [*FLAGS, f"-I{csrc / 'cuda'}", *SANITIZERS[sanitizer]]
@@ -344,7 +347,9 @@ class Emulator:
                 said = result.stderr
                 raise EmulationError(f"exit status {result.returncode}\n{said[:2000]}\n...\n{said[-6000:]}")
             results = _Reader(made.read_bytes())
-        return [case.read(results) for case in pending]
+        found = [case.read(results) for case in pending]
+        self.exchanges = [case.exchanges for case in pending if isinstance(case, _Tokens)]
+        return found
 
 
 def why_not(sanitizer: str) -> str | None:

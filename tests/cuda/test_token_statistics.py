@@ -9,7 +9,7 @@ import torch
 
 from lit_did import token_statistics
 from lit_did.ops.extension import EXTENSION
-from tests.cuda.comparing import PAIRS, SPLIT, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, SPLIT, constant, moved, random_case, run_and_check
 from tests.cuda.emulator import Layout, TokenCase
 from tests.helpers import FIELDS, random_logits
 
@@ -164,6 +164,20 @@ def test_far_apart(emulator):
     case = random_case(8, 530)
     case.policy, case.reference = case.policy * 30, case.reference.flip(-1) * 30
     run_and_check(emulator, [case])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_origins_seldom_move(dtype, emulator):
+    """A warp moves them with its first chunk, and of logits as peaked as language models' hardly once more.
+
+    Every move exchanges three maxima, in five shuffles each. Equal logits move the origins once and no more.
+    """
+    peaked = random_case(1, SPLIT, (dtype, dtype), upstream=None)
+    equal = TokenCase(torch.zeros_like(peaked.policy), torch.zeros_like(peaked.reference), peaked.labels)
+    run_and_check(emulator, [equal, peaked])
+    once, often = emulator.exchanges
+    warps = constant("forward.cuh", "kForwardThreads") // 32
+    assert 1 < 1 + (often - once) / (3 * 5 * 32 * warps) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -139,8 +139,10 @@ void token_statistics(Cases& cases, Results& results) {
   const int64_t workspace_bytes = cuda::forward_workspace_bytes(problem);
   Buffer workspace(workspace_bytes, 0);
   forward.workspace = workspace_bytes > 0 ? workspace.data : nullptr;
-  results.integer(workspace_bytes);
-  results.integer(cuda::forward(forward, nullptr));
+  lit_did::emulation::exchanges = 0;
+  const int64_t error = cuda::forward(forward, nullptr);
+  results.integer(static_cast<int64_t>(lit_did::emulation::exchanges));
+  results.integer(error);
 
   if (cases.integer() != 0) {
     cuda::BackwardArguments backward{};

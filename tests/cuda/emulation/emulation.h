@@ -66,6 +66,7 @@ using Where = std::source_location;
 
 inline std::minstd_rand random;  // seeded by the driver
 inline cudaError_t last_error = cudaSuccess;
+inline std::atomic<uint64_t> exchanges{0};  // how often a lane gave the others of its warp a value
 
 struct Thread;
 
@@ -247,6 +248,7 @@ template <typename T>
 const uint64_t* exchange(unsigned mask, T value, const Where& where) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take 32 or 64 bits");
   if (mask != 0xffffffffu) fail(*current->block, "a part of a warp is not emulated", where.line());
+  exchanges.fetch_add(1, std::memory_order_relaxed);
   uint64_t* slots = current->warp->slots[current->exchanges++ % 2];
   std::memcpy(&slots[current->lane], &value, sizeof(T));
   wait(current->warp->barrier, where);
