@@ -51,7 +51,7 @@ bench: install  ## races the operators against torch, some minutes: ARGS="--race
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # ---------------------------------------------------------------------------------------------------------
-# CUDA. The first two need nvcc and no GPU.
+# CUDA. The first two need nvcc and no GPU; the third takes PYTHON=.venv-cuda/bin/python after the second.
 # ---------------------------------------------------------------------------------------------------------
 
 cuda-check: $(CHECK_VENV)/installed  ## compiles the kernels for every architecture and reads their machine code
@@ -68,10 +68,8 @@ cuda-build: cuda-folder  ## builds the CUDA extension against a CUDA torch, in .
 	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python tools/cuda_build_check.py
 	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python -m pytest -q tests/ops tests/test_doctor.py
 
-gpu:  ## all that needs a GPU: tests on CUDA tensors, compute-sanitizer, benchmarks
-	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || (echo "make gpu: nvidia-smi finds no GPU here."; false)
-	$(MAKE) cuda-folder
-	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python tools/gpu.py $(ARGS)
+gpu:  ## all that needs a GPU, within ten minutes and with PYTHON's torch: speed, tests, memcheck: ARGS=--dry-run
+	PYTHON="$(PYTHON)" tools/gpu.sh $(ARGS)
 
 # What is run there stands apart from lit_did/, so that `import lit_did` finds what was installed.
 cuda-folder: $(CUDA_VENV)/installed
@@ -111,5 +109,5 @@ format: install  ## rewrites the code as `make lint` wants it
 
 clean:  ## removes what was built and written
 	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
-		demo_output bench_output experiment_output
+		demo_output bench_output experiment_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ BASELINE = "fused"
 TRL_FIELDS = ("policy_logprob", "reference_logprob", "policy_entropy")
 
 
-def _truth(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
+def reference_statistics(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
     return token_statistics(policy_logits, reference_logits, labels, backend="reference")
 
 
@@ -31,7 +31,7 @@ class Contestant:
 
     function: Function
     fields: tuple[str, ...] = TokenStatistics._fields
-    truth: Function = _truth
+    truth: Function = reference_statistics
     """the same by the reference: it is given float64"""
     overwrites: bool = False
     """whether its backward writes the gradients over the logits: then it races backward only, on copies made untimed"""
@@ -98,7 +98,7 @@ def _trl() -> Contestant:
         return policy_logprob, selective_log_softmax(reference_logits, labels), policy_entropy
 
     def truth(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        statistics = _truth(policy_logits, reference_logits, labels)
+        statistics = reference_statistics(policy_logits, reference_logits, labels)
         return tuple(getattr(statistics, name) for name in TRL_FIELDS)
 
     warmup = 1 + torch.cuda.is_available()  # on CUDA its kernels are compiled on the first call
