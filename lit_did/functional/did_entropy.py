@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_did.arguments import check_number
+
 MIN_EFFECTIVE_SAMPLES = 25
 """below it the interval covers too rarely: what an estimate needs to be called reliable, with `MAX_PARETO_K`"""
 MAX_PARETO_K = 0.5
@@ -352,7 +354,8 @@ def check_samples(given: dict[str, Tensor], sequences: Tensor | None, *, at_leas
 
 
 def check_confidence(confidence: float) -> None:
-    """Raises ValueError unless it is in (0, 1)."""
+    """Raises TypeError or ValueError unless it is a number in (0, 1)."""
+    check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from lit_did.arguments import check_bools
 from lit_did.functional.preference import check_beta
-from lit_did.sampling.readers import CachedModel, unmasked
+from lit_did.sampling.readers import CachedModel, check_token_ids, unmasked
 
 
 class _SecondModelProcessor(LogitsProcessor):
@@ -20,9 +21,10 @@ class _SecondModelProcessor(LogitsProcessor):
     """
 
     def __init__(self, model: nn.Module, attention_mask: Tensor | None, without_adapter: bool) -> None:
+        check_bools(without_adapter=without_adapter)
         CachedModel(model, without_adapter=without_adapter)  # raises what is wrong with them
         self._model, self._without_adapter = model, without_adapter
-        self._attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+        self._attention_mask = None if attention_mask is None else _checked_mask(attention_mask)
         self._prompts: Tensor | None = None  # [prompts, T], those that the mask is of
         self._cached: CachedModel | None = None
         self._read: Tensor | None = None  # [B, t], the rows that it has read
@@ -30,6 +32,8 @@ class _SecondModelProcessor(LogitsProcessor):
 
     def second_logits(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] logits after `input_ids` [B, t], in the dtype and on the device of `scores` [B, V]."""
+        if self._read is None:
+            check_token_ids("input_ids", input_ids, self._model, "the second model")
         if self._goes_on(input_ids):
             logits = self._cached.read(input_ids[:, self._read.shape[1] :])
         else:
@@ -108,6 +112,18 @@ class _SecondModelProcessor(LogitsProcessor):
                 "Expected `attention_mask` for prompts that are padded on the left, but got None, and row "
                 f"{int(padded.nonzero()[0])} begins with the padding token {padding}."
             )
+
+
+def _checked_mask(attention_mask: Tensor) -> Tensor:
+    """[prompts, T]."""
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except (ValueError, TypeError, RuntimeError):
+        mask = None
+    if mask is None or mask.dim() != 2 or not ((mask == 0) | (mask == 1)).all():
+        got = type(attention_mask).__name__ if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"Expected `attention_mask` to be zeros and ones of shape [prompts, T], but got {got}.")
+    return mask
 
 
 def _normalised(scores: Tensor, processed: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from operator import index
@@ -56,9 +57,13 @@ class CachedModel:
         if is_peft(self._model):
             check_positions_are_kept(self._model)
         self._without_adapter = without_adapter
+        self.max_tokens = _max_tokens(self._model)
         inner = self._model.get_base_model() if is_peft(self._model) else self._model
         self.name = type(inner).__name__
         self._accepts = inspect.signature(inner.forward).parameters
+        takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self._accepts.values())
+        if "input_ids" not in self._accepts and not takes_any:
+            raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {self.name}.")
         self.caches = cache and "past_key_values" in self._accepts
         self._told = not cache  # that everything is read again
         self._cache = None
@@ -78,6 +83,11 @@ class CachedModel:
         first = self._input_ids is None
         self._input_ids = input_ids if first else torch.cat([self._input_ids, input_ids], 1)
         self._mask = mask if first else torch.cat([self._mask, mask], 1)
+        if self._input_ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"Expected prompt and completion to be at most {self.max_tokens} tokens, the positions of "
+                f"{type(self._model).__name__}, but got {self._input_ids.shape[1]}."
+            )
         if self.caches:
             try:
                 return self._read_on(self._input_ids if self._cache is None else input_ids)
@@ -119,7 +129,7 @@ class CachedModel:
         """Whether one forward pass gives the log-probability of `completion` [m] after `prompt` [1, t]."""
         row = torch.cat([prompt[0], completion])[None].to(next(self._model.parameters()).device)
         length = len(completion)
-        logits = unmasked(self._forward(row, length + 1)[0, -length - 1 : -1].double())
+        logits = unmasked(self._forward(row[:, :-1], length)[0, -length:].double())
         return self._close(log_prob, logits.log_softmax(-1).gather(1, row[0, -length:, None]).sum().cpu())
 
     def _close(self, values: Tensor, expected: Tensor) -> bool:
@@ -197,6 +207,7 @@ def as_readers(
     policy: nn.Module | NextToken,
     reference: nn.Module | NextToken | None,
     prompt: Tensor | Sequence[int] | None,
+    max_new_tokens: int,
     *,
     cache: bool = True,
 ) -> tuple[CachedModel, CachedModel, Tensor] | tuple[CachedFunction, CachedFunction, Tensor]:
@@ -225,6 +236,31 @@ def as_readers(
         check_separate(unwrapped(policy), unwrapped(reference))
         check_same_vocabulary(unwrapped(policy), unwrapped(reference))
         second = CachedModel(reference, cache=cache)
+    first, prompt = CachedModel(policy, cache=cache), _checked_prompt(prompt)
+    reference = policy if reference is None else reference
+    for name, model, reader in (("policy", policy, first), ("reference", reference, second)):
+        check_token_ids("prompt", prompt, model, f"`{name}`")
+        if prompt.shape[1] + max_new_tokens - 1 > reader.max_tokens:  # the last token is not read
+            raise ValueError(
+                f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together, as "
+                f"`{name}` has {reader.max_tokens} positions, but got {prompt.shape[1]} and {max_new_tokens}."
+            )
+    return first, second, prompt
+
+
+def check_token_ids(argument: str, token_ids: Tensor, model: nn.Module, name: str) -> None:
+    """Raises ValueError if `token_ids` are not of the vocabulary of `model`: a GPU's own failure names nothing."""
+    embeddings = unwrapped(model).get_input_embeddings() if hasattr(unwrapped(model), "get_input_embeddings") else None
+    size = getattr(embeddings, "num_embeddings", None)
+    least, largest = (int(value) for value in token_ids.aminmax())
+    if least < 0 or (size is not None and largest >= size):
+        below = "" if size is None else f" and below {size}, the vocabulary of {name}"
+        got = least if least < 0 else largest
+        raise ValueError(f"Expected `{argument}` to be token ids of at least 0{below}, but got {got}.")
+
+
+def _checked_prompt(prompt: Tensor | Sequence[int] | None) -> Tensor:
+    """[1, t] int64."""
     if prompt is None:
         raise ValueError("Expected `prompt`, the token ids that completions follow, but got None.")
     if not isinstance(prompt, Tensor | list | tuple):
@@ -232,14 +268,26 @@ def as_readers(
             "Expected `prompt` to be token ids, a tensor or a list (of a BatchEncoding its `input_ids`), "
             f"but got {type(prompt).__name__}."
         )
-    prompt = torch.as_tensor(prompt)
-    prompt = prompt[None] if prompt.dim() == 1 else prompt
-    if prompt.dim() != 2 or len(prompt) != 1 or not prompt.shape[1] or prompt.dtype not in INTEGERS:
-        raise ValueError(
-            f"Expected `prompt` to be integers of shape [t] or [1, t], t >= 1, but got {prompt.dtype} "
-            f"{tuple(prompt.shape)}."
-        )
-    return CachedModel(policy, cache=cache), second, prompt.long()
+    expected = "Expected `prompt` to be integers of shape [t] or [1, t], t >= 1, but got"
+    try:
+        token_ids = torch.as_tensor(prompt)
+    except (ValueError, TypeError, RuntimeError, OverflowError):  # words, None, lists of unequal lengths, huge numbers
+        shown = repr(prompt)
+        raise ValueError(f"{expected} {shown[:100]}{'...' if len(shown) > 100 else ''}.") from None
+    token_ids = token_ids[None] if token_ids.dim() == 1 else token_ids
+    if token_ids.dim() != 2 or len(token_ids) != 1 or not token_ids.shape[1] or token_ids.dtype not in INTEGERS:
+        raise ValueError(f"{expected} {token_ids.dtype} {tuple(token_ids.shape)}.")
+    return token_ids.long()
+
+
+def _max_tokens(model: nn.Module) -> float:
+    """How many tokens `model` can read: infinite, unless it looks positions up in a table."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or not hasattr(model, "get_input_embeddings"):
+        return math.inf
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    of_positions = any(table.num_embeddings - limit in (0, 2) for table in tables)  # OPT's begins at 2
+    return limit if of_positions else math.inf
 
 
 def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None) -> list[int]:
@@ -254,6 +302,8 @@ def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None
         ends = getattr(config, "eos_token_id", None)
     if ends is None:
         return []
+    if isinstance(ends, bool):
+        raise TypeError(f'Expected `eos` to be a token id, several, None or "auto", but got {eos!r}.')
     try:
         return sorted({index(token) for token in ([ends] if hasattr(ends, "__index__") or ends == "" else ends)})
     except TypeError:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_did.arguments import check_integer
+from lit_did.arguments import check_bools, check_integer, check_number
 from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
 from lit_did.sampling.readers import (
@@ -134,11 +134,12 @@ def sample_did(
         >>> round(samples.estimate.entropy, 2), round(float(exact.entropy), 2)
         (2.73, 2.73)
     """
-    _check(num_samples, islands, max_new_tokens, resample_below)
+    _check(num_samples, islands, max_new_tokens, resample_below, seed)
+    check_bools(progress=progress)
     check_confidence(confidence)
     ends = ends_of(policy, eos)
     for cache in (True, False):
-        readers = as_readers(policy, reference, prompt, cache=cache)
+        readers = as_readers(policy, reference, prompt, max_new_tokens, cache=cache)
         generator = torch.Generator().manual_seed(seed)
         particles = _Particles(num_samples, islands, max_new_tokens)
         log_num_completions = _grow(particles, *readers, ends, resample_below, generator, progress)
@@ -362,7 +363,7 @@ def _wide(logits: Tensor) -> Tensor:
     return unmasked(logits.detach() if logits.dtype == torch.float64 else logits.detach().float())
 
 
-def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float) -> None:
+def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float, seed: int) -> None:
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
         ("islands", islands, 3),
@@ -371,5 +372,8 @@ def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: 
         check_integer(name, value, least)
     if num_samples % islands:
         raise ValueError(f"Expected `num_samples` to be a multiple of `islands`, {islands}, but got {num_samples}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"Expected `seed` to be an integer of 64 bits, but got {seed!r}.")
+    check_number("resample_below", resample_below)
     if not 0 <= resample_below <= 1:
         raise ValueError(f"Expected `resample_below` to be in [0, 1], but got {resample_below}.")

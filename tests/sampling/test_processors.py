@@ -315,6 +315,19 @@ def test_scores_are_a_proposal_for_estimates():
     ("make", "error", "words"),
     [
         (lambda: DIDLogitsProcessor("name"), TypeError, "a causal language model, but got str"),
+        (lambda: DIDLogitsProcessor(torch.nn.Linear(2, 2)), TypeError, "which takes `input_ids`, but got Linear"),
+        (lambda: DIDLogitsProcessor(tiny_llama(), without_adapter="no"), TypeError, "`without_adapter` to be a bool"),
+        (lambda: DIDLogitsProcessor(tiny_llama(), attention_mask="x"), ValueError, "zeros and ones .* but got str"),
+        (
+            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.tensor([[0.5, 1]])),
+            ValueError,
+            r"zeros and ones of shape \[prompts, T\], but got torch.float32 \(1, 2\)",
+        ),
+        (
+            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(2)),
+            ValueError,
+            r"zeros and ones of shape \[prompts, T\], but got torch.float32 \(2,\)",
+        ),
         (lambda: DIDLogitsProcessor(tiny_llama(), without_adapter=True), ValueError, "a PeftModel with"),
         (lambda: TargetLogitsProcessor(tiny_llama(), beta=0.0), ValueError, "`beta` to be above 0, but got 0.0"),
         (lambda: TargetLogitsProcessor(None, beta=1.0), TypeError, "a causal language model, but got NoneType"),
@@ -343,3 +356,11 @@ def test_errors(make, error, words):
 def test_errors_in_generate(processor, words):
     with pytest.raises(ValueError, match=words):
         generate(tiny_llama(), padded(), processor())
+
+
+def test_a_second_model_with_fewer_embeddings_or_positions():
+    inputs = {"input_ids": torch.tensor([[5, 60]]), "attention_mask": torch.ones(1, 2).long()}
+    with pytest.raises(ValueError, match=r"`input_ids` to be .* below 50, the vocabulary of .*, but got 60"):
+        generate(tiny_llama(), inputs, DIDLogitsProcessor(tiny_llama(vocab_size=50)))
+    with pytest.raises(ValueError, match="at most 3 tokens, the positions of GPT2LMHeadModel, but got 4"):
+        generate(tiny_llama(), inputs, DIDLogitsProcessor(tiny_gpt2(n_positions=3)))

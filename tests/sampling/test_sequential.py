@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from lit_did.functional import enumerate_did, estimate_did_entropy
 from lit_did.functional.did_entropy import DIDEntropyEstimate, estimate_from_islands
@@ -500,6 +501,27 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
         ({**MODELS, "prompt": [[1], [2]]}, ValueError, r"`prompt` .*\(2, 1\)"),
         ({**MODELS, "prompt": torch.zeros(1, 0).long()}, ValueError, r"`prompt` .*\(1, 0\)"),
         ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list .* but got str"),
+        ({**MODELS, "prompt": [1, VOCABULARY]}, ValueError, f"`prompt` .* below {VOCABULARY}, .* but got {VOCABULARY}"),
+        ({**MODELS, "prompt": [1, -2]}, ValueError, "`prompt` to be token ids of at least 0 .* but got -2"),
+        ({**MODELS, "prompt": []}, ValueError, r"`prompt` to be integers .* but got .*\(1, 0\)"),
+        ({**MODELS, "prompt": [[1, 2], [3]]}, ValueError, r"`prompt` to be integers .* but got \[\[1, 2\], \[3\]\]"),
+        ({**MODELS, "prompt": [[[1]]]}, ValueError, r"`prompt` to be integers .* but got .*\(1, 1, 1\)"),
+        ({**MODELS, "prompt": [1.5]}, ValueError, "`prompt` to be integers .* but got torch.float32"),
+        ({**MODELS, "prompt": ["a"]}, ValueError, r"`prompt` to be integers .* but got \['a'\]"),
+        ({**MODELS, "prompt": [1, None]}, ValueError, r"`prompt` to be integers .* but got \[1, None\]"),
+        ({**MODELS, "prompt": [2**70]}, ValueError, "`prompt` to be integers .* but got .1180591620717411303424"),
+        ({**MODELS, "prompt": [1], "eos": VOCABULARY}, ValueError, rf"`eos` to be in \[0, {VOCABULARY}\), but got"),
+        (
+            {"policy": nn.Linear(2, 2), "reference": nn.Linear(2, 2), "prompt": [1]},
+            TypeError,
+            "`input_ids`",
+        ),
+        ({"eos": True}, TypeError, "`eos` to be a token id, several, None or .*True"),
+        ({"seed": 1.5}, ValueError, "`seed` to be an integer of 64 bits, but got 1.5"),
+        ({"seed": 2**70}, ValueError, "`seed` to be an integer of 64 bits, but got 1180591620717411303424"),
+        ({"progress": "no"}, TypeError, "`progress` to be a bool, but got 'no'"),
+        ({"resample_below": "x"}, TypeError, "`resample_below` to be an int or a float, but got 'x'"),
+        ({"confidence": None}, TypeError, "`confidence` to be an int or a float, but got None"),
         ({**MODELS, "prompt": [True]}, ValueError, "`prompt` to be integers .* torch.bool"),
         (
             {"policy": LLAMA, "reference": tiny_llama(vocab_size=VOCABULARY + 1), "prompt": [1]},
@@ -515,3 +537,20 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
 def test_errors(change, error, words):
     with pytest.raises(error, match=words):
         quiet(**{"policy": FUNCTION, "reference": FUNCTION, "max_new_tokens": 3, "num_samples": 8, **change})
+
+
+def long(name: str):
+    """A model with 6 positions."""
+    config = {"vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=6, **config))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8, "word_embed_proj_dim": 8}
+    return OPTForCausalLM(OPTConfig(max_position_embeddings=6, **sizes, **config))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_completions_up_to_the_last_position(name):
+    models = {"policy": long(name), "reference": long(name), "prompt": [1, 2], "eos": None, "num_samples": 8}
+    assert quiet(**models, max_new_tokens=5).lengths.tolist() == [5] * 8  # the last token is not read
+    with pytest.raises(ValueError, match="at most 7 tokens together, as `policy` has 6 positions, but got 2 and 6"):
+        quiet(**models, max_new_tokens=6)
