@@ -316,7 +316,8 @@ class LitDPO(TrainedState):
         sequences = self._read(batch, weighted=True)
         check_of_pairs(batch, "index", sequences.count // 2)
         weight = batch.get("weight")
-        pairs = self._pair_statistics(sequences, sequences.mean_chosen_labels(None if weight is None else weight > 0))
+        mean_chosen_tokens = sequences.mean_chosen_labels(None if weight is None else weight > 0)
+        pairs = self._with_sft(self._pair_statistics(sequences), mean_chosen_tokens)
         return pairs._replace(index=batch.get("index", pairs.index))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -461,25 +462,28 @@ class LitDPO(TrainedState):
 
     def _train_on(self, sequences: Sequences) -> Tensor:
         """Adds a part of the batch to the metrics; its share of what training minimises."""
-        pairs = self._pair_statistics(sequences, self._whole[2])
+        pairs = self._with_sft(self._pair_statistics(sequences), self._whole[2])
         if not self._start_checked:
             self._check_start(pairs)
             self._start_checked = True
         self.train_metrics.update(pairs)
         return self._objective(pairs)
 
-    def _pair_statistics(self, sequences: Sequences, mean_chosen_tokens: float) -> PairStatistics:
-        """Of some pairs of a batch whose chosen completions have that many tokens on average."""
+    def _pair_statistics(self, sequences: Sequences) -> PairStatistics:
         chosen, rejected, auxiliary = self._sides(sequences)
-        preference = self._loss(chosen, rejected)
+        loss = self._loss(chosen, rejected)
         if auxiliary is not None:
-            preference = preference + auxiliary
-        loss = preference
-        if self.objective.sft:
-            loss = loss + self.objective.sft * sft_shares(chosen.policy_logprob, mean_chosen_tokens)
+            loss = loss + auxiliary
         index = torch.full(loss.shape, -1, device=loss.device)
         margin = pair_margin(*map(self.objective.log_ratio, (chosen, rejected)), self.hparams.beta)
-        return PairStatistics(index, chosen, rejected, loss, margin, preference)
+        return PairStatistics(index, chosen, rejected, loss, margin, preference_loss=loss)
+
+    def _with_sft(self, pairs: PairStatistics, mean_chosen_tokens: float) -> PairStatistics:
+        """Adds the SFT term, of pairs of a batch whose chosen completions have that many tokens on average."""
+        if not self.objective.sft:
+            return pairs
+        shares = sft_shares(pairs.chosen.policy_logprob, mean_chosen_tokens)
+        return pairs._replace(loss=pairs.loss + self.objective.sft * shares)
 
     def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, Tensor | None]:
         """The statistics [pairs] of the chosen and of the rejected completions, and the auxiliary loss."""
