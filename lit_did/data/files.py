@@ -132,11 +132,11 @@ def _find_in_folder(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"Expected files of preference pairs in {folder}, but it has none ending in one of {', '.join(SUFFIXES)}."
         )
-    splits = sorted({match[1] for file in files if (match := _SPLIT.match(file.name.lower()))})
+    splits = {match[1]: file.parent / match[1] for file in files if (match := _SPLIT.match(file.name.lower()))}
     if len(splits) > 1:
         raise ValueError(
-            f"{folder}: Expected the files of one split, but got those of {', '.join(splits)}. "
-            f'Pass a pattern instead, such as "{folder / splits[-1]}*".'
+            f"{folder}: Expected the files of one split, but got those of {', '.join(sorted(splits))}. "
+            f'Pass a pattern instead, such as "{splits[max(splits)]}*".'
         )
     return sorted(files)
 

@@ -168,6 +168,8 @@ def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
         pair = _split_text(prompt, chosen, rejected, fields, where)
     else:
         pair = PreferencePair(*_split_chat(prompt, chosen, rejected, fields["unknown"], where))
+        if not any(message.get("content", "").strip() or message.get("tool_calls") for message in pair.prompt):
+            raise unusable(where, "`prompt` to be non-empty", "messages without content")
         for name in _SIDES:
             _check_side(name, getattr(pair, name), where)
     return pair._replace(

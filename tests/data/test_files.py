@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import tracemalloc
 
 import pytest
 
@@ -17,6 +18,7 @@ from lit_did.data.reading import read_pairs, read_rows
 
 ROWS = [{"prompt": "q", "chosen": 'a, "x"\nb', "rejected": "naïve"}, {"prompt": "r", "chosen": "c", "rejected": "d"}]
 PAIRS = [PreferencePair(**row) for row in ROWS]
+LIMIT = csv.field_size_limit()
 GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 
 
@@ -106,6 +108,19 @@ def test_lines_have_a_bound(tmp_path, monkeypatch, name):
         read_pairs(tmp_path / name)
 
 
+def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.truncate(2**26)  # zeros that take no space on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="line 1: Expected at most 1000 bytes a line"):
+            read_pairs(tmp_path / "a.jsonl")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_list_has_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON", 100)
     (tmp_path / "a.json").write_text(json.dumps(ROWS * 2, indent=1))
@@ -134,10 +149,9 @@ def test_csv_with_messages_numbers_and_empty_cells(tmp_path):
     rows, skipped = read_rows(tmp_path / "a.csv")
     assert (len(rows), [row.where.rsplit(", ")[-1] for row in skipped]) == (2, ["line 5"])
     long = {"prompt": "q", "chosen": "a" * 200_000, "rejected": "b"}  # beyond the csv module's own limit
-    before = csv.field_size_limit()
     _csv(tmp_path / "a.csv", [long])
     assert read_pairs(tmp_path / "a.csv")[0].pair == PreferencePair(**long)
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == LIMIT
 
 
 @pytest.mark.parametrize(
@@ -187,11 +201,12 @@ def test_several_files_patterns_and_folders(tmp_path):
 
 
 def test_a_folder_of_several_splits_or_of_datasets_is_refused(tmp_path):
-    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-0.jsonl", "data/train-1.jsonl", "test.jsonl"):
         (tmp_path / name).write_text(GOOD)
-    with pytest.raises(ValueError, match=r"Expected the files of one split, but got those of test, train\. .*train\*"):
+    with pytest.raises(ValueError, match=r"Expected the files of one split, but got those of test, train\. ") as caught:
         read_pairs(tmp_path)
-    assert len(read_pairs(str(tmp_path / "train*"))) == 2
+    assert len(read_pairs(re.search(r'"(.*)"', str(caught.value))[1])) == 2  # the pattern that it names
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="that `datasets` has saved"):
         read_pairs(tmp_path)

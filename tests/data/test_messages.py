@@ -54,6 +54,7 @@ def test_spellings_of_a_message(message, expected):
     [
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "but got a part of type 'image'."),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "but got a part of type 'image_url'."),
+        ({"role": "user", "content": [{"type": "image", "text": "alt"}]}, "but got a part of type 'image'."),
         ({"role": "user", "content": ["hi"]}, "but got a string."),
         ({"role": "user", "content": {"text": "hi"}}, "to have a string `content`, but got dict."),
         ({"role": "user"}, "to have a string `content`, but got no `content`."),
