@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_did.data.dataset import Example
+from lit_did.data.tokenizing import Context
 
 IGNORE_INDEX = -100
 
@@ -27,21 +28,22 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, T
         input_ids: (2B, T) int64, T the longest prompt + completion of the batch.
         attention_mask: (2B, T) int64, 1 on tokens and 0 on padding.
         labels: (2B, T) int64, already shifted: `labels[i, t]` is the token that position t predicts, which is
-            `input_ids[i, t + 1]`, where that is a completion token, else -100.
+            `input_ids[i, t + 1]`, where that is a completion token, else -100. Other turns within a completion of
+            several turns (`Context`) are in `input_ids` and have no labels.
         index: (B,) int64, the rows' numbers in their source.
         weight: (B,) float32, 1, or 0 for a row that only fills a rank's last batch in distributed evaluation.
     """
     sequences = _sequences(examples)
-    shape = (len(sequences), max(len(prompt) + len(completion) for prompt, completion in sequences))
+    shape = (len(sequences), max(len(prompt) + len(completion) for prompt, completion, _ in sequences))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    for row, (prompt, completion) in enumerate(sequences):
+    for row, (prompt, completion, scored) in enumerate(sequences):
         start, end = len(prompt), len(prompt) + len(completion)
         input_ids[row, :start] = torch.from_numpy(prompt)
         input_ids[row, start:end] = torch.from_numpy(completion)
         attention_mask[row, :end] = 1
-        labels[row, start - 1 : end - 1] = input_ids[row, start:end]
+        labels[row, start - 1 : end - 1] = torch.from_numpy(scored)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **_rows(examples)}
 
 
@@ -68,11 +70,11 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     [[-100, 7, 8, -100, -100, 9, -100]]
     """
     sequences = _sequences(examples)
-    ends = np.cumsum([0, *(len(prompt) + len(completion) for prompt, completion in sequences)])
-    input_ids = torch.from_numpy(np.concatenate([ids for sequence in sequences for ids in sequence])).long()
+    ends = np.cumsum([0, *(len(prompt) + len(completion) for prompt, completion, _ in sequences)])
+    input_ids = torch.from_numpy(np.concatenate([ids for sequence in sequences for ids in sequence[:2]])).long()
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for (_, completion), end in zip(sequences, ends[1:], strict=True):
-        labels[end - len(completion) - 1 : end - 1] = input_ids[end - len(completion) : end]
+    for (_, _, scored), end in zip(sequences, ends[1:], strict=True):
+        labels[end - len(scored) - 1 : end - 1] = torch.from_numpy(scored)
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], np.diff(ends))
     return {
         "input_ids": input_ids[None],
@@ -83,10 +85,16 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-def _sequences(examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompt and completion of each sequence."""
-    chosen = [(example.prompt_ids, example.chosen_ids) for example in examples]
-    return chosen + [(example.prompt_ids, example.rejected_ids) for example in examples]
+def _sequences(examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each sequence the prompt, what follows it, and the labels of that."""
+    chosen = [(e.prompt_ids, *_with_context(e.chosen_ids, e.chosen_context)) for e in examples]
+    return chosen + [(e.prompt_ids, *_with_context(e.rejected_ids, e.rejected_context)) for e in examples]
+
+
+def _with_context(ids: np.ndarray, context: Context | None) -> tuple[np.ndarray, np.ndarray]:
+    if context is None:
+        return ids, ids
+    return tuple(np.insert(ids, context.places, between) for between in (context.ids, IGNORE_INDEX))
 
 
 def _rows(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -15,9 +15,11 @@ from lit_did.arguments import check_bools, check_integer, check_name, check_numb
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
-from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, describe_skipped, read_rows
+from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, read_rows
+from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
+from lit_did.data.tokenizing import check_truncation
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
 
@@ -44,8 +46,16 @@ class PreferenceDataModule(LightningDataModule):
             `tokens_per_batch`, the most pairs of a batch, by default without limit.
         eval_batch_size: pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
             default `batch_size`, or 8.
-        max_length: the most tokens of a prompt and its completion together; `truncate_pair` says what is cut.
+        max_length: the most tokens of a prompt and its completion together.
+        truncation: what loses tokens in longer pairs. "completion": the completions that are too long, and the prompt
+            only where it leaves less than `min_completion_tokens`. "prompt": the prompt before a completion. "drop":
+            such pairs are left out. See `truncate_pair`.
+        min_completion_tokens: by default a quarter of `max_length`.
         chat_template: a Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}. Those of a row's
+            column `chat_template_kwargs` go before.
+        parse_special_tokens: read control tokens that the text of rows spells, such as "<|im_end|>", as control tokens
+            (for text that a chat template made already). By default they are text, and rows that hold some counted.
         as_chat: wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
         pack: lay the sequences of a batch end to end instead of padding them, see `collate_packed`.
         tokens_per_batch: the most tokens of a training batch, both prompts and both completions of its pairs counted:
@@ -82,7 +92,11 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
+        truncation: str = "completion",
+        min_completion_tokens: int | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special_tokens: bool = False,
         as_chat: bool = False,
         pack: bool = False,
         tokens_per_batch: int | None = None,
@@ -99,7 +113,9 @@ class PreferenceDataModule(LightningDataModule):
             )
         if chat_template is not None and not isinstance(chat_template, str):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
-        check_bools(as_chat=as_chat, pack=pack, shuffle=shuffle, drop_last=drop_last)
+        check_template_kwargs(chat_template_kwargs)
+        check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
+        check_bools(pack=pack, shuffle=shuffle, drop_last=drop_last)
         check_columns(columns)
         check_on_bad_rows(on_bad_rows)
         if eval_batch_size is None:
@@ -110,6 +126,7 @@ class PreferenceDataModule(LightningDataModule):
             check_integer("batch_size", batch_size, 1)
         check_integer("eval_batch_size", eval_batch_size, 1)
         check_integer("max_length", max_length, 2)
+        check_truncation(max_length, truncation, min_completion_tokens)
         if tokens_per_batch is not None:
             if not pack:
                 raise ValueError(f"Expected `pack=True` for `tokens_per_batch={tokens_per_batch}`, but got {pack}.")
@@ -128,7 +145,9 @@ class PreferenceDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length = max_length
-        self.chat_template, self.as_chat = chat_template, as_chat
+        self.truncation, self.min_completion_tokens = truncation, min_completion_tokens
+        self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
+        self.as_chat, self.parse_special_tokens = as_chat, parse_special_tokens
         self.pack, self.tokens_per_batch = pack, tokens_per_batch
         self.num_workers = num_workers
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
@@ -136,6 +155,7 @@ class PreferenceDataModule(LightningDataModule):
         self.val_dataset: PreferenceDataset | None = None
         self.predict_dataset: PreferenceDataset | None = None
         self._tokenizer = tokenizer
+        self._warned: set[str] = set()
 
     @property
     def tokenizer(self) -> Any:
@@ -261,16 +281,17 @@ class PreferenceDataModule(LightningDataModule):
 
     def _tokenize(self, name: str, rows: list[SourceRow], skipped: list[SkippedRow]) -> PreferenceDataset:
         dataset = PreferenceDataset(
-            rows,
-            self.tokenizer,
-            self.max_length,
-            chat_template=self.chat_template,
-            as_chat=self.as_chat,
-            skipped=skipped,
-            on_bad_rows=self.on_bad_rows,
+            rows, self.tokenizer, self.max_length, skipped=skipped, on_bad_rows=self.on_bad_rows, **self._options()
         )
-        if dataset.skipped:
-            rank_zero_warn(describe_skipped(name, dataset.skipped, dataset.num_rows))
+        for kind, text in dataset.warnings(name).items():
+            if kind not in self._warned or kind not in ("turns", "header"):  # those are of all splits
+                rank_zero_warn(text)
+            self._warned.add(kind)
         log = rank_zero_warn if dataset.num_identical else rank_zero_info
         log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
+
+    def _options(self) -> dict[str, Any]:
+        """How pairs become tokens: arguments of `tokenize_pair`."""
+        names = "chat_template chat_template_kwargs as_chat parse_special_tokens truncation min_completion_tokens"
+        return {name: getattr(self, name) for name in names.split()}

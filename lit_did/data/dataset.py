@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,20 +11,26 @@ from torch.utils.data import Dataset
 
 from lit_did.data.pairs import UnusableRowError, prepare_pair
 from lit_did.data.reading import SkippedRow, SourceRow, check_on_bad_rows, describe_skipped
-from lit_did.data.rendering import RenderedPair, render_pair
-from lit_did.data.tokenizing import TokenizedPair, tokenize_rendered, truncate_pair
+from lit_did.data.rendering import RenderedPair, Renderer
+from lit_did.data.tokenizing import Context, TokenizedPair, TooLongError, tokenize_rendered, truncate_pair
 
 _CHUNK = 1024  # rows a tokenizer call: enough for its threads, little enough text in memory
+_MANY = 0.05  # of the pairs: so many too long are a warning
 
 
 class Example(NamedTuple):
-    """One pair as the collate function takes it: int32 ids, the row's number in its source, and its weight."""
+    """One pair as the collate function takes it: int32 ids, the row's number in its source, and its weight.
+
+    The fields of a `TokenizedPair`, as arrays.
+    """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     index: int
     weight: float
+    chosen_context: Context | None = None
+    rejected_context: Context | None = None
 
 
 class PreferenceDataset(Dataset):
@@ -35,9 +42,12 @@ class PreferenceDataset(Dataset):
     Attributes:
         num_rows: rows before skipping.
         skipped: the rows left out because they cannot be trained on, those that the reader skipped among them.
-        num_dropped: how many these are.
+        num_too_long: rows left out by `truncation="drop"`.
         num_identical: rows kept although chosen and rejected have the same token ids, and so carry no preference.
         num_truncated: rows kept that lost tokens to `max_length`.
+        num_cut_prompts, num_cut_completions: those whose prompt, and those of which at least one completion, lost some.
+        num_spelling_control: rows kept whose text spells control tokens, which are encoded as text.
+        num_with_context: rows kept with turns within a completion that are not scored.
     """
 
     def __init__(
@@ -47,7 +57,11 @@ class PreferenceDataset(Dataset):
         max_length: int,
         *,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         as_chat: bool = False,
+        parse_special_tokens: bool = False,
+        truncation: str = "completion",
+        min_completion_tokens: int | None = None,
         skipped: Sequence[SkippedRow] = (),
         on_bad_rows: str = "skip",
     ) -> None:
@@ -61,46 +75,85 @@ class PreferenceDataset(Dataset):
             ValueError: if a row cannot be rendered (naming it), or if no row is left.
         """
         check_on_bad_rows(on_bad_rows)
+        self.max_length = max_length
         self.num_rows = len(rows) + len(skipped)
         self.skipped = list(skipped)
-        self.num_identical = self.num_truncated = 0
+        self.num_too_long = self.num_identical = self.num_spelling_control = self.num_with_context = 0
+        self.num_truncated = self.num_cut_prompts = self.num_cut_completions = 0
         self._examples: list[Example] = []
+        self._headers: Counter[str] = Counter()
+        self._first_spelled = ""
+        renderer = Renderer(
+            tokenizer,
+            chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            parse_special_tokens=parse_special_tokens,
+        )
         for start in range(0, len(rows), _CHUNK):
             chunk, rendered = [], []
             for row in rows[start : start + _CHUNK]:
                 try:
-                    rendered.append(_render(row, tokenizer, chat_template, as_chat))
+                    rendered.append(_render(row, renderer, as_chat))
                     chunk.append(row)
                 except UnusableRowError as error:
                     self._skip(row, error, on_bad_rows)
-            for row, pair in zip(chunk, tokenize_rendered(rendered, tokenizer), strict=True):
+            for row, pair, whole in zip(chunk, rendered, tokenize_rendered(rendered, tokenizer), strict=True):
                 try:
-                    self._add(row, pair, truncate_pair(pair, max_length, tokenizer.bos_token_id))
+                    cut = truncate_pair(
+                        whole,
+                        max_length,
+                        tokenizer.bos_token_id,
+                        truncation=truncation,
+                        min_completion_tokens=min_completion_tokens,
+                    )
+                    self._add(row, pair, whole, cut)
+                except TooLongError:
+                    self.num_too_long += 1
                 except UnusableRowError as error:
                     self._skip(row, error, on_bad_rows)
         if not self._examples:
             raise ValueError(
-                f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows. "
-                + describe_skipped("Skipped", self.skipped)
+                f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows."
+                + (f" {describe_skipped('Skipped', self.skipped)}" if self.skipped else "")
+                + (f" {self.num_too_long} are longer than max_length={max_length}." if self.num_too_long else "")
             )
+        header, self.num_with_header = next(iter(self._headers.most_common(1)), ("", 0))
+        self._header = (header, tokenizer.tokenize(header)) if header else None
+        plain = not any(pair.is_chat for pair in rendered) if rendered else False
+        self._lacks_turns = plain and renderer.has_template and not parse_special_tokens
 
     @property
     def num_dropped(self) -> int:
-        return len(self.skipped)
+        """Rows left out: those skipped and those too long."""
+        return len(self.skipped) + self.num_too_long
 
     def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: str) -> None:
+        reason = str(error).removeprefix(f"{row.where}: ")
         if on_bad_rows == "raise":
-            raise error
-        self.skipped.append(SkippedRow(row.index, row.where, str(error).removeprefix(f"{row.where}: ")))
+            raise UnusableRowError(f"{row.where}: {reason}") from error
+        self.skipped.append(SkippedRow(row.index, row.where, reason))
 
-    def _add(self, row: SourceRow, whole: TokenizedPair, pair: TokenizedPair) -> None:
+    def _add(self, row: SourceRow, rendered: RenderedPair, whole: TokenizedPair, pair: TokenizedPair) -> None:
         for name in ("chosen", "rejected"):
             if not getattr(pair, f"{name}_ids"):
-                raise UnusableRowError(f"{row.where}: Expected `{name}` to have tokens, but got none.")
+                raise UnusableRowError(f"Expected `{name}` to have tokens, but got none.")
         self.num_identical += pair.chosen_ids == pair.rejected_ids
         self.num_truncated += pair != whole
+        self.num_cut_prompts += pair.prompt_ids != whole.prompt_ids
+        self.num_cut_completions += pair[1:] != whole[1:]
+        contexts = pair[3:]
+        self.num_with_context += any(context is not None for context in contexts)
+        if rendered.spelled:
+            self.num_spelling_control += 1
+            self._first_spelled = self._first_spelled or f"{rendered.spelled!r} in {row.where}"
+        if rendered.header:
+            self._headers[rendered.header] += 1
         # Arrays take 4 bytes a token where lists of int take up to 36, and move to worker processes as they are.
-        self._examples.append(Example(*(np.array(ids, dtype=np.int32) for ids in pair), index=row.index, weight=1.0))
+        ids = (np.array(ids, dtype=np.int32) for ids in pair[:3])
+        contexts = (
+            None if c is None else Context(*(np.array(values, dtype=np.int32) for values in c)) for c in contexts
+        )
+        self._examples.append(Example(*ids, row.index, 1.0, *contexts))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -116,21 +169,70 @@ class PreferenceDataset(Dataset):
     @property
     def num_tokens(self) -> np.ndarray:
         """The tokens of each pair, (pairs,) int64: its prompt twice and both completions."""
-        counts = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, *_ in self]
+        counts = [
+            2 * len(e.prompt_ids)
+            + sum(map(len, (e.chosen_ids, e.rejected_ids)))
+            + sum(len(context.ids) for context in (e.chosen_context, e.rejected_context) if context is not None)
+            for e in self
+        ]
         return np.array(counts, dtype=np.int64)
 
     def summary(self) -> str:
         """The counts in one line."""
+        too_long = f"{self.num_too_long} dropped as too long, " if self.num_too_long else ""
         return (
-            f"{len(self)} pairs of {self.num_rows} rows: {self.num_dropped} skipped, "
+            f"{len(self)} pairs of {self.num_rows} rows: {len(self.skipped)} skipped, {too_long}"
             f"{self.num_identical} with identical chosen and rejected, {self.num_truncated} truncated"
         )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.summary()} to max_length={self.max_length})"
 
-def _render(row: SourceRow, tokenizer: Any, chat_template: str | None, as_chat: bool) -> RenderedPair:
+    def warnings(self, name: str = "pairs") -> dict[str, str]:
+        """What a user should know of the pairs, by kind: sentences that name cause, effect and remedy."""
+        texts = {}
+        if self.skipped:
+            texts["skipped"] = describe_skipped(name, self.skipped, self.num_rows)
+        if self.num_truncated + self.num_too_long > _MANY * (len(self) + self.num_too_long):
+            texts["length"] = f"{name}: {self._describe_length()}"
+        if self._lacks_turns:
+            texts["turns"] = (
+                f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was tuned on "
+                "chats then sees text without turns. Pass `as_chat=True` to wrap prompts and answers as messages."
+            )
+        if self._header:
+            header, tokens = self._header
+            texts["header"] = (
+                f"{name}: The chat template starts the answers of {self.num_with_header} pairs with {header!r}, "
+                f"which its generation prompt does not include. Its tokens {tokens} are scored as a part of the "
+                'completions. To leave them out, pass `chat_template_kwargs`, such as {"enable_thinking": False}, or a '
+                "`chat_template` whose generation prompt ends where the answers start."
+            )
+        if self.num_spelling_control:
+            texts["control"] = (
+                f"{name}: The text of {self.num_spelling_control} of {len(self)} pairs spells control tokens of the "
+                f"tokenizer ({self._first_spelled} the first). They are encoded as text. If a chat template made the "
+                "text, pass `parse_special_tokens=True`, or the messages instead of the text."
+            )
+        return texts
+
+    def _describe_length(self) -> str:
+        if self.num_too_long:
+            return (
+                f"{self.num_too_long} of {len(self) + self.num_too_long} pairs are longer than "
+                f'max_length={self.max_length} and are left out (`truncation="drop"`). Raise `max_length` to keep more.'
+            )
+        return (
+            f"{self.num_truncated} of {len(self)} pairs are longer than max_length={self.max_length}: "
+            f"{self.num_cut_prompts} lost the start of their prompt, {self.num_cut_completions} the end of a "
+            "completion. Raise `max_length`, or choose with `truncation` and `min_completion_tokens` what is cut."
+        )
+
+
+def _render(row: SourceRow, renderer: Renderer, as_chat: bool) -> RenderedPair:
     try:
-        return render_pair(prepare_pair(row.pair, as_chat), tokenizer, chat_template)
-    except UnusableRowError as error:
-        raise UnusableRowError(f"{row.where}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from error
+        return renderer(prepare_pair(row.pair, as_chat))
+    except UnusableRowError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{row.where}: {error}") from error

@@ -1,51 +1,277 @@
-"""The text of a pair before tokenising: plain text as it is, chat through the tokenizer's template."""
+"""The text of a pair before tokenising: plain text as it is, chat through the tokenizer's template.
+
+What a completion is:
+
+- Of a chat pair: what the template adds to the prompt when the completion's messages follow it. The prompt is rendered
+  with the generation prompt (the header of the assistant's turn) or, where a completion is not rendered to start with
+  that, without.
+- The assistant's turns are scored. What stands between them (messages of users and tools, headers) is only read.
+- A template's own end of turn ends the completion: the whitespace after it is dropped and nothing is added. EOS is
+  added later only where a template has none, and for plain text.
+- Control tokens that the text of a row spells are marked, see `lit_did.data.special_tokens`. Two exceptions, because
+  they change nothing: BOS that begins plain text where the tokenizer adds it, and EOS that ends it, are dropped.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lit_did.data.pairs import Message, PreferencePair
+from lit_did.data.pairs import Message, PreferencePair, UnusableRowError
+from lit_did.data.special_tokens import control_tokens, unmark
+
+_TAKEN = frozenset(
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    ]
+)
+"""arguments of `apply_chat_template` that are no variables of a template"""
+
+
+class RenderedCompletion(NamedTuple):
+    """`pieces` of text in turn scored and not scored, the first scored; `ended` if EOS is not to be added."""
+
+    pieces: tuple[str, ...]
+    ended: bool
 
 
 class RenderedPair(NamedTuple):
-    """Prompt and completions as text, such that prompt + completion is the whole; `is_chat` if a template made it."""
+    """Prompt and completions as text, such that prompt + pieces is the whole."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: RenderedCompletion
+    rejected: RenderedCompletion
     is_chat: bool
+    """whether a template made it"""
+    spelled: str = ""
+    """a control token that the row spells, if one is; all are then marked as text"""
+    header: str = ""
+    """what the template puts before the answer, and so counts as a part of the completion"""
 
 
-def render_pair(pair: PreferencePair, tokenizer: Any, chat_template: str | None = None) -> RenderedPair:
-    """Turns a pair into text.
-
-    A completion of a chat pair is what the template adds to the prompt when the completion's messages follow it. The
-    prompt is rendered with the generation prompt (the header of the assistant's turn) or, where a completion is not
-    rendered to start with that, without.
+class Renderer:
+    """Turns pairs into text for one tokenizer.
 
     Args:
-        pair: the pair.
         tokenizer: a transformers tokenizer.
         chat_template: a Jinja template to use instead of the tokenizer's.
-
-    Raises:
-        ValueError: for a chat pair, if there is no template, if the template refuses the messages, or if it renders
-            the prompt differently once a completion follows; for an empty prompt, see `first_token`.
+        chat_template_kwargs: variables for the template, such as {"enable_thinking": False}. A row's own go before.
+        parse_special_tokens: whether control tokens that the text of a row spells are control tokens.
     """
-    if not pair.is_chat:
-        if not pair.prompt:
-            first_token(tokenizer)  # raises where nothing can stand for the empty prompt
-        return RenderedPair(pair.prompt, pair.chosen, pair.rejected, is_chat=False)
-    whole = [_apply(tokenizer, pair.prompt + side, chat_template, False) for side in (pair.chosen, pair.rejected)]
-    for add_generation_prompt in (True, False):
-        prompt = _apply(tokenizer, pair.prompt, chat_template, add_generation_prompt)
-        if all(text.startswith(prompt) for text in whole):
-            chosen, rejected = (text[len(prompt) :] for text in whole)
-            return RenderedPair(prompt, chosen, rejected, is_chat=True)
-    raise ValueError(
-        "Expected a chat template that leaves the prompt as it is when a completion follows, "
-        f"but the prompt {prompt!r} became {whole[0][: len(prompt)]!r}. Pass another to `chat_template`."
-    )
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special_tokens: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        check_template_kwargs(chat_template_kwargs)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.parse_special_tokens = parse_special_tokens
+        self.adds_bos = adds_bos(tokenizer)
+        self.has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
+        turns = ""
+        if self.has_template:
+            # A template that wants other messages raises; special tokens then have to do.
+            with suppress(UnusableRowError):
+                turns = self._apply([_say("user", "a"), _say("assistant", "b"), _say("user", "c")], False, {})
+        self.control = control_tokens(tokenizer, turns)
+        self._closing = self._find_closing() if self.has_template else ""
+
+    def __call__(self, pair: PreferencePair) -> RenderedPair:
+        """The text of `pair`.
+
+        Raises:
+            UnusableRowError: for a chat pair, if the template refuses or fails on the messages, or if it renders
+                earlier messages differently once others follow.
+            ValueError: for a chat pair, if there is no template or it is no Jinja template; for an empty prompt, see
+                `first_token`.
+        """
+        fields = pair._asdict()
+        texts = [fields[name] for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")]
+        if not pair.is_chat:
+            texts[:3] = self._bare(*texts[:3])
+        spelled = "" if self.parse_special_tokens else self.control.first(texts)
+        prompt, chosen, rejected, tools, kwargs = self.control.mark(texts) if spelled else texts
+        if pair.is_chat:
+            check_template_kwargs(kwargs)
+            options = {**self.chat_template_kwargs, **(kwargs or {})}
+            if tools:
+                options["tools"] = tools
+            return self._chat(prompt, chosen, rejected, options)._replace(spelled=spelled)
+        if not prompt:
+            first_token(self.tokenizer)  # raises where nothing can stand for the empty prompt
+        chosen, rejected = (RenderedCompletion((text,), ended=False) for text in (chosen, rejected))
+        return RenderedPair(prompt, chosen, rejected, is_chat=False, spelled=spelled)
+
+    def _bare(self, prompt: str, chosen: str, rejected: str) -> list[str]:
+        """Plain text without BOS where the tokenizer adds it, and completions without the EOS that they end in."""
+        texts = [prompt, *(_without_eos(text, self.tokenizer.eos_token) for text in (chosen, rejected))]
+        return [text.removeprefix(self.tokenizer.bos_token) for text in texts] if self.adds_bos else texts
+
+    def _chat(
+        self, prompt: list[Message], chosen: list[Message], rejected: list[Message], options: Mapping[str, Any]
+    ) -> RenderedPair:
+        sides = (chosen, rejected)
+        whole = [self._apply(prompt + side, False, options) for side in sides]
+        answers = all(side[0]["role"] == "assistant" for side in sides)
+        opening = self._apply(prompt, True, options) if answers else None
+        start = opening
+        if start is None or not all(text.startswith(start) for text in whole):
+            start = self._apply(prompt, False, options)
+        if not all(text.startswith(start) for text in whole):
+            raise UnusableRowError(
+                "Expected a chat template that leaves the prompt as it is when a completion follows, but the prompt "
+                f"{unmark(start)!r} became {unmark(whole[0][: len(start)])!r}. Pass another to `chat_template`."
+            )
+        header = ""
+        if answers:
+            unused = opening[len(start) :] if start is not opening else None
+            header = _header([text[len(start) :] for text in whole], [side[0] for side in sides], unused)
+        chosen, rejected = (
+            self._completion(prompt, side, text, len(start), answers, options)
+            for side, text in zip(sides, whole, strict=True)
+        )
+        return RenderedPair(start, chosen, rejected, is_chat=True, header=header)
+
+    def _completion(
+        self,
+        prompt: list[Message],
+        side: list[Message],
+        whole: str,
+        position: int,
+        answers: bool,
+        options: Mapping[str, Any],
+    ) -> RenderedCompletion:
+        """What follows `position` in `whole`, in pieces scored and not scored."""
+        pieces: list[str] = []
+        ended = True
+        for number, message in enumerate(side):
+            if message["role"] != "assistant":
+                continue
+            start = position if answers and number == 0 else self._start(prompt + side[:number], whole, options)
+            stop = len(whole)
+            if number < len(side) - 1:
+                stop = self._stop(prompt + side[: number + 1], whole, start, options)
+            text, ended = self._ending(whole[start:stop])
+            if pieces or start > position:
+                pieces = [*(pieces or [""]), whole[position:start]]
+            pieces.append(text)
+            position = start + len(text)
+        return RenderedCompletion(tuple(pieces or [""]), ended)
+
+    def _start(self, messages: list[Message], whole: str, options: Mapping[str, Any]) -> int:
+        """Where in `whole` the assistant's answer to `messages` starts."""
+        for add_generation_prompt in (True, False):
+            text = self._apply(messages, add_generation_prompt, options)
+            if whole.startswith(text):
+                return len(text)
+        raise _rewritten(text, whole)
+
+    def _stop(self, messages: list[Message], whole: str, start: int, options: Mapping[str, Any]) -> int:
+        """Where in `whole` the last of `messages`, an answer that starts at `start`, stops."""
+        text = ending = self._apply(messages, False, options)
+        eos = self.tokenizer.eos_token
+        while eos and not whole.startswith(ending) and ending.rstrip().endswith(eos):  # some close each conversation
+            ending = ending.rstrip().removesuffix(eos)
+        if whole.startswith(ending):
+            return len(ending)
+        # Some leave thoughts out of all turns but the last: look for the answer.
+        content = _content(messages[-1]).strip()
+        place = whole.find(content, start)
+        if not content or place < 0:
+            raise _rewritten(text, whole)
+        stop = place + len(content)
+        blank = len(whole) - stop - len(whole[stop:].lstrip())
+        token = self.control.start(whole[stop + blank :])
+        return stop + blank + len(token) if token else stop
+
+    def _ending(self, text: str) -> tuple[str, bool]:
+        """An answer up to the template's own end of turn; and whether it has one."""
+        tail, eos = text.rstrip(), self.tokenizer.eos_token
+        token = self.control.end(tail)
+        if token == eos and eos:
+            tail = _without_eos(tail, eos) + eos  # once
+        if token:
+            return ("", True) if not tail.removesuffix(token).strip() else (tail, True)
+        if self._closing and tail.endswith(self._closing):
+            return tail, True
+        return text, False
+
+    def _find_closing(self) -> str:
+        """What the template puts after an answer, without the whitespace around it."""
+        answer = "An answer."
+        try:
+            text = self._apply([_say("user", "A question."), _say("assistant", answer)], False, {})
+        except UnusableRowError:  # the template wants other messages
+            return ""
+        return text.rpartition(answer)[2].strip()
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool, options: Mapping[str, Any]) -> str:
+        tokenizer = self.tokenizer
+        if not self.has_template:
+            raise ValueError(
+                f"Expected a tokenizer with a chat template for chat messages, but {type(tokenizer).__name__} "
+                f"{getattr(tokenizer, 'name_or_path', '')!r} has none. Pass one to `chat_template`, or use the "
+                "tokenizer of an instruction-tuned model."
+            )
+        from jinja2 import TemplateError, TemplateSyntaxError  # transformers needs jinja2 only for templates
+
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        except ImportError:
+            raise
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"Expected the chat template to be valid Jinja, but got an error in its line {error.lineno}: {error}."
+            ) from error
+        except Exception as error:  # a template is a program: anything can go wrong in it
+            roles = ", ".join(str(message["role"]) for message in messages)
+            reason = str(error) if type(error) is TemplateError else f"{type(error).__name__}: {error}"
+            raise UnusableRowError(
+                f"Expected messages that the chat template takes, but it raised for the roles {roles}: {reason}"
+            ) from error
+
+
+def render_pair(pair: PreferencePair, tokenizer: Any, chat_template: str | None = None, **options: Any) -> RenderedPair:
+    """Turns one pair into text; arguments and errors are those of `Renderer`."""
+    return Renderer(tokenizer, chat_template, **options)(pair)
+
+
+def check_template_kwargs(kwargs: Any) -> None:
+    """Raises TypeError or ValueError unless `kwargs` can be variables of a chat template."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"Expected `chat_template_kwargs` to be a dict or None, but got {kwargs!r}.")
+    taken = sorted(_TAKEN.intersection(kwargs or ()))
+    if taken:
+        raise ValueError(
+            f"Expected `chat_template_kwargs` to be variables of the chat template, but got `{taken[0]}`, which "
+            "lit_did sets itself."
+        )
 
 
 def first_token(tokenizer: Any) -> int:
@@ -60,21 +286,56 @@ def first_token(tokenizer: Any) -> int:
     raise ValueError("Expected a prompt, or a tokenizer with a BOS or EOS token to stand for it, but got neither.")
 
 
-def _apply(tokenizer: Any, messages: list[Message], chat_template: str | None, add_generation_prompt: bool) -> str:
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"Expected a tokenizer with a chat template for chat messages, but {type(tokenizer).__name__} "
-            f"{getattr(tokenizer, 'name_or_path', '')!r} has none. Pass one to `chat_template`, or use the tokenizer "
-            "of an instruction-tuned model."
-        )
-    from jinja2 import TemplateError  # transformers needs jinja2 for templates, and only for them
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself (not only: whether it has a BOS token)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
 
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"Expected messages that the chat template takes, but it raised for the roles {roles}: {error}"
-        ) from error
+
+def _header(texts: list[str], answers: list[Message], opening: str | None) -> str:
+    """What the template puts before the answers, if it is more than whitespace.
+
+    Args:
+        texts: the completions.
+        answers: their first messages.
+        opening: the generation prompt, if the completions do not start with it.
+    """
+    if any(answer.keys() - {"role", "content"} for answer in answers):
+        return ""  # thoughts and calls of tools, which the row itself holds
+    stripped = [_content(answer).strip() for answer in answers]
+    for contents in ([_content(answer) for answer in answers], stripped):  # some templates strip answers
+        shared = [_common_start(texts), _common_start(contents)]
+        header = texts[0][: max(0, len(shared[0]) - len(shared[1]))]
+        if all(text[len(header) :].lstrip().startswith(content) for text, content in zip(texts, stripped, strict=True)):
+            return header if header.strip() else ""
+    return "" if opening is None else _common_start([opening, texts[0]]) or _common_start(texts)
+
+
+def _common_start(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first[: next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _say(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _without_eos(text: str, eos: str | None) -> str:
+    """`text` without the EOS tokens that it ends in, and the whitespace around them."""
+    while eos and text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text
+
+
+def _rewritten(text: str, whole: str) -> UnusableRowError:
+    shared = len(_common_start([text, whole]))
+    return UnusableRowError(
+        "Expected a chat template that leaves earlier messages as they are when others follow, which a completion of "
+        f"several messages needs, but {unmark(text[shared : shared + 80])!r} became "
+        f"{unmark(whole[shared : shared + 80])!r}. Pass another to `chat_template`."
+    )

@@ -1,14 +1,16 @@
-"""The tokens of a pair: one shared prompt, two completions, each ended by EOS, within a budget.
+"""The tokens of a pair: one shared prompt, two completions, each with its end, within a budget.
 
 Where a rule has a reason:
 
 - Completion tokens are those that follow the prompt's in the joint tokenisation of prompt + completion: that is how
-  the whole text reads, and tokenising a completion alone would add SentencePiece's space before its first word. But
-  where joint tokenisation merges across the boundary ("foo" + "bar" read as "fo" + "obar"), the prompt would no longer
-  be the same for chosen and rejected, nor what a model sees when it generates; there the completion is tokenised alone.
+  the whole text reads. But where joint tokenisation merges across the boundary ("foo" + "bar" read as "fo" + "obar"),
+  the prompt would no longer be the same for chosen and rejected, nor what a model sees when it generates; there the
+  completion is tokenised by itself, as the continuation of a text: without the space that SentencePiece puts before
+  the first word of a text. Prompt and completion together always decode to the whole text.
+- Control tokens that a row spells are tokenised as text, see `lit_did.data.special_tokens`.
 - BOS comes first once: from the template for chat, else from us where the tokenizer adds it by itself.
 - An empty prompt becomes BOS (else EOS), because the first completion token needs a position that predicts it.
-- EOS comes last once. Templates may add whitespace after it (ChatML's newline), which no model has to learn: dropped.
+- EOS comes last once, where the template does not end the answer itself, see `lit_did.data.rendering`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lit_did.data.pairs import PreferencePair, parse_pair, prepare_pair
-from lit_did.data.rendering import RenderedPair, first_token, render_pair
+import numpy as np
+
+from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair, prepare_pair
+from lit_did.data.rendering import RenderedCompletion, RenderedPair, Renderer, adds_bos, first_token
+from lit_did.data.special_tokens import split_marked
+
+TRUNCATION = ("completion", "prompt", "drop")
+_BEFORE = ("\n", "-", "a")  # texts to continue, to see how a completion reads in the middle of a text
+
+
+class Context(NamedTuple):
+    """Tokens between a completion's: `ids[i]` stands before completion token `places[i]`; read, but not scored."""
+
+    ids: list[int]
+    places: list[int]
+
+
+class TooLongError(UnusableRowError):
+    """A pair longer than `max_length` where `truncation="drop"`."""
 
 
 class TokenizedPair(NamedTuple):
-    """Token ids; `prompt_ids` belongs to both completions. An empty completion stays empty, without EOS."""
+    """Token ids; `prompt_ids` belongs to both completions. An empty completion stays empty, without EOS.
+
+    `chosen_ids` and `rejected_ids` are the completion tokens, those that are scored. A completion of several turns
+    has a `Context`, the tokens between them.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_context: Context | None = None
+    rejected_context: Context | None = None
 
 
 def tokenize_pair(
@@ -34,104 +59,278 @@ def tokenize_pair(
     max_length: int,
     *,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     as_chat: bool = False,
+    parse_special_tokens: bool = False,
+    truncation: str = "completion",
+    min_completion_tokens: int | None = None,
 ) -> TokenizedPair:
-    """Tokenises one pair; the rules are at the top of this file and in `truncate_pair`.
+    """Tokenises one pair; the rules are at the top of this file, in `lit_did.data.rendering` and in `truncate_pair`.
 
     Args:
         row: a raw row in any of the formats of `parse_pair`, or its result.
         tokenizer: a transformers tokenizer.
         max_length: the most tokens that prompt and completion may have together, at least 2.
         chat_template: a Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: variables for the template; the row's own go before.
         as_chat: wrap plain text as messages of user and assistant, see `to_chat`.
+        parse_special_tokens: read control tokens that the row's text spells as control tokens, not as text.
+        truncation, min_completion_tokens: what loses tokens where `max_length` is exceeded, see `truncate_pair`.
 
     Raises:
-        ValueError: if the row is malformed, cannot be rendered, or `max_length` is below 2.
+        UnusableRowError: if the row is whole but cannot be trained on: messages that the template refuses, or with
+            `truncation="drop"` a pair that is too long.
+        ValueError: if the row is malformed, cannot be rendered, or an argument is out of range.
     """
+    check_truncation(max_length, truncation, min_completion_tokens)
     pair = row if isinstance(row, PreferencePair) else parse_pair(row)
-    rendered = render_pair(prepare_pair(pair, as_chat), tokenizer, chat_template)
-    return truncate_pair(tokenize_rendered([rendered], tokenizer)[0], max_length, tokenizer.bos_token_id)
+    renderer = Renderer(
+        tokenizer,
+        chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+    )
+    (tokenized,) = tokenize_rendered([renderer(prepare_pair(pair, as_chat))], tokenizer)
+    return truncate_pair(
+        tokenized,
+        max_length,
+        tokenizer.bos_token_id,
+        truncation=truncation,
+        min_completion_tokens=min_completion_tokens,
+    )
 
 
 def tokenize_rendered(pairs: Sequence[RenderedPair], tokenizer: Any) -> list[TokenizedPair]:
-    """Tokenises many pairs without truncating them, in three calls, which fast tokenizers spread over threads."""
-    adds_bos = _adds_bos(tokenizer)
-    prompts = _encode(tokenizer, [pair.prompt for pair in pairs])
+    """Tokenises many pairs without truncating them, in three calls, which fast tokenizers spread over threads.
+
+    A completion of which nothing is to be scored has no tokens.
+    """
+    encoder = _Encoder(tokenizer)
+    marked = [bool(pair.spelled) for pair in pairs]
+    prompts = encoder([pair.prompt for pair in pairs], marked)
     sides = []
-    for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-        joint = _encode(tokenizer, [pair.prompt + text for pair, text in zip(pairs, texts, strict=True)])
-        sides.append(_completions(tokenizer, prompts, joint, texts))
+    for completions in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+        texts = [pair.prompt + side.pieces[0] for pair, side in zip(pairs, completions, strict=True)]
+        joint = encoder(texts, marked)
+        sides.append([_completion(*row, encoder) for row in zip(pairs, completions, prompts, joint, strict=True)])
     tokenized = []
-    for pair, prompt, chosen, rejected in zip(pairs, prompts, *sides, strict=True):
-        if adds_bos and not pair.is_chat:
+    for pair, prompt, (chosen, chosen_context), (rejected, rejected_context) in zip(
+        pairs, prompts, *sides, strict=True
+    ):
+        if encoder.adds_bos and not pair.is_chat:
             bos = tokenizer.bos_token_id
-            prompt = prompt if prompt[:1] == [bos] else [bos, *prompt]  # the text may spell BOS out
-            chosen, rejected = (ids[1:] if ids[:1] == [bos] else ids for ids in (chosen, rejected))
+            prompt = prompt if prompt[:1] == [bos] else [bos, *prompt]  # a parsed text may spell BOS out
         prompt = prompt or [first_token(tokenizer)]
-        tokenized.append(TokenizedPair(prompt, _end(chosen, tokenizer), _end(rejected, tokenizer)))
+        tokenized.append(TokenizedPair(prompt, chosen, rejected, chosen_context, rejected_context))
     return tokenized
 
 
-def truncate_pair(pair: TokenizedPair, max_length: int, bos_token_id: int | None = None) -> TokenizedPair:
+def truncate_pair(
+    pair: TokenizedPair,
+    max_length: int,
+    bos_token_id: int | None = None,
+    *,
+    truncation: str = "completion",
+    min_completion_tokens: int | None = None,
+) -> TokenizedPair:
     """Cuts a pair to at most `max_length` tokens, prompt and completion together.
 
-    First the prompt loses tokens from its left, the same for both completions, down to one; a BOS that was first stays
-    (but not a turn marker that only goes by that name: ChatML's <|im_start|>, known by its coming again in the prompt).
-    If that is not enough, the completions that are still too long lose tokens, and so their EOS, from the right.
+    Completions lose tokens, and so their end, from the right, each by itself. Prompts lose tokens from the left, the
+    same for both completions; a BOS that was first stays (but not a turn marker that only goes by that name: ChatML's
+    <|im_start|>, known by its coming again in the prompt). Neither ever loses its last token.
+
+    Args:
+        pair: what `tokenize_rendered` returns.
+        max_length: at least 2.
+        bos_token_id: the tokenizer's.
+        truncation: "completion" cuts the completions that are too long. It cuts the prompt only where it leaves less
+            than `min_completion_tokens` of a completion that has them. "prompt" cuts the prompt before it cuts a
+            completion. "drop" refuses a pair that is too long.
+        min_completion_tokens: by default a quarter of `max_length`, at least 1.
 
     Raises:
-        ValueError: if `max_length` is below 2, the least for a prompt token and a completion token.
+        TooLongError: with "drop", if the pair is too long.
+        UnusableRowError: if other turns before the first completion token fill
+            `max_length`.
+        ValueError: if an argument is out of range.
     """
-    if max_length < 2:
-        raise ValueError(f"Expected `max_length` to be an integer of at least 2, but got {max_length}.")
-    prompt, chosen, rejected = pair
-    room = max(1, max_length - max(len(chosen), len(rejected)))
+    check_truncation(max_length, truncation, min_completion_tokens)
+    prompt = pair.prompt_ids
+    sides = ((pair.chosen_ids, pair.chosen_context), (pair.rejected_ids, pair.rejected_context))
+    longest = max(_reach(ids, context, len(ids)) for ids, context in sides)
+    if len(prompt) + longest <= max_length:
+        return pair
+    if truncation == "drop":
+        raise TooLongError(
+            f'Expected at most {max_length} tokens (`max_length`) with `truncation="drop"`, but got a prompt of '
+            f"{len(prompt)} and a completion of {longest}."
+        )
+    needed = longest
+    if truncation == "completion":
+        least = min_completion_tokens or max(1, max_length // 4)
+        needed = max(_reach(ids, context, min(least, len(ids))) for ids, context in sides)
+    room = max(1, max_length - needed)
     if len(prompt) > room:
         head = prompt[:1] if prompt[0] == bos_token_id and bos_token_id not in prompt[1:] else []
         prompt = head + prompt[len(prompt) - (room - len(head)) :]
-    room = max_length - len(prompt)
-    return TokenizedPair(prompt, chosen[:room], rejected[:room])
+    (chosen, chosen_context), (rejected, rejected_context) = (
+        _cut(ids, context, max_length - len(prompt)) for ids, context in sides
+    )
+    if (pair.chosen_ids and not chosen) or (pair.rejected_ids and not rejected):
+        raise UnusableRowError(
+            f"Expected a completion token within `max_length={max_length}`, but other turns come first. Raise "
+            "`max_length`."
+        )
+    return TokenizedPair(prompt, chosen, rejected, chosen_context, rejected_context)
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,  # a tokenizer.json may switch it on
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no remark on texts longer than the model's context: they are cut later
-    )["input_ids"]
+def check_truncation(max_length: int, truncation: str, min_completion_tokens: int | None) -> None:
+    """Raises ValueError unless the arguments are what `truncate_pair` documents."""
+    if max_length < 2:
+        raise ValueError(f"Expected `max_length` to be an integer of at least 2, but got {max_length}.")
+    if truncation not in TRUNCATION:
+        names = ", ".join(f'"{name}"' for name in TRUNCATION)
+        raise ValueError(f"Expected `truncation` to be one of {names}, but got {truncation!r}.")
+    least = min_completion_tokens
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or not 1 <= least < max_length):
+        raise ValueError(
+            "Expected `min_completion_tokens` to be an integer from 1 to below `max_length`, "
+            f"{max_length}, or None, but got {least!r}."
+        )
 
 
-def _completions(tokenizer: Any, prompts: list[list[int]], joint: list[list[int]], texts: list[str]) -> list[list[int]]:
-    """What follows the prompt's ids in the joint ids, or the completion alone where those differ or nothing follows."""
-    completions = [ids[len(prompt) :] for prompt, ids in zip(prompts, joint, strict=True)]
-    # Nothing follows an empty text, but also one that merged into the prompt's last unknown token.
-    alone = [row for row, prompt in enumerate(prompts) if joint[row][: len(prompt)] != prompt or not completions[row]]
-    for row, ids in zip(alone, _encode(tokenizer, [texts[row] for row in alone]), strict=True):
-        completions[row] = ids
-    return completions
+class _Encoder:
+    """Encodes text with a tokenizer, without adding special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.adds_bos = adds_bos(tokenizer)
+        alone = self._encode(["a"])[0]
+        continued = self._continuation("a")
+        self._adds_prefix = continued is not None and continued != alone
+
+    def __call__(self, texts: Sequence[str], marked: Sequence[bool]) -> list[list[int]]:
+        """The ids of each text; those that are `marked` hold control tokens to encode as text."""
+        if not any(marked):
+            return self._encode(texts)
+        plain = iter(self._encode([text for text, is_marked in zip(texts, marked, strict=True) if not is_marked]))
+        return [
+            self._encode_marked(text) if is_marked else next(plain)
+            for text, is_marked in zip(texts, marked, strict=True)
+        ]
+
+    def continuation(self, text: str, marked: bool) -> list[int]:
+        """The ids of `text` where other text comes before it."""
+        if marked:
+            return self._encode_marked(text, continues=True)
+        continued = self._continuation(text) if self._adds_prefix else None
+        return self._encode([text])[0] if continued is None else continued
+
+    def _continuation(self, text: str, **options: Any) -> list[int] | None:
+        for before in _BEFORE:
+            head, joint = (self._encode([part], **options)[0] for part in (before, before + text))
+            if head and joint[: len(head)] == head and len(joint) > len(head):
+                return joint[len(head) :]
+        return None
+
+    def _encode_marked(self, text: str, continues: bool = False) -> list[int]:
+        """A text whose marked control tokens are text, and the others control tokens."""
+        ids: list[int] = []
+        for number, part in enumerate(split_marked(text)):
+            if part:
+                encode = self._spell if number % 2 else self._part
+                ids += encode(part, bool(ids) or continues)
+        return ids
+
+    def _part(self, text: str, continues: bool) -> list[int]:
+        return self.continuation(text, marked=False) if continues else self._encode([text])[0]
+
+    def _spell(self, token: str, continues: bool) -> list[int]:
+        """The ids of a control token's text, without the control token's own."""
+        ids = self._as_text(token, continues)
+        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # not every tokenizer can switch that off
+            ids = self._as_text(token[:1], continues) + self._as_text(token[1:], True)
+        return ids
+
+    def _as_text(self, text: str, continues: bool) -> list[int]:
+        continued = None
+        if continues and self._adds_prefix:
+            continued = self._continuation(text, split_special_tokens=True)
+        return self._encode([text], split_special_tokens=True)[0] if continued is None else continued
+
+    def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,  # a tokenizer.json may switch it on
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no remark on texts longer than the model's context: they are cut later
+            **options,
+        )["input_ids"]
 
 
-def _end(completion: list[int], tokenizer: Any) -> list[int]:
-    """Ends a completion in exactly one EOS."""
-    eos = tokenizer.eos_token_id
-    if not completion or eos is None:
-        return completion
-    end = len(completion)
-    while eos in completion[:end]:
-        last = end - 1 - completion[:end][::-1].index(eos)
-        if tokenizer.decode(completion[last + 1 : end]).strip():
-            break
-        end = last  # only whitespace follows this EOS
-    return [*completion[:end], eos]
+def _completion(
+    pair: RenderedPair, side: RenderedCompletion, prompt: list[int], joint: list[int], encoder: _Encoder
+) -> tuple[list[int], Context | None]:
+    """The completion tokens, and those between them.
+
+    Args:
+        pair, side: the pair and its completion.
+        prompt: the ids of the prompt.
+        joint: the ids of the prompt and the first piece of the completion.
+    """
+    marked = bool(pair.spelled)
+    ids = _following(prompt, joint, side.pieces[0], marked, encoder)
+    between = Context([], [])
+    if len(side.pieces) > 1:
+        text, whole = pair.prompt + side.pieces[0], prompt + ids
+        for number, piece in enumerate(side.pieces[1:], start=1):
+            text += piece
+            following = _following(whole, encoder([text], [marked])[0], piece, marked, encoder)
+            whole = whole + following
+            if number % 2 == 0:
+                ids = ids + following
+            else:
+                between.ids.extend(following)
+                between.places.extend([len(ids)] * len(following))
+    while between.places and between.places[-1] == len(ids):  # nothing to score follows
+        between.ids.pop()
+        between.places.pop()
+    eos = encoder.tokenizer.eos_token_id
+    if ids and not side.ended and eos is not None:
+        ids = [*ids, eos]
+    return ids, between if between.ids else None
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS before a text by itself (not only: whether it has a BOS token)."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+def _following(before: list[int], joint: list[int], text: str, marked: bool, encoder: _Encoder) -> list[int]:
+    """What follows the ids `before` in the joint ids; `text` by itself where those differ or nothing follows."""
+    # Nothing follows an empty text, but also one that merged into the last unknown token.
+    if joint[: len(before)] == before and (len(joint) > len(before) or not text):
+        return joint[len(before) :]
+    return encoder.continuation(text, marked)
+
+
+def _positions(ids: list[int], context: Context | None) -> np.ndarray:
+    """Where each completion token stands among all that follow the prompt."""
+    tokens = np.arange(len(ids))
+    return tokens if context is None else tokens + np.searchsorted(context.places, tokens, side="right")
+
+
+def _reach(ids: list[int], context: Context | None, count: int) -> int:
+    """How many tokens after the prompt hold the first `count` completion tokens."""
+    if context is None or not count:
+        return count
+    return int(_positions(ids, context)[count - 1]) + 1
+
+
+def _cut(ids: list[int], context: Context | None, room: int) -> tuple[list[int], Context | None]:
+    """What is left of a completion in `room` tokens."""
+    if context is None:
+        return ids[:room], None
+    ids = ids[: int(np.searchsorted(_positions(ids, context), room))]
+    count = int(np.searchsorted(context.places, len(ids)))  # those after the last completion token are not kept
+    return ids, Context(context.ids[:count], context.places[:count]) if count else None

@@ -8,6 +8,7 @@ import torch
 
 from lit_did.data.collating import IGNORE_INDEX, collate_packed, collate_pairs
 from lit_did.data.dataset import Example
+from lit_did.data.tokenizing import Context
 
 X = IGNORE_INDEX
 EOS = 9
@@ -33,6 +34,19 @@ def test_batch_by_hand_with_pad_equal_to_eos():
         **dict.fromkeys(expected, torch.int64),
         "weight": torch.float32,
     }
+
+
+def test_other_turns_have_no_labels():
+    between = Context(*(np.array(values) for values in ([70, 71, 72], [1, 1, 2])))  # 3 (70 71) 4 (72) EOS
+    first = Context(np.array([80]), np.array([0]))
+    example = Example(*(np.array(ids) for ids in ([1, 2], [3, 4, EOS], [5])), 0, 1.0, between, first)
+    padded, packed = collate_pairs([example], pad_token_id=0), collate_packed([example])
+    assert padded["input_ids"].tolist() == [[1, 2, 3, 70, 71, 4, 72, EOS], [1, 2, 80, 5, 0, 0, 0, 0]]
+    assert padded["labels"].tolist() == [[X, 3, X, X, 4, X, EOS, X], [X, X, 5, X, X, X, X, X]]
+    assert padded["attention_mask"].sum(1).tolist() == [8, 4]
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 70, 71, 4, 72, EOS, 1, 2, 80, 5]]
+    assert packed["labels"].tolist() == [[X, 3, X, X, 4, X, EOS, X, X, X, 5, X]]
+    assert packed["cu_seqlens"].tolist() == [0, 8, 12]
 
 
 def test_labels_are_the_next_token_and_each_completion_token_is_one_label():

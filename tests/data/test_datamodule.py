@@ -28,6 +28,9 @@ def _indices(dataset) -> list[int]:
         ({"batch_size": True}, "Expected `batch_size` to be an integer of at least 1, but got True."),
         ({"eval_batch_size": 0}, "Expected `eval_batch_size` to be an integer of at least 1, but got 0."),
         ({"num_workers": -1}, "Expected `num_workers` to be an integer of at least 0, but got -1."),
+        ({"min_completion_tokens": 1024}, "Expected `min_completion_tokens` to be .* 1024, or None, but got 1024."),
+        ({"truncation": "right"}, "Expected `truncation` to be one of .* but got 'right'."),
+        ({"chat_template_kwargs": {"tokenize": True}}, "Expected `chat_template_kwargs` .* but got `tokenize`"),
         ({"seed": -1}, "Expected `seed` to be an integer of at least 0, but got -1."),
         (
             {"tokens_per_batch": 4096},
@@ -58,6 +61,8 @@ def test_arguments_are_checked(no_specials, arguments, message):
         ({"val_fraction": "0.1"}, "Expected `val_fraction` to be an int or a float, but got '0.1'."),
         ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
         ({"columns": "question"}, "Expected `columns` to be a dict such as .* but got 'question'."),
+        ({"parse_special_tokens": 1}, "Expected `parse_special_tokens` to be a bool, but got 1."),
+        ({"chat_template_kwargs": "a"}, "Expected `chat_template_kwargs` to be a dict or None, but got 'a'."),
         ({"pack": 1}, "Expected `pack` to be a bool, but got 1."),
         ({"shuffle": None}, "Expected `shuffle` to be a bool, but got None."),
         ({"drop_last": 0}, "Expected `drop_last` to be a bool, but got 0."),
@@ -260,6 +265,8 @@ def test_counts_are_logged_once(no_specials):
         "train: 1 of 12 rows cannot be trained on and are skipped. 1 with the reason: Expected `chosen` to be "
         "non-empty, but got whitespace. (train, row 10) "
         'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.',
+        "train: 3 of 11 pairs are longer than max_length=3: 0 lost the start of their prompt, 3 the end of a "
+        "completion. Raise `max_length`, or choose with `truncation` and `min_completion_tokens` what is cut.",
         "train: 11 pairs of 12 rows: 1 skipped, 1 with identical chosen and rejected, 3 truncated to max_length=3.",
     ]
 
@@ -278,6 +285,46 @@ def test_skipped_rows_belong_to_the_split_they_are_in(no_specials):
     assert [row.index for row in data.train_dataset.skipped] == [0, 4]
     assert [row.index for row in data.val_dataset.skipped] == [12]
     assert (data.train_dataset.num_rows, data.val_dataset.num_rows) == (9, 4)
+
+
+def _told(data) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+    return [str(warning.message) for warning in caught]
+
+
+def test_plain_text_for_a_chat_model_is_told_once(chatml, no_bos):
+    for tokenizer, arguments, count in (
+        (chatml, {}, 1),
+        (chatml, {"val": ROWS[:2]}, 1),
+        (chatml, {"as_chat": True}, 0),
+        (chatml, {"parse_special_tokens": True}, 0),  # the text holds the turns
+        (no_bos, {}, 0),
+    ):
+        told = [text for text in _told(PreferenceDataModule(ROWS, tokenizer, **arguments)) if "`as_chat=True`" in text]
+        assert len(told) == count, arguments
+        assert all("plain text, but the tokenizer has a chat template" in text for text in told)
+
+
+def test_headers_among_completion_tokens_are_told_once(chatml):
+    template = chatml.chat_template.split("{% if add_generation_prompt")[0]  # takes no generation prompt
+    data = PreferenceDataModule(ROWS, chatml, val=ROWS[:2], as_chat=True, chat_template=template)
+    (told,) = _told(data)
+    assert r"train: The chat template starts the answers of 10 pairs with '<|im_start|>assistant\n'" in told
+    assert str(chatml.tokenize("<|im_start|>assistant\n")) in told
+    assert "`chat_template_kwargs`" in told
+    assert not _told(PreferenceDataModule(ROWS, chatml, as_chat=True))
+
+
+def test_template_kwargs_reach_the_template(chatml):
+    template = chatml.chat_template + "{% if add_generation_prompt %}{{ note }}{% endif %}"
+    template = template.replace("{{ m['content'] }}", "{{ note if m.role == 'assistant' }}{{ m['content'] }}")
+    data = PreferenceDataModule(ROWS, chatml, as_chat=True, chat_template=template, chat_template_kwargs={"note": "ab"})
+    assert not _told(data)
+    example = data.train_dataset[0]
+    assert chatml.decode(example.prompt_ids).endswith("<|im_start|>assistant\nab")
+    assert chatml.decode(example.chosen_ids) == "b<|im_end|>"
 
 
 def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):

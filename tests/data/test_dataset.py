@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 
+import numpy as np
 import pytest
 
+from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import PreferenceDataset
-from lit_did.data.pairs import PreferencePair
+from lit_did.data.pairs import PreferencePair, UnusableRowError
 from lit_did.data.reading import SourceRow, read_pairs, read_rows
 
 ROWS = [
@@ -19,6 +21,8 @@ ROWS = [
     {"prompt": "a", "chosen": "b c", "rejected": "b b c"},  # the same tokens once truncated
 ]
 
+ROLES = ["user", "assistant", "user", "assistant"]
+
 
 def _rows(rows) -> list[SourceRow]:
     """What the reader returns, but for its checks: whether a text has tokens is for the tokenizer to say."""
@@ -26,7 +30,7 @@ def _rows(rows) -> list[SourceRow]:
 
 
 def _ids(example) -> tuple:
-    return (*(ids.tolist() for ids in example[:3]), *example[3:])
+    return (*(ids.tolist() for ids in example[:3]), example.index, example.weight)
 
 
 def test_rows_and_counts(no_specials):
@@ -47,6 +51,89 @@ def test_tokens_of_a_pair_count_its_prompt_twice(no_specials):
     dataset = PreferenceDataset(_rows(ROWS), no_specials, max_length=3)
     assert dataset.num_tokens.tolist() == [4, 4, 6, 6]
     assert dataset.num_tokens.dtype == "int64"
+
+
+CHAT = [
+    {
+        "chosen": [{"role": role, "content": text} for role, text in zip(ROLES, texts, strict=False)],
+        "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "b"}],
+    }
+    for texts in (["hi", "a"], ["hi", "a", "so", "yes"])
+]
+
+
+def test_tokens_of_a_pair_count_other_turns(chatml):
+    dataset = PreferenceDataset(read_pairs(CHAT), chatml, max_length=64)
+    assert dataset.num_with_context == 1
+    one, other = dataset
+    assert other.chosen_context.ids.dtype == other.chosen_context.places.dtype == "int32"
+    added = len(other.chosen_ids) - len(one.chosen_ids) + len(other.chosen_context.ids)
+    assert np.diff(dataset.num_tokens).tolist() == [added]
+    assert collate_packed([other])["input_ids"].numel() == dataset.num_tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts", "told"),
+    [
+        ({"max_length": 9}, (20, 0, 0, 0, 0), None),
+        ({"max_length": 8}, (20, 1, 0, 1, 0), None),  # one in twenty is few
+        (
+            {"max_length": 3},
+            (20, 20, 20, 20, 0),
+            "max_length=3: 20 lost the start of their prompt, 20 the end of a completion",
+        ),
+        (
+            {"max_length": 4, "min_completion_tokens": 1},
+            (20, 20, 0, 20, 0),
+            "max_length=4: 0 lost the start of their prompt, 20 the end of a completion",
+        ),
+        (
+            {"max_length": 5, "truncation": "prompt"},
+            (20, 20, 20, 1, 0),
+            "max_length=5: 20 lost the start of their prompt, 1 the end of a completion",
+        ),
+        ({"max_length": 8, "truncation": "drop"}, (19, 0, 0, 0, 1), None),
+    ],
+)
+def test_what_is_cut_is_counted_and_told_if_it_is_much(no_specials, arguments, counts, told):
+    rows = [{"prompt": "a b c", "chosen": "b c a", "rejected": "c"}] * 19
+    rows.append({"prompt": "a b c", "chosen": "c b c c b a", "rejected": "c"})
+    dataset = PreferenceDataset(read_pairs(rows), no_specials, **arguments)
+    names = ("num_truncated", "num_cut_prompts", "num_cut_completions", "num_too_long")
+    assert (len(dataset), *(getattr(dataset, name) for name in names)) == counts
+    text = dataset.warnings("train").get("length")
+    assert (text is None) == (told is None)
+    if told:
+        assert text.startswith("train: 20 of 20 pairs")
+        assert told in text
+    assert dataset.num_dropped == dataset.num_too_long
+    assert (f"{dataset.num_too_long} dropped as too long" in dataset.summary()) == (counts[-1] > 0)
+
+
+def test_too_long_rows_are_dropped_where_bad_rows_raise(no_specials):
+    rows = read_pairs([*ROWS[:1], {"prompt": "a b c", "chosen": "b", "rejected": "c"}])
+    options = {"truncation": "drop", "on_bad_rows": "raise"}
+    dataset = PreferenceDataset(rows, no_specials, max_length=3, **options)
+    assert (len(dataset), dataset.num_too_long) == (1, 1)
+    assert dataset.warnings()["length"].startswith("pairs: 1 of 2 pairs are longer than max_length=3 and are left out")
+    with pytest.raises(ValueError, match=r"got none in 1 rows\. 1 are longer than max_length=3"):
+        PreferenceDataset(rows[1:], no_specials, max_length=3, **options)
+
+
+def test_rows_that_a_template_refuses_are_skipped_or_raise(chatml):
+    template = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + chatml.chat_template
+    dataset = PreferenceDataset(read_pairs(CHAT), chatml, max_length=64, chat_template=template)
+    assert [example.index for example in dataset] == [0]
+    (skipped,) = dataset.skipped
+    assert (skipped.where, skipped.index) == ("source, row 1", 1)
+    assert "the roles user, assistant, user, assistant: too many" in skipped.reason
+    with pytest.raises(UnusableRowError, match=r"^source, row 1: Expected messages .*: too many$"):
+        PreferenceDataset(read_pairs(CHAT), chatml, max_length=64, chat_template=template, on_bad_rows="raise")
+
+
+def test_repr_is_one_line(no_specials):
+    dataset = PreferenceDataset(read_pairs(ROWS[2:]), no_specials, max_length=3)
+    assert repr(dataset) == f"PreferenceDataset({dataset.summary()} to max_length=3)"
 
 
 def test_identical_is_counted_after_truncation(no_specials):

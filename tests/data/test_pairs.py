@@ -162,6 +162,12 @@ def test_to_chat_turns_a_dialogue_into_its_turns():
     assert pair.rejected == [_bot("no")]
 
 
+@pytest.mark.parametrize("answer", [" no\n\nHuman: more", " A scene:\n\nHuman: a\n\nAssistant: b"])
+def test_to_chat_keeps_an_answer_beside_its_prompt_as_one_message(answer):
+    pair = to_chat(parse_pair({"prompt": "\n\nHuman: x\n\nAssistant:", "chosen": answer, "rejected": " n"}))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([_user("x")], [_bot(answer.strip())], [_bot("n")])
+
+
 def test_to_chat_keeps_chat_and_refuses_an_empty_prompt():
     pair = PreferencePair([_user("x")], [_bot("a")], [_bot("b")])
     assert to_chat(pair) is pair

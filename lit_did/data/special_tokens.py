@@ -1,0 +1,98 @@
+"""Keeps the text of rows apart from control tokens: "<|im_end|>" that a row spells is text and ends no turn.
+
+Control tokens that a row spells are wrapped in two private characters before a template sees them (as transformers does
+for `apply_chat_template(sanitize_control_tokens=True)`, which returns ids and no text). The template's own control
+tokens are not wrapped, so that tokenising can tell the two apart. A template that splits or strips a message still
+works; a private character that lost its partner on the way is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_START, _END = "\U000f0000", "\U000f0001"  # from a private-use area
+_MARKED = re.compile(f"{_START}([^{_START}{_END}]*){_END}|[{_START}{_END}]")
+
+
+class ControlTokens:
+    """The texts of a tokenizer's control tokens, to find and to mark them in other text."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._tokens = frozenset(token for token in tokens if token)
+        self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)  # the longest match counts
+        # Some vocabularies have thousands of control tokens with few first characters: quicker than alternatives.
+        first = "".join(re.escape(character) for character in sorted({token[0] for token in self._tokens}))
+        self._first = re.compile(f"[{first}]" if first else "(?!)")
+
+    def first(self, value: Any) -> str:
+        """The first control token that a text in `value`, a string or lists and dicts of such, spells; or ""."""
+        if isinstance(value, str):
+            start, stop = next(self._find(value), (0, 0))
+            return value[start:stop]
+        if isinstance(value, dict):
+            value = value.values()
+        elif not isinstance(value, list | tuple):
+            return ""
+        return next((token for token in map(self.first, value) if token), "")
+
+    def mark(self, value: Any) -> Any:
+        """`value` with every control token that its texts spell marked as text."""
+        if isinstance(value, dict):
+            return {key: self.mark(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        value = value.replace(_START, "").replace(_END, "")
+        parts, end = [], 0
+        for start, stop in self._find(value):
+            parts += [value[end:start], _START, value[start:stop], _END]
+            end = stop
+        return "".join([*parts, value[end:]])
+
+    def end(self, text: str) -> str:
+        """The control token that `text` ends in, not marked; "" if there is none."""
+        return next((text[-length:] for length in self._lengths if text[-length:] in self._tokens), "")
+
+    def start(self, text: str) -> str:
+        """The control token that `text` starts with; "" if there is none."""
+        return next((text[:length] for length in self._lengths if text[:length] in self._tokens), "")
+
+    def _find(self, text: str) -> Iterator[tuple[int, int]]:
+        end = 0
+        for match in self._first.finditer(text):
+            start = match.start()
+            if start < end:
+                continue
+            for length in self._lengths:
+                if text[start : start + length] in self._tokens:
+                    end = start + length
+                    yield start, end
+                    break
+
+
+def control_tokens(tokenizer: Any, turns: str = "") -> ControlTokens:
+    """The control tokens of a tokenizer: its special tokens, and added tokens that its chat template puts around turns.
+
+    The latter need not be special: DeepSeek's "<|User|>" is not, and "<think>", which an answer may hold, is neither.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        turns: a short conversation in the tokenizer's chat template.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    tokens |= set(getattr(tokenizer, "chat_control_tokens", None) or ())
+    return ControlTokens(tokens | {t.content for t in added if t.content in turns and not t.content.isspace()})
+
+
+def split_marked(text: str) -> list[str]:
+    """The text without marks, in parts: ordinary text and marked control tokens by turns, the first ordinary."""
+    return [part or "" for part in _MARKED.split(text)]
+
+
+def unmark(text: str) -> str:
+    """The text without marks."""
+    return text.replace(_START, "").replace(_END, "")
