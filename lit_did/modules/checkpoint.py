@@ -13,9 +13,10 @@ from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
 from lit_did.models.loading import is_peft
+from lit_did.modules.names import plain_name
+from lit_did.modules.optimizer_state import by_names
 
 _OWN = re.compile(r"\b(policy|reference)\..*")
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class TrainedState(lightning.LightningModule):
@@ -47,6 +48,8 @@ class TrainedState(lightning.LightningModule):
         """Adds the names of what was trained, for strategies that load before `on_load_checkpoint`."""
         checkpoint["reference_digest"] = self._reference_digest
         checkpoint["trained"] = sorted(self._trained_names())
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = by_names(checkpoint["optimizer_states"], self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another policy, or of a run with a reference that is not given here."""
@@ -134,10 +137,3 @@ def _left_out(module: TrainedState) -> Callable[[str], bool]:
         return not trained[name]
 
     return left_out
-
-
-def plain_name(name: str) -> str:
-    """A name without what wrappers add to it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

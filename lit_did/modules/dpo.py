@@ -28,7 +28,7 @@ from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.modules.cached_reference import CachedReference, cached_reference
-from lit_did.modules.checkpoint import TrainedState, plain_name
+from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
     cache_folder,
     check_did_entropy_weight,
@@ -41,8 +41,10 @@ from lit_did.modules.checks import (
     warn_of_noise,
     warn_unless_policy_is_reference,
 )
+from lit_did.modules.names import plain_name
 from lit_did.modules.objective import Objective, PairLoss, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import check_optimizer, optimizer_and_schedule, warn_if_steps_are_rounded_away
+from lit_did.modules.optimizer_state import accept_names
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairMetrics, PairStatistics, both_sides, counted
 from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
@@ -431,7 +433,7 @@ class LitDPO(TrainedState):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser of the trained parameters, its schedule stepped every optimiser step."""
-        return optimizer_and_schedule(
+        configuration = optimizer_and_schedule(
             self.policy,
             self.trainer,
             self.hparams,
@@ -439,6 +441,8 @@ class LitDPO(TrainedState):
             optimizer=self._optimizer,
             lr_scheduler=self._lr_scheduler,
         )
+        accept_names([configuration["optimizer"]], self)
+        return configuration
 
     # -----------------------------------------------------------------------------------------------------------
 

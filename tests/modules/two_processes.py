@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 
 import lightning
 import torch
@@ -88,14 +89,25 @@ class Pairs(lightning.LightningDataModule):
         return DataLoader(pairs, batch_size, sampler=sampler, collate_fn=collate)
 
 
-def main(processes: int, kind: str, path: str) -> None:
-    torch.set_num_threads(1)
+class Checkpoints(lightning.Callback):
+    """Checkpoints after the first epoch and after the last."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, module):
+        name = "last" if trainer.current_epoch == trainer.max_epochs - 1 > 0 else "half"
+        trainer.save_checkpoint(f"{self.path}.{name}")
+
+
+def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: str | None = None) -> None:
     torch.manual_seed(7)
     sharded = kind.startswith("sharded") and processes > 1
     module = (Sharded if sharded else LitDPOPG if kind == "projected" else LitDPO)(
         tiny_llama(),
         lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if "lora" in kind else None,
         learning_rate=1e-2,
+        weight_decay=0.1,  # two groups of parameters
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
         tokens_at_once=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once
         cache_reference=f"{path}.cache" if kind == "cached" else None,
@@ -103,18 +115,33 @@ def main(processes: int, kind: str, path: str) -> None:
     accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes
     run = trainer(
         devices=processes,
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint="lora" in kind)
         if sharded
         else "ddp_spawn"
         if processes > 1
         else "auto",
-        max_epochs=2 * accumulate,
+        max_epochs=epochs * accumulate,
         accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[DIDMonitor(statistics if kind == "cached" else None, every_n_steps=1), Save(path)],
+        callbacks=[
+            DIDMonitor(statistics if kind == "cached" else None, every_n_steps=1),
+            Save(path),
+            *[Checkpoints(path)] * kind.startswith("sharded"),
+        ],
     )
-    run.fit(module, datamodule=Pairs())
+    run.fit(module, datamodule=Pairs(), ckpt_path=checkpoint)
+
+
+def main(processes: int, kind: str, path: str) -> None:
+    torch.set_num_threads(1)
+    if processes > 1 and kind == "sharded":  # goes on where one process was
+        fit(processes, kind, path, checkpoint=str(Path(path).with_name("1.half")))
+    elif processes > 1 and kind == "sharded lora":  # goes on where it was, from shards
+        fit(processes, kind, path, epochs=1)
+        fit(processes, kind, path, checkpoint=f"{path}.half")
+    else:
+        fit(processes, kind, path)
 
 
 if __name__ == "__main__":
