@@ -32,8 +32,8 @@ class PreferenceDataModule(LightningDataModule):
     keeps the order of the source; see `EvaluationSampler` for several ranks.
 
     Args:
-        train: pairs to train on: a path, a list of dicts or a `datasets.Dataset`, see `read_pairs`. None to only
-            evaluate.
+        train: pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts;
+            docs/data.md says what is read, mapped, skipped and refused. None to only evaluate.
         tokenizer: a transformers tokenizer, or the name or path of one, loaded when first needed.
         val: pairs to validate on.
         val_fraction: without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,

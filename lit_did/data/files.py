@@ -124,7 +124,9 @@ def _find_in_folder(folder: Path) -> list[Path]:
         )
     files = [
         Path(parent, name)
-        for parent, folders, names in os.walk(folder)  # does not follow links to folders, which may be loops
+        for parent, folders, names in os.walk(
+            folder, onerror=_raise
+        )  # does not follow links to folders, which may be loops
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".") and "/." not in parent[len(str(folder)) :]
     ]
@@ -139,6 +141,10 @@ def _find_in_folder(folder: Path) -> list[Path]:
             f'Pass a pattern instead, such as "{splits[max(splits)]}*".'
         )
     return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # a folder that cannot be read is no empty one
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

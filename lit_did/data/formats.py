@@ -8,7 +8,7 @@
     axolotl (chat_template)              messages, chosen, rejected
     argilla, NeMo                        instruction or prompt, chosen_response, rejected_response
     torchtune                            chosen_conversations, rejected_conversations
-    ms-swift                             messages that end in the chosen answer, rejected_response
+    ms-swift                             messages that end in the chosen answer, rejected_response or rejected_messages
     OpenAI                               input: {messages, tools}, preferred_output, non_preferred_output
 
 What may hold a prompt is used or refused, never ignored.
@@ -32,6 +32,7 @@ _SIDES = (
     ("chosen_conversations", "rejected_conversations"),
     ("preferred_output", "non_preferred_output"),
     ("messages", "rejected_response"),
+    ("messages", "rejected_messages"),
 )
 _PROMPTS = (
     "question", "instruction", "query", "input", "context", "messages", "conversations", "conversation", "history",
@@ -125,7 +126,7 @@ def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None
     fields = {name: row[column] for name, column in found.named.items() if column in row}
     if "input" in found.prompts and isinstance(row["input"], Mapping) and "preferred_output" in row:  # OpenAI's
         fields |= {name: row["input"].get(key) for name, key in (("prompt", "messages"), ("tools", "tools"))}
-    elif found.named["chosen"] == "messages" and isinstance(row["messages"], (list, tuple)):  # ms-swift's
+    elif _is_swift(found.named) and isinstance(row["messages"], (list, tuple)):
         fields["prompt"], fields["chosen"] = row["messages"][:-1], row["messages"][-1:]
         if isinstance(fields["rejected"], str):
             fields["rejected"] = {"role": "assistant", "content": fields["rejected"]}
@@ -137,6 +138,11 @@ def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None
             raise malformed(where, "a pair of texts alone", f"the column `{name}` too, which cannot be read")
     fields["unknown"] = [name for name in found.unknown if _is_text(row[name])]
     return fields
+
+
+def _is_swift(named: dict[str, str]) -> bool:
+    """Whether the chosen answer is the last of the prompt's messages, as ms-swift has it."""
+    return (named["chosen"], named["rejected"]) == ("messages", "rejected_response")
 
 
 @lru_cache(maxsize=256)

@@ -240,6 +240,21 @@ def test_what_is_no_file_is_named_and_never_blocks(tmp_path, monkeypatch):
             read_pairs(".")  # the folder's first file
 
 
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # as for a user without the right to; the superuser may read all
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        read_pairs(tmp_path)
+
+
 def test_links_to_folders_that_form_a_loop_end(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD)
     os.symlink(tmp_path, tmp_path / "again")

@@ -56,6 +56,7 @@ HUMAN = {"from": "human", "value": "q"}
         ({"messages": [_user("q")], **SIDES}, CHAT),
         ({"messages": [_user("q"), _bot("a")], "rejected_response": "b"}, CHAT),
         ({"messages": [_user("q"), _bot("a")], "rejected_response": [_bot("b")]}, CHAT),
+        ({"messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"]}, CHAT),
         ({"messages": WHOLE["chosen"][:1], **WHOLE}, CHAT),
         ({"conversation": [_user("q")], **CHATS}, CHAT),
         (
