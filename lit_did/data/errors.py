@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -32,6 +33,13 @@ def kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float)) else type(value).__name__
 
 
-def in_words(names: Any) -> str:
-    """Column names for errors: `a`, `b`."""
-    return ", ".join(f"`{name}`" for name in names) or "no keys"
+def in_words(names: Iterable[Any]) -> str:
+    """Names of columns for errors: `a`, `b`; at most twenty."""
+    names = list(names)
+    return ", ".join(f"`{one_line(name)}`" for name in names[:20]) + ", ..." * (len(names) > 20) or "no keys"
+
+
+def one_line(value: Any) -> str:
+    """A text of the data for an error: in one line that any terminal can show, and not too long."""
+    text = str(value) if len(str(value)) <= 100 else f"{str(value)[:100]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -24,6 +24,8 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+from lit_did.data.errors import in_words
+
 Row = tuple[str, Any]  # what errors call it, and what it holds
 Choose = Callable[[list[str], str], list[str]]  # from a table's columns and its name to those to read
 
@@ -34,7 +36,6 @@ SUFFIXES = (*_JSON_LINES, *_JSON, *_CSV, ".parquet")
 MAX_LINE = 64 * 2**20  # bytes; also of one CSV cell, which may span lines
 MAX_JSON = 2**30  # bytes of a .json file that holds one list: it is in memory as a whole
 _ROWS = 1024  # rows of Parquet decoded at once: as finely as an error inside a page is placed
-_LINES = "one JSON object a line"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval)(?![a-z])")
 _KINDS = (
@@ -175,12 +176,12 @@ def _decode(line: bytes, where: str) -> str:
         ) from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
+def _read_json_lines(path: Path, expected: str = "one JSON object a line") -> Iterator[Row]:
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         if line.strip():
             text = _decode(line, where).strip()
-            yield where, _parse(partial(_JSON_DECODER.decode, text), _LINES, lambda place, where=where: where)
+            yield where, _parse(partial(_JSON_DECODER.decode, text), expected, lambda place, where=where: where)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -188,7 +189,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     lines = ((number, line) for number, line in _lines(path) if line.strip())
     number, first = next(lines, (1, b""))
     if not first.lstrip().startswith(b"["):
-        yield from _read_json_lines(path)
+        yield from _read_json_lines(path, "one list of JSON objects, or one object a line")
         return
     size, texts, numbers = 0, [], []
     for at, line in chain([(number, first)], lines):
@@ -237,7 +238,9 @@ def _parse(decode: Callable[[], Any], expected: str, where: Callable[[int], str]
     except RecursionError:
         raise ValueError(f"{where(start)}: Expected {expected}, but got values that are nested too deeply.") from None
     except _RepeatedKey as error:
-        raise ValueError(f"{where(start)}: Expected every key once, but got `{error}` more than once.") from None
+        raise ValueError(
+            f"{where(start)}: Expected every key once, but got {in_words([error])} more than once."
+        ) from None
     except ValueError:  # Python reads no integer of more digits than sys.get_int_max_str_digits()
         most = sys.get_int_max_str_digits()
         raise ValueError(f"{where(start)}: Expected numbers of at most {most} digits, but got a longer one.") from None
@@ -278,7 +281,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         if header is None:
             header = values
             if len(set(header)) < len(header):
-                raise ValueError(f"{where}: Expected every column once, but got the header {header}.")
+                raise ValueError(f"{where}: Expected every column once, but got the header {in_words(header)}.")
         elif len(values) != len(header):
             raise ValueError(f"{where}: Expected {len(header)} cells as in the header, but got {len(values)}.")
         else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_did.data.errors import in_words, kind, malformed, unusable
+from lit_did.data.errors import in_words, kind, malformed, one_line, unusable
 
 Message = dict[str, Any]
 
@@ -72,7 +72,7 @@ def check_unicode(name: str, value: Any, where: str) -> None:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             check_unicode(f"a key of {name}", key, where)
-            check_unicode(name if isinstance(item, (Mapping, list)) else f"{key} of {name}", item, where)
+            check_unicode(name if isinstance(item, (Mapping, list)) else f"{one_line(key)} of {name}", item, where)
     elif isinstance(value, list):
         for item in value:
             check_unicode(name, item, where)
@@ -104,7 +104,7 @@ def _from_sharegpt(name: str, message: Message, where: str) -> Message:
     speaker = message.pop("from")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise malformed(where, f"`from` of {name} to be one of {in_words(_ROLES)}", repr(speaker))
+        raise malformed(where, f"`from` of {name} to be one of {in_words(_ROLES)}", _named(speaker))
     if "value" in message:
         message["content"] = message.pop("value")
     return {"role": role, **message}
@@ -113,8 +113,12 @@ def _from_sharegpt(name: str, message: Message, where: str) -> Message:
 def _text_of_part(name: str, part: Any, where: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    got = f"a part of type {part['type']!r}" if isinstance(part, Mapping) and "type" in part else kind(part)
+    got = f"a part of type {_named(part['type'])}" if isinstance(part, Mapping) and "type" in part else kind(part)
     raise malformed(where, f'the parts of {name} to be {{"type": "text", "text": ...}}', got)
+
+
+def _named(value: Any) -> str:
+    return f"'{one_line(value)}'" if isinstance(value, str) else kind(value)
 
 
 def _got(message: Mapping, key: str) -> str:

@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lit_did.data.errors import UnusableRowError, in_words, kind, malformed, unusable
+from lit_did.data.errors import UnusableRowError, in_words, kind, malformed, one_line, unusable
 from lit_did.data.formats import read_fields
 from lit_did.data.messages import Message, check_unicode, drop_nulls, has_content, parse_messages
 from lit_did.data.prompts import ASSISTANT, join_chat, num_repeats, split_chat, split_text, strip_chat, strip_text
@@ -174,7 +174,7 @@ def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
             _check_side(name, getattr(pair, name), where)
     return pair._replace(
         tag=_optional(fields, "tag", str, "a string", where) or "",
-        tools=_optional(fields, "tools", list, "a list, or a JSON text of one", where),
+        tools=_read_tools(fields, where),
         chat_template_kwargs=_optional(fields, "chat_template_kwargs", dict, "an object, or a JSON text of one", where),
         **_place_system(pair, _optional(fields, "system", str, "a string", where), where),
     )
@@ -235,7 +235,7 @@ def _parse_text(name: str, value: Any, where: str) -> Text | None:
 
 def _check_side(name: str, side: list[Message], where: str) -> None:
     if side[-1]["role"] != "assistant":
-        raise malformed(where, f"`{name}` to end in a message of the assistant", f"role {side[-1]['role']!r}")
+        raise malformed(where, f"`{name}` to end in a message of the assistant", f"role '{one_line(side[-1]['role'])}'")
     if not has_content(side):
         raise unusable(where, f"`{name}` to be non-empty", "messages without content")
 
@@ -252,6 +252,14 @@ def _place_system(pair: PreferencePair, system: str | None, where: str) -> dict[
     if first.get("content", "").strip() != system.strip():
         raise malformed(where, "one system message", "a column `system` beside another in the messages")
     return {}
+
+
+def _read_tools(fields: dict[str, Any], where: str) -> list | None:
+    tools = _optional(fields, "tools", list, "a list, or a JSON text of one", where)
+    for tool in tools or ():
+        if not isinstance(tool, Mapping) and not callable(tool):  # chat templates take functions too
+            raise malformed(where, "`tools` to be a list of objects", f"{kind(tool)} in it")
+    return tools
 
 
 def _optional(fields: dict[str, Any], name: str, of: type, expected: str, where: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from lit_did.data.errors import malformed, unusable
+from lit_did.data.errors import malformed, one_line, unusable
 from lit_did.data.messages import Message
 
 ASSISTANT = "\n\nAssistant:"
@@ -107,7 +107,7 @@ def strip_chat(prompt: list[Message], chosen: list[Message], rejected: list[Mess
             raise malformed(
                 where,
                 "both sides to repeat the prompt's messages, or to begin with the answer to them",
-                f"`{name}` beginning with a message of role {side[0]['role']!r}"
+                f"`{name}` beginning with a message of role '{one_line(side[0]['role'])}'"
                 + (", and the prompt in it alone" if whole else ", which is not the prompt's"),
             )
     return prompt, chosen, rejected

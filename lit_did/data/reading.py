@@ -190,6 +190,11 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
 def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
     if not path:
         raise FileNotFoundError("Expected a path of preference pairs, but got an empty one.")
+    if "://" in path:
+        raise ValueError(
+            f"{path}: Expected a path, or a name of the hub such as 'org/name:train', but got a URL. Download the file, "
+            "or pass what `datasets.load_dataset` returns."
+        )
     path = os.path.expanduser(path)
     if not os.path.lexists(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
         yield from _read_dataset(hub.load(path), path, choose)

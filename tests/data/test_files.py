@@ -53,7 +53,7 @@ def test_json_list(tmp_path, name, indent):
             "[\n" + GOOD + ",\n" + "[" * 100_000,
             "line 3: Expected a list of JSON objects, but got values that are nested",
         ),
-        ("{\n", "line 1: Expected one JSON object a line, but got invalid JSON"),
+        ("{\n", "line 1: Expected one list of JSON objects, or one object a line, but got invalid JSON"),
         ("[]", "contains no preference pairs."),
         ("", "contains no preference pairs."),
     ],

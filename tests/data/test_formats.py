@@ -151,6 +151,7 @@ def test_known_columns(row, pair):
         ({"prompt": [_system("s"), _user("q")], "system": "t", **CHATS}, "Expected one system message, but got"),
         ({"prompt": "q", "tools": "[", **SIDES}, "Expected `tools` to be JSON, but got invalid JSON"),
         ({"prompt": "q", "tools": {"a": 1}, **SIDES}, "Expected `tools` to be a list, or a JSON text of one, but got"),
+        ({"prompt": "q", "tools": ["t"], **SIDES}, "Expected `tools` to be a list of objects, but got a string in it."),
         ({"prompt": "q", "tools": [{"a\ud83d": 1}], **SIDES}, "Expected a key of `tools` to be valid Unicode"),
         ({"prompt": "q", "chat_template_kwargs": [1], **SIDES}, "Expected `chat_template_kwargs` to be an object"),
         (
@@ -161,6 +162,8 @@ def test_known_columns(row, pair):
             {"prompt": "q", "chosen": "[{'role': 'assistant'}]", "rejected": "b"},
             "but got a Python list written as text",
         ),
+        ({"a\nb\ud83d": "a", "é": "b"}, r"Expected the keys `chosen` and `rejected`, but got `a\nb\ud83d`, `é`."),
+        ({f"column {n}": n for n in range(1000)}, "`column 18`, `column 19`, .... Name them"),
         ({"reply_a": "a", "reply_b": "b"}, "Expected the keys `chosen` and `rejected`, but got `reply_a`, `reply_b`."),
     ],
 )

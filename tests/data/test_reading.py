@@ -135,6 +135,10 @@ def test_empty_sources(write_jsonl, lines):
 def test_wrong_paths(tmp_path, write_jsonl):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         read_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(
+        ValueError, match=r"https://host/a\.jsonl: Expected a path, .* but got a URL\. Download the file"
+    ):
+        read_pairs("https://host/a.jsonl")
     with pytest.raises(FileNotFoundError, match="Expected a path of preference pairs, but got an empty one"):
         read_pairs("")
     with pytest.raises(FileNotFoundError, match=r"has none ending in one of \.jsonl, .*\.parquet"):
