@@ -56,7 +56,7 @@ class Found(NamedTuple):
     gradients: bool
     """whether they were compared too"""
     pack: bool
-    """whether packing was tried; "padded" then says that it failed"""
+    """whether packing was tried"""
     kind: str
     """"packed", "padded" or "alone": see `Layout`"""
     packing: str | None
@@ -71,7 +71,7 @@ class _Model:
 
     def __init__(self) -> None:
         self.body: Callable | None = None
-        self.body_tried = False
+        self.body_tried: set[bool] = set()  # without and with gradients
         self.found: list[Found] = []
         self.warned: set[str] = set()
 
@@ -93,10 +93,11 @@ def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, shar
     """
     device = next(model.parameters()).device
     found = find(model, sequences, pack=pack)
-    if found.kind == "packed" and pack and (found.packing != "positions" or sequences.counts):
+    if found.packing == "positions" and not sequences.counts:  # they do not restart in every sequence
+        found = find(model, sequences, pack=False)
+    if found.kind == "packed":
         return _packed(sequences, device, found.packing, share and found.share)
-    kind = "alone" if found.kind == "alone" else "padded"
-    return padded_layout(sequences, device)._replace(kind=kind, forgets=found.forgets)
+    return padded_layout(sequences, device)._replace(kind=found.kind, forgets=found.forgets)
 
 
 @torch.compiler.disable
@@ -111,21 +112,21 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     gradients = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     lengths = np.diff(sequences.cu_seqlens)
     length, row = int(lengths.max(initial=1)), int(lengths.sum())
-    best = [f for f in known.found if f.pack >= pack and f.gradients >= gradients]
+    tried = [found for found in known.found if found.pack == pack and found.gradients >= gradients]
     # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
-    for found in best:
+    for found in tried:
         fastest = found.kind == ("packed" if pack else "padded") and not found.forgets
         if found.length >= length and found.row >= row and fastest:
             return found
     _check_positions(model, length)
     wanted = _bounds(model, length, row)
-    for found in best:
+    for found in tried:
         if (found.length, found.row) == wanted:
             return found
     sharded = is_sharded(model)
-    if sharded and best:  # a trial is a forward pass, which needs all processes at the same time
+    if sharded and tried:  # a trial is a forward pass, which needs all processes at the same time
         _warn(known, "longer", f"{_name(model)} is sharded and was tried on shorter sequences than {length} tokens.")
-        return best[0]
+        return tried[0]
     if sharded:
         wanted = _agreed(model, wanted)
     with _untouched(model):
@@ -160,11 +161,14 @@ def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
 
 def _agreed(model: nn.Module, wanted: tuple[int, int]) -> tuple[int, int]:
     """The largest bounds of all processes, doubled: later batches may be longer, and there is one trial only."""
-    if not torch.distributed.is_initialized():
-        return wanted
-    bounds = torch.tensor(wanted, device=next(model.parameters()).device)
-    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
-    return _bounds(model, *(2 * bounds).tolist())
+    length, row = wanted
+    if torch.distributed.is_initialized():
+        bounds = torch.tensor(wanted, device=next(model.parameters()).device)
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        length, row = bounds.tolist()
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    longest = max(length, min(2 * length, limit)) if isinstance(limit, int) else 2 * length
+    return longest, max(2 * row, longest + SHORT)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -182,18 +186,17 @@ def _try(
     model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, pack: bool
 ) -> Found:
     device, name = next(model.parameters()).device, _name(model)
-    sequences = _trial_sequences(batch, longest, row)
-    pairs = sequences.count // 2
-    compared = sequences.select([pairs - 1, 2 * pairs - 1])  # the last in the row, long and short
+    deep, shallow = _trial_sequences(batch, longest, row), _trial_sequences(batch, longest, 0)
+    compared = shallow.select([1, 3])  # the last pair in the row, long and short
     parameters = _some_parameters(model) if gradients else None
     alone = padded_layout(compared, device)._replace(kind="alone")
 
     forgets = _check_forward(model, compared, device, name)
     alone = alone._replace(forgets=forgets)
     truth = _answer(model, None, alone, parameters)
-    if not known.body_tried:
-        known.body_tried = True
-        known.body = find_body(model)
+    if gradients not in known.body_tried:
+        known.body = find_body(model) if known.body is not None or not known.body_tried else None
+        known.body_tried.add(gradients)
         if known.body is not None and not _agree(_answer(model, known.body, alone, parameters), truth):
             known.body = None
         if known.body is None and not adds_auxiliary_loss(model):
@@ -204,9 +207,13 @@ def _try(
                 "completion tokens are kept in memory.",
             )
 
-    def right(layout: Layout) -> bool:
+    def right(values: Layout, of_gradients: Layout) -> bool:
+        """Whether logits agree in one layout, which may be long, and gradients in another, which is not."""
         try:
-            return _agree(_answer(model, known.body, layout, parameters), truth)
+            values_right = _close(_answer(model, known.body, values, None).logits, truth.logits)
+            return values_right and (
+                parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of a model that was given what it does not know
@@ -216,9 +223,10 @@ def _try(
     tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
     for packing in tried:
         for share in (True, False) if packing != "positions" else (False,):
-            if _takes_positions(model) and right(_packed(sequences, device, packing, share)):
+            layouts = (_packed(some, device, packing, share) for some in (deep, shallow))
+            if _takes_positions(model) and right(*layouts):
                 return found._replace(kind="packed", packing=packing, share=share)
-    if not forgets and right(padded_layout(compared, device)):
+    if not forgets and right(*[padded_layout(compared, device)] * 2):
         found = found._replace(kind="padded")
     if adds_auxiliary_loss(model):
         return found
@@ -304,8 +312,8 @@ def _trial_sequences(batch: Sequences, longest: int, row: int) -> Sequences:
     fill = max(0, row - longest - SHORT)
     # Each begins elsewhere in the tokens, so that they share no beginning.
     fillers = [np.roll(tokens, -1 - i)[:longest] for i in range(-(-fill // longest))]
-    if len(fillers) % 2:  # a pair each
-        fillers.append(np.roll(tokens, 1)[:SHORT])
+    while not fillers or len(fillers) % 2:  # a pair each
+        fillers.append(np.roll(tokens, len(fillers) + 1)[:SHORT])
     half = len(fillers) // 2
     ids = [*fillers[:half], long, *fillers[half:], short]
     labels = [np.full(len(i), IGNORE_INDEX) for i in ids]
