@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
 from lit_did.models.loading import is_peft
-from lit_did.modules.names import plain_name
+from lit_did.modules.names import FSDP_PREFIX, plain_name
 from lit_did.modules.optimizer_state import by_names
 
 _OWN = re.compile(r"\b(policy|reference)\..*")
@@ -103,9 +103,18 @@ def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Removes what is left out. A hook of `state_dict`, because a wrapper's `state_dict` does not call a child's."""
+    if prefix.endswith(FSDP_PREFIX):  # FSDP 1's own hooks, which are next, want all parameters that it holds
+        wrapper = module.trainer.strategy.model
+        if _leave_out_wrapped not in wrapper._state_dict_hooks.values():
+            wrapper.register_state_dict_post_hook(_leave_out_wrapped)
+        return
     left_out = _left_out(module)
     for name in [n for n in state_dict if n.startswith(prefix) and left_out(plain_name(n.removeprefix(prefix)))]:
         del state_dict[name]
+
+
+def _leave_out_wrapped(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    _leave_out(wrapper.module, state_dict, prefix, local_metadata)
 
 
 def _do_not_miss(module: nn.Module, keys: Any) -> None:

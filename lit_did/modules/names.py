@@ -1,6 +1,7 @@
 """Names of parameters, whatever has been wrapped around their modules."""
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+FSDP_PREFIX = "_fsdp_wrapped_module."
+_WRAPPERS = (FSDP_PREFIX, "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def plain_name(name: str) -> str:

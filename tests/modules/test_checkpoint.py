@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
@@ -140,3 +144,30 @@ def test_a_process_that_trained_hands_its_weights_back(tmp_path):
     for name, weight in whole(here).items():
         torch.testing.assert_close(whole(module)[name], weight, atol=1e-5, rtol=1e-4)
     assert max(p.abs().max() for n, p in whole(module).items() if "lora_B" in n) > 1e-3  # the premise
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_fsdp_1_saves_and_loads_what_is_trained(one_process, lora):
+    """FSDP 1 wraps the whole module, and its hooks want every parameter that it holds, frozen ones too."""
+    module = LitDPO(tiny_llama(), lora=lora)
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    wrapper = FullyShardedDataParallel(
+        module,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+        auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+    )
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(model=wrapper))
+    for _ in range(2):
+        state = wrapper.state_dict()
+        assert state.keys() == expected.keys()
+        assert not any(wrapper.load_state_dict({name: value + 1 for name, value in state.items()}))
+    assert all(torch.equal(value, expected[name] + 2) for name, value in wrapper.state_dict().items())
