@@ -15,11 +15,13 @@ from lit_did.arguments import check_bools, check_integer, check_name, check_numb
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
+from lit_did.data.pairs import UnusableRowError
+from lit_did.data.preview import print_pair
 from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, read_rows
 from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
-from lit_did.data.tokenizing import check_truncation
+from lit_did.data.tokenizing import check_truncation, tokenize_whole, truncate_pair
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
 
@@ -291,7 +293,57 @@ class PreferenceDataModule(LightningDataModule):
         log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
 
+    def preview(self, n: int = 3) -> None:
+        """Prints the first `n` pairs of `train` (else of `val`, else of `predict`) as they are scored.
+
+        It shows prompts, completions, turns that are only read, and what `max_length` cuts, in colour if rich is
+        installed. It reads the source again and needs no `setup`.
+
+        Raises:
+            ValueError: if `n` is below 1, no source was given, or the source is malformed.
+        """
+        check_integer("n", n, 1)
+        name = next((name for name in ("train", "val", "predict") if getattr(self, name) is not None), None)
+        if name is None:
+            raise ValueError("Expected `train`, `val` or `predict` to preview, but got none of them.")
+        options = self._options()
+        truncation = {name: options.pop(name) for name in ("truncation", "min_completion_tokens")}
+        rows = iter(self._read(name)[0])
+        while n and (row := next(rows, None)):
+            try:
+                whole = tokenize_whole(row.pair, self.tokenizer, **options)
+                cut = truncate_pair(whole, self.max_length, self.tokenizer.bos_token_id, **truncation)
+            except UnusableRowError as error:
+                print(f"{row.where} is left out: {error}")
+                continue
+            print_pair(row.where, whole, cut, self.tokenizer)
+            n -= 1
+
+    def __repr__(self) -> str:
+        parts = []
+        for name in ("train", "val", "predict"):
+            source, dataset = getattr(self, name), getattr(self, f"{name}_dataset")
+            if source is not None or dataset is not None:
+                source = [] if source is None else [_describe_source(source)]
+                pairs = [] if dataset is None else [f"{len(dataset)} pairs"]
+                parts.append(f"{name}={': '.join(source + pairs)}")
+        tokenizer = self._tokenizer
+        named = tokenizer if isinstance(tokenizer, str | os.PathLike) else type(tokenizer).__name__
+        options = {"max_length": self.max_length, "batch_size": self.batch_size, "as_chat": self.as_chat}
+        parts += [f"tokenizer={str(named)!r}", *(f"{name}={value}" for name, value in options.items())]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    __str__ = __repr__  # Lightning's asks for all data loaders
+
     def _options(self) -> dict[str, Any]:
         """How pairs become tokens: arguments of `tokenize_pair`."""
         names = "chat_template chat_template_kwargs as_chat parse_special_tokens truncation min_completion_tokens"
         return {name: getattr(self, name) for name in names.split()}
+
+
+def _describe_source(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return repr(str(source))
+    if isinstance(source, list | tuple) and all(isinstance(part, str | os.PathLike) for part in source):
+        return f"{len(source)} files"
+    return f"{len(source)} rows" if hasattr(source, "__len__") else type(source).__name__

@@ -83,21 +83,26 @@ def tokenize_pair(
         ValueError: if the row is malformed, cannot be rendered, or an argument is out of range.
     """
     check_truncation(max_length, truncation, min_completion_tokens)
-    pair = row if isinstance(row, PreferencePair) else parse_pair(row)
-    renderer = Renderer(
+    whole = tokenize_whole(
+        row,
         tokenizer,
-        chat_template,
+        chat_template=chat_template,
         chat_template_kwargs=chat_template_kwargs,
+        as_chat=as_chat,
         parse_special_tokens=parse_special_tokens,
     )
-    (tokenized,) = tokenize_rendered([renderer(prepare_pair(pair, as_chat))], tokenizer)
     return truncate_pair(
-        tokenized,
-        max_length,
-        tokenizer.bos_token_id,
-        truncation=truncation,
-        min_completion_tokens=min_completion_tokens,
+        whole, max_length, tokenizer.bos_token_id, truncation=truncation, min_completion_tokens=min_completion_tokens
     )
+
+
+def tokenize_whole(
+    row: Mapping[str, Any] | PreferencePair, tokenizer: Any, *, as_chat: bool = False, **options: Any
+) -> TokenizedPair:
+    """As `tokenize_pair`, without truncation."""
+    pair = row if isinstance(row, PreferencePair) else parse_pair(row)
+    renderer = Renderer(tokenizer, **options)
+    return tokenize_rendered([renderer(prepare_pair(pair, as_chat))], tokenizer)[0]
 
 
 def tokenize_rendered(pairs: Sequence[RenderedPair], tokenizer: Any) -> list[TokenizedPair]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_did.arguments import check_number
+from lit_did.representing import short_repr
 
 MIN_EFFECTIVE_SAMPLES = 25
 """below it the interval covers too rarely: what an estimate needs to be called reliable, with `MAX_PARETO_K`"""
@@ -49,6 +50,8 @@ class DIDEntropyEstimate(NamedTuple):
     """whether the interval can be believed"""
     reason: str
     """the numbers behind `reliable`, and what is wrong with them"""
+
+    __repr__ = short_repr
 
     def per_token(self, max_length: int) -> float:
         """H(q) / T, with T = `max_length`, the number of tokens at which completions are cut."""

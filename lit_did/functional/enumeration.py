@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from lit_did.functional.did_entropy import did_entropy_over_candidates
 from lit_did.ops.reference import LARGEST_LOGIT
+from lit_did.representing import short_repr
 
 NextToken = Callable[[Tensor], Tensor]
 """a model: from prefixes [n, t] int64, t from 0, to the next token's logits (or log-probabilities) [n, V]"""
@@ -31,6 +32,8 @@ class EnumeratedDID(NamedTuple):
     """[] log Z, Z = sum_y pi(y) / rho(y)"""
     entropy: Tensor
     """[] H(q), in [0, log N]"""
+
+    __repr__ = short_repr
 
     @property
     def log_ratio(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_did.functional.did_entropy import check_confidence, kind
+from lit_did.representing import short_repr
 
 # Of every sample, v = policy_log_ratio and u = reference_log_ratio less a pivot: (1, v, v^2, u). In the regression
 # within prompts all four less the prompt's mean, so that the first is 0.
@@ -45,6 +46,8 @@ class PowerLawFit(NamedTuple):
     """that count: with `prompt`, those of prompts with two or more"""
     num_prompts: int
     """with two or more samples; 0 without `prompt`"""
+
+    __repr__ = short_repr
 
 
 def fit_power_law(

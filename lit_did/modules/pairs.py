@@ -13,6 +13,7 @@ from lit_did.metrics import DIDMetrics, LikelihoodDisplacement
 from lit_did.metrics.base import StatisticsMetric
 from lit_did.modules.objective import Objective
 from lit_did.ops import SequenceStatistics
+from lit_did.representing import short_repr
 
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 """what `SequenceStatistics` can tell of a policy alone"""
@@ -36,6 +37,8 @@ class PairStatistics(NamedTuple):
     """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
     preference_loss: Tensor
     """`loss` without an SFT term"""
+
+    __repr__ = short_repr
 
 
 def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:

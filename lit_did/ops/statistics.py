@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lit_did.representing import short_repr
+
 
 class TokenStatistics(NamedTuple):
     """Statistics of every token: tensors shaped like the labels, float32 (float64 for float64 logits), in nats.
@@ -30,6 +32,8 @@ class TokenStatistics(NamedTuple):
     """KL(pi, rho) = sum_v pi_v log(pi_v / rho_v)"""
     reverse_kl: Tensor
     """KL(rho, pi)"""
+
+    __repr__ = short_repr
 
     @property
     def log_ratio(self) -> Tensor:
@@ -64,3 +68,5 @@ class SequenceStatistics(NamedTuple):
     """sum over t of log Z_t"""
     num_tokens: Tensor
     """labelled tokens, int64"""
+
+    __repr__ = short_repr

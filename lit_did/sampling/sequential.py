@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lit_did.arguments import check_bools, check_integer, check_number
 from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
+from lit_did.representing import short_repr
 from lit_did.sampling.readers import (
     CachedFunction,
     CachedModel,
@@ -53,6 +54,8 @@ class DIDSamples(NamedTuple):
     """the logarithm of how many completions there are: H(q) where nothing was learned, pi = rho"""
     estimate: DIDEntropyEstimate
     """H(q) and log Z over all islands, with an interval from their differences"""
+
+    __repr__ = short_repr
 
     @property
     def log_ratio(self) -> Tensor:

@@ -327,6 +327,18 @@ def test_template_kwargs_reach_the_template(chatml):
     assert chatml.decode(example.chosen_ids) == "b<|im_end|>"
 
 
+def test_repr_is_one_line(no_bos):
+    data = PreferenceDataModule(ROWS, no_bos, val="val.jsonl", predict=["a.jsonl", "b.jsonl"], max_length=8)
+    rest = "tokenizer='TokenizersBackend', max_length=8, batch_size=8, as_chat=False)"
+    text = f"PreferenceDataModule(train=10 rows, val='val.jsonl', predict=2 files, {rest}"
+    assert repr(data) == str(data) == text
+    data = PreferenceDataModule(iter(ROWS), "gpt2", val_fraction=0.2)
+    assert repr(data).startswith("PreferenceDataModule(train=list_iterator, tokenizer='gpt2', max_length=1024")
+    data = PreferenceDataModule(ROWS, no_bos, val_fraction=0.2)
+    data.setup("fit")
+    assert repr(data).startswith("PreferenceDataModule(train=10 rows: 8 pairs, val=2 pairs, ")
+
+
 def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):
     no_bos.save_pretrained(tmp_path)
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

@@ -1,0 +1,84 @@
+"""Shows pairs as they are scored: prompt, completions, turns that are only read, and what `max_length` cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+from lit_did.data.tokenizing import Context, TokenizedPair
+
+_STYLES = {"prompt": "cyan", "scored": "green", "not scored": "bright_black", "cut": "red strike"}
+_LONGEST = 1000  # characters of a part: what is between its first and last ones is left out
+
+Part = tuple[str, list[int]]
+"""what its tokens are, a key of `_STYLES`, and their ids"""
+
+
+def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any) -> None:
+    """Prints a pair, part by part; in colour if rich is installed and the output is a terminal.
+
+    Args:
+        where: what the pair is called.
+        whole, cut: the pair before and after truncation.
+        tokenizer: turns the ids to text.
+    """
+    write = _writer()
+    write(f"{where}: prompt {_count(cut.prompt_ids, whole.prompt_ids)}", "bold")
+    prompt = _prompt(whole.prompt_ids, cut.prompt_ids)
+    _print_parts(prompt, [], tokenizer, write)
+    for side in ("chosen", "rejected"):
+        ids, context = getattr(whole, f"{side}_ids"), getattr(whole, f"{side}_context")
+        kept = getattr(cut, f"{side}_ids")
+        write(f"{side}: {_count(kept, ids)} scored", "bold")
+        parts = _completion(ids, context, len(kept))
+        _print_parts(parts, whole.prompt_ids, tokenizer, write)
+
+
+def _count(kept: list[int], whole: list[int]) -> str:
+    return f"{len(kept)} tokens" if len(kept) == len(whole) else f"{len(kept)} of {len(whole)} tokens"
+
+
+def _prompt(whole: list[int], kept: list[int]) -> list[Part]:
+    if whole[len(whole) - len(kept) :] == kept:
+        return [("cut", whole[: len(whole) - len(kept)]), ("prompt", kept)]
+    start = len(whole) - len(kept) + 1  # BOS stays
+    return [("prompt", whole[:1]), ("cut", whole[1:start]), ("prompt", whole[start:])]
+
+
+def _completion(ids: list[int], context: Context | None, num_kept: int) -> list[Part]:
+    """The completion tokens and those between them in order; after the first `num_kept`, they are cut."""
+    tokens = []
+    between = list(zip(context.places, context.ids, strict=True)) if context else []
+    for place, token in enumerate(ids):
+        while between and between[0][0] <= place:
+            tokens.append(("not scored" if place < num_kept else "cut", between.pop(0)[1]))
+        tokens.append(("scored" if place < num_kept else "cut", token))
+    return [(kind, [token for _, token in group]) for kind, group in groupby(tokens, key=lambda item: item[0])]
+
+
+def _print_parts(parts: list[Part], before: list[int], tokenizer: Any, write: Callable[[str, str], None]) -> None:
+    ids = list(before)
+    for kind, part in parts:
+        if not part:
+            continue
+        # As it reads after what comes before: alone, SentencePiece leaves out the first space.
+        start, whole = tokenizer.decode(ids), tokenizer.decode(ids + part)
+        text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(part)
+        ids += part
+        if len(text) > _LONGEST:
+            left_out = len(text) - _LONGEST
+            text = f"{text[: _LONGEST // 2]} ...{left_out:,} characters... {text[-_LONGEST // 2 :]}"
+        for old, new in (("\r", "\\r"), ("\n", "\\n"), ("\t", "\\t")):
+            text = text.replace(old, new)
+        write(f"{kind:>12} | {text}", _STYLES[kind])
+
+
+def _writer() -> Callable[[str, str], None]:
+    """Prints a line in a style, if that can be."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return lambda text, style: print(text)
+    console = Console(highlight=False)
+    return lambda text, style: console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
