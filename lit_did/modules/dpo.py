@@ -43,7 +43,12 @@ from lit_did.modules.checks import (
 )
 from lit_did.modules.names import plain_name
 from lit_did.modules.objective import Objective, PairLoss, check_functions_given_again, plain_loss
-from lit_did.modules.optimizer import check_optimizer, optimizer_and_schedule, warn_if_steps_are_rounded_away
+from lit_did.modules.optimizer import (
+    check_optimizer,
+    follow_finders,
+    optimizer_and_schedule,
+    warn_if_steps_are_rounded_away,
+)
 from lit_did.modules.optimizer_state import accept_names
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairMetrics, PairStatistics, both_sides, counted
 from lit_did.modules.quiet_start import QuietStart
@@ -370,6 +375,7 @@ class LitDPO(TrainedState):
     def on_train_start(self) -> None:
         """With `cache_reference`, runs the reference over all pairs, or finds what it said, and frees its layers."""
         self._resume_data()
+        follow_finders(self.trainer, self.hparams)
         if self.hparams.cache_reference is None:
             return
         self._cache = cached_reference(

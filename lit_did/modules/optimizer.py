@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -265,7 +266,33 @@ def count_warmup_steps(warmup_steps: float, total_steps: float, schedule: str) -
 
 def scheduler(optimizer: Optimizer, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:
     """The schedule as PyTorch wants it. To be stepped once an optimiser step."""
-    return LambdaLR(
-        optimizer,
-        lambda step: learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule),
-    )
+    factor = partial(learning_rate_factor, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule)
+    return LambdaLR(optimizer, factor)
+
+
+def follow_finders(trainer: lightning.Trainer, settings: Any) -> None:
+    """Gives a schedule of `scheduler` the rate and the number of steps that Lightning's finders have set since.
+
+    `LearningRateFinder` and `BatchSizeFinder` run as callbacks, after `configure_optimizers`.
+
+    Args:
+        settings: Whose attributes are LitDPO's arguments.
+    """
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        factor = schedule.lr_lambdas[0] if isinstance(schedule, LambdaLR) else None
+        if not isinstance(factor, partial) or factor.func is not learning_rate_factor:
+            continue
+        total, rate = trainer.estimated_stepping_batches, settings.learning_rate
+        found = rate is not None and rate != schedule.optimizer.defaults["lr"]
+        if total == factor.keywords["total_steps"] and not found:
+            continue
+        warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
+        # Not a partial of the old one: after a restore it would nest, and not be recognised the next time.
+        factor = partial(learning_rate_factor, warmup_steps=warmup, total_steps=total, schedule=settings.schedule)
+        schedule.lr_lambdas = [factor] * len(schedule.base_lrs)
+        if found:
+            schedule.optimizer.defaults["lr"] = rate
+            schedule.base_lrs = [rate] * len(schedule.base_lrs)
+        for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 
 from lit_did import LitDPO, PreferenceDataModule
@@ -70,3 +70,46 @@ def test_learning_rate_is_found_and_leaves_the_policy_as_it_was():
     assert len(found.results["lr"]) == 30
     assert model.hparams.learning_rate == found.suggestion() != 1e-3
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+SCHEDULE = {"schedule": "linear", "warmup_steps": 0.25}
+
+
+def test_a_schedule_follows_the_batch_size_that_a_callback_finds():
+    rates, plain = Rates(), Rates()
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    trainer(max_epochs=4, callbacks=[finder, rates]).fit(module(**SCHEDULE), data())
+    trainer(max_epochs=4, callbacks=[plain]).fit(module(**SCHEDULE), data(batch_size=4))
+    assert len(plain.seen) == 12
+    assert rates.seen == plain.seen
+
+
+def test_a_schedule_follows_the_rate_that_a_callback_finds():
+    rates, plain, model = Rates(), Rates(), module(**SCHEDULE)
+    finder = LearningRateFinder(num_training_steps=24, early_stop_threshold=None)
+    trainer(max_epochs=4, callbacks=[finder, rates]).fit(model, data())
+    assert model.hparams.learning_rate == finder.optimal_lr.suggestion() != 1e-3
+    trainer(max_epochs=4, callbacks=[plain]).fit(module(**SCHEDULE), data())
+    ratio = model.hparams.learning_rate / 1e-3
+    assert rates.seen == pytest.approx([ratio * rate for rate in plain.seen])
+
+
+def test_without_finders_a_schedule_stays_as_it_was_made(tmp_path):
+    """Also one that goes on from a checkpoint, with another rate given."""
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    rates, resumed = Rates(), Rates()
+    trainer(max_epochs=2, callbacks=[save, rates], enable_checkpointing=True).fit(module(**SCHEDULE), data())
+    again = LitDPO(tiny_llama(vocab_size=len(TOKENIZER)), learning_rate=7e-3, **SCHEDULE)
+    trainer(max_epochs=2, callbacks=[resumed]).fit(again, data(), ckpt_path=tmp_path / "step=5.ckpt")
+    assert resumed.seen == rates.seen[5:]
+    assert len(resumed.seen) == 7
