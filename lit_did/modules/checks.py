@@ -39,6 +39,7 @@ def checked_sequences(policy: nn.Module, batch: Mapping[str, Tensor], *, weighte
     _check_labels(batch)
     sequences = read_sequences(batch)
     _check_counts(sequences, batch.get("weight"))
+    _check_order(sequences)
     _check_token_ids(policy, sequences)
     _warn_of_positions(policy, sequences)
     return sequences
@@ -140,6 +141,36 @@ def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
             f"Expected every sequence to have completion tokens, but got {len(empty)} of {sequences.count} whose "
             f"labels are all -100 (or where `attention_mask` is 0), sequence {empty[0]} the first."
         )
+
+
+def _check_order(sequences: Sequences) -> None:
+    """Raises ValueError if chosen and rejected sequences lie in turn: prompts then tell which belong together."""
+    pairs = sequences.count // 2
+    if pairs < 2:
+        return
+    prompts = [_prompt(sequences, i) for i in range(sequences.count)]
+    # One side's prompt may have been cut: it is then the end, or the beginning, of the other's.
+    if all(_agree(prompts[i], prompts[i + pairs]) for i in range(pairs)):
+        return
+    if all(len(one) and np.array_equal(one, other) for one, other in zip(prompts[::2], prompts[1::2], strict=True)):
+        raise ValueError(
+            "Expected the chosen sequences first and then the rejected ones in the same order, but got them in turn: "
+            f"rows 2k and 2k + 1 have the same prompt, and rows i and i + {pairs} do not. Put them in order with "
+            "`torch.cat([rows[0::2], rows[1::2]])` for every tensor of the batch."
+        )
+
+
+def _prompt(sequences: Sequences, index: int) -> np.ndarray:
+    own = sequences.slice(index)
+    labelled = sequences.labels[own] != IGNORE_INDEX
+    return sequences.input_ids[own][: labelled.argmax() + 1 if labelled.any() else len(labelled)]
+
+
+def _agree(one: np.ndarray, other: np.ndarray) -> bool:
+    shared = min(len(one), len(other))
+    return np.array_equal(one[:shared], other[:shared]) or np.array_equal(
+        one[len(one) - shared :], other[len(other) - shared :]
+    )
 
 
 def _check_token_ids(policy: nn.Module, sequences: Sequences) -> None:

@@ -57,6 +57,7 @@ from lit_did.modules.strategies import (
     check_gradients_are_exchanged,
     check_unsharded_with_ddp,
 )
+from lit_did.modules.watch import Watch, count_bad_gradients
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
 
@@ -212,6 +213,7 @@ class LitDPO(TrainedState):
         self._first_objective: Tensor | None = None  # of the part of the batch that `training_step` went through
         self._rest: list[Sequences] = []  # of the batch in training: what has not been forward and backward yet
         self._cache: CachedReference | None = None
+        self._watch = Watch()
         self._noise_checked = not disable_dropout
         self._start_checked = self._reference_free  # what starts as a reference needs one
         self._reference_digest: str | None = None
@@ -371,6 +373,7 @@ class LitDPO(TrainedState):
         warn_if_steps_are_rounded_away(self.trainer.optimizers)
         self.train_metrics.reset()  # an interrupted run may have left micro-batches
         self._rest, self._first_objective = [], None
+        self._watch = Watch()
 
     def on_train_start(self) -> None:
         """With `cache_reference`, runs the reference over all pairs, or finds what it said, and frees its layers."""
@@ -404,8 +407,18 @@ class LitDPO(TrainedState):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step of the optimiser, after which the gradients are freed: the next forward pass needs their memory."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._watch.check_when_logged(self.trainer)
         if not self.trainer.strategy.handles_gradient_accumulation:  # that comes here for every micro-batch
             self.optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_train_epoch_end(self) -> None:
+        """Raises FloatingPointError if a step since the last log was not finite."""
+        self._watch.check(self.trainer)
+
+    def on_train_end(self) -> None:
+        """Says whether the chosen completions became less likely."""
+        if self.trainer.is_global_zero:
+            self._watch.warn_if_chosen_fell()
 
     def teardown(self, stage: str) -> None:
         """Gives the policy its own attention back."""
@@ -413,9 +426,13 @@ class LitDPO(TrainedState):
             attention.use_own_attention(forward.inner(self.policy))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the metrics over all micro-batches and processes of this optimiser step."""
-        if self.train_metrics["loss"].update_called:  # a `training_step` may have skipped all batches
-            self._log("train/", self.train_metrics, ("loss", "reward_margin", "did_entropy"))
+        """Logs the metrics over all micro-batches and processes of this optimiser step, and looks at them."""
+        metrics = self.train_metrics
+        if not metrics["loss"].update_called:  # a `training_step` may have skipped all batches
+            return
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips steps that overflow
+            metrics["loss"].add_bad_gradients(count_bad_gradients(self.policy.parameters()))
+        self._watch.add(self.trainer, self._log("train/", metrics, ("loss", "reward_margin", "did_entropy")))
 
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics a validation dataloader."""
@@ -523,17 +540,21 @@ class LitDPO(TrainedState):
             torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
         )
 
-    def _log(self, prefix: str, metrics: PairMetrics, on_progress_bar: tuple[str, ...], suffix: str = "") -> None:
+    def _log(
+        self, prefix: str, metrics: PairMetrics, on_progress_bar: tuple[str, ...], suffix: str = ""
+    ) -> dict[str, Tensor]:
         # Already over all processes: every rank logs the same number.
-        for name, value in metrics.compute().items():
+        values = metrics.compute()
+        for name in (name for name in values if name != "bad_gradients"):
             self.log(
                 f"{prefix}{name}{suffix}",
-                value.float(),
+                values[name].float(),
                 prog_bar=name in on_progress_bar,
                 add_dataloader_idx=False,  # the suffix says it
                 sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
             )
         metrics.reset()
+        return values
 
 
 def _is_plain(value: Any) -> bool:

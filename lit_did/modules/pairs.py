@@ -80,11 +80,11 @@ class PairMetrics(DIDMetrics):
 
 
 class _Loss(StatisticsMetric):
-    """The mean of losses as they were minimised, not computed a second time."""
+    """The mean of losses as they were minimised, not computed a second time; and how many gradients were not finite."""
 
     quantity = "loss"
     totals_shape = (2,)
-    counts_shape = (2,)
+    counts_shape = (3,)
 
     def __init__(self, sft: float) -> None:
         super().__init__()
@@ -96,11 +96,18 @@ class _Loss(StatisticsMetric):
         super().update(statistics)
         self._losses = None
 
-    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
-        return loss_sums(statistics, self._losses)
+    def add_bad_gradients(self, count: Tensor | int) -> None:
+        """Adds gradients that were not finite."""
+        counts = getattr(self, self._counts)
+        count = torch.as_tensor(count, device=counts.device)
+        setattr(self, self._counts, torch.cat([counts[:2], counts[2:] + count]))
 
-    def value(self, totals: Tensor, counts: Tensor) -> Tensor:
-        return loss_value(totals, counts, self.sft)
+    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+        totals, counts = loss_sums(statistics, self._losses)
+        return totals, torch.nn.functional.pad(counts, (0, 1))
+
+    def value(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_value(totals, counts[:2], self.sft), "bad_gradients": counts[2]}
 
 
 class _Logprob(LikelihoodDisplacement):

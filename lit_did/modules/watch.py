@@ -1,0 +1,105 @@
+"""What a training run says of itself: a loss or a gradient that is not finite, chosen completions that became unlikely.
+
+All is kept on the device, so that a step waits for nothing. It is read when Lightning reads the logged metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+LEAST_STEPS = 5
+LEAST_FALL = 0.1  # nats a completion
+LEAST_SIGNIFICANCE = 3.0  # the t statistic of the slope
+
+
+class Watch:
+    """Sums over the optimiser steps of one run; all processes have the same."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._first: Tensor | None = None  # int64: 2 step where the loss was not finite, 2 step + 1 the gradient; or -1
+        self._sums: Tensor | None = None  # [3] float64 of y, y^2 and step y, y the mean log-ratio of chosen completions
+        self._due = False
+
+    def add(self, trainer: lightning.Trainer, values: Mapping[str, Tensor]) -> None:
+        """Adds what an optimiser step logs: `loss`, `bad_gradients` and, with a reference, `chosen_log_ratio`."""
+        step, loss = trainer.global_step, values["loss"]
+        if self._first is None:
+            self._first = torch.full((), -1, dtype=torch.int64, device=loss.device)
+            self._sums = torch.zeros(3, dtype=torch.float64, device=loss.device)
+        bad = torch.where(loss.isfinite(), torch.where(values["bad_gradients"] > 0, 2 * step + 1, -1), 2 * step)
+        self._first = torch.where(self._first < 0, bad, self._first)
+        if "chosen_log_ratio" in values:
+            fallen = values["chosen_log_ratio"].double()
+            self._sums += torch.stack([fallen, fallen * fallen, fallen * self._steps])
+        self._steps += 1
+        every = trainer.log_every_n_steps
+        self._due = trainer.should_stop or (every > 0 and (step + 1) % every == 0)
+
+    def check_when_logged(self, trainer: lightning.Trainer) -> None:
+        """`check` after a step whose metrics Lightning is about to read."""
+        if self._due:
+            self._due = False
+            self.check(trainer)
+
+    def check(self, trainer: lightning.Trainer) -> None:
+        """Raises FloatingPointError if a loss or a gradient was not finite, and names the first such step."""
+        first = -1 if self._first is None else int(self._first)
+        if first < 0:
+            return
+        step, what = first // 2, "gradient" if first % 2 else "loss"
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        raise FloatingPointError(
+            f"Expected a finite {what} in every optimiser step, but it was NaN or infinite first in step {step + 1} of "
+            f"the run (`trainer.global_step` {step}). The weights cannot be trusted from there on. Likely causes: the "
+            f"learning rate (now {rate:.3g}) is too high; half precision overflows (this run's is "
+            f"{trainer.precision!r}; 'bf16-mixed' and '32-true' do not); a logit of -inf at a token that is "
+            "trained on. Start again from an earlier checkpoint with a lower `learning_rate` or another precision."
+        )
+
+    def warn_if_chosen_fell(self) -> None:
+        """Warns if the log-ratios of chosen completions fell steadily: a straight line through them falls."""
+        steps = self._steps
+        if steps < LEAST_STEPS:
+            return
+        y, y_squared, step_y = (self._sums / steps).tolist()
+        mean_step, step_variance = (steps - 1) / 2, (steps * steps - 1) / 12
+        covariance, variance = step_y - mean_step * y, max(y_squared - y * y, 1e-300)
+        unexplained = max(1 - covariance**2 / (step_variance * variance), 1e-12)
+        significance = -covariance / math.sqrt(step_variance * variance) * math.sqrt((steps - 2) / unexplained)
+        fall = -covariance / step_variance * (steps - 1)
+        end = y - fall / 2
+        if not (fall > LEAST_FALL and end < 0 and significance > LEAST_SIGNIFICANCE):  # also where they are NaN
+            return
+        warnings.warn(
+            "The log-ratio of the chosen completions (`train/chosen_log_ratio`) fell steadily, by about "
+            f"{fall:.3g} nats over {steps} optimiser steps to about {end:.3g}: the policy has become less likely to "
+            "write them. DPO is expected to do this where the chosen completions come from the reference or from a "
+            "model near it. Their mean log-likelihood then falls by the KL divergence of the reference from the "
+            "optimum. Elsewhere, or if you do not want it, add an SFT term (`nll_weight=0.2`), use `LitDPOPG` or "
+            "another `loss`, lower the learning rate or raise `beta`. docs/losses.md says more.",
+            stacklevel=2,
+        )
+
+
+def count_bad_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | int:
+    """How many of this process's gradients hold a value that is not finite: an int64 scalar on their device."""
+    by_type: dict[tuple, list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of a DTensor
+        if gradient is not None and gradient.layout == torch.strided and gradient.numel():
+            by_type.setdefault((gradient.dtype, gradient.device), []).append(gradient.detach())
+    count: Tensor | int = 0
+    for (dtype, _), gradients in by_type.items():
+        # The Euclidean norm: on the CPU much faster than the largest value. float32 holds it for half precision.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
+        bad = (~torch.stack(norms).isfinite()).sum()
+        count = bad + (count.to(bad.device) if isinstance(count, Tensor) else count)
+    return count

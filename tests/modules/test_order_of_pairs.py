@@ -1,0 +1,85 @@
+"""Batches with chosen and rejected sequences in turn are refused, and no batch in order is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_did import LitDPO
+from lit_did.data.collating import collate_packed
+from lit_did.data.dataset import Example
+from lit_did.modules.checks import checked_sequences
+from tests.modules.tiny import collate, make_pairs, tiny_llama
+
+MODEL = SimpleNamespace()  # of which the checks ask nothing here
+
+
+def in_turn(batch: dict) -> dict:
+    order = torch.arange(len(batch["labels"])).view(2, -1).T.flatten()
+    return {name: value[order] for name, value in batch.items()}
+
+
+def rows(*pairs) -> dict:
+    """A batch of (prompt of the chosen one, its completion, prompt of the rejected one, its completion)."""
+    sequences = [(p, c) for p, c, _, _ in pairs] + [(q, r) for _, _, q, r in pairs]
+    doubled = collate([(prompt, completion, completion) for prompt, completion in sequences])
+    return {name: value[: len(sequences)] for name, value in doubled.items()}
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 8])
+def test_chosen_and_rejected_in_turn_are_refused(pairs):
+    batch = in_turn(collate(make_pairs(pairs)))
+    message = rf"chosen sequences first .* in turn: .* rows i and i \+ {pairs} do not.*rows\[0::2\], rows\[1::2\]"
+    with pytest.raises(ValueError, match=message):
+        checked_sequences(MODEL, batch)
+    module = LitDPO(tiny_llama())
+    for step in (module, module.pair_statistics, lambda b: module.training_step(b, 0)):
+        with pytest.raises(ValueError, match="in turn"):
+            step(batch)
+    remedy = {name: torch.cat([value[0::2], value[1::2]]) for name, value in batch.items()}
+    checked_sequences(MODEL, remedy)
+
+
+def test_packed_batches_too():
+    examples = [
+        Example(*(torch.tensor(ids).numpy() for ids in pair), index=i, weight=1.0)
+        for i, pair in enumerate(make_pairs(3))
+    ]
+    batch = collate_packed(examples)
+    checked_sequences(MODEL, batch)
+    lengths, bounds = batch["cu_seqlens"].diff(), batch["cu_seqlens"]
+    pieces = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in (0, 3, 1, 4, 2, 5)])
+    turned = {name: batch[name][:, pieces] for name in ("input_ids", "labels")}
+    turned["cu_seqlens"] = torch.cat([torch.zeros(1), lengths[[0, 3, 1, 4, 2, 5]].cumsum(0)]).to(bounds.dtype)
+    with pytest.raises(ValueError, match="in turn"):
+        checked_sequences(MODEL, turned)
+
+
+A, B, C, D = [5, 6, 7, 8], [9, 10, 11], [12, 13], [14, 15, 16]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(A, [1, 2], A, [3])],  # one pair
+        [(A, [1, 2], B, [3])],
+        [(A, [1], A, [2]), (A, [3], A, [4]), (A, [2], A, [2])],  # the same prompt everywhere
+        [(A, [1], A, [2]), (A, [3], A, [4]), (B, [1], B, [2]), (B, [3], B, [4])],  # two pairs a prompt, in order
+        [(A, [1], B, [2]), (C, [3], D, [4])],  # pairs without a common prompt
+        [(A, [1], A[1:], [2]), (A, [3], A[1:], [4])],  # the longer side's prompt was cut
+        [(A, [1], A[:3], [2]), (A, [3], A[:3], [4])],
+        [(A, [1], B, [2]), (A, [3], C, [4])],  # some rows beside each other alike by chance
+    ],
+)
+def test_batches_in_order_are_no_alarm(pairs):
+    checked_sequences(MODEL, rows(*pairs))
+
+
+def test_a_shared_prompt_does_not_hide_the_others():
+    """Two of three pairs have the same prompt, so that one row agrees with the one half a batch later."""
+    batch = collate([(A, [1], [2]), (A, [3], [4]), (B, [1], [2])])
+    checked_sequences(MODEL, batch)
+    with pytest.raises(ValueError, match="in turn"):
+        checked_sequences(MODEL, in_turn(batch))
