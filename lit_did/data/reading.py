@@ -147,10 +147,11 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
         lines.append(f"{count} with the reason: {reason} ({'; '.join(places[:3])}{more})")
     others = len(skipped) - sum(count for _, count in reasons)
     if others:
-        lines.append(f"{others} for other reasons")
-    of = f" of {num_rows}" if num_rows is not None else ""
+        lines.append(f"{others} for other reasons.")
+    one = len(skipped) == 1
+    of = ("row" if one else "rows") if num_rows is None else f"of {num_rows} rows"
     return (
-        f"{name}: {len(skipped)}{of} rows cannot be trained on and are skipped. {' '.join(lines)} "
+        f"{name}: {len(skipped)} {of} cannot be trained on and {'is' if one else 'are'} skipped. {' '.join(lines)} "
         'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.'
     )
 
@@ -192,8 +193,8 @@ def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
         raise FileNotFoundError("Expected a path of preference pairs, but got an empty one.")
     if "://" in path:
         raise ValueError(
-            f"{path}: Expected a path, or a name of the hub such as 'org/name:train', but got a URL. Download the file, "
-            "or pass what `datasets.load_dataset` returns."
+            f"{path}: Expected a path, or a name of the hub such as 'org/name:train', but got a URL. Download the "
+            "file, or pass what `datasets.load_dataset` returns."
         )
     path = os.path.expanduser(path)
     if not os.path.lexists(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
