@@ -53,6 +53,7 @@ from lit_did.modules.optimizer_state import accept_names
 from lit_did.modules.pairs import WITHOUT_REFERENCE, PairMetrics, PairStatistics, both_sides, counted
 from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
+    check_averages_of_weights,
     check_backward_is_run,
     check_gradients_are_exchanged,
     check_unsharded_with_ddp,
@@ -362,9 +363,10 @@ class LitDPO(TrainedState):
         return [] if any(isinstance(c, QuietStart) for c in self.trainer.callbacks) else [QuietStart()]
 
     def setup(self, stage: str) -> None:
-        """Refuses a strategy that ignores `backward`, and DDP with models that are sharded."""
+        """Refuses a strategy that ignores `backward`, DDP with sharded models, and averages of other weights."""
         if stage == "fit":
             check_backward_is_run(self.trainer)
+            check_averages_of_weights(self)
         check_unsharded_with_ddp(self)
 
     def on_fit_start(self) -> None:

@@ -1,8 +1,12 @@
-"""Which strategies train LitDPO right: every process must end each step with the same weights, or its shard of them."""
+"""Which strategies and averages of weights LitDPO refuses, because they would train wrong.
+
+Every process must end each step with the same weights, or its shard of them.
+"""
 
 from __future__ import annotations
 
 import lightning
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -30,6 +34,24 @@ def check_unsharded_with_ddp(module: lightning.LightningModule) -> None:
             "Expected models that are not sharded with DDP, which gives every process a whole model and batches of its "
             "own, but got distributed tensors. Load the models without `distributed_config`, or use "
             "ModelParallelStrategy."
+        )
+
+
+def check_averages_of_weights(module: lightning.LightningModule) -> None:
+    """Raises ValueError if a callback that averages weights has copied a module that will have other parameters."""
+    callbacks = module.trainer.callbacks
+    if module.policy is None and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "Expected `policy` and `reference` to be modules with StochasticWeightAveraging, which has copied LitDPO "
+            "before it loads models by name, and would average nothing. Load the models yourself, or use "
+            "EMAWeightAveraging."
+        )
+    freed = module.hparams.cache_reference is not None and module.reference is not None
+    if freed and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "Expected `cache_reference` to be None with WeightAveraging, whose copy of LitDPO keeps the reference's "
+            f"layers that the cache frees, but got {module.hparams.cache_reference!r}. Leave out one of the two, or "
+            "train a LoRA adapter."
         )
 
 

@@ -99,7 +99,7 @@ def test_steps_that_are_rounded_away_are_told(dtype, learning_rate, lora, warned
         assert moved > 0.5 * sum(p.numel() for p in before.values())
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed"])
 def test_every_precision_fits_validates_predicts_and_resumes(tmp_path, precision):
     def run(epochs: int, **options) -> LitDPO:
         module = LitDPO(tiny_llama(), learning_rate=1e-2, adam_eps=1e-3)

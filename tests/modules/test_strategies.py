@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext as none
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_did import LitDPO, LitDPOPG
@@ -49,6 +51,23 @@ def test_two_processes_train_right_or_both_refuse(tmp_path):
 @pytest.mark.parametrize("kind", [LitDPO, LitDPOPG])
 def test_deepspeed_which_ignores_backward_is_refused(kind):
     module = kind(tiny_llama())
-    module._trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))  # the package is not installed
+    module._trainer = SimpleNamespace(
+        callbacks=[], strategy=object.__new__(DeepSpeedStrategy)
+    )  # the package is not installed
     with pytest.raises(ValueError, match=r"runs the module's own `backward`, but got DeepSpeed.* Use 'ddp'"):
         module.setup("fit")
+
+
+def test_averages_of_other_weights_are_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    data = loader(make_pairs(2), 2)
+    with pytest.raises(ValueError, match=r"to be modules with StochasticWeightAveraging.*or use EMAWeightAveraging"):
+        trainer(max_epochs=2, callbacks=[StochasticWeightAveraging(1e-2)]).fit(LitDPO(tmp_path / "model"), data)
+    for lora in (None, {"r": 2, "target_modules": "all-linear"}):  # with LoRA nothing is freed
+        for policy in (tiny_llama(), tmp_path / "model"):
+            module = LitDPO(policy, lora=lora, cache_reference=tmp_path / f"cache {lora is None}")
+            run = trainer(max_epochs=1, callbacks=[EMAWeightAveraging()])
+            with (
+                pytest.raises(ValueError, match="`cache_reference` to be None with WeightAvera") if not lora else none()
+            ):
+                run.fit(module, data)
