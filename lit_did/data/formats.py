@@ -95,10 +95,13 @@ def find_columns(names: Any, columns: Mapping[str, str | None] | None, where: st
 
 def describe_columns(names: Any, columns: Mapping[str, str | None] | None) -> str:
     """What `find_columns` reads from columns of other names than ours without being told to; "" for nothing."""
-    found, ours = find_columns(names, columns, "row"), columns or {}
-    parts = [(name, column) for name, column in found.named.items() if column != name and name not in ours]
-    if "system" in found.named and "system" not in ours:
-        parts = [part for part in parts if part[0] != "system"] + [("system", found.named["system"])]
+    found = find_columns(names, columns, "row")
+    parts = [
+        (name, column)
+        for name, column in found.named.items()
+        # Not every trainer has a column `system`, so that it becomes a message is told too.
+        if name not in (columns or {}) and (column != name or name == "system")
+    ]
     if "prompt" not in found.named and found.prompts:
         parts.append(("prompt", "` and `".join(found.prompts)))
     return ", ".join(f"{name} from `{column}`" for name, column in parts)
@@ -177,7 +180,9 @@ def _find_columns(names: tuple[str, ...], columns: tuple[tuple[str, str | None],
     prompts = () if by_user else tuple(name for name in _PROMPTS if name in left)
     known = {*named.values(), *chosen_by_user.values(), *_PROMPTS, *_SYSTEMS, *_MEDIA, *FIELDS}
     has_prompt = by_user or "prompt" in named or prompts
-    unknown = () if has_prompt else tuple(name for name in left if name not in known and not _ABOUT.match(name.lower()))
+    unknown = (
+        () if has_prompt else tuple(name for name in left if name not in known and not _ABOUT.match(str(name).lower()))
+    )
     return Columns(named, prompts, unknown)
 
 
@@ -185,9 +190,11 @@ def _read_prompt(fields: dict[str, Any], row: Mapping[str, Any], found: Columns,
     """Puts the prompt into `fields`, from whichever column holds it."""
     filled = [name for name in found.prompts if _filled(row[name])]
     if _filled(fields.get("prompt")):
-        texts = _texts(fields["prompt"])
-        others = [name for name in filled if not _overlap(_texts(row[name]), texts)]
-        if others:
+        kept = [text for name in ("prompt", *_REQUIRED) for text in _texts(fields[name])]
+        others = [
+            name for name in filled if not all(any(text in whole for whole in kept) for text in _texts(row[name]))
+        ]
+        if others:  # text that would be lost
             raise _several(where, ["prompt", *others])
     elif "instruction" in filled and set(filled) <= {"instruction", "input", "history"}:  # Alpaca's
         parts = [row[name] for name in ("instruction", "input") if name in filled]
@@ -213,8 +220,8 @@ def _several(where: str, names: list[str]) -> ValueError:
 
 def _turns(history: Any, where: str) -> list[dict[str, str]]:
     """LLaMA-Factory's earlier turns, [[question, answer], ...], as messages."""
-    turns = history if isinstance(history, list) else [history]
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    turns = history if isinstance(history, (list, tuple)) else [history]
+    if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
         raise malformed(where, "`history` to be a list of [question, answer]", kind(history))
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
@@ -227,10 +234,6 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         value = [value.get(key) for key in ("content", "value", "text")]
     return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
-
-
-def _overlap(some: list[str], others: list[str]) -> bool:
-    return any(a and b and (a in b or b in a) for a in some for b in others)
 
 
 def _filled(value: Any) -> bool:
@@ -253,11 +256,11 @@ def _parse_json(name: str, value: Any, where: str) -> Any:
         except (ValueError, RecursionError) as error:
             raise malformed(where, f"`{name}` to be JSON", f"invalid JSON: {error}") from None
     start = value.lstrip()[:40]
-    if re.match(r"\[\s*\{\s*'(role|content|from|value)'", start):
+    if re.match(r"(\[\s*)?\{\s*'(role|content|from|value)'", start):
         raise malformed(
-            where, f"`{name}` to be text or messages in JSON", "a Python list written as text (by pandas' to_csv?)"
+            where, f"`{name}` to be text or messages in JSON", "Python objects written as text (by pandas' to_csv?)"
         )
-    if re.match(r'\[\s*\{\s*"(role|content|from|value)"', start):
+    if re.match(r'(\[\s*)?\{\s*"(role|content|from|value)"', start):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):

@@ -27,12 +27,22 @@ from typing import Any, NamedTuple
 from lit_did.data.errors import UnusableRowError, in_words, kind, malformed, one_line, unusable
 from lit_did.data.formats import read_fields
 from lit_did.data.messages import Message, check_unicode, drop_nulls, has_content, parse_messages
-from lit_did.data.prompts import ASSISTANT, join_chat, num_repeats, split_chat, split_text, strip_chat, strip_text
+from lit_did.data.prompts import (
+    ASSISTANT,
+    join_chat,
+    join_text,
+    num_repeats,
+    split_chat,
+    split_text,
+    strip_chat,
+    strip_text,
+)
 
 Text = str | list[Message]
 
 _SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_DIALOGUE = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -182,7 +192,10 @@ def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
 
 def _split_text(prompt: str | None, chosen: str, rejected: str, fields: dict[str, Any], where: str) -> PreferencePair:
     parts, is_dialogue = (prompt, chosen, rejected), False
-    if prompt is None:
+    if prompt is not None:
+        if all(_DIALOGUE.match(text) for text in (chosen, rejected)) and not num_repeats(prompt, chosen, rejected):
+            parts, is_dialogue = join_text(prompt, chosen, rejected, where), True
+    else:
         parts, is_dialogue = split_text(chosen, rejected)
         if not is_dialogue:
             if "prompt" in fields:

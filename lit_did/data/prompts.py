@@ -37,6 +37,18 @@ def split_text(chosen: str, rejected: str) -> tuple[Texts, bool]:
     return (chosen[:end], chosen[end:], rejected[end:]), marker >= 0
 
 
+def join_text(prompt: str, chosen: str, rejected: str, where: str) -> Texts:
+    """The pair of a prompt beside whole dialogues as in HH-RLHF, which have their prompt in what both share.
+
+    Raises:
+        UnusableRowError: if the prompt is not in what both share.
+    """
+    texts, is_dialogue = split_text(chosen, rejected)
+    if not is_dialogue or prompt.strip() not in texts[0]:
+        raise unusable(where, "`prompt` to be in the turns that `chosen` and `rejected` share", "another text")
+    return texts
+
+
 def split_chat(chosen: list[Message], rejected: list[Message]) -> Chats:
     """The messages that both conversations begin with, and what follows. A side's last message is always its own."""
     end = 0

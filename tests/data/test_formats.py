@@ -92,6 +92,8 @@ HUMAN = {"from": "human", "value": "q"}
             },
             CHAT,
         ),
+        ({"prompt": "a\nq", "question": " q ", **SIDES}, TEXT._replace(prompt="a\nq")),
+        ({"prompt": json.dumps(_user("q")), **{k: json.dumps(v[0]) for k, v in CHATS.items()}}, CHAT),
         # UltraFeedback's form, with all of its columns.
         ({"prompt": "q", "prompt_id": "7", **WHOLE, "messages": WHOLE["chosen"], "score_chosen": 8.0}, CHAT),
         ({"prompt": "q", **CHATS}, CHAT),
@@ -145,6 +147,12 @@ def test_known_columns(row, pair):
         ),
         ({"ask": "q", **CHATS}, "but got `ask`."),
         ({"dialogue": [_user("q")], **CHATS}, "but got `dialogue`."),
+        ({"prompt": "q", "input": "a q and more", **SIDES}, "but got `prompt`, `input` with different texts."),
+        (
+            {"prompt": "q", "messages": [_user("p"), _bot("o"), _user("q")], **SIDES},
+            "but got `prompt`, `messages` with different texts.",
+        ),
+        ({"prompt": "q", "chosen": "{'role': 'assistant'}", "rejected": "b"}, "but got Python objects written as text"),
         ({"prompt": "q", "image": "x.png", **SIDES}, "but got the column `image` too, which cannot be read."),
         ({"prompt": "q", "system": 5, **SIDES}, "Expected `system` to be a string, but got int 5."),
         ({"prompt": "q", "system": "s", "system_prompt": "t", **SIDES}, "Expected one column with the system message"),
@@ -160,7 +168,7 @@ def test_known_columns(row, pair):
         ),
         (
             {"prompt": "q", "chosen": "[{'role': 'assistant'}]", "rejected": "b"},
-            "but got a Python list written as text",
+            "but got Python objects written as text",
         ),
         ({"a\nb\ud83d": "a", "é": "b"}, r"Expected the keys `chosen` and `rejected`, but got `a\nb\ud83d`, `é`."),
         ({f"column {n}": n for n in range(1000)}, "`column 18`, `column 19`, .... Name them"),
@@ -228,6 +236,12 @@ def test_columns_named_by_the_user(row, columns, pair):
 def test_columns_are_checked(columns, error, message):
     with pytest.raises(error, match=message):
         read_pairs([{"prompt": "q", **SIDES}], "train", columns=columns)
+
+
+def test_columns_need_not_have_names_that_are_strings():
+    assert parse_pair({0: 1, 1: "x", "prompt": "q", **SIDES}) == TEXT
+    with pytest.raises(ValueError, match="but got `1`"):
+        parse_pair({0: 1, 1: "x", **SIDES})
 
 
 def test_columns_that_only_some_rows_have():

@@ -179,6 +179,19 @@ def test_empty_answers_are_treated_alike(empty, side):
             read_rows([good, row], on_bad_rows="raise")
 
 
+def test_a_prompt_beside_whole_dialogues_is_asked_once():
+    dialogue = "\n\nHuman: q\n\nAssistant:"
+    whole = {"chosen": dialogue + " a", "rejected": dialogue + " b"}
+    expected = PreferencePair(dialogue, " a", " b")
+    for prompt in ("q", "Human: q", dialogue):
+        assert parse_pair({"prompt": prompt, **whole}) == expected
+    assert parse_pair({"question": "q", **{k: v.strip() for k, v in whole.items()}}).prompt == dialogue.strip()
+    with pytest.raises(
+        UnusableRowError, match="Expected `prompt` to be in the turns that `chosen` and `rejected` share"
+    ):
+        parse_pair({"prompt": "other", **whole})
+
+
 @pytest.mark.parametrize("empty", ["", " "])
 def test_empty_answers_to_implicit_prompts(empty):
     dialogue = "\n\nHuman: q\n\nAssistant:"

@@ -84,7 +84,8 @@ def test_dataset_and_list():
         assert [row.pair for row in rows] == PAIRS
         assert [row.where for row in rows] == ["train, row 0", "train, row 1"]
     chats = datasets.Dataset.from_list([{"chosen": _chat("a"), "rejected": _chat("b")}])
-    assert read_pairs(chats)[0].pair == PreferencePair(_chat("")[:1], _chat("a")[1:], _chat("b")[1:])
+    for source in (chats, chats.with_format("numpy"), chats.with_format("pandas")):
+        assert read_pairs(source)[0].pair == PreferencePair(_chat("")[:1], _chat("a")[1:], _chat("b")[1:])
     with pytest.raises(ValueError, match=r"val: Expected the keys `chosen` and `rejected`, but got `text`"):
         read_pairs(datasets.Dataset.from_dict({"text": ["a"]}), "val")
     with pytest.raises(
