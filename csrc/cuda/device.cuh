@@ -27,6 +27,8 @@ __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#elif defined(LIT_DID_CUDA_EMULATION)
+  return emulation::ex2_approx(x);
 #else
   return std::exp2(x);
 #endif

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import helpers
 from tests.cuda.emulator import CSRC, Emulator, why_not
 
 reason_against = cache(why_not)
+
+
+@pytest.fixture(autouse=True)
+def _accuracy(monkeypatch):
+    monkeypatch.setattr(helpers, "UNITS", helpers.CUDA_UNITS)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 
 from lit_did import sequence_statistics, token_statistics
 from lit_did.ops.extension import fused_devices
+from tests import helpers
 from tests.helpers import DTYPES, random_logits
 from tests.ops import test_compile as compiling
 from tests.ops import test_determinism as determinism
@@ -92,6 +93,7 @@ def _move_the_cpu_tests(monkeypatch, request):
         for name in MOVED:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, on_device(getattr(module, name)))
+    monkeypatch.setattr(helpers, "UNITS", helpers.CUDA_UNITS)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_many_small_terms_beside_a_large_one():
     inputs = (policy, torch.zeros(tokens, 2), torch.zeros(tokens, dtype=torch.long))
     terms = token_statistics(*inputs).policy_logprob
     expected = terms.double().sum().item()
-    assert abs(expected + 400.41) < 1e-3
+    assert abs(expected + 400.41) < 2e-3  # equal terms are off alike: by 2^-22 each on CUDA, 1e-3 in all
     assert abs(terms.numpy().cumsum()[-1] - expected) > 1e-2, "float32 would have done"
     assert abs(sequence_statistics(*inputs).policy_logprob - expected) <= torch.finfo(torch.float32).eps * 400
 

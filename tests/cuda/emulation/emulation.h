@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <source_location>
@@ -260,6 +261,16 @@ T shuffle(unsigned mask, T value, int source, const Where& where) {
   T result;
   std::memcpy(&result, &exchange(mask, value, where)[source], sizeof(T));
   return result;
+}
+
+// ex2.approx.ftz.f32 at its worst: 2^x with a relative error of 2^-22 up or down, as the bits of x decide, and 0 for
+// results below the smallest normal number.
+inline float ex2_approx(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const double error = bits * 2654435761u >> 31 ? 0x1p-22 : -0x1p-22;
+  const float result = static_cast<float>(std::exp2(double(x)) * (1 + error));
+  return result < std::numeric_limits<float>::min() ? 0 : result;
 }
 
 }  // namespace lit_did::emulation
