@@ -23,7 +23,8 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
               which takes a batch of repeated tokens, the first is meant;
             - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them, 1 on completion tokens;
             - both kinds of keys with `chosen_` and `rejected_` before them;
-            - the first two with `cu_seqlens` [sequences + 1] and tensors [1, tokens]: sequences end to end.
+            - the first two with `cu_seqlens` [sequences + 1] and tensors [1, tokens]: sequences end to end. In place of
+              `cu_seqlens`, transformers' `cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again, say where.
             `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
             `PreferenceDataModule` gives the pairs that only fill a batch, leaves a pair without labels.
         ignore_index: What stands for -100 in the batch's labels.
@@ -113,8 +114,9 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
                 f"Expected `{name}` to have the shape [sequences, T] of `input_ids`, {tuple(input_ids.shape)}, "
                 f"but got {tuple(batch[name].shape)}."
             )
-    if "cu_seqlens" in batch:
-        batch = padded(batch, ignore_index)
+    bounds = _packed_bounds(batch)
+    if bounds is not None:
+        batch = padded({**batch, "cu_seqlens": bounds}, ignore_index)
         input_ids = batch["input_ids"]
     if "completion_mask" in batch:
         labels = _shift(input_ids, batch["completion_mask"].bool())
@@ -137,6 +139,30 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
     if "position_ids" in batch:
         kept["position_ids"] = batch["position_ids"].expand_as(input_ids)
     return {"input_ids": input_ids, **kept, "labels": labels}
+
+
+def _packed_bounds(batch: Mapping[str, Any]) -> Tensor | None:
+    """`cu_seqlens` of sequences end to end, also where transformers' keys for them say where they begin, or None."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if name in batch:
+            return batch[name]
+    input_ids, whole = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    both = (batch.get("attention_mask", whole)[:, 1:] * batch.get("attention_mask", whole)[:, :-1]).bool()
+    begins = torch.zeros_like(both)
+    if "position_ids" in batch:
+        begins |= batch["position_ids"].expand_as(input_ids).diff(dim=1) != 1
+    if "seq_idx" in batch:
+        begins |= batch["seq_idx"].expand_as(input_ids).diff(dim=1) != 0
+    begins &= both
+    if not begins.any():
+        return None
+    if len(input_ids) > 1 or not both.all():
+        raise ValueError(
+            "Expected one sequence a row, or one row of sequences end to end, but got several rows of which one holds "
+            "several sequences: its `position_ids` or `seq_idx` begin again within it."
+        )
+    ends = input_ids.new_tensor([0, input_ids.shape[1]])
+    return torch.cat([ends[:1], begins[0].nonzero()[:, 0] + 1, ends[1:]])
 
 
 def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:

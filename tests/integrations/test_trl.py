@@ -370,6 +370,25 @@ def test_trainers_of_single_completions_log_no_metrics_of_pairs(tmp_path, kind):
             run.train()
 
 
+def test_packed_sequences_are_measured_one_by_one(tmp_path):
+    rows = [{"prompt": "ab" * (n % 3 + 1), "completion": "c" * (n + 1)} for n in range(6)]
+    measured = []
+    for options in ({}, {"packing": True, "max_length": 40}):
+        arguments = trl.SFTConfig(
+            str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=6, bf16=False, disable_tqdm=True,
+            **options,
+        )  # fmt: skip
+        data = datasets.Dataset.from_list(rows)
+        run = trl.SFTTrainer(
+            model=llama(0), args=arguments, processing_class=byte_tokenizer(), train_dataset=data, eval_dataset=data
+        )
+        run.add_callback(DIDCallback(run, reference=llama(1)))
+        measured.append({name: value for name, value in run.evaluate().items() if "did/" in name})
+    plain, packed = measured
+    assert packed == pytest.approx(plain, rel=1e-4, abs=1e-5)
+    assert len(plain) == 7
+
+
 def test_batches_without_completions_are_refused(tmp_path):
     callback = DIDCallback(trainer(tmp_path, llama(0), llama(1)))
     with pytest.raises(TypeError, match="where completions are generated during training"):

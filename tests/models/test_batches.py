@@ -105,6 +105,39 @@ def test_other_batches_are_refused(batch, error, message):
         read_batch(batch)
 
 
+ENDS = torch.tensor([0, 3, 5])
+PACKED = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "labels": torch.tensor([[-100, 2, 3, -100, 5]])}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"cu_seqlens": ENDS},
+        {"cu_seq_lens_q": ENDS.int(), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"position_ids": torch.tensor([[2, 3, 4, 2, 3]])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1]], dtype=torch.int32)},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": torch.ones(1, 5)},
+    ],
+    ids=lambda where: "-".join(where),
+)
+def test_sequences_end_to_end_in_every_spelling(where):
+    read = read_batch(PACKED | where)
+    assert read["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert read["labels"].tolist() == [[2, 3, -100], [5, -100, -100]]
+    assert read["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_positions_that_do_not_begin_again_are_no_ends():
+    ids = torch.tensor([[9, 9, 1, 2, 3], [1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "completion_mask": mask}
+    assert read_batch(batch)["input_ids"].shape == (2, 5)
+    with pytest.raises(ValueError, match="several rows of which one holds several sequences"):
+        read_batch(batch | {"position_ids": torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 0, 1]])})
+
+
 def unpadded(*rows):
     """What `read_batch` returns for (prompt, completion) token lists."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
