@@ -120,7 +120,8 @@ class PreferenceDataset(Dataset):
         header, self.num_with_header = next(iter(self._headers.most_common(1)), ("", 0))
         self._header = (header, tokenizer.tokenize(header)) if header else None
         plain = not any(pair.is_chat for pair in rendered) if rendered else False
-        self._lacks_turns = plain and renderer.has_template and not parse_special_tokens
+        rendered_before = parse_special_tokens or 2 * self.num_spelling_control > len(self)
+        self._lacks_turns = plain and renderer.has_template and not rendered_before
 
     @property
     def num_dropped(self) -> int:

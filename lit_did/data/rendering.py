@@ -14,6 +14,7 @@ What a completion is:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ _TAKEN = frozenset(
     ]
 )
 """arguments of `apply_chat_template` that are no variables of a template"""
+_THOUGHTS = frozenset(["reasoning", "reasoning_content", "thinking", "tool_calls"])
+"""what templates put before the content of a message"""
+_OTHER_TURNS = re.compile(r"(\n\nHuman:.*?(?:\n\nAssistant:|\Z))", re.DOTALL)
 
 
 class RenderedCompletion(NamedTuple):
@@ -119,7 +123,9 @@ class Renderer:
             return self._chat(prompt, chosen, rejected, options)._replace(spelled=spelled)
         if not prompt:
             first_token(self.tokenizer)  # raises where nothing can stand for the empty prompt
-        chosen, rejected = (RenderedCompletion((text,), ended=False) for text in (chosen, rejected))
+        # Two whole dialogues as in HH-RLHF may differ before their last turn.
+        sides = (_OTHER_TURNS.split(text) if pair.holds_turns else [text] for text in (chosen, rejected))
+        chosen, rejected = (RenderedCompletion(tuple(pieces), ended=False) for pieces in sides)
         return RenderedPair(prompt, chosen, rejected, is_chat=False, spelled=spelled)
 
     def _bare(self, prompt: str, chosen: str, rejected: str) -> list[str]:
@@ -188,13 +194,10 @@ class Renderer:
 
     def _stop(self, messages: list[Message], whole: str, start: int, options: Mapping[str, Any]) -> int:
         """Where in `whole` the last of `messages`, an answer that starts at `start`, stops."""
-        text = ending = self._apply(messages, False, options)
-        eos = self.tokenizer.eos_token
-        while eos and not whole.startswith(ending) and ending.rstrip().endswith(eos):  # some close each conversation
-            ending = ending.rstrip().removesuffix(eos)
-        if whole.startswith(ending):
-            return len(ending)
-        # Some leave thoughts out of all turns but the last: look for the answer.
+        text = self._apply(messages, False, options)
+        if whole.startswith(text):
+            return len(text)
+        # Some close every conversation with EOS, or leave thoughts out of all turns but the last: look for the answer.
         content = _content(messages[-1]).strip()
         place = whole.find(content, start)
         if not content or place < 0:
@@ -300,8 +303,8 @@ def _header(texts: list[str], answers: list[Message], opening: str | None) -> st
         answers: their first messages.
         opening: the generation prompt, if the completions do not start with it.
     """
-    if any(answer.keys() - {"role", "content"} for answer in answers):
-        return ""  # thoughts and calls of tools, which the row itself holds
+    if any(_THOUGHTS & answer.keys() for answer in answers):
+        return ""  # it is the row's own
     stripped = [_content(answer).strip() for answer in answers]
     for contents in ([_content(answer) for answer in answers], stripped):  # some templates strip answers
         shared = [_common_start(texts), _common_start(contents)]

@@ -82,7 +82,7 @@ def control_tokens(tokenizer: Any, turns: str = "") -> ControlTokens:
         tokenizer: a transformers tokenizer.
         turns: a short conversation in the tokenizer's chat template.
     """
-    added = tokenizer.added_tokens_decoder.values()
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     tokens |= set(getattr(tokenizer, "chat_control_tokens", None) or ())
     return ControlTokens(tokens | {t.content for t in added if t.content in turns and not t.content.isspace()})

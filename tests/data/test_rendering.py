@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from lit_did.data.pairs import PreferencePair, UnusableRowError
+from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
 from lit_did.data.rendering import RenderedPair, render_pair
+from lit_did.data.tokenizing import tokenize_pair
 
 PAIR = PreferencePair(
     [{"role": "user", "content": "hi"}],
@@ -164,6 +165,31 @@ def test_empty_thoughts_are_told_and_template_kwargs_mend_them(no_bos, answers):
     mended = render_pair(row, no_bos, THINK, chat_template_kwargs={"thinks": True})
     assert (mended.prompt, mended.chosen.pieces[0]) == ("<user>hi<assistant><t></t>", answers[0])
     assert mended.header == ""
+
+
+def test_thoughts_that_the_row_holds_are_no_header(no_bos):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    answers = ([{"role": "assistant", "content": text, "reasoning_content": "hm"}] for text in ("fine", "no"))
+    pair = render_pair(PreferencePair(PAIR.prompt, *answers), no_bos, template)
+    assert pair.chosen.pieces == ("hmfine",)
+    assert pair.header == ""
+
+
+def test_plain_dialogues_that_differ_before_their_last_turn(no_bos):
+    first = "\n\nHuman: hi\n\nAssistant:"
+    row = {"chosen": f"{first} yes\n\nHuman: so\n\nAssistant: fine", "rejected": f"{first} no\n\nHuman: then?"}
+    pair = render_pair(parse_pair(row), no_bos)
+    assert pair.prompt == first
+    assert pair.chosen == ((" yes", "\n\nHuman: so\n\nAssistant:", " fine"), False)
+    tokens = tokenize_pair(row, no_bos, 512)
+    assert no_bos.decode(tokens.chosen_ids) == " yes fine</s>"
+    assert no_bos.decode(tokens.chosen_context.ids) == "\n\nHuman: so\n\nAssistant:"
+    assert (no_bos.decode(tokens.rejected_ids), tokens.rejected_context) == (" no</s>", None)
+    # Beside a prompt, what an answer spells is the answer's.
+    explicit = {"prompt": first, "chosen": " yes\n\nHuman: so\n\nAssistant: fine", "rejected": " no"}
+    assert render_pair(parse_pair(explicit), no_bos).chosen.pieces == (explicit["chosen"],)
 
 
 def test_tools_reach_the_template(chatml):
