@@ -79,7 +79,7 @@ def read_file(path: Path, choose: Choose) -> Iterator[Row]:
     """
     mode = _stat(path).st_mode
     if not stat.S_ISREG(mode):
-        is_a = next((name for check, name in _KINDS if check(mode)), "a folder" if stat.S_ISDIR(mode) else "no file")
+        is_a = next((name for check, name in _KINDS if check(mode)), "no regular file")
         link = f" (through the link to {os.readlink(path)})" if path.is_symlink() else ""
         raise ValueError(f"{path}: Expected a file of preference pairs, but got {is_a}{link}.")
     name = path.name.lower()
@@ -118,16 +118,15 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def _find_in_folder(folder: Path) -> list[Path]:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+    if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         raise ValueError(
             f"{folder}: Expected a folder of data files, but got one that `datasets` has saved. "
             "Pass `datasets.load_from_disk(folder)` instead, with its split if it has several."
         )
+    walk = os.walk(folder, onerror=_raise)  # does not follow links to folders, which may be loops
     files = [
         Path(parent, name)
-        for parent, folders, names in os.walk(
-            folder, onerror=_raise
-        )  # does not follow links to folders, which may be loops
+        for parent, _, names in walk
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".") and "/." not in parent[len(str(folder)) :]
     ]

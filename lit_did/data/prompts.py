@@ -58,9 +58,18 @@ def split_chat(chosen: list[Message], rejected: list[Message]) -> Chats:
 
 
 def num_repeats(prompt: str, chosen: str, rejected: str) -> int:
-    """How many of two completions in plain text begin with the prompt: 0, 1 or 2."""
+    """How many of two completions in plain text begin with the prompt, and do not go on in its last word: 0, 1 or 2."""
     start = prompt.rstrip()
-    return sum(text.startswith(start) for text in (chosen, rejected)) if start.strip() else 0
+    if not start.strip():
+        return 0
+    return sum(
+        text.startswith(start) and not (_is_word(start[-1:]) and _is_word(text[len(start) :][:1]))
+        for text in (chosen, rejected)
+    )
+
+
+def _is_word(character: str) -> bool:
+    return character.isascii() and character.isalnum()  # other scripts may put no spaces between words
 
 
 def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: bool) -> Texts:

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lit_did.data import hub
-from lit_did.data.files import SUFFIXES, find_files, read_file, read_table
+from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_table
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
 from lit_did.data.prompts import num_repeats
@@ -132,9 +132,9 @@ def read_rows(
 
 
 def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
-    """Whether at least a tenth of the pairs in plain text have a completion that begins with the prompt: no chance."""
+    """Whether a quarter of the pairs in plain text have a completion that begins with the prompt: no chance then."""
     repeats = [num_repeats(*pair[:3]) > 0 for pair in pairs if not pair.is_chat]
-    return 10 * sum(repeats) >= len(repeats) > 0
+    return 4 * sum(repeats) >= len(repeats) > 0
 
 
 def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
@@ -162,7 +162,7 @@ def check_on_bad_rows(on_bad_rows: Any) -> None:
         raise ValueError(f'Expected `on_bad_rows` to be "skip" or "raise", but got {on_bad_rows!r}.')
 
 
-def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
+def _read(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:
     """The raw rows of a source with what errors call each."""
     if isinstance(source, (str, os.PathLike)):
         return _read_path(os.fspath(source), choose)
@@ -174,7 +174,7 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
             raise TypeError(f"Expected `{name}` to be a list of paths or a list of dicts, but got both in one.")
         return _read_paths(paths, name, choose)
     module = type(source).__module__.partition(".")[0]
-    if module == "pyarrow" and hasattr(source, "schema"):
+    if module == "pyarrow" and type(source).__name__ in ("Table", "RecordBatch"):
         return read_table(source, name, choose)
     if module == "pandas" and hasattr(source, "columns"):
         return _read_frame(source, name, choose)
@@ -188,7 +188,7 @@ def _read(source: Any, name: str, choose: Any) -> Iterable[tuple[str, Any]]:
     )
 
 
-def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
+def _read_path(path: str, choose: Choose) -> Iterator[tuple[str, Any]]:
     if not path:
         raise FileNotFoundError("Expected a path of preference pairs, but got an empty one.")
     if "://" in path:
@@ -204,7 +204,7 @@ def _read_path(path: str, choose: Any) -> Iterator[tuple[str, Any]]:
         yield from read_file(file, choose)
 
 
-def _read_paths(paths: Sequence[Any], name: str, choose: Any) -> Iterator[tuple[str, Any]]:
+def _read_paths(paths: Sequence[Any], name: str, choose: Choose) -> Iterator[tuple[str, Any]]:
     texts = [os.fspath(path) for path in paths]
     (most, count), *_ = Counter(texts).most_common(1)
     if count > 1:
@@ -213,7 +213,7 @@ def _read_paths(paths: Sequence[Any], name: str, choose: Any) -> Iterator[tuple[
         yield from _read_path(path, choose)
 
 
-def _read_dataset(dataset: Any, name: str, choose: Any) -> Iterator[tuple[str, Any]]:
+def _read_dataset(dataset: Any, name: str, choose: Choose) -> Iterator[tuple[str, Any]]:
     if dataset.column_names is not None:  # a stream may not know them
         # Other columns (images, say) may be slow to decode, so they are left out before iterating.
         dataset = dataset.select_columns(choose(dataset.column_names, name))
@@ -221,7 +221,7 @@ def _read_dataset(dataset: Any, name: str, choose: Any) -> Iterator[tuple[str, A
         yield f"{name}, row {number}", row
 
 
-def _read_frame(frame: Any, name: str, choose: Any) -> Iterator[tuple[str, Any]]:
+def _read_frame(frame: Any, name: str, choose: Choose) -> Iterator[tuple[str, Any]]:
     names = choose(list(frame.columns), name)
     columns = [frame[column].tolist() for column in names]
     for number, values in enumerate(zip(*columns, strict=True)):

@@ -207,7 +207,7 @@ def test_a_folder_of_several_splits_or_of_datasets_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Expected the files of one split, but got those of test, train\. ") as caught:
         read_pairs(tmp_path)
     assert len(read_pairs(re.search(r'"(.*)"', str(caught.value))[1])) == 2  # the pattern that it names
-    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match="that `datasets` has saved"):
         read_pairs(tmp_path)
 

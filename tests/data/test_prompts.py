@@ -70,6 +70,17 @@ def test_answers_that_begin_like_their_prompt_by_chance_are_kept():
     assert _pairs(*OTHERS, both)[-1] == PreferencePair(LONG, " 4", " 5")
 
 
+@pytest.mark.parametrize("prompt", ["1", "the cat", "What is the word: cat"])
+def test_completions_that_go_on_in_the_prompts_last_word_do_not_repeat_it(prompt):
+    row = {"prompt": prompt, "chosen": prompt + "egory", "rejected": prompt + "s 5"}
+    assert _pairs(row) == [PreferencePair(**row)]
+
+
+def test_scripts_without_spaces_between_words():
+    row = {"prompt": "介绍北京", "chosen": "介绍北京是首都", "rejected": "介绍北京很大"}
+    assert _pairs(row) == [PreferencePair("介绍北京", "是首都", "很大")]
+
+
 def test_a_completion_that_is_its_prompt_alone_is_unusable():
     row = {"prompt": LONG, "chosen": LONG + " 4", "rejected": LONG + " "}
     with pytest.raises(UnusableRowError, match="Expected `rejected` to have text after the prompt, which it repeats"):
