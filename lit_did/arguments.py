@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 
 def check_bools(**values: Any) -> None:
@@ -30,3 +33,12 @@ def check_integer(name: str, value: Any, least: int, why: str = "") -> None:
     """Raises ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Expected `{name}` to be an integer of at least {least}{why}, but got {value!r}.")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold `value` and be loaded with `weights_only=True`."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool, torch.dtype)

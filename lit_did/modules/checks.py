@@ -16,6 +16,7 @@ from lit_did.arguments import check_number
 from lit_did.models.batches import IGNORE_INDEX, check_bounds
 from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.models.layout import Sequences, read_sequences
+from lit_did.ops import SequenceStatistics
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # all hold the -100 of labels
 
@@ -294,18 +295,19 @@ def warn_of_noise(policy: nn.Module, sequences: Sequences) -> None:
         )
 
 
-def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, log_ratio: Tensor, num_tokens: Tensor) -> None:
+def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics: SequenceStatistics) -> None:
     """Warns, with the cause, if the policy does not start as its reference.
 
     Args:
         policy: The policy, in the mode it is trained in.
         adapter: Whether the reference is the policy with its adapter off.
-        log_ratio, num_tokens: [sequences] of the first batch.
+        statistics: Of the first batch's sequences.
     """
+    log_ratio = statistics.log_ratio.detach()
     parameter = next(policy.parameters())
     full = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
     # Rounding grows with length: a token's log-probability is good to 1e-5 in float32, to 1e-2 in half precision.
-    tolerance = (1e-4 if full else 1e-2) * num_tokens
+    tolerance = (1e-4 if full else 1e-2) * statistics.num_tokens
     largest = log_ratio.abs().max()
     if not ((log_ratio.abs() > tolerance).any() or largest.isnan()):
         return

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_did.arguments import check_bools
+from lit_did.arguments import check_bools, is_plain
 from lit_did.functional import pair_margin, token_did_entropy
 from lit_did.functional.preference import sft_shares
 from lit_did.models import attention, forward, loading
@@ -207,7 +207,7 @@ class LitDPO(TrainedState):
         arguments = {"policy": policy, "reference": reference, "lora": lora}
         functions = {"loss": loss, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         objects = {**arguments, **functions, "model_kwargs": model_kwargs}
-        self.save_hyperparameters(ignore=[name for name, value in objects.items() if not _is_plain(value)])
+        self.save_hyperparameters(ignore=[name for name, value in objects.items() if not is_plain(value)])
         self._given = arguments
         self._model_kwargs = dict(model_kwargs or {})
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -434,7 +434,7 @@ class LitDPO(TrainedState):
             return
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips steps that overflow
             metrics["loss"].add_bad_gradients(count_bad_gradients(self.policy.parameters()))
-        self._watch.add(self.trainer, self._log("train/", metrics, ("loss", "reward_margin", "did_entropy")))
+        self._watch.add(self.trainer, metrics.log_all(self, "train/", ("loss", "reward_margin", "did_entropy")))
 
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics a validation dataloader."""
@@ -449,7 +449,7 @@ class LitDPO(TrainedState):
         """Logs the metrics over the epoch and all processes."""
         for i, metrics in enumerate(self.val_metrics):
             suffix = f"/dataloader_idx_{i}" if len(self.val_metrics) > 1 else ""
-            self._log("val/", metrics, ("loss", "reward_margin", "reward_accuracy"), suffix)
+            metrics.log_all(self, "val/", ("loss", "reward_margin", "reward_accuracy"), suffix)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> PairStatistics:
         """The statistics of every pair, without the rows that only pad a process's share."""
@@ -493,7 +493,7 @@ class LitDPO(TrainedState):
         """Adds a part of the batch to the metrics; its share of what training minimises."""
         pairs = self._with_sft(self._pair_statistics(sequences), self._whole[2])
         if not self._start_checked:
-            self._check_start(pairs)
+            warn_unless_policy_is_reference(self.policy, self.reference is None, both_sides(pairs))
             self._start_checked = True
         self.train_metrics.update(pairs)
         return self._objective(pairs)
@@ -533,36 +533,3 @@ class LitDPO(TrainedState):
     def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
         """[pairs] the loss of every pair, without the SFT term and the auxiliary loss."""
         return self.objective.losses(chosen, rejected)
-
-    def _check_start(self, pairs: PairStatistics) -> None:
-        warn_unless_policy_is_reference(
-            self.policy,
-            self.reference is None,
-            torch.cat([pairs.chosen.log_ratio, pairs.rejected.log_ratio]).detach(),
-            torch.cat([pairs.chosen.num_tokens, pairs.rejected.num_tokens]),
-        )
-
-    def _log(
-        self, prefix: str, metrics: PairMetrics, on_progress_bar: tuple[str, ...], suffix: str = ""
-    ) -> dict[str, Tensor]:
-        # Already over all processes: every rank logs the same number.
-        values = metrics.compute()
-        for name in (name for name in values if name != "bad_gradients"):
-            self.log(
-                f"{prefix}{name}{suffix}",
-                values[name].float(),
-                prog_bar=name in on_progress_bar,
-                add_dataloader_idx=False,  # the suffix says it
-                sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
-            )
-        metrics.reset()
-        return values
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold `value` and be loaded with `weights_only=True`."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (str, int, float, bool, torch.dtype)

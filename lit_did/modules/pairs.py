@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import lightning
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -77,6 +78,22 @@ class PairMetrics(DIDMetrics):
         both = both_sides(pairs, weight)
         with torch.no_grad():
             MetricCollection.update(self, both._replace(log_ratio=self._log_ratio(both)), losses=pairs.preference_loss)
+
+    def log_all(
+        self, module: lightning.LightningModule, prefix: str, on_progress_bar: tuple[str, ...], suffix: str = ""
+    ) -> dict[str, Tensor]:
+        """Logs and returns the values over all processes, and starts anew. `bad_gradients` is returned only."""
+        values = self.compute()
+        for name in (name for name in values if name != "bad_gradients"):
+            module.log(
+                f"{prefix}{name}{suffix}",
+                values[name].float(),
+                prog_bar=name in on_progress_bar,
+                add_dataloader_idx=False,  # the suffix says it
+                sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
+            )
+        self.reset()
+        return values
 
 
 class _Loss(StatisticsMetric):

@@ -54,13 +54,17 @@ class Watch:
         if first < 0:
             return
         step, what = first // 2, "gradient" if first % 2 else "loss"
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        causes = [f"the learning rate, now {trainer.optimizers[0].param_groups[0]['lr']:.3g}, is too high"]
+        if trainer.precision.startswith("16"):
+            causes.append(f"values overflow in precision {trainer.precision!r}; 'bf16-mixed' holds them")
+        causes += [
+            "a logit is -inf at a token that is trained on",
+            "the weights or logits of the policy or the reference were not finite before training",
+        ]
         raise FloatingPointError(
             f"Expected a finite {what} in every optimiser step, but it was NaN or infinite first in step {step + 1} of "
-            f"the run (`trainer.global_step` {step}). The weights cannot be trusted from there on. Likely causes: the "
-            f"learning rate (now {rate:.3g}) is too high; half precision overflows (this run's is "
-            f"{trainer.precision!r}; 'bf16-mixed' and '32-true' do not); a logit of -inf at a token that is "
-            "trained on. Start again from an earlier checkpoint with a lower `learning_rate` or another precision."
+            f"the run (`trainer.global_step` {step}). The weights cannot be trusted from there on. Likely causes: "
+            f"{'; '.join(causes)}. Mend the cause, and go on from an earlier checkpoint."
         )
 
     def warn_if_chosen_fell(self) -> None:

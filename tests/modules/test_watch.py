@@ -67,7 +67,7 @@ def test_nothing_is_read_between_logs(monkeypatch):
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_gradients_of_every_precision(precision):
     run = trainer(max_epochs=1, precision=precision, callbacks=[Poison(1, "gradient")])
-    with pytest.raises(FloatingPointError, match=rf"first in step 2 .*{precision}"):
+    with pytest.raises(FloatingPointError, match="first in step 2 "):
         run.fit(LitDPO(tiny_gpt2(), learning_rate=1e-3), loader(make_pairs(6), 2))
 
 
