@@ -102,7 +102,7 @@ def read_sequences(batch: Mapping[str, Tensor]) -> Sequences:
         bounds = batch["cu_seqlens"].tolist()
         places = [np.arange(start, stop) for start, stop in pairwise(bounds)]
     else:
-        present = batch["attention_mask"].cpu().numpy() != 0
+        present = (batch["attention_mask"] != 0).cpu().numpy()  # NumPy has no bfloat16
         places = [row * shape[1] + present[row].nonzero()[0] for row in range(shape[0])]
     kept = []
     for place in places:

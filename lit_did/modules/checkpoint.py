@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from itertools import accumulate
 from typing import Any
 
@@ -53,8 +53,8 @@ class TrainedState(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another policy, or of a run with a reference that is not given here."""
-        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if saved and "reference" not in saved and self.hparams.get("reference", "a module") is None:
+        arguments = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if arguments and "reference" not in arguments and self.hparams.get("reference", "a module") is None:
             raise ValueError(
                 "Expected `reference` to be given as it was to the run that saved the checkpoint, a module, but got "
                 "None: the policy would be compared with itself as it is given here."
@@ -63,19 +63,22 @@ class TrainedState(lightning.LightningModule):
         if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning would do it when float32 weights have taken the float64 ones, rounded
         if "state_dict" in checkpoint:
-            own = {f"policy.{plain_name(name)}" for name in self.policy.state_dict()}
-            self._check_names(checkpoint["state_dict"].keys(), own)
+            own = {f"policy.{plain_name(name)}": f"policy.{name}" for name in self.policy.state_dict()}
+            saved = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
+            self._check_names(saved.keys(), own.keys())
+            # One of the two policies may be compiled.
+            checkpoint["state_dict"] = {own.get(name, name): value for name, value in saved.items()}
         elif "trained" in checkpoint:  # a strategy that shards has loaded the weights and removed them
-            self._check_names(checkpoint["trained"], self._trained_names())
+            self._check_names(set(checkpoint["trained"]), self._trained_names())
         warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
         self._start_checked = True
 
     def _trained_names(self) -> set[str]:
         return {plain_name(name) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
-    def _check_names(self, saved: Iterable[str], own: set[str]) -> None:
+    def _check_names(self, saved: Set[str], own: Set[str]) -> None:
         """Raises ValueError unless all that is trained was saved, and nothing of a policy that is not in `own`."""
-        saved, trained = {plain_name(name) for name in saved}, self._trained_names()
+        trained = self._trained_names()
         missing = sorted(trained - saved)
         if missing:
             raise ValueError(

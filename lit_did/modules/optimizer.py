@@ -216,7 +216,7 @@ def warn_if_steps_are_rounded_away(optimizers: Iterable[Optimizer]) -> None:
             f"{lost / numbers:.0%} of the trained weights, which are {' and '.join(sorted(dtypes))}, are too large for "
             f"steps of the learning rate {max(rates):g} to change them: the steps are lost in rounding. Train float32 "
             "weights: load the policy with `dtype=torch.float32` and use Trainer(precision='bf16-mixed') or '32-true'. "
-            "Or raise `learning_rate`, or train a LoRA adapter.",
+            "Or raise `learning_rate`.",
             stacklevel=3,
         )
 

@@ -115,7 +115,10 @@ def test_every_precision_fits_validates_predicts_and_resumes(tmp_path, precision
         assert a.isfinite().all()
         assert torch.equal(a, b)
     assert not torch.equal(straight.policy.lm_head.weight, half.policy.lm_head.weight)  # the premise
-    batches = [batch | {"weight": torch.tensor([1.0, 0.0])} for batch in loader(make_pairs(4, seed=1), 2)]
+    batches = [
+        batch | {"weight": torch.tensor([1.0, 0.0]), "attention_mask": batch["attention_mask"].float()}
+        for batch in loader(make_pairs(4, seed=1), 2)
+    ]
     weighted = DataLoader(batches, batch_size=None)
     logged = resumed.own.validate(resumed, weighted, verbose=False)[0]
     assert all(torch.isfinite(torch.tensor(value)) for name, value in logged.items())

@@ -146,6 +146,39 @@ def test_a_process_that_trained_hands_its_weights_back(tmp_path):
     assert max(p.abs().max() for n, p in whole(module).items() if "lora_B" in n) > 1e-3  # the premise
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_policy_reads_a_plain_ones_checkpoint_and_the_other_way_round(tmp_path, compiled):
+    def policy(compiled: bool) -> nn.Module:
+        return torch.compile(tiny_llama(), backend="eager") if compiled else tiny_llama()
+
+    def weights(module: LitDPO) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("_orig_mod."): p for name, p in whole(module).items()}
+
+    module, run = LitDPO(policy(compiled), learning_rate=1e-2), trainer(max_steps=1)
+    run.fit(module, loader(make_pairs(2), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    read = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=policy(not compiled))
+    assert equal(weights(read), weights(module))
+    assert not equal(weights(read), weights(LitDPO(tiny_llama())))  # the premise
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        (lambda: tiny_llama(num_hidden_layers=3), r"hold the 30 trained parameters of this policy, but 9 are missing"),
+        (lambda: tiny_llama(num_hidden_layers=1), r"parameters of this policy alone, but 9 are not its"),
+    ],
+)
+def test_another_policys_shards_are_refused(policy, told):
+    """A strategy that shards has loaded the weights that fit, and leaves no `state_dict`."""
+    module, checkpoint = LitDPO(tiny_llama()), {}
+    module._trainer = SimpleNamespace(strategy=None)
+    module.on_save_checkpoint(checkpoint)
+    again = LitDPO(policy(), policy())
+    with pytest.raises(ValueError, match=told):
+        again.on_load_checkpoint(checkpoint)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
