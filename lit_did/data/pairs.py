@@ -201,6 +201,9 @@ def _split_text(prompt: str | None, chosen: str, rejected: str, fields: dict[str
             if "prompt" in fields:
                 raise unusable(where, "`prompt` to be a string or a list of messages", "null")
             _check_unknown(fields["unknown"], where)
+            if all(_DIALOGUE.match(text) and ASSISTANT in text for text in (chosen, rejected)):
+                what = "dialogues to share their first turn of the human, as the prompt"
+                raise unusable(where, what, "two that begin with different ones")
     for name, text in zip(_SIDES, parts[1:], strict=True):
         if not text.strip():
             raise unusable(where, f"`{name}` to be non-empty", "whitespace" if text else "an empty string")

@@ -135,6 +135,10 @@ def test_implicit_prompt_of_identical_chats_leaves_the_last_message():
             "Expected `chosen` and `rejected` to share their first message, as the prompt, but got no shared message.",
         ),
         (
+            {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: y\n\nAssistant: b"},
+            "Expected dialogues to share their first turn of the human, as the prompt, but got two that begin with",
+        ),
+        (
             {"prompt": "x", "chosen": "a\ud83d", "rejected": "b"},
             "Expected `chosen` to be valid Unicode, but got a lone surrogate at character 1.",
         ),
@@ -143,6 +147,11 @@ def test_implicit_prompt_of_identical_chats_leaves_the_last_message():
 def test_malformed_rows_are_named_with_the_reason(row, message):
     with pytest.raises(ValueError, match=re.escape(f"pairs.jsonl, line 7: {message}")):
         parse_pair(row, "pairs.jsonl, line 7")
+
+
+def test_other_texts_that_begin_with_a_human_share_what_they_share():
+    pair = parse_pair({"chosen": "Human: hi\nAI: yes", "rejected": "Human: hi\nAI: no"})
+    assert pair[:3] == ("Human: hi\nAI:", " yes", " no")
 
 
 def test_tool_calls_are_content():
