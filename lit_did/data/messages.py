@@ -3,6 +3,7 @@
     {"role": "user", "content": "hi"}                                   as it is
     {"role": "user", "content": [{"type": "text", "text": "hi"}]}       the parts' texts become one
     {"from": "human", "value": "hi"}                                    ShareGPT
+    {"from": "function_call", "value": "{\\"name\\": ...}"}            LLaMA-Factory's tool calls
     {"role": "assistant", "content": null, "tool_calls": [...]}         without content, as chat templates expect
 
 Keys that are null are left out at every depth, whatever the source: Arrow gives each message the keys of all, as null,
@@ -12,6 +13,7 @@ inside a JSON string: {"arguments": "{\\"unit\\": null}"}. Nulls that are items 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,12 +104,28 @@ def _parse_message(name: str, raw: Any, where: str) -> Message:
 
 def _from_sharegpt(name: str, message: Message, where: str) -> Message:
     speaker = message.pop("from")
+    if speaker == "function_call":
+        return {"role": "assistant", "tool_calls": _parse_calls(name, message.pop("value", None), where), **message}
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise malformed(where, f"`from` of {name} to be one of {in_words(_ROLES)}", _named(speaker))
     if "value" in message:
         message["content"] = message.pop("value")
     return {"role": role, **message}
+
+
+def _parse_calls(name: str, value: Any, where: str) -> list[dict[str, Any]]:
+    """The tool calls of a turn `function_call`: JSON of one {"name": ..., "arguments": ...}, or of a list of them."""
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise malformed(
+            where, f'`value` of {name} to be JSON of {{"name": ..., "arguments": ...}} or a list of them', kind(value)
+        )
+    return [{"type": "function", "function": drop_nulls(call)} for call in calls]
 
 
 def _text_of_part(name: str, part: Any, where: str) -> str:

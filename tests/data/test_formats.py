@@ -163,7 +163,7 @@ def test_known_columns(row, pair):
         ({"prompt": "q", "tools": [{"a\ud83d": 1}], **SIDES}, "Expected a key of `tools` to be valid Unicode"),
         ({"prompt": "q", "chat_template_kwargs": [1], **SIDES}, "Expected `chat_template_kwargs` to be an object"),
         (
-            {"conversations": [{"from": "function_call", "value": "{}"}], **CHATS},
+            {"conversations": [{"from": "narrator", "value": "{}"}], **CHATS},
             "Expected `from` of message 0 of `prompt` to be one of `human`, `user`, ",
         ),
         (
