@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lit_did.data.pairs import Message, PreferencePair, UnusableRowError
-from lit_did.data.special_tokens import control_tokens, unmark
+from lit_did.data.special_tokens import control_tokens, is_marked, unmark
 
 _TAKEN = frozenset(
     [
@@ -92,13 +92,12 @@ class Renderer:
         self.parse_special_tokens = parse_special_tokens
         self.adds_bos = adds_bos(tokenizer)
         self.has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
-        turns = ""
+        self._closing, self._in_parts, turns = "", False, ""
         if self.has_template:
-            # A template that wants other messages raises; special tokens then have to do.
-            with suppress(UnusableRowError):
+            self._try_template()
+            with suppress(UnusableRowError):  # a template that wants other messages: special tokens have to do
                 turns = self._apply([_say("user", "a"), _say("assistant", "b"), _say("user", "c")], False, {})
         self.control = control_tokens(tokenizer, turns)
-        self._closing = self._find_closing() if self.has_template else ""
 
     def __call__(self, pair: PreferencePair) -> RenderedPair:
         """The text of `pair`.
@@ -199,9 +198,11 @@ class Renderer:
             return len(text)
         # Some close every conversation with EOS, or leave thoughts out of all turns but the last: look for the answer.
         content = _content(messages[-1]).strip()
-        place = whole.find(content, start)
-        if not content or place < 0:
+        place = whole.find(content or self._closing, start) if content or self._closing else -1
+        if place < 0 or is_marked(whole, place):
             raise _rewritten(text, whole)
+        if not content:  # calls of tools
+            return place + len(self._closing)
         stop = place + len(content)
         blank = len(whole) - stop - len(whole[stop:].lstrip())
         token = self.control.start(whole[stop + blank :])
@@ -219,14 +220,16 @@ class Renderer:
             return tail, True
         return text, False
 
-    def _find_closing(self) -> str:
-        """What the template puts after an answer, without the whitespace around it."""
+    def _try_template(self) -> None:
+        """Finds what the template puts after an answer, and whether it takes content as text or as a list of parts."""
         answer = "An answer."
-        try:
-            text = self._apply([_say("user", "A question."), _say("assistant", answer)], False, {})
-        except UnusableRowError:  # the template wants other messages
-            return ""
-        return text.rpartition(answer)[2].strip()
+        for self._in_parts in (False, True):  # templates for images too leave out content that is text
+            with suppress(UnusableRowError):
+                text = self._apply([_say("user", "A question."), _say("assistant", answer)], False, {})
+                if answer in text:
+                    self._closing = text.rpartition(answer)[2].strip()
+                    return
+        self._in_parts = False
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool, options: Mapping[str, Any]) -> str:
         tokenizer = self.tokenizer
@@ -238,6 +241,13 @@ class Renderer:
             )
         from jinja2 import TemplateError, TemplateSyntaxError  # transformers needs jinja2 only for templates
 
+        if self._in_parts:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if isinstance(message.get("content"), str)
+                else message
+                for message in messages
+            ]
         try:
             return tokenizer.apply_chat_template(
                 messages,
@@ -303,15 +313,16 @@ def _header(texts: list[str], answers: list[Message], opening: str | None) -> st
         answers: their first messages.
         opening: the generation prompt, if the completions do not start with it.
     """
+    started = "" if opening is None else _common_start([opening, texts[0]])
     if any(_THOUGHTS & answer.keys() for answer in answers):
-        return ""  # it is the row's own
+        return started  # what follows is the row's own
     stripped = [_content(answer).strip() for answer in answers]
     for contents in ([_content(answer) for answer in answers], stripped):  # some templates strip answers
         shared = [_common_start(texts), _common_start(contents)]
         header = texts[0][: max(0, len(shared[0]) - len(shared[1]))]
         if all(text[len(header) :].lstrip().startswith(content) for text, content in zip(texts, stripped, strict=True)):
             return header if header.strip() else ""
-    return "" if opening is None else _common_start([opening, texts[0]]) or _common_start(texts)
+    return "" if opening is None else started or _common_start(texts)
 
 
 def _common_start(texts: list[str]) -> str:

@@ -76,21 +76,29 @@ class ControlTokens:
 def control_tokens(tokenizer: Any, turns: str = "") -> ControlTokens:
     """The control tokens of a tokenizer: its special tokens, and added tokens that its chat template puts around turns.
 
-    The latter need not be special: DeepSeek's "<|User|>" is not, and "<think>", which an answer may hold, is neither.
+    The latter need not be special: DeepSeek's "<|User|>" is not. Of them, "<think>" and what else has a twin such as
+    "</think>" are markup, which an answer may hold.
 
     Args:
         tokenizer: a transformers tokenizer.
         turns: a short conversation in the tokenizer's chat template.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    tokens |= set(getattr(tokenizer, "chat_control_tokens", None) or ())
-    return ControlTokens(tokens | {t.content for t in added if t.content in turns and not t.content.isspace()})
+    texts = {token.content for token in added}
+    markup = {text for text in texts if f"</{text[1:]}" in texts or f"<{text[2:]}" in texts}
+    around = {text for text in texts - markup if text in turns and not text.isspace()}
+    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return ControlTokens(special | around | set(getattr(tokenizer, "chat_control_tokens", None) or ()))
 
 
 def split_marked(text: str) -> list[str]:
     """The text without marks, in parts: ordinary text and marked control tokens by turns, the first ordinary."""
     return [part or "" for part in _MARKED.split(text)]
+
+
+def is_marked(text: str, place: int) -> bool:
+    """Whether a marked control token starts at `place`."""
+    return text[:place].endswith(_START)
 
 
 def unmark(text: str) -> str:

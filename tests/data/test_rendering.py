@@ -126,6 +126,34 @@ def test_turns_where_the_last_is_rendered_otherwise(no_bos):
         render_pair(several, no_bos, counts)
 
 
+def test_calls_of_tools_end_where_the_template_ends_turns(no_bos):
+    # As Qwen3: the last answer starts with an empty thought, the turns before have none.
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '<t></t>' if loop.last and m.role == 'assistant' }}"
+        "{{ m.tool_calls[0].name if m.tool_calls }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    for name, pieces in (("add", ("add</s>", "[tool]4</s>[assistant]", "<t></t>yes</s>")), ("</s>", None)):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": name}]}
+        pair = PAIR._replace(chosen=[call, TOOL, MORE])
+        if pieces:
+            assert render_pair(pair, no_bos, template).chosen.pieces == pieces
+        else:  # the row's own "</s>" ends no turn
+            with pytest.raises(UnusableRowError, match="leaves earlier messages as they are"):
+                render_pair(pair, no_bos, template)
+
+
+def test_templates_that_take_content_as_parts(no_bos):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    pair = render_pair(PAIR, no_bos, template)
+    assert _texts(pair) == ("[user]hi</s>[assistant]", "fine</s>", "no</s>")
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "fine"}]}]
+    assert render_pair(PAIR._replace(chosen=parts), no_bos, template) == pair
+
+
 def test_template_argument_goes_before_the_tokenizers(chatml, no_bos):
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     for tokenizer in (chatml, no_bos):
@@ -175,6 +203,9 @@ def test_thoughts_that_the_row_holds_are_no_header(no_bos):
     pair = render_pair(PreferencePair(PAIR.prompt, *answers), no_bos, template)
     assert pair.chosen.pieces == ("hmfine",)
     assert pair.header == ""
+    opened = template.replace("<assistant>{% endif", "<assistant><t>{% endif")  # no completion starts with this
+    answers = ([{"role": "assistant", "content": text, "reasoning_content": "hm"}] for text in ("fine", "no"))
+    assert render_pair(PreferencePair(PAIR.prompt, *answers), no_bos, opened).header == "<assistant>"
 
 
 def test_plain_dialogues_that_differ_before_their_last_turn(no_bos):

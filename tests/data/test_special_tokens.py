@@ -60,6 +60,16 @@ def test_added_tokens_of_the_template_count_though_they_are_not_special(chatml):
     assert control_tokens(tokenizer).first("<|User|>") == ""
 
 
+def test_markup_that_an_answer_may_hold_is_no_control_token(chatml):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<think>", "</think>", "<alone>")])
+    turns = "<think></think>a<alone>"
+    assert control_tokens(tokenizer, turns).first(["<think></think>"]) == ""
+    assert control_tokens(tokenizer, turns).first(["<think></think><alone>"]) == "<alone>"
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>"]})  # special tokens always are
+    assert control_tokens(tokenizer, turns).first("</think><think>") == "<think>"
+
+
 @pytest.mark.parametrize("place", ["prompt", "chosen", "rejected", "system", "tools", "kwargs", "role"])
 @pytest.mark.parametrize("kind", ["chatml", "llama3"])
 def test_a_row_cannot_forge_a_turn(request, kind, place):
