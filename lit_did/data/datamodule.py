@@ -115,6 +115,11 @@ class PreferenceDataModule(LightningDataModule):
             )
         if chat_template is not None and not isinstance(chat_template, str):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
+        if chat_template is not None and "{" not in chat_template:
+            raise ValueError(
+                f"Expected `chat_template` to be a Jinja template, but got {chat_template[:100]!r}, which holds no "
+                "expression. If it is a file's name, pass the text in it."
+            )
         check_template_kwargs(chat_template_kwargs)
         check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
         check_bools(pack=pack, shuffle=shuffle, drop_last=drop_last)
@@ -263,7 +268,8 @@ class PreferenceDataModule(LightningDataModule):
     def _read(self, name: str) -> Rows:
         options = {"columns": self.columns, "on_bad_rows": self.on_bad_rows, "warn": rank_zero_warn}
         rows, skipped = read_rows(getattr(self, name), name, **options)
-        if unread := describe_unread(name, (row.pair for row in rows), self.tokenizer, self.chat_template):
+        template = self.tokenizer, self.chat_template, self.chat_template_kwargs
+        if unread := describe_unread(name, (row.pair for row in rows), *template):
             rank_zero_warn(unread)
         return rows, skipped
 

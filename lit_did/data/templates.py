@@ -1,24 +1,31 @@
-"""Columns that a chat template is given but does not use: it would ignore them without a word."""
+"""Variables that a chat template is given but does not use: it would ignore them without a word."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lit_did.data.pairs import PreferencePair
 
 
-def describe_unread(name: str, pairs: Iterable[PreferencePair], tokenizer: Any, chat_template: str | None) -> str:
-    """A warning on what the pairs hand to the chat template without effect; "" if there is nothing, or no template.
+def describe_unread(
+    name: str,
+    pairs: Iterable[PreferencePair],
+    tokenizer: Any,
+    chat_template: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """A warning on what the chat template is handed without effect; "" if there is nothing, or no template.
 
     Args:
         name: what the warning calls the source.
         pairs: its pairs.
         tokenizer: a transformers tokenizer.
         chat_template: a Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: variables for it beside those of the pairs.
     """
-    given: set[str] = set()
+    given: set[str] = set(chat_template_kwargs or ())
     for pair in pairs:
         given.update(pair.chat_template_kwargs or (), ("tools",) if pair.tools else ())
     templates = chat_template or getattr(tokenizer, "chat_template", None)
@@ -31,7 +38,7 @@ def describe_unread(name: str, pairs: Iterable[PreferencePair], tokenizer: Any, 
         return ""
     names = ", ".join(f"`{variable}`" for variable in unread)
     return (
-        f"{name}: The chat template does not use {names}, so what the rows have for it changes nothing. Pass another "
-        '`chat_template`, or leave the column out: `columns={"tools": None}` or '
+        f"{name}: The chat template does not use {names}, so what the rows or `chat_template_kwargs` have for it "
+        'changes nothing. Pass another `chat_template`, or leave it out: rows\' with `columns={"tools": None}` or '
         '`columns={"chat_template_kwargs": None}`.'
     )

@@ -35,6 +35,18 @@ def test_what_a_template_does_not_use_is_named(template, unread):
     assert not describe_unread("train", [PAIR._replace(tools=None, chat_template_kwargs=None)], None, "{{ messages }}")
 
 
+def test_variables_of_the_data_module_are_looked_for_too(chatml):
+    chat = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "q"}], **chat}
+    with pytest.warns(UserWarning, match="The chat template does not use `enable_thinking`, so"):
+        PreferenceDataModule([row], chatml, chat_template_kwargs={"enable_thinking": False}).setup("fit")
+
+
+def test_a_template_that_is_a_files_name_is_refused(chatml):
+    with pytest.raises(ValueError, match=r"a Jinja template, but got 'chat.jinja', which holds no expression"):
+        PreferenceDataModule([], chatml, chat_template="chat.jinja")
+
+
 def test_it_is_told_once_a_source(chatml):
     chat = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     row = {"prompt": [{"role": "user", "content": "q"}], **chat, "tools": [{"name": "t"}]}
