@@ -3,7 +3,7 @@
     {"role": "user", "content": "hi"}                                   as it is
     {"role": "user", "content": [{"type": "text", "text": "hi"}]}       the parts' texts become one
     {"from": "human", "value": "hi"}                                    ShareGPT
-    {"from": "function_call", "value": "{\\"name\\": ...}"}            LLaMA-Factory's tool calls
+    {"from": "function_call", "value": "{\\"name\\": ...}"}               LLaMA-Factory's tool calls
     {"role": "assistant", "content": null, "tool_calls": [...]}         without content, as chat templates expect
 
 Keys that are null are left out at every depth, whatever the source: Arrow gives each message the keys of all, as null,
