@@ -73,7 +73,7 @@ class DIDCallback(TrainerCallback):
         check_every_n_steps(every_n_steps)
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self._reference = self._find_reference(reference)
-        beta = getattr(trainer, "beta", 0.1) if beta is None else beta
+        beta = (getattr(trainer, "beta", None) or 0.1) if beta is None else beta  # GRPO's may be 0, for no KL
         self._pairs = pairs = _trains_on_pairs(trainer) if pairs is None else pairs
         self._metrics = {
             stage: DIDMetrics(beta=beta, pairs=pairs, **metrics).to(trainer.args.device) for stage in ("train", "eval")

@@ -390,9 +390,20 @@ def test_packed_sequences_are_measured_one_by_one(tmp_path):
 
 
 def test_batches_without_completions_are_refused(tmp_path):
-    callback = DIDCallback(trainer(tmp_path, llama(0), llama(1)))
+    arguments = trl.GRPOConfig(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=2, num_generations=2,
+        max_completion_length=2, logging_steps=1, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    run = trl.GRPOTrainer(
+        model=llama(0),
+        args=arguments,
+        reward_funcs=lambda completions, **_: [1.0] * len(completions),
+        processing_class=byte_tokenizer(),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 4),
+    )
+    run.add_callback(DIDCallback(run, reference=llama(1)))
     with pytest.raises(TypeError, match="where completions are generated during training"):
-        callback._measure(llama(0), [{"prompt": "a"}])
+        run.train()
 
 
 @pytest.mark.parametrize(
