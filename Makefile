@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PACKAGE := $(shell find lit_did -name '*.py')
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-slow demo bench lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-slow models demo bench lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -43,6 +43,9 @@ test: install  ## the tests, doctests included
 
 test-slow: install  ## the tests that take minutes or many gigabytes
 	$(BIN)/python -m pytest -m slow
+
+models: install  ## every architecture of transformers against its own forward pass; writes docs/models.md
+	LIT_DID_WRITE_MODELS=1 $(BIN)/python -m pytest tests/models/test_zoo.py
 
 demo: install  ## trains a 135M-parameter model with DPO and shows its DID: ARGS="--max-steps 5"
 	$(BIN)/python -m lit_did.demo $(ARGS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,36 +36,55 @@ def active_dropout(model: nn.Module) -> list[str]:
 
 @torch.compiler.disable  # hooks, and passes that are not compiled
 def random_modules(model: nn.Module, input_ids: Tensor) -> list[str]:
-    """Names of the innermost modules that answer the same inputs differently in two passes of training mode.
+    """Names of the innermost modules that draw random numbers in training mode, or answer differently in two passes.
+
+    Some draw numbers that change gradients alone, such as routers that estimate theirs.
 
     Args:
         model: A causal language model, in the mode that it is trained in.
         input_ids: [1, T] int64; a few of them are enough.
     """
     with random_numbers_kept(input_ids.device), torch.no_grad():
-        records = [_record(model, input_ids[:, :_PROBE_TOKENS], seed) for seed in (0, 1)]
+        one, other = (_record(model, input_ids[:, :_PROBE_TOKENS], seed) for seed in (0, 1))
     names = [
         name
-        for name, (inputs, outputs) in records[0].items()
-        if name in records[1] and _same(inputs, records[1][name][0]) and not _same(outputs, records[1][name][1])
+        for name, call in one.items()
+        if call.drew
+        or (name in other and _same(call.inputs, other[name].inputs) and not _same(call.outputs, other[name].outputs))
     ]
     return [name for name in names if not any(other != name and _within(other, name) for other in names)]
 
 
-def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """The tensors that every module is given and returns, at its first call."""
+class _Call(NamedTuple):
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    drew: bool
+    """whether torch's random numbers went on"""
+
+
+def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, _Call]:
+    """Every module's first call."""
     torch.manual_seed(seed)
-    record: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    record: dict[str, _Call] = {}
+    states: dict[str, Tensor] = {}
     handles = []
+
+    def state() -> Tensor:
+        cuda = input_ids.device.type == "cuda"
+        return torch.cuda.get_rng_state(input_ids.device) if cuda else torch.get_rng_state()
+
     for name, module in model.named_modules():
 
-        def note(_: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-            # Copies: what a module is given may be changed in place later.
-            record.setdefault(
-                name, ([t.clone() for t in _tensors((args, kwargs))], [t.clone() for t in _tensors(output)])
-            )
+        def before(_: nn.Module, args: tuple, name: str = name) -> None:
+            states.setdefault(name, state())
 
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
+        def after(_: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+            if name not in record:  # copies: what a module is given may be changed in place later
+                tensors = ([t.clone() for t in _tensors(values)] for values in ((args, kwargs), output))
+                record[name] = _Call(*tensors, drew=not torch.equal(state(), states[name]))
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with torch.compiler.set_stance("force_eager"):
             # Not every model can make a cache.
@@ -112,7 +131,9 @@ def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[tuple[Any, s
                 continue
             seen.add(id(owner))
             for name, value in list(vars(owner).items()):
-                if type(value) is float and value > 0 and any(mark in name for mark in _MARKS):
+                # PhiMoE's routers use theirs in eval mode too: that one may not change.
+                used = "jitter" in name and type(owner).__name__.startswith("Phimoe")
+                if type(value) is float and value > 0 and any(mark in name for mark in _MARKS) and not used:
                     yield owner, name, value
 
 

@@ -26,6 +26,9 @@ class Sequences(NamedTuple):
     position_ids: np.ndarray
     labels: np.ndarray
     cu_seqlens: np.ndarray
+    rests: tuple[np.ndarray, ...] = ()
+    """[2, n] int64 a sequence: the ids and positions of what follows, the last completion token and what is after it.
+    For models whose answers depend on how many tokens a sequence has. (): nothing follows."""
 
     @property
     def count(self) -> int:
@@ -49,7 +52,7 @@ class Sequences(NamedTuple):
 
         `counted`: [pairs] bool, the pairs that count; None: all.
         """
-        before = np.concatenate([[0], (self.labels != IGNORE_INDEX).cumsum()])
+        before = np.concatenate([[0], (self.labels != IGNORE_INDEX).astype(np.int64).cumsum()])
         chosen = np.diff(before[self.cu_seqlens])[: self.count // 2]
         chosen = chosen if counted is None else chosen[counted.cpu().numpy()]
         return float(chosen.mean()) if len(chosen) else 0.0
@@ -63,7 +66,22 @@ class Sequences(NamedTuple):
         slices = [self.slice(i) for i in indices]
         lengths = [s.stop - s.start for s in slices]
         arrays = (np.concatenate([a[s] for s in slices] or [a[:0]]) for a in self[:3])
-        return Sequences(*arrays, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Sequences(*arrays, cu_seqlens, tuple(self.rests[i] for i in indices if self.rests))
+
+    def whole(self) -> Sequences:
+        """The same with `rests`, without labels there, appended to each sequence."""
+        if not self.rests:
+            return self
+        parts: list[list[np.ndarray]] = [[], [], []]
+        for index, (ids, positions) in enumerate(self.rests):
+            own = self.slice(index)
+            nothing = np.full(len(ids), IGNORE_INDEX)
+            for values, array, rest in zip(parts, self[:3], (ids, positions, nothing), strict=True):
+                values += [array[own], rest]
+        added = np.array([rest.shape[1] for rest in self.rests]).cumsum()
+        cu_seqlens = self.cu_seqlens + np.concatenate([[0], added])
+        return Sequences(*map(np.concatenate, parts), cu_seqlens)
 
 
 class Layout(NamedTuple):
@@ -104,19 +122,23 @@ def read_sequences(batch: Mapping[str, Tensor]) -> Sequences:
     else:
         present = (batch["attention_mask"] != 0).cpu().numpy()  # NumPy has no bfloat16
         places = [row * shape[1] + present[row].nonzero()[0] for row in range(shape[0])]
-    kept = []
+    kept, rest = [], []
     for place in places:
         labelled = (flat["labels"][place] != IGNORE_INDEX).nonzero()[0]
         # Nothing is asked of what follows the last labelled position. A sequence without labels keeps one token.
-        kept.append(place[: labelled[-1] + 1 if len(labelled) else 1])
+        end = labelled[-1] + 1 if len(labelled) else 1
+        kept.append(place[:end])
+        rest.append(place[end:] if len(labelled) else place[:0])
     lengths = np.array([len(place) for place in kept], dtype=np.int64)
     place = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
     cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    if "position_ids" in flat:
-        position_ids = flat["position_ids"][place]
-    else:
-        position_ids = np.arange(len(place)) - np.repeat(cu_seqlens[:-1], lengths)
-    return Sequences(flat["input_ids"][place], position_ids, flat["labels"][place], cu_seqlens)
+    if "position_ids" not in flat:
+        positions = np.zeros(flat["input_ids"].shape, dtype=np.int64)
+        for own in places:
+            positions[own] = np.arange(len(own))
+        flat["position_ids"] = positions
+    rests = tuple(np.stack([flat[name][own] for name in ("input_ids", "position_ids")]) for own in rest)
+    return Sequences(*(flat[name][place] for name in ("input_ids", "position_ids", "labels")), cu_seqlens, rests)
 
 
 @torch.compiler.disable

@@ -97,6 +97,9 @@ def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, shar
         found = find(model, sequences, pack=False)
     if found.kind == "packed":
         return _packed(sequences, device, found.packing, share and found.share)
+    if found.kind == "alone" or adds_auxiliary_loss(model):  # what follows the last label may count
+        sequences = sequences.whole()
+        _check_positions(model, int(np.diff(sequences.cu_seqlens).max(initial=1)))
     return padded_layout(sequences, device)._replace(kind=found.kind, forgets=found.forgets)
 
 
@@ -189,11 +192,14 @@ def _try(
     deep, shallow = _trial_sequences(batch, longest, row), _trial_sequences(batch, longest, 0)
     compared = shallow.select([1, 3])  # the last pair in the row, long and short
     parameters = _some_parameters(model) if gradients else None
-    alone = padded_layout(compared, device)._replace(kind="alone")
+    alone = padded_layout(compared.whole(), device)._replace(kind="alone")
 
     forgets = _check_forward(model, compared, device, name)
     alone = alone._replace(forgets=forgets)
-    truth = _answer(model, None, alone, parameters)
+    try:
+        truth = _answer(model, None, alone, parameters)
+    except AssertionError as error:
+        raise TypeError(f"Expected a model that gives gradients in eval mode, but {name} raised: {error}") from error
     if gradients not in known.body_tried:
         known.body = find_body(model) if known.body is not None or not known.body_tried else None
         known.body_tried.add(gradients)
@@ -220,13 +226,25 @@ def _try(
             return False
 
     found = Found(longest, row, gradients, pack, "alone", None, False, forgets)
+    kept = _kept_tokens(model)
+    if kept < longest:
+        _warn(
+            known,
+            "alone",
+            f"{name} attends to the {kept} tokens of the highest scores. Equal scores, such as those of tokens that "
+            "come again, are ordered by their place in the row. So it is given batches with longer sequences one "
+            "sequence at a time. Results are right, but training is slower.",
+        )
+        return found
     tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
     for packing in tried:
         for share in (True, False) if packing != "positions" else (False,):
             layouts = (_packed(some, device, packing, share) for some in (deep, shallow))
             if _takes_positions(model) and right(*layouts):
                 return found._replace(kind="packed", packing=packing, share=share)
-    if not forgets and right(*[padded_layout(compared, device)] * 2):
+    if not forgets and right(
+        *[padded_layout(compared.whole() if adds_auxiliary_loss(model) else compared, device)] * 2
+    ):
         found = found._replace(kind="padded")
     if adds_auxiliary_loss(model):
         return found
@@ -235,8 +253,8 @@ def _try(
             known,
             "alone",
             f"{name} gives other results when sequences of {longest} tokens and of {SHORT} are padded to one length, "
-            "so it is given batches with sequences as long one sequence at a time. Results are right, but training is "
-            "slower.",
+            "or when tokens after the last label are left out, so it is given batches with sequences as long one "
+            "sequence at a time. Results are right, but training is slower.",
         )
     elif pack:
         _warn(
@@ -247,6 +265,13 @@ def _try(
             "is slower.",
         )
     return found
+
+
+def _kept_tokens(model: nn.Module) -> float:
+    """How many tokens attention selects by their scores; infinity: it selects none."""
+    config = _text_config(model)
+    kept = [getattr(config, name, None) for name in ("index_topk", "keep_window_size", "indexer_budget")]
+    return min((k for k in kept if isinstance(k, int)), default=float("inf"))
 
 
 def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, name: str) -> bool:
@@ -309,13 +334,23 @@ def _trial_sequences(batch: Sequences, longest: int, row: int) -> Sequences:
     long = tokens[:longest]
     # Another continuation than the long one's, where the batch has two different tokens.
     short = np.concatenate([long[:SHORTEST_SHARED], long[SHORTEST_SHARED : SHORT + 1][::-1][: SHORT - SHORTEST_SHARED]])
-    fill = max(0, row - longest - SHORT)
+    fill = max(0, row - (longest - 1) - (SHORT - 1))
+    # No longer than `row` in all: some models have no room for more.
+    lengths = [longest] * (fill // longest) + [fill % longest] * (fill % longest > 0)
+    if len(lengths) % 2:  # a pair each
+        last = lengths.pop()
+        lengths += [last - last // 2, last // 2] if last > 1 else []
     # Each begins elsewhere in the tokens, so that they share no beginning.
-    fillers = [np.roll(tokens, -1 - i)[:longest] for i in range(-(-fill // longest))]
-    while not fillers or len(fillers) % 2:  # a pair each
-        fillers.append(np.roll(tokens, len(fillers) + 1)[:SHORT])
+    fillers = [np.roll(tokens, -1 - i)[:length] for i, length in enumerate(lengths or [SHORT, SHORT])]
     half = len(fillers) // 2
     ids = [*fillers[:half], long, *fillers[half:], short]
+    # Of the last pair, the last token is only predicted. A model whose answers depend on the number of tokens is given
+    # it all the same.
+    rests = [np.empty((2, 0), dtype=np.int64)] * len(ids)
+    for at in (half, 2 * half + 1):
+        if len(ids[at]) > 1:
+            rests[at] = np.array([ids[at][-1:], [len(ids[at]) - 1]])
+            ids[at] = ids[at][:-1]
     labels = [np.full(len(i), IGNORE_INDEX) for i in ids]
     for at in (half, 2 * half + 1):
         # The label is the token itself, any token will do; the last ones are as far from the beginning as can be.
@@ -323,7 +358,7 @@ def _trial_sequences(batch: Sequences, longest: int, row: int) -> Sequences:
         labels[at][places] = ids[at][places]
     cu_seqlens = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
     positions = np.concatenate([np.arange(len(i)) for i in ids])
-    return Sequences(np.concatenate(ids), positions, np.concatenate(labels), cu_seqlens)
+    return Sequences(np.concatenate(ids), positions, np.concatenate(labels), cu_seqlens, tuple(rests))
 
 
 def _answer(model: nn.Module, body: Callable | None, layout: Layout, parameters: list[Tensor] | None) -> _Answer:

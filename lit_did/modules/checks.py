@@ -280,19 +280,40 @@ def check_did_entropy_weight(weight: float, reference_free: bool, loss: Any) -> 
         )
 
 
-def warn_of_noise(policy: nn.Module, sequences: Sequences) -> None:
-    """Warns if the policy draws random numbers in training mode although dropout is switched off, and names where."""
-    device = next(policy.parameters()).device
-    noisy = random_modules(policy, torch.from_numpy(sequences.input_ids)[None].to(device))
-    if noisy:
-        modules = dict(policy.named_modules())
+def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
+    """Warns if the policy draws random numbers in training mode although dropout is switched off, and names where.
+
+    The modules that draw them, such as routers that try experts at random, stay in eval mode where that helps.
+    """
+    input_ids = torch.from_numpy(sequences.input_ids)[None].to(next(policy.parameters()).device)
+    noisy = random_modules(policy, input_ids)
+    if not noisy:
+        return
+    modules = dict(policy.named_modules())
+    named = f"{noisy[0] or 'the model'} ({type(modules[noisy[0]]).__name__})"
+    training = [module for module in policy.modules() if module.training]
+    silenced: list[str] = []
+    while noisy and not set(noisy) & set(silenced):  # the innermost first, then what is around them
+        for name in noisy:
+            modules[name].eval()
+        silenced += noisy
+        noisy = random_modules(policy, input_ids)
+    if not noisy:
         warnings.warn(
-            f"With `disable_dropout=True`, {len(noisy)} modules of the policy still answer the same input differently "
-            "from one pass to the next in training mode. The first is "
-            f"{noisy[0] or 'the model'} ({type(modules[noisy[0]]).__name__}). The log-ratio then compares draws of "
-            "noise too. Set that module's probability to 0, or pass `disable_dropout=False` if you want the noise.",
+            f"{len(silenced)} modules of the policy draw random numbers in training mode, whatever its configuration "
+            f"says. The first is {named}. With `disable_dropout=True` they stay in eval mode, so that the log-ratio "
+            "does not compare draws of noise. Pass `disable_dropout=False` if you want the noise.",
             stacklevel=4,
         )
+        return
+    for module in training:
+        module.training = True
+    warnings.warn(
+        f"With `disable_dropout=True`, {len(noisy)} modules of the policy still answer the same input differently "
+        f"from one pass to the next in training mode. The first is {named}. The log-ratio then compares draws of "
+        "noise too. Set that module's probability to 0, or pass `disable_dropout=False` if you want the noise.",
+        stacklevel=4,
+    )
 
 
 def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics: SequenceStatistics) -> None:

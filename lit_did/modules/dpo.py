@@ -38,7 +38,7 @@ from lit_did.modules.checks import (
     check_tokens_at_once,
     check_training_step,
     checked_sequences,
-    warn_of_noise,
+    keep_noise_out,
     warn_unless_policy_is_reference,
 )
 from lit_did.modules.names import plain_name
@@ -339,7 +339,7 @@ class LitDPO(TrainedState):
         sequences = self._read(batch)
         self._whole = (sequences.count // 2, sequences.num_labels, sequences.mean_chosen_labels())
         if not self._noise_checked:
-            warn_of_noise(self.policy, sequences)
+            keep_noise_out(self.policy, sequences)
             self._noise_checked = True
         first, *self._rest = self._split(sequences)
         self._first_objective = self._train_on(first)

@@ -107,6 +107,9 @@ def make_batch(seed: int = 0) -> dict[str, Tensor]:
 def logits_alone(model: nn.Module, sequences: Sequences) -> list[Tensor]:
     """[tokens, V] float64 of every sequence's completion, differentiable in a float64 model's parameters."""
     result = []
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # the number of tokens counts
+        sequences = sequences.whole()
     for index in range(sequences.count):
         place = sequences.slice(index)
         ids = torch.from_numpy(sequences.input_ids[place])[None]

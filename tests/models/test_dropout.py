@@ -50,9 +50,9 @@ class Noisy(LlamaMLP):
         return nn.functional.dropout(output, 0.5) if self.training else output
 
 
-def noisy() -> nn.Module:
+def noisy(kind: type[LlamaMLP] = Noisy) -> nn.Module:
     model = build("Llama")
-    mlp = Noisy(model.config)
+    mlp = kind(model.config)
     mlp.load_state_dict(model.model.layers[1].mlp.state_dict())
     model.model.layers[1].mlp = mlp
     return model
@@ -65,23 +65,48 @@ def test_what_is_left_is_named():
     assert random_modules(model.eval(), IDS) == []
 
 
+class Stubborn(Noisy):
+    """Keeps its mode."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        return self
+
+
+class NoisyGradient(LlamaMLP):
+    """Draws random numbers in training mode that change its gradient alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        if not self.training:
+            return output
+        return torch.where(torch.rand_like(output) > 0.5, output, output.detach())
+
+
 @pytest.mark.parametrize(
     "lora", [None, {"target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_weights": False}]
 )
-def test_litdpo_warns_of_what_is_left_alone(lora):
-    def run(model: LlamaForCausalLM, **options) -> list[str]:
+def test_litdpo_keeps_what_is_left_in_eval_mode(lora):
+    def run(model: LlamaForCausalLM, **options) -> tuple[LitDPO, list[str]]:
         module = LitDPO(model, lora=lora, **options).train()
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             for _ in range(2):
                 module.training_step(make_batch(), 0)
-        return [str(w.message) for w in record if "from one pass to the next" in str(w.message)]
+        return module, [str(w.message) for w in record if "noise" in str(w.message)]
 
-    (message,) = run(noisy())
-    assert "1 modules of the policy" in message
-    assert "model.layers.1.mlp (Noisy)" in message
-    assert run(build("Llama")) == []
-    assert run(noisy(), disable_dropout=False) == []
+    for kind in (Noisy, NoisyGradient):
+        module, (message,) = run(noisy(kind))
+        assert "1 modules of the policy draw random numbers in training mode" in message
+        assert f"model.layers.1.mlp ({kind.__name__})" in message
+        quiet = [m for m in module.policy.modules() if not m.training]
+        assert [type(m) for m in quiet if isinstance(m, LlamaMLP)] == [kind]
+        losses = {float(module.training_step(make_batch(), 0)) for _ in range(3)}
+        assert len(losses) == 1
+    module, (message,) = run(noisy(Stubborn))
+    assert "1 modules of the policy still answer the same input differently" in message
+    assert all(m.training for m in module.policy.modules())
+    assert run(build("Llama"))[1] == []
+    assert run(noisy(), disable_dropout=False)[1] == []
 
 
 def test_probing_leaves_random_numbers_and_hooks():

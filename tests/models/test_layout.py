@@ -109,6 +109,27 @@ def test_select():
     assert (nothing.count, nothing.num_labels, len(nothing.position_ids)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("form", [padded_batch, packed_batch])
+def test_whole_sequences_have_what_follows_their_last_label(form):
+    given = examples()
+    batch = form(given)
+    if form is padded_batch:
+        rows = [row[mask != 0].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    else:
+        rows = [row.tolist() for row in batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())]
+    sequences = read_sequences(batch)
+    assert sequences.num_labels == sequences.whole().num_labels
+    for indices in (range(len(given)), [3, 1]):
+        whole = sequences.select(indices).whole()
+        assert whole.counts
+        got = [whole.input_ids[whole.slice(i)].tolist() for i in range(whole.count)]
+        assert got == [rows[i] for i in indices]
+        for index, row in enumerate(indices):
+            own, labels = sequences.slice(row), whole.labels[whole.slice(index)]
+            assert labels.tolist() == [*sequences.labels[own].tolist(), *[-100] * (len(labels) - own.stop + own.start)]
+        assert whole.whole() is whole
+
+
 def test_parts_hold_every_pair_once_in_order_and_within_the_budget():
     sequences = read_sequences(padded_batch(examples()))
     truth, pairs = expected(examples()), sequences.count // 2
