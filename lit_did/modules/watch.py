@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import lightning
 import torch
+from lightning.pytorch.tuner import lr_finder
 from torch import Tensor, nn
 
 LEAST_STEPS = 5
@@ -49,9 +50,15 @@ class Watch:
             self.check(trainer)
 
     def check(self, trainer: lightning.Trainer) -> None:
-        """Raises FloatingPointError if a loss or a gradient was not finite, and names the first such step."""
+        """Raises FloatingPointError if a loss or a gradient was not finite, and names the first such step.
+
+        Lightning's learning-rate finder raises the rate until training diverges: its trial ends there instead.
+        """
         first = -1 if self._first is None else int(self._first)
         if first < 0:
+            return
+        if _tries_rates(trainer):
+            trainer.should_stop = True
             return
         step, what = first // 2, "gradient" if first % 2 else "loss"
         causes = [f"the learning rate, now {trainer.optimizers[0].param_groups[0]['lr']:.3g}, is too high"]
@@ -90,6 +97,11 @@ class Watch:
             "another `loss`, lower the learning rate or raise `beta`. docs/losses.md says more.",
             stacklevel=2,
         )
+
+
+def _tries_rates(trainer: lightning.Trainer) -> bool:
+    """Whether the run is the trial of Lightning's learning-rate finder, which has put in a scheduler of its own."""
+    return any(type(config.scheduler).__module__ == lr_finder.__name__ for config in trainer.lr_scheduler_configs)
 
 
 def count_bad_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | int:

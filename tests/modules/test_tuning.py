@@ -72,6 +72,19 @@ def test_learning_rate_is_found_and_leaves_the_policy_as_it_was():
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
 
 
+def test_rates_at_which_training_diverges_end_the_search():
+    model, run = module(), trainer(max_epochs=20)
+    before = weights(model)
+    finder = Tuner(run).lr_find(model, data(), max_lr=1e30, num_training=40, early_stop_threshold=None)
+    assert 10 < len(finder.results["lr"]) < 40
+    assert 1e-8 < finder.suggestion() < 1e6
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    model.hparams.learning_rate = 1e-3
+    run = trainer(max_epochs=1)
+    run.fit(model, data())  # a run of its own, which the search does not end
+    assert run.global_step == 6
+
+
 class Rates(Callback):
     """The learning rate of every step."""
 
