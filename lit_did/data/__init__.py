@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
     from lit_did.data.reading import SkippedRow, SourceRow, read_pairs, read_rows
     from lit_did.data.token_batches import TokenBatchSampler
-    from lit_did.data.tokenizing import TokenizedPair, tokenize_pair, truncate_pair
+    from lit_did.data.tokenizing import Context, TokenizedPair, tokenize_pair, truncate_pair
 
 __all__ = [
     "IGNORE_INDEX",
+    "Context",
     "EvaluationSampler",
     "PreferenceDataModule",
     "PreferenceDataset",
@@ -42,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "IGNORE_INDEX": "collating",
+    "Context": "tokenizing",
     "EvaluationSampler": "loading",
     "PreferenceDataModule": "datamodule",
     "PreferenceDataset": "dataset",

@@ -55,3 +55,10 @@ def test_it_is_told_once_a_source(chatml):
         PreferenceDataModule([row, row], chatml).setup("fit")
         PreferenceDataModule([row, row], chatml, columns={"tools": None}).setup("fit")
     assert sum("The chat template does not use `tools`" in str(warning.message) for warning in caught) == 1
+
+
+def test_arguments_for_all_rows_are_told_too(chatml):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    data = PreferenceDataModule(rows, chatml, as_chat=True, chat_template_kwargs={"thinking": False})
+    with pytest.warns(UserWarning, match="train: The chat template does not use `thinking`, so what the rows or"):
+        data.setup("fit")
