@@ -68,7 +68,7 @@ def _share(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo; the exit status is 2 where the user's input cannot be used."""
+    """Runs the demo; the exit status is 2 where the user's input cannot be used, or training diverged."""
     options = parse_arguments(arguments)
     missing = [name for name in ("gguf", "matplotlib", "peft", "rich") if find_spec(name) is None]
     if missing:
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run.run(options)
-    except run.InputError as error:
+    except (run.InputError, FloatingPointError) as error:  # the second: a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:

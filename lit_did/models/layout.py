@@ -47,6 +47,7 @@ class Sequences(NamedTuple):
         """How many completion tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @torch.compiler.disable  # NumPy on the CPU: nothing to compile
     def mean_chosen_labels(self, counted: Tensor | None = None) -> float:
         """How many completion tokens a chosen sequence, one of the first half, has on average.
 

@@ -131,11 +131,11 @@ def test_more_tokens_than_positions_and_folders_that_cannot_be_made(tiny_model, 
         run("--seed", 2**32)
 
 
-def test_a_run_that_diverges_still_writes(tiny_model, tmp_path, capsys):
+def test_a_run_that_diverges_is_told_in_one_line(tiny_model, tmp_path, capsys):
     arguments = ["--max-pairs", 10, "--max-steps", 3, "--learning-rate", 1e30]
-    assert run("--model", tiny_model, "--output", tmp_path / "out", *arguments) == 0
-    assert "nan" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert run("--model", tiny_model, "--output", tmp_path / "out", *arguments) == 2
+    assert "error: Expected a finite loss in every optimiser step" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_nothing_behind(tiny_model, tmp_path, capsys, monkeypatch):
