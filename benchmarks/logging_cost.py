@@ -27,6 +27,7 @@ from rich.table import Table
 from lit_did import DIDMonitor, LitDPO, PreferenceDataModule
 from lit_did.demo import PAIRS, smollm2
 from lit_did.modules import dpo
+from lit_did.modules.pairs import PairMetrics
 from lit_did.ops import linear, tiles
 
 TARGET = 0.03
@@ -69,15 +70,16 @@ class Clock(lightning.Callback):
 @contextmanager
 def watched(clock: Clock):
     """LitDPO with the parts that log, timed."""
-    update, log, monitor = dpo.DIDMetrics.update, dpo.LitDPO._log, DIDMonitor._arguments
+    update, log, monitor = PairMetrics.update, PairMetrics.log_all, DIDMonitor._arguments
     with (
         # What the operator does besides the matrix products.
         mock.patch.object(tiles, "slice_partials", clock.watch("operator, forward", tiles.slice_partials)),
         mock.patch.object(tiles, "merge_partials", clock.watch("operator, forward", tiles.merge_partials)),
         mock.patch.object(tiles, "finish_partials", clock.watch("operator, forward", tiles.finish_partials)),
         mock.patch.object(linear, "sequence_reduction", clock.watch("operator, forward", linear.sequence_reduction)),
-        mock.patch.object(dpo.DIDMetrics, "update", clock.watch("metrics: update", update)),
-        mock.patch.object(dpo.LitDPO, "_log", clock.watch("metrics: compute and log", log)),
+        mock.patch.object(PairMetrics, "update", clock.watch("metrics: update", update)),
+        mock.patch.object(PairMetrics, "log_all", clock.watch("metrics: compute and log", log)),
+        mock.patch.object(dpo, "count_bad_gradients", clock.watch("gradients: check", dpo.count_bad_gradients)),
         mock.patch.object(DIDMonitor, "_arguments", clock.watch("DIDMonitor: forward passes", monitor)),
     ):
         yield

@@ -48,8 +48,8 @@ class Parts(lightning.Callback):
         self._watch(_layers(module.policy))
         if module.reference is not None and hasattr(module.reference, "get_decoder"):
             self._watch(_layers(module.reference))
-        for name in ("_add", "_log"):
-            setattr(module, name, self._timed("metrics", getattr(module, name)))
+        for name in ("update", "log_all"):
+            setattr(module.train_metrics, name, self._timed("metrics", getattr(module.train_metrics, name)))
         # Lightning logs, calls the optimiser and then its hook.
         module.optimizers(use_pl_optimizer=False).register_step_post_hook(lambda *_: self._end("optimiser"))
         self._end("rest")
@@ -79,7 +79,12 @@ class Parts(lightning.Callback):
         """LitDPO's calls and torch's backward, timed."""
         backward = self._timed("policy backward", Tensor.backward)
         output = self._timed("output layer and statistics", dpo.completion_statistics)
-        with mock.patch.object(Tensor, "backward", backward), mock.patch.object(dpo, "completion_statistics", output):
+        check = self._timed("metrics", dpo.count_bad_gradients)
+        with (
+            mock.patch.object(Tensor, "backward", backward),
+            mock.patch.object(dpo, "completion_statistics", output),
+            mock.patch.object(dpo, "count_bad_gradients", check),
+        ):
             yield
 
     def _end(self, part: str) -> None:
