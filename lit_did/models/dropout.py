@@ -64,7 +64,10 @@ class _Call(NamedTuple):
 
 def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, _Call]:
     """Every module's first call."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if input_ids.device.type == "cuda":
+        with torch.cuda.device(input_ids.device):
+            torch.cuda.manual_seed(seed)
     record: dict[str, _Call] = {}
     states: dict[str, Tensor] = {}
     handles = []

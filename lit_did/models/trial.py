@@ -44,6 +44,10 @@ from lit_did.models.quiet import random_numbers_kept
 
 LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
 COMPARED = 32  # tokens of a sequence whose logits are compared: [32, V] is small beside a step's
+# Far above rounding, and below what another sequence's tokens change.
+TOLERANCE = 1e-4  # of the largest logit
+HALF_TOLERANCE = 0.1  # of the logits' norm, in bfloat16 and float16
+DISTINCT = 8  # different tokens that a trial has at least, where the vocabulary has as many
 SHORT = SHORTEST_SHARED + 5  # tokens of the short sequence beside the long one
 MAX_GRADIENT_ELEMENTS = 2**24  # of the parameters whose gradients are compared, the smallest first: 64 MiB
 
@@ -51,12 +55,12 @@ MAX_GRADIENT_ELEMENTS = 2**24  # of the parameters whose gradients are compared,
 class Found(NamedTuple):
     """What a model takes, tried on sequences of up to `length` tokens and rows of up to `row` tokens."""
 
+    key: tuple
+    """what else it depends on: whether packing was tried, the weights' dtype, the attention"""
     length: int
     row: int
     gradients: bool
     """whether they were compared too"""
-    pack: bool
-    """whether packing was tried"""
     kind: str
     """"packed", "padded" or "alone": see `Layout`"""
     packing: str | None
@@ -74,30 +78,42 @@ class _Model:
         self.body_tried: set[bool] = set()  # without and with gradients
         self.found: list[Found] = []
         self.warned: set[str] = set()
+        self.raised = ""  # by the last layout that it does not take
 
 
 _known: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
 
 
 @torch.compiler.disable
-def layout_of(model: nn.Module, sequences: Sequences, *, pack: bool = True, share: bool = True) -> Layout:
+def layout_of(
+    model: nn.Module,
+    sequences: Sequences,
+    *,
+    pack: bool = True,
+    share: bool = True,
+    batch: Sequences | None = None,
+) -> Layout:
     """The sequences in the fastest layout in which `model` is right, on its device.
 
     Args:
         pack: End to end in one row, if the model is right then.
         share: What pairs begin with in common once, if the model is right then.
+        batch: All sequences of which these are some, if all parts are to have one kind of layout.
 
     Raises:
         TypeError: The model is no causal language model.
         ValueError: The sequences are longer than the model has positions.
     """
     device = next(model.parameters()).device
-    found = find(model, sequences, pack=pack)
-    if found.packing == "positions" and not sequences.counts:  # they do not restart in every sequence
-        found = find(model, sequences, pack=False)
+    if adds_auxiliary_loss(model):  # what follows the last label counts
+        sequences, batch = sequences.whole(), None if batch is None else batch.whole()
+    tried = sequences if batch is None else batch
+    found = find(model, tried, pack=pack)
+    if found.packing == "positions" and not tried.counts:  # they do not restart in every sequence
+        found = find(model, tried, pack=False)
     if found.kind == "packed":
         return _packed(sequences, device, found.packing, share and found.share)
-    if found.kind == "alone" or adds_auxiliary_loss(model):  # what follows the last label may count
+    if found.kind == "alone":  # what follows the last label may count
         sequences = sequences.whole()
         _check_positions(model, int(np.diff(sequences.cu_seqlens).max(initial=1)))
     return padded_layout(sequences, device)._replace(kind=found.kind, forgets=found.forgets)
@@ -111,11 +127,12 @@ def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
 
 def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     """What `model` takes of sequences such as these; tried where that is not known yet."""
-    known = _known.setdefault(model, _Model())
-    gradients = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    known, sharded = _known.setdefault(model, _Model()), is_sharded(model)
+    gradients = not sharded and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     lengths = np.diff(sequences.cu_seqlens)
     length, row = int(lengths.max(initial=1)), int(lengths.sum())
-    tried = [found for found in known.found if found.pack == pack and found.gradients >= gradients]
+    key = (pack, next(model.parameters()).dtype, attention.implementation(inner(model)))
+    tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
     for found in tried:
         fastest = found.kind == ("packed" if pack else "padded") and not found.forgets
@@ -123,19 +140,22 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
             return found
     _check_positions(model, length)
     wanted = _bounds(model, length, row)
+    # What was wrong of a shorter row is wrong of a longer one, and the others take no rows.
+    failed = [found for found in tried if found.kind != "packed" and found.length <= wanted[0] and found.row <= row]
     for found in tried:
-        if (found.length, found.row) == wanted:
+        if (found.length, found.row) == wanted or (found in failed and found.length == wanted[0]):
             return found
-    sharded = is_sharded(model)
     if sharded and tried:  # a trial is a forward pass, which needs all processes at the same time
         _warn(known, "longer", f"{_name(model)} is sharded and was tried on shorter sequences than {length} tokens.")
         return tried[0]
     if sharded:
-        wanted = _agreed(model, wanted)
+        wanted, sequences = _agreed(model, wanted, sequences)
     with _untouched(model):
-        found = _try(model, known, sequences, *wanted, gradients=gradients and not sharded, pack=pack)
-    known.found.append(found._replace(gradients=gradients))
-    return known.found[-1]
+        found = _try(model, known, sequences, *wanted, gradients=gradients, pack=pack and not failed)
+    found = found._replace(key=key)
+    _warn_of(model, known, found, pack)
+    known.found.append(found)
+    return found
 
 
 def _check_positions(model: nn.Module, length: int) -> None:
@@ -162,16 +182,32 @@ def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
     return longest, max(longest + SHORT, 2 ** (row - 1).bit_length())
 
 
-def _agreed(model: nn.Module, wanted: tuple[int, int]) -> tuple[int, int]:
-    """The largest bounds of all processes, doubled: later batches may be longer, and there is one trial only."""
+def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tuple[tuple[int, int], Sequences]:
+    """The largest bounds of all processes, doubled, and the first one's sequences.
+
+    Later batches may be longer, and there is one trial only. All processes try the same tokens, so that none stops
+    making forward passes while another goes on.
+    """
     length, row = wanted
     if torch.distributed.is_initialized():
         bounds = torch.tensor(wanted, device=next(model.parameters()).device)
         torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
         length, row = bounds.tolist()
+        shared = [batch]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        (batch,) = shared
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     longest = max(length, min(2 * length, limit)) if isinstance(limit, int) else 2 * length
-    return longest, max(2 * row, longest + SHORT)
+    return (longest, max(2 * row, longest + SHORT)), batch
+
+
+def _all_agree(model: nn.Module, right: bool) -> bool:
+    """Whether it is so on all processes that a sharded model's forward passes need."""
+    if not is_sharded(model) or not torch.distributed.is_initialized():
+        return right
+    verdict = torch.tensor(int(right), device=next(model.parameters()).device)
+    torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN)
+    return bool(verdict)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,12 +225,13 @@ def _try(
     model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, pack: bool
 ) -> Found:
     device, name = next(model.parameters()).device, _name(model)
-    deep, shallow = _trial_sequences(batch, longest, row), _trial_sequences(batch, longest, 0)
+    size = _vocabulary(model)
+    deep, shallow = _trial_sequences(batch, longest, row, size), _trial_sequences(batch, longest, 0, size)
     compared = shallow.select([1, 3])  # the last pair in the row, long and short
     parameters = _some_parameters(model) if gradients else None
     alone = padded_layout(compared.whole(), device)._replace(kind="alone")
 
-    forgets = _check_forward(model, compared, device, name)
+    forgets = not _all_agree(model, not _check_forward(model, compared, device, name))
     alone = alone._replace(forgets=forgets)
     try:
         truth = _answer(model, None, alone, parameters)
@@ -203,8 +240,9 @@ def _try(
     if gradients not in known.body_tried:
         known.body = find_body(model) if known.body is not None or not known.body_tried else None
         known.body_tried.add(gradients)
-        if known.body is not None and not _agree(_answer(model, known.body, alone, parameters), truth):
-            known.body = None
+        if known.body is not None:
+            agrees = _agree(_answer(model, known.body, alone, parameters), truth)
+            known.body = known.body if _all_agree(model, agrees) else None
         if known.body is None and not adds_auxiliary_loss(model):
             _warn(
                 known,
@@ -213,58 +251,64 @@ def _try(
                 "completion tokens are kept in memory.",
             )
 
-    def right(values: Layout, of_gradients: Layout) -> bool:
-        """Whether logits agree in one layout, which may be long, and gradients in another, which is not."""
+    def right(values: list[Layout], of_gradients: Layout) -> bool:
+        """Whether logits agree in some layouts, which may be long, and gradients in one, which is not."""
         try:
-            values_right = _close(_answer(model, known.body, values, None).logits, truth.logits)
-            return values_right and (
+            agrees = all(_close(_answer(model, known.body, v, None).logits, truth.logits) for v in values) and (
                 parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
             )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # of a model that was given what it does not know
-            return False
+        except Exception as error:  # of a model that was given what it does not know, or more than fits
+            known.raised = f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0][:200]}"
+            agrees = False
+        return _all_agree(model, agrees)
 
-    found = Found(longest, row, gradients, pack, "alone", None, False, forgets)
-    kept = _kept_tokens(model)
-    if kept < longest:
+    found = Found((), longest, row, gradients, "alone", None, False, forgets)
+    if _kept_tokens(model) < longest:
+        return found
+    tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
+    for packing in tried:
+        for share in (True, False) if packing != "positions" else (False,):
+            if not _takes_positions(model):
+                continue
+            # Where beginnings are shared, the plain kind has to be right too: `share_prompts=False` takes it.
+            kinds = [(deep, share), (shallow, False)] if share else [(deep, False)]
+            values = [_packed(some, device, packing, shared) for some, shared in kinds]
+            if right(values, _packed(shallow, device, packing, share)):
+                return found._replace(kind="packed", packing=packing, share=share)
+    padded = padded_layout(compared.whole() if adds_auxiliary_loss(model) else compared, device)
+    return found._replace(kind="padded") if not forgets and right([padded], padded) else found
+
+
+def _warn_of(model: nn.Module, known: _Model, found: Found, pack: bool) -> None:
+    """Warns once where a model is not given the fastest layout that was asked for."""
+    name, kept = _name(model), _kept_tokens(model)
+    effect = "Results are right, but training is slower."
+    raised = f" (it raised {known.raised})" if known.raised else ""
+    if found.kind == "packed" or adds_auxiliary_loss(model):
+        return
+    if kept < found.length:
         _warn(
             known,
             "alone",
             f"{name} attends to the {kept} tokens of the highest scores. Equal scores, such as those of tokens that "
             "come again, are ordered by their place in the row. So it is given batches with longer sequences one "
-            "sequence at a time. Results are right, but training is slower.",
+            f"sequence at a time. {effect}",
         )
-        return found
-    tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
-    for packing in tried:
-        for share in (True, False) if packing != "positions" else (False,):
-            layouts = (_packed(some, device, packing, share) for some in (deep, shallow))
-            if _takes_positions(model) and right(*layouts):
-                return found._replace(kind="packed", packing=packing, share=share)
-    if not forgets and right(
-        *[padded_layout(compared.whole() if adds_auxiliary_loss(model) else compared, device)] * 2
-    ):
-        found = found._replace(kind="padded")
-    if adds_auxiliary_loss(model):
-        return found
-    if found.kind == "alone":
+    elif found.kind == "alone":
         _warn(
             known,
             "alone",
-            f"{name} gives other results when sequences of {longest} tokens and of {SHORT} are padded to one length, "
-            "or when tokens after the last label are left out, so it is given batches with sequences as long one "
-            "sequence at a time. Results are right, but training is slower.",
+            f"{name} gives other results when sequences of {found.length} tokens and of {SHORT} are padded to one "
+            f"length, or when tokens after the last label are left out{raised}. So it is given batches with sequences "
+            f"as long one sequence at a time. {effect}",
         )
     elif pack:
         _warn(
             known,
             "padded",
             f"{name} gives other results when sequences lie end to end in one row (attention "
-            f"{attention.implementation(inner(model))!r}), so they are padded instead. Results are right, but training "
-            "is slower.",
+            f"{attention.implementation(inner(model))!r}){raised}, so they are padded instead. {effect}",
         )
-    return found
 
 
 def _kept_tokens(model: nn.Module) -> float:
@@ -284,11 +328,15 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     long, short = compared.select([0]), compared.select([1])
     half = len(long.input_ids) // 2
     other = long.input_ids.copy()
-    other[half + 1 :] = (
-        np.roll(other[half + 1 :], 1) if len(set(other[half + 1 :].tolist())) > 1 else short.input_ids[0]
+    tail = other[half:]
+    tail[:] = np.roll(tail, 1) if (tail != tail[:1]).any() else short.input_ids[0]
+    tail[0] = other[half - 1] if tail[0] == long.input_ids[half] else tail[0]  # the next token changes too
+    # The last positions before it, which a window would show it, and some of all.
+    places = np.unique(
+        np.concatenate([np.linspace(0, half - 1, COMPARED), np.arange(half - COMPARED, half)]).astype(int)
     )
-    early = long.labels.copy()
-    early[half:] = IGNORE_INDEX
+    early = np.full(len(other), IGNORE_INDEX)
+    early[places[places >= 0]] = 0
     # Three quarters as long: what stretches its positions for the longest sequence may keep that for shorter ones.
     size = max(len(short.input_ids), 3 * len(long.input_ids) // 4)
     middle = Sequences(*(array[:size] for array in long[:3]), np.array([0, size]))
@@ -305,7 +353,7 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
             f"Expected a causal language model, but the logits of {name} are of {first.shape[1]} classes, fewer than "
             "its input has tokens."
         )
-    if len(other) > 3 and (early != IGNORE_INDEX).any():
+    if len(other) > 3:
         expected = logits(long._replace(labels=early))
         if not _close(logits(long._replace(input_ids=other, labels=early)), expected):
             raise TypeError(
@@ -325,12 +373,15 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     return True
 
 
-def _trial_sequences(batch: Sequences, longest: int, row: int) -> Sequences:
+def _trial_sequences(batch: Sequences, longest: int, row: int, vocabulary: int) -> Sequences:
     """Pairs with a beginning in common, of the batch's tokens; of the last pair, a long and a short one, some labelled.
 
     The pairs before it fill the row, so that the last one lies deep in it.
     """
-    tokens = np.resize(batch.input_ids, 2 * longest + SHORT)
+    tokens = batch.input_ids
+    if len(np.unique(tokens)) < DISTINCT:  # attention over equal values is the same whatever it attends to
+        tokens = np.concatenate([tokens[:DISTINCT], np.arange(min(vocabulary, 2 * DISTINCT))])
+    tokens = np.resize(tokens, 2 * longest + SHORT)
     long = tokens[:longest]
     # Another continuation than the long one's, where the batch has two different tokens.
     short = np.concatenate([long[:SHORTEST_SHARED], long[SHORTEST_SHARED : SHORT + 1][::-1][: SHORT - SHORTEST_SHARED]])
@@ -379,7 +430,7 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
         return False
     if truth.gradients is None:
         return True
-    tolerance = 5e-2 if _is_half(truth.logits) or _is_half(truth.gradients[0]) else 1e-3
+    tolerance = 2 * HALF_TOLERANCE if _is_half(truth.logits) or _is_half(truth.gradients[0]) else 1e-3
     # A gradient of nearly 0, such as of a bias that the softmax cancels, is rounding: it counts beside the others.
     norms = [gradient.float().norm() for gradient in truth.gradients]
     least = 1e-2 * torch.stack(norms).norm()
@@ -391,11 +442,15 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
     """Whether they differ by rounding alone; NaN equals NaN, so that broken weights are no inability."""
-    # Far above rounding, and below what another sequence's tokens change.
-    tolerance = 2e-2 if _is_half(expected) or torch.is_autocast_enabled(expected.device.type) else 1e-4
+    half = _is_half(expected)
     logits, expected = logits.float(), expected.float()
+    if half:  # as a whole: single logits may be off by much in deep models
+        same = torch.isfinite(logits) == torch.isfinite(expected)
+        logits, expected = (x.nan_to_num(0, 0, 0) for x in (logits, expected))
+        centred = expected - expected.mean(-1, keepdim=True)  # what the softmax sees
+        return bool(same.all()) and bool((logits - expected).norm() <= HALF_TOLERANCE * centred.norm())
     scale = expected.abs().nan_to_num(0, posinf=0).max().item()
-    return torch.allclose(logits, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+    return torch.allclose(logits, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -415,11 +470,12 @@ def _some_parameters(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, not compiled, with its own attention; torch's random numbers as without."""
+    """`model` in eval mode, without autocast, not compiled, with its own attention; random numbers as without."""
     training = [module for module in model.modules() if module.training]
     with (
         random_numbers_kept(next(model.parameters()).device),
         attention.packed_attention(inner(model), packed=False),
+        torch.autocast(next(model.parameters()).device.type, enabled=False),  # in the precision of the weights
         torch.compiler.set_stance("force_eager"),
     ):
         try:
@@ -441,6 +497,12 @@ def _packed(sequences: Sequences, device: torch.device, packing: str, share: boo
 
 def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(inner(model).forward).parameters
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
+    weight = getattr(embeddings, "weight", None)
+    return 1 if weight is None or weight.dim() != 2 else weight.shape[0]
 
 
 def _text_config(model: nn.Module) -> Any:

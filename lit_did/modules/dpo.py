@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -269,7 +270,8 @@ class LitDPO(TrainedState):
             "lr_scheduler": self._lr_scheduler,
         }
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        check_functions_given_again(saved, functions, resuming=self._trainer is not None)
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        check_functions_given_again(saved, functions, resuming=resuming)
         super().on_load_checkpoint(checkpoint)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -283,9 +285,14 @@ class LitDPO(TrainedState):
         """
         return self._statistics(self._read(batch))[0]
 
-    def _statistics(self, sequences: Sequences) -> tuple[SequenceStatistics, Tensor | None]:
-        """The statistics, and a mixture of experts' auxiliary loss where its configuration asks for one."""
-        layout = self._policy_layout(sequences)
+    def _statistics(
+        self, sequences: Sequences, batch: Sequences | None = None
+    ) -> tuple[SequenceStatistics, Tensor | None]:
+        """The statistics, and a mixture of experts' auxiliary loss where its configuration asks for one.
+
+        `batch`: all sequences that one backward pass goes through, of which these are some.
+        """
+        layout = self._policy_layout(sequences, batch)
         policy = outputs_of(self.policy, layout)
         if self._reference_free:
             reference = policy.detach()
@@ -303,14 +310,15 @@ class LitDPO(TrainedState):
         statistics = SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
         return statistics, policy.auxiliary_loss
 
-    def _layout(self, model: nn.Module, sequences: Sequences) -> Layout:
-        return layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts)
+    def _layout(self, model: nn.Module, sequences: Sequences, batch: Sequences | None = None) -> Layout:
+        return layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts, batch=batch)
 
-    def _policy_layout(self, sequences: Sequences) -> Layout:
-        layout = self._layout(self.policy, sequences)
-        # Until the next batch or `teardown`, not for the forward pass alone: a backward pass may run layers again.
-        packed = layout.packing == "segments"
-        (attention.use_packed_attention if packed else attention.use_own_attention)(forward.inner(self.policy))
+    def _policy_layout(self, sequences: Sequences, batch: Sequences | None) -> Layout:
+        layout = self._layout(self.policy, sequences, batch)
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in self.policy.modules()):
+            # Until the next batch or `teardown`, not for the forward pass alone: the backward pass runs layers again.
+            packed = layout.packing == "segments"
+            (attention.use_packed_attention if packed else attention.use_own_attention)(forward.inner(self.policy))
         return layout
 
     def _reference_outputs(self, sequences: Sequences, layout: Layout | None = None) -> forward.Outputs:

@@ -105,7 +105,8 @@ class LitDPOPG(LitDPO):
     def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, None]:
         # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
         pairs = sequences.count // 2
-        sides = [self._statistics(sequences.select(side)) for side in (range(pairs), range(pairs, 2 * pairs))]
+        halves = (range(pairs), range(pairs, 2 * pairs))
+        sides = [self._statistics(sequences.select(half), sequences) for half in halves]
         if any(auxiliary is not None for _, auxiliary in sides):
             raise ValueError(
                 "Expected a `policy` without an auxiliary loss with LitDPOPG, whose projection is of the preference "

@@ -1,4 +1,4 @@
-"""QuietStart: no warning that a frozen reference is in eval mode while training starts, and no filter left behind."""
+"""QuietStart: no warning that a frozen reference is in eval mode while training starts, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+
+from lit_did.models import attention, forward
 
 
 class QuietStart(Callback):
@@ -27,4 +29,9 @@ class QuietStart(Callback):
     def on_train_start(self, *_: Any, **__: Any) -> None:
         self._filtered.close()
 
-    on_exception = teardown = on_train_start
+    teardown = on_train_start
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        self._filtered.close()
+        if pl_module.policy is not None:  # Lightning calls no `teardown` of the module then
+            attention.use_own_attention(forward.inner(pl_module.policy))

@@ -153,6 +153,103 @@ def test_a_wrong_gradient_is_found_though_the_values_are_right():
     assert assert_right_on(model, of_lengths(20, 15)) == "padded"
 
 
+class Peeking(LlamaForCausalLM):
+    """Sees the next token, and no other."""
+
+    def forward(self, input_ids=None, **options):
+        outputs = super().forward(input_ids, **options)
+        following = self.get_input_embeddings()(input_ids.roll(-1, 1))
+        keep = options.get("logits_to_keep", 0)
+        seen = self.lm_head(following)
+        outputs.logits = outputs.logits + (seen[:, keep] if isinstance(keep, Tensor) else seen)
+        return outputs
+
+
+@pytest.mark.parametrize("length", [20, 400])
+def test_a_model_that_sees_the_next_token_alone_is_refused(length):
+    with pytest.raises(TypeError, match="in Peeking a later token changes an earlier logit"):
+        layout_of(of_class(Peeking), of_lengths(length, 15))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(partial(build, "Falcon"), "padded"), (partial(build, "Llama"), "packed"), (lambda: dynamic(), "alone")],
+)
+@pytest.mark.parametrize("distinct", [1, 2])
+def test_batches_of_few_different_tokens_decide_as_others(make, kind, distinct):
+    """Attention over equal values is the same whatever it attends to."""
+    sequences = of_lengths(60, 40, 50, 20)
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        few = sequences._replace(input_ids=sequences.input_ids % distinct + 5)
+        assert layout_of(model, few).kind == kind
+        assert assert_right_on(model, sequences) == kind
+    with pytest.raises(TypeError, match="a later token changes"):
+        layout_of(transformers.BertLMHeadModel(_bert()).eval(), few)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_half_precision_decides_as_float32(name, how):
+    model = build(name, num_hidden_layers=8, initializer_range=0.05)
+    model = model.bfloat16() if how == "weights" else model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for seed in range(3):
+            again = copy.deepcopy(model)
+            assert layout_of(again, of_lengths(60, 40, 50, 20, seed=seed)).kind == "packed"
+        falcon = build("Falcon", num_hidden_layers=2)
+        falcon = falcon.bfloat16() if how == "weights" else falcon
+        with pytest.warns(UserWarning, match="so they are padded instead"):
+            assert layout_of(falcon, of_lengths(60, 40, 50, 20)).kind == "padded"
+
+
+def test_another_precision_or_attention_is_another_trial():
+    model, seen = build("Llama"), []
+    model.model.register_forward_hook(lambda *_: seen.append(1))
+    batch = of_lengths(20, 15)
+    for change in (lambda: None, lambda: model.double(), lambda: model.set_attn_implementation("eager")):
+        change()
+        seen.clear()
+        find(model, batch)
+        assert seen
+        seen.clear()
+        find(model, batch)
+        assert not seen
+
+
+def test_what_cannot_be_packed_is_not_tried_with_every_row():
+    model, rows = build("Falcon"), []
+    model.transformer.word_embeddings.register_forward_hook(lambda _, ids, out: rows.append(ids[0].numel()))
+    with pytest.warns(UserWarning, match="so they are padded instead"):
+        layout_of(model, of_lengths(20, 15))
+    rows.clear()
+    assert layout_of(model, of_lengths(*[20] * 12)).kind == "padded"
+    assert not rows
+    assert assert_right_on(model, of_lengths(*[60] * 4)) == "padded"
+
+
+def test_what_a_layout_raised_is_told():
+    class Fussy(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
+            if len(input_ids) > 1 or input_ids.shape[1] > 32:
+                raise RuntimeError("one sequence, please")
+            return super().forward(input_ids, attention_mask, position_ids, **options)
+
+    model = of_class(Fussy)
+    model.lm_head.register_forward_hook(lambda m, i, o: o)  # the whole model is called, not its body
+    with pytest.warns(UserWarning, match=r"gives other results .*raised RuntimeError: one sequence, please"):
+        assert layout_of(model, of_lengths(20, 15)).kind == "alone"
+
+
+def test_parts_of_a_batch_have_the_batch_s_layout():
+    model, whole = longrope(), of_lengths(40, 20)
+    with pytest.warns(UserWarning, match="one sequence at a time"):
+        kinds = [layout_of(model, whole.select([i]), batch=whole).kind for i in (0, 1)]
+    assert kinds == ["alone", "alone"]
+    assert layout_of(model, whole.select([1])).kind == "packed"
+
+
 def test_nothing_is_renamed_where_nothing_is_packed():
     model, names = build("Falcon", "sdpa"), []
     model.transformer.register_forward_hook(lambda *_: names.append(model.config._attn_implementation))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lit_did import LitDPO, LitDPOPG
-from lit_did.models.layout import read_sequences
 from tests.models.architectures import build, make_batch
 from tests.modules.steps import OPTIMISER, loader, train
 
@@ -30,11 +29,7 @@ def mixture(name: str = "Mixtral", coefficient: float = 3.0, **more):
 
 
 def given(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What predicts completion tokens, or comes before it: the last token of every sequence is a label alone."""
-    last = read_sequences(batch).cu_seqlens
-    lengths = torch.from_numpy(last[1:] - last[:-1])
-    mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-    return {"input_ids": batch["input_ids"], "attention_mask": mask}
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 @pytest.mark.parametrize("name", EXPERTS)

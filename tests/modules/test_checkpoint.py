@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 
+ROOT = Path(__file__).parents[2]
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
@@ -132,18 +137,10 @@ def test_averages_of_weights_resume(tmp_path, average, lora):
 
 
 def test_a_process_that_trained_hands_its_weights_back(tmp_path):
-    """As under `ddp_notebook`, which is `ddp_fork`."""
-    tiny_llama().save_pretrained(tmp_path)
-    torch.manual_seed(5)
-    module = LitDPO(tmp_path, lora=LORA, learning_rate=1e-2)
-    trainer(max_epochs=1, strategy="ddp_fork").fit(module, loader(make_pairs(4), 2))
-    torch.manual_seed(5)
-    here = LitDPO(tmp_path, lora=LORA, learning_rate=1e-2)
-    trainer(max_epochs=1).fit(here, loader(make_pairs(4), 2))
-    assert module.policy is not None
-    for name, weight in whole(here).items():
-        torch.testing.assert_close(whole(module)[name], weight, atol=1e-5, rtol=1e-4)
-    assert max(p.abs().max() for n, p in whole(module).items() if "lora_B" in n) > 1e-3  # the premise
+    command = [sys.executable, "-m", "tests.modules.forked", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
