@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lit_did.data import hub
+from lit_did.data.errors import unusable
 from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_table
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
@@ -124,11 +125,29 @@ def read_rows(
             rows.append(row._replace(pair=strip_repeated(row.pair, row.where, certain)))
         except UnusableRowError as error:
             skip(row.index, row.where, error)
+    rows = _with_prompts(rows, name, skip, warn)
     if not rows:
         if skipped:
             raise ValueError(f"{describe_skipped(name, skipped)} No row is left.")
         raise ValueError(f"{name}: contains no preference pairs.")
     return rows, sorted(skipped)
+
+
+def _with_prompts(rows: list[SourceRow], name: str, skip: Callable[..., None], warn: Warn) -> list[SourceRow]:
+    """Without rows of plain text that have no prompt, where others have one; if none has, a warning says so."""
+    without = [row for row in rows if not row.pair.is_chat and not row.pair.prompt.strip()]
+    if len(without) == len(rows):
+        if rows:
+            warn(
+                f"{name}: No row has a prompt, so each answer follows BOS alone. "
+                'If a column holds the prompts, name it: `columns={"prompt": ...}`.'
+            )
+        return rows
+    for row in without:
+        error = unusable(row.where, "a prompt, as other rows have one", "none, nor a beginning that both answers share")
+        skip(row.index, row.where, error)
+    left_out = {row.index for row in without}
+    return [row for row in rows if row.index not in left_out]
 
 
 def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
@@ -152,7 +171,7 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
     of = ("row" if one else "rows") if num_rows is None else f"of {num_rows} rows"
     return (
         f"{name}: {len(skipped)} {of} cannot be trained on and {'is' if one else 'are'} skipped. {' '.join(lines)} "
-        'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.'
+        'Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -111,7 +112,9 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
             lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
         except TypeError as error:
             raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
-    return peft.get_peft_model(model, lora)
+    with warnings.catch_warnings():  # of a name that peft uses of transformers
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return peft.get_peft_model(model, lora)
 
 
 def is_peft(model: nn.Module) -> bool:

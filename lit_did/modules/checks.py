@@ -183,8 +183,8 @@ def _check_token_ids(policy: nn.Module, sequences: Sequences) -> None:
     least, largest = ids.min(initial=0), max(ids.max(initial=0), sequences.labels.max(initial=0))
     if size is not None and largest >= size:
         raise ValueError(
-            f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: are they another "
-            "model's tokenizer's?"
+            f"Expected `input_ids` to be below the policy's {size} embeddings, but got {largest}: was the data "
+            "tokenised with another model's tokenizer?"
         )
     if least < 0:
         raise ValueError(f"Expected `input_ids` to be at least 0, but got {least}.")
@@ -195,7 +195,7 @@ def _warn_of_positions(policy: nn.Module, sequences: Sequences) -> None:
     config = getattr(policy, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and sequences.position_ids.max(initial=0) >= limit:
+    if isinstance(limit, int) and limit > 0 and sequences.position_ids.max(initial=0) >= limit:
         warnings.warn(
             f"Expected sequences of at most {limit} tokens, the policy's `max_position_embeddings`, but got longer "
             "ones: lower `max_length`.",

@@ -129,6 +129,12 @@ def optimizer_and_schedule(
     if lr_scheduler is None:
         total = trainer.estimated_stepping_batches
         warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
+        if warmup > total:
+            warnings.warn(
+                f"The learning rate still rises when training ends: `warmup_steps` is {warmup}, and training has "
+                f"{total:g} optimiser steps. Lower `warmup_steps`. A number below 1 is a share of all steps.",
+                stacklevel=2,
+            )
         schedule = scheduler(made, warmup_steps=warmup, total_steps=total, schedule=settings.schedule)
     else:
         schedule = lr_scheduler(made)

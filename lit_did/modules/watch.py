@@ -71,7 +71,7 @@ class Watch:
         raise FloatingPointError(
             f"Expected a finite {what} in every optimiser step, but it was NaN or infinite first in step {step + 1} of "
             f"the run (`trainer.global_step` {step}). The weights cannot be trusted from there on. Likely causes: "
-            f"{'; '.join(causes)}. Mend the cause, and go on from an earlier checkpoint."
+            f"{'; '.join(causes)}. Fix the cause, and continue from an earlier checkpoint."
         )
 
     def warn_if_chosen_fell(self) -> None:

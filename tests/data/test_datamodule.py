@@ -264,7 +264,7 @@ def test_counts_are_logged_once(no_specials):
     assert [str(warning.message) for warning in caught] == [
         "train: 1 of 12 rows cannot be trained on and is skipped. 1 with the reason: Expected `chosen` to be "
         "non-empty, but got whitespace. (train, row 10) "
-        'Mend the rows, or pass `on_bad_rows="raise"` to stop at the first.',
+        'Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.',
         "train: 3 of 11 pairs are longer than max_length=3: 0 lost the start of their prompt, 3 the end of a "
         "completion. Raise `max_length`, or choose with `truncation` and `min_completion_tokens` what is cut.",
         "train: 11 pairs of 12 rows: 1 skipped, 1 with identical chosen and rejected, 3 truncated to max_length=3.",

@@ -156,7 +156,8 @@ def test_rows_stay_in_order_over_many_tokenizer_calls(no_specials, monkeypatch):
 
 
 def test_rows_that_cannot_be_rendered_are_skipped_and_counted_with_the_readers(llama3):
-    rows, skipped = read_rows([ROWS[0] | {"rejected": ""}, ROWS[0], ROWS[0] | {"prompt": " "}])
+    rows, skipped = read_rows([ROWS[0] | {"rejected": ""}, ROWS[0]])
+    rows.append(SourceRow(2, "source, row 2", PreferencePair(" ", "a", "b")))
     dataset = PreferenceDataset(rows, llama3, max_length=64, as_chat=True, skipped=skipped)
     assert [(row.index, row.where) for row in dataset.skipped] == [(0, "source, row 0"), (2, "source, row 2")]
     assert dataset.skipped[1].reason == "Expected a prompt to wrap as a user message (`as_chat=True`), but got ' '."

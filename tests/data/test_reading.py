@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lit_did.data.pairs import PreferencePair
-from lit_did.data.reading import read_pairs
+from lit_did.data.pairs import PreferencePair, UnusableRowError
+from lit_did.data.reading import read_pairs, read_rows
 
 ROWS = [
     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "source": "x"},
@@ -174,3 +174,26 @@ def test_column_of_broken_json_is_where_it_breaks(tmp_path):
     path.write_text('{"chosen": \n')
     with pytest.raises(ValueError, match=r"cut.jsonl, line 1: .*\(column 11\)"):
         read_pairs(path)
+
+
+@pytest.mark.parametrize("missing", [{}, {"prompt": ""}, {"prompt": "  "}])
+@pytest.mark.parametrize("sides", [("yes", "no"), ("a b", "c d")])
+def test_rows_without_a_prompt_among_rows_with_one_are_skipped(missing, sides):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    bad = {**missing, **dict(zip(("chosen", "rejected"), sides, strict=True))}
+    rows, skipped = read_rows([good, bad, good])
+    assert [row.index for row in rows] == [0, 2]
+    assert [row.where for row in skipped] == ["source, row 1"]
+    assert "Expected a prompt, as other rows have one" in skipped[0].reason
+    with pytest.raises(UnusableRowError, match="source, row 1: Expected a prompt"):
+        read_rows([good, bad, good], on_bad_rows="raise")
+
+
+def test_a_source_without_any_prompt_is_told():
+    told = []
+    rows, skipped = read_rows([{"chosen": "yes", "rejected": "no"}] * 2, warn=told.append)
+    assert (len(rows), skipped) == (2, [])
+    assert told == [
+        "source: No row has a prompt, so each answer follows BOS alone. If a column holds the prompts, name it: "
+        '`columns={"prompt": ...}`.'
+    ]
