@@ -265,6 +265,8 @@ class Renderer:
         except Exception as error:  # a template is a program: anything can go wrong in it
             roles = ", ".join(str(message["role"]) for message in messages)
             reason = str(error) if type(error) is TemplateError else f"{type(error).__name__}: {error}"
+            if "content" in reason and any("content" not in message for message in messages):
+                reason += ". It cannot render a message without content: pass another to `chat_template`"
             raise UnusableRowError(
                 f"Expected messages that the chat template takes, but it raised for the roles {roles}: {reason}"
             ) from error

@@ -28,6 +28,8 @@ def describe_unread(
     given: set[str] = set(chat_template_kwargs or ())
     for pair in pairs:
         given.update(pair.chat_template_kwargs or (), ("tools",) if pair.tools else ())
+        if pair.is_chat and any(m.get("tool_calls") for side in pair[:3] for m in side):
+            given.add("tool_calls")
     templates = chat_template or getattr(tokenizer, "chat_template", None)
     if not given or not templates:
         return ""

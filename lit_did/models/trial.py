@@ -43,6 +43,7 @@ from lit_did.models.loading import is_sharded
 from lit_did.models.quiet import random_numbers_kept
 
 LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
+MOST_ROOM = 8192  # tokens of the rows that are tried beyond what a batch needs
 COMPARED = 32  # tokens of a sequence whose logits are compared: [32, V] is small beside a step's
 # Far above rounding, and below what another sequence's tokens change.
 TOLERANCE = 1e-4  # of the largest logit
@@ -175,11 +176,15 @@ def _check_positions(model: nn.Module, length: int) -> None:
 
 
 def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
-    """Tokens of the trial's longest sequence and of its row: up to the next powers of two, so that trials are few."""
+    """Tokens of the trial's longest sequence and of its row, so that trials are few.
+
+    Up to the next power of two; rows, whose depth takes a forward pass without gradients only, up to the one after it.
+    """
     limit = _positions(model)
     longest = max(LEAST_LENGTH, 2 ** (length - 1).bit_length())
     longest = int(limit) if length <= limit < longest else longest
-    return longest, max(longest + SHORT, 2 ** (row - 1).bit_length())
+    deep = 2 ** (row - 1).bit_length()
+    return longest, max(longest + SHORT, 2 * deep if 2 * deep <= min(limit, MOST_ROOM) else deep)
 
 
 def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tuple[tuple[int, int], Sequences]:

@@ -62,3 +62,20 @@ def test_arguments_for_all_rows_are_told_too(chatml):
     data = PreferenceDataModule(rows, chatml, as_chat=True, chat_template_kwargs={"thinking": False})
     with pytest.warns(UserWarning, match="train: The chat template does not use `thinking`, so what the rows or"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_tool_calls_that_the_template_leaves_out_are_told(template):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    pair = PreferencePair([{"role": "user", "content": "q"}, call], [call], [call])
+    told = describe_unread("train", [pair], SimpleNamespace(chat_template=template), None)
+    assert "does not use `tool_calls`" in told
+    assert not describe_unread("train", [pair], SimpleNamespace(chat_template="{{ m.tool_calls }}"), None)
+
+
+def test_a_template_that_wants_content_is_named_as_the_cause(chatml):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [call], "rejected": [call | {"content": "no"}]}
+    template = "{% for m in messages %}{{ m.content + '' }}{{ m.tool_calls }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"cannot render a message without content: pass another to `chat_template`"):
+        PreferenceDataModule([row], chatml, chat_template=template, on_bad_rows="raise").setup("fit")
