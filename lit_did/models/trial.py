@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -58,7 +58,7 @@ class Found(NamedTuple):
     """What a model takes, tried on sequences of up to `length` tokens and rows of up to `row` tokens."""
 
     key: tuple
-    """what else it depends on: whether packing was tried, the weights' dtype, the attention"""
+    """what else it depends on: whether packing was tried, the weights' dtype, autocast, the attention"""
     length: int
     row: int
     gradients: bool
@@ -133,7 +133,9 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     gradients = not sharded and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     lengths = np.diff(sequences.cu_seqlens)
     length, row = int(lengths.max(initial=1)), int(lengths.sum())
-    key = (pack, next(model.parameters()).dtype, attention.implementation(inner(model)))
+    parameter = next(model.parameters())
+    autocast = _is_wrapped(model) and torch.is_autocast_enabled(parameter.device.type)
+    key = (pack, parameter.dtype, autocast, attention.implementation(inner(model)))
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
     for found in tried:
@@ -435,7 +437,9 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
         return False
     if truth.gradients is None:
         return True
-    tolerance = 2 * HALF_TOLERANCE if _is_half(truth.logits) or _is_half(truth.gradients[0]) else 1e-3
+    autocast = torch.is_autocast_enabled(truth.logits.device.type)
+    half = autocast or _is_half(truth.logits) or _is_half(truth.gradients[0])
+    tolerance = 2 * HALF_TOLERANCE if half else 1e-3
     # A gradient of nearly 0, such as of a bias that the softmax cancels, is rounding: it counts beside the others.
     norms = [gradient.float().norm() for gradient in truth.gradients]
     least = 1e-2 * torch.stack(norms).norm()
@@ -447,7 +451,7 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
 
 def _close(logits: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
     """Whether they differ by rounding alone; NaN equals NaN, so that broken weights are no inability."""
-    half = _is_half(expected)
+    half = _is_half(expected) or torch.is_autocast_enabled(expected.device.type)
     logits, expected = logits.float(), expected.float()
     if half:  # as a whole: single logits may be off by much in deep models
         same = torch.isfinite(logits) == torch.isfinite(expected)
@@ -456,6 +460,11 @@ def _close(logits: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bo
         return bool(same.all()) and bool((logits - expected).norm() <= HALF_TOLERANCE * centred.norm())
     scale = expected.abs().nan_to_num(0, posinf=0).max().item()
     return torch.allclose(logits, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether somebody has put another forward pass in the place of the class's."""
+    return any("forward" in vars(part) for part in (model, inner(model)))
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -480,7 +489,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     with (
         random_numbers_kept(next(model.parameters()).device),
         attention.packed_attention(inner(model), packed=False),
-        torch.autocast(next(model.parameters()).device.type, enabled=False),  # in the precision of the weights
+        # In the precision of the weights. A forward pass that somebody wrapped, such as accelerate, may bring autocast.
+        nullcontext() if _is_wrapped(model) else torch.autocast(next(model.parameters()).device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
         try:

@@ -83,8 +83,8 @@ class LitDPO(TrainedState):
     What it does beyond a plain module: a reference that is given is frozen, and the policy trained, given its adapter
     (`lora`) and rid of dropout, in place; `on_train_batch_end` finds no gradients, which are freed after the
     optimiser's step, and of a batch that goes in parts (`tokens_at_once`) the first part's share of the loss as
-    `outputs["loss"]`; models whose attention it replaces by its own have theirs back when training ends. Every batch is
-    checked: keys, shapes, labels, token ids.
+    `outputs["loss"]`. The policy's attention is set to one that takes packed sequences while it runs on them. Every
+    batch is checked: keys, shapes, labels, token ids.
 
     Logs `train/` (each optimiser step, over its micro-batches and all processes) and `val/` (each epoch): `loss`, a
     mean over pairs, and all that `lit_did.metrics.DIDMetrics` tells; docs/metrics.md describes each. A loss without a
@@ -121,8 +121,8 @@ class LitDPO(TrainedState):
         pack: Gives the models the sequences of a batch end to end, without padding.
         share_prompts: Gives the models once what both sequences of a pair begin with.
         recompute_elementwise: Keeps the policy's matrix products and attention for the backward pass, and computes the
-            rest of each layer again (torch's selective checkpointing): a third less memory for activations, and the
-            same bits. Without effect beside `gradient_checkpointing`, which keeps less.
+            rest of each layer again (torch's selective checkpointing): less memory for activations, and the same bits.
+            Without effect beside `gradient_checkpointing`, which keeps less.
         tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
             so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
             "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.

@@ -50,8 +50,8 @@ def test_the_gradient_of_float64(switches):
 def test_parts_in_bfloat16():
     def run(**switches):
         module, precisions = make(**switches), []
-        module.policy.model.layers[0].register_forward_hook(
-            lambda *_: precisions.append(torch.is_autocast_enabled("cpu"))
+        module.policy.model.layers[0].register_forward_hook(  # not of the trial, in eval mode
+            lambda layer, *_: precisions.append(torch.is_autocast_enabled("cpu")) if layer.training else None
         )
         record = train(module, precision="bf16-mixed")
         assert set(precisions) == {True}  # in every part
