@@ -121,7 +121,7 @@ def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor 
 
 def output_layer(model: nn.Module) -> OutputLayer:
     """The layer that turns what `completion_hidden` returns into logits."""
-    layer, config = inner(model).get_output_embeddings(), inner(model).config.get_text_config()
+    layer, config = inner(model).get_output_embeddings(), text_config(model)
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere's
         scale *= config.logit_scale
@@ -163,15 +163,11 @@ def _manages(model: nn.Module, layer: nn.Module) -> bool:
 
 def adds_auxiliary_loss(model: nn.Module) -> bool:
     """Whether `model` is a mixture of experts whose configuration asks for its load-balancing loss."""
-    config = getattr(inner(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return bool(getattr(config, "output_router_logits", False)) and bool(_auxiliary_coefficient(model))
+    return bool(getattr(text_config(model), "output_router_logits", False)) and bool(_auxiliary_coefficient(model))
 
 
 def _auxiliary_coefficient(model: nn.Module) -> float:
-    model = inner(model)
-    config = model.config.get_text_config()
-    return getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+    return getattr(inner(model), "router_aux_loss_coef", getattr(text_config(model), "router_aux_loss_coef", 0.0))
 
 
 def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
@@ -180,6 +176,18 @@ def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
     if packed == attention.uses_packed_attention(inner(model)):
         return nullcontext()
     return attention.packed_attention(inner(model), packed)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which one of text and images has within its own; None: there is none."""
+    config = getattr(inner(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def num_positions(model: nn.Module) -> float:
+    """How many positions the configuration speaks of; infinity: of none."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else float("inf")
 
 
 def inner(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_did.arguments import check_integer
 from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.forward import Outputs
+from lit_did.models.forward import Outputs, text_config
 from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.loading import is_peft
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
@@ -122,8 +122,7 @@ def measure(
 
 
 def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) -> Iterator[Sequences]:
-    config = getattr(policy, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(policy)
     token = 2 * 4 * getattr(config, "vocab_size", 1)  # two models, float32 at the most
     limit = max_logits_bytes // token
     portion, tokens = [], 0

@@ -20,7 +20,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,7 +36,9 @@ from lit_did.models.forward import (
     completion_outputs,
     find_body,
     inner,
+    num_positions,
     output_layer,
+    text_config,
 )
 from lit_did.models.layout import IGNORE_INDEX, SHORTEST_SHARED, Layout, Sequences, packed_layout, padded_layout
 from lit_did.models.loading import is_sharded
@@ -164,7 +166,7 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
 
 def _check_positions(model: nn.Module, length: int) -> None:
     """Raises ValueError if the model has learned fewer positions than a sequence has tokens."""
-    limit = _positions(model)
+    limit = num_positions(model)
     if length <= limit:
         return
     tokens = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
@@ -182,7 +184,7 @@ def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
 
     Up to the next power of two; rows, whose depth takes a forward pass without gradients only, up to the one after it.
     """
-    limit = _positions(model)
+    limit = num_positions(model)
     longest = max(LEAST_LENGTH, 2 ** (length - 1).bit_length())
     longest = int(limit) if length <= limit < longest else longest
     deep = 2 ** (row - 1).bit_length()
@@ -203,7 +205,7 @@ def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tupl
         shared = [batch]
         torch.distributed.broadcast_object_list(shared, src=0)
         (batch,) = shared
-    longest = int(max(length, min(2 * length, _positions(model))))
+    longest = int(max(length, min(2 * length, num_positions(model))))
     return (longest, max(2 * row, longest + SHORT)), batch
 
 
@@ -319,7 +321,7 @@ def _warn_of(model: nn.Module, known: _Model, found: Found, pack: bool) -> None:
 
 def _kept_tokens(model: nn.Module) -> float:
     """How many tokens attention selects by their scores; infinity: it selects none."""
-    config = _text_config(model)
+    config = text_config(model)
     kept = [getattr(config, name, None) for name in ("index_topk", "keep_window_size", "indexer_budget")]
     return min((k for k in kept if isinstance(k, int)), default=float("inf"))
 
@@ -514,21 +516,10 @@ def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(inner(model).forward).parameters
 
 
-def _positions(model: nn.Module) -> float:
-    """Of how many positions a configuration speaks; infinity: of none."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else float("inf")
-
-
 def _vocabulary(model: nn.Module) -> int:
     embeddings = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
     weight = getattr(embeddings, "weight", None)
     return 1 if weight is None or weight.dim() != 2 else weight.shape[0]
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(inner(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _name(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_did.arguments import check_number
 from lit_did.models.batches import IGNORE_INDEX, check_bounds
 from lit_did.models.dropout import active_dropout, random_modules
+from lit_did.models.forward import num_positions
 from lit_did.models.layout import Sequences, read_sequences
 from lit_did.ops import SequenceStatistics
 
@@ -192,10 +193,8 @@ def _check_token_ids(policy: nn.Module, sequences: Sequences) -> None:
 
 def _warn_of_positions(policy: nn.Module, sequences: Sequences) -> None:
     """Warns of sequences that are longer than the policy knows positions; some models then fail, and name nothing."""
-    config = getattr(policy, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit > 0 and sequences.position_ids.max(initial=0) >= limit:
+    limit = num_positions(policy)
+    if sequences.position_ids.max(initial=0) >= limit:
         warnings.warn(
             f"Expected sequences of at most {limit} tokens, the policy's `max_position_embeddings`, but got longer "
             "ones: lower `max_length`.",
