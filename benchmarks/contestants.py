@@ -54,8 +54,8 @@ def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> To
     return TokenStatistics(
         policy_logprob=log_pi.gather(-1, labels[:, None])[:, 0],
         reference_logprob=log_rho.gather(-1, labels[:, None])[:, 0],
-        did_entropy=-(q * log_q).sum(-1),
-        did_log_partition=(c - a + b)[:, 0],
+        token_did_entropy=-(q * log_q).sum(-1),
+        token_did_log_partition=(c - a + b)[:, 0],
         policy_entropy=-(pi * log_pi).sum(-1),
         reference_entropy=-(rho * log_rho).sum(-1),
         kl=(pi * log_ratio).sum(-1),

@@ -44,7 +44,7 @@ CONTESTANTS: dict[str, dict[str, object] | None] = {
     PLAIN: None,
     "lit_did": {},
     "lit_did, prompts not shared": {"share_prompts": False},
-    "lit_did, padded": {"pack": False, "share_prompts": False},
+    "lit_did, padded": {"padding_free": False, "share_prompts": False},
 }
 
 

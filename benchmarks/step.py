@@ -38,8 +38,8 @@ CONTESTANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     OURS: (trainers.lit_did, {}),
     CACHED: (trainers.lit_did, {"cached": True}),
     "lit_did, prompts not shared": (trainers.lit_did, {"share_prompts": False}),
-    "lit_did, padded": (trainers.lit_did, {"pack": False, "share_prompts": False}),
-    "lit_did, parts of 512 tokens": (trainers.lit_did, {"tokens_at_once": 512}),
+    "lit_did, padded": (trainers.lit_did, {"padding_free": False, "share_prompts": False}),
+    "lit_did, parts of 512 tokens": (trainers.lit_did, {"micro_batch_tokens": 512}),
     RECOMPUTED: (trainers.lit_did, {"recompute_elementwise": True}),
     "lit_did, checkpointing": (trainers.lit_did, {"gradient_checkpointing": True}),
 }

@@ -30,7 +30,7 @@ namespace lit_did {
 template <typename Real>
 struct TokenStatistics {
   Real policy_logprob, reference_logprob;
-  Real did_entropy, did_log_partition;
+  Real token_did_entropy, token_did_log_partition;
   Real policy_entropy, reference_entropy, kl, reverse_kl;
 };
 
@@ -144,15 +144,15 @@ struct RowStatistics {
     TokenStatistics<Real> s;
     s.policy_logprob = Real(ln2 * (policy_label - a));
     s.reference_logprob = Real(ln2 * (reference_label - b));
-    s.did_entropy = Real(ln2 * (log_difference - difference_log / difference_weight));
-    s.did_log_partition = Real(ln2 * (c - a + b));
+    s.token_did_entropy = Real(ln2 * (log_difference - difference_log / difference_weight));
+    s.token_did_log_partition = Real(ln2 * (c - a + b));
     s.policy_entropy = Real(ln2 * (log_policy - policy_log / policy_weight));
     s.reference_entropy = Real(ln2 * (log_reference - reference_log / reference_weight));
     s.kl = Real(ln2 * (policy_log_ratio / policy_weight + x0 - a + b));
     s.reverse_kl = Real(ln2 * (a - b - x0 - reference_log_ratio / reference_weight));
     if (flags & kReferenceHole) {
-      s.did_entropy = nan;
-      s.did_log_partition = infinity;
+      s.token_did_entropy = nan;
+      s.token_did_log_partition = infinity;
       s.kl = infinity;
     }
     if (flags & kPolicyHole) s.reverse_kl = infinity;
@@ -206,8 +206,8 @@ LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<
                                                                 const RowNormalizers& n, double temperature) {
   const int flags = static_cast<int>(n.flags);
   if (flags & kReferenceHole) {
-    g.did_entropy = g.did_log_partition = g.kl = 0;
-    value.did_entropy = value.kl = 0;
+    g.token_did_entropy = g.token_did_log_partition = g.kl = 0;
+    value.token_did_entropy = value.kl = 0;
   }
   if (flags & kPolicyHole) g.reverse_kl = value.reverse_kl = 0;
 
@@ -228,13 +228,13 @@ LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<
   const double to_q = t * std::exp2(-difference_rest);
   const double pi_1 = -kLn2 * g.policy_entropy, pi_x = kLn2 * g.kl;
   const double rho_1 = -kLn2 * g.reference_entropy, rho_x = kLn2 * g.reverse_kl;
-  const double q_1 = -kLn2 * g.did_entropy;
-  const double pi_0 = double(g.reverse_kl) - double(g.policy_logprob) - double(g.did_log_partition) -
+  const double q_1 = -kLn2 * g.token_did_entropy;
+  const double pi_0 = double(g.reverse_kl) - double(g.policy_logprob) - double(g.token_did_log_partition) -
                       double(g.policy_entropy) * double(value.policy_entropy) - double(g.kl) * double(value.kl);
-  const double rho_0 = double(g.kl) - double(g.reference_logprob) + double(g.did_log_partition) -
+  const double rho_0 = double(g.kl) - double(g.reference_logprob) + double(g.token_did_log_partition) -
                        double(g.reference_entropy) * double(value.reference_entropy) -
                        double(g.reverse_kl) * double(value.reverse_kl);
-  const double q_0 = double(g.did_log_partition) - double(g.did_entropy) * double(value.did_entropy);
+  const double q_0 = double(g.token_did_log_partition) - double(g.token_did_entropy) * double(value.token_did_entropy);
 
   c.pi_0 = Real(to_pi * (pi_0 - pi_1 * policy_rest - pi_x * log_ratio_rest));
   c.pi_1 = Real(to_pi * pi_1);

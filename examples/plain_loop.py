@@ -62,7 +62,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step}: loss {loss:.4f}, DID entropy {statistics.did_entropy.mean():.4f} nats")
+        print(f"step {step}: loss {loss:.4f}, DID entropy {statistics.token_did_entropy.mean():.4f} nats")
     after = evaluate(policy, reference, test)
     for name, value in after.items():
         print(f"{name:20} {before[name]:10.4f} -> {value:10.4f}")

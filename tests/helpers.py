@@ -18,8 +18,8 @@ from lit_did.ops.extension import EXTENSION
 FIELDS = (
     "policy_logprob",
     "reference_logprob",
-    "did_entropy",
-    "did_log_partition",
+    "token_did_entropy",
+    "token_did_log_partition",
     "policy_entropy",
     "reference_entropy",
     "kl",

@@ -26,7 +26,7 @@ def _results():
     def uniform(prefixes):
         return torch.zeros(len(prefixes), 4)
 
-    exact = enumerate_did(uniform, uniform, max_length=3, eos=0)
+    exact = enumerate_did(uniform, uniform, max_new_tokens=3, eos_token_id=0)
     yield "EnumeratedDID", exact, "log_partition=float64[] "
 
 

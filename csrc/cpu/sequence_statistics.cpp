@@ -26,8 +26,8 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
             const std::array<at::Tensor, kNumSequenceStatistics>& outputs, const at::Tensor& num_tokens) {
   std::array<const Real*, kNumTokenStatistics> at;
   for (int i = 0; i < kNumTokenStatistics; ++i) at[i] = statistics[i].const_data_ptr<Real>();
-  const auto& [policy_logprob, reference_logprob, did_entropy, did_log_partition, policy_entropy, reference_entropy, kl,
-               reverse_kl] = at;
+  const auto& [policy_logprob, reference_logprob, token_did_entropy, token_did_log_partition, policy_entropy,
+               reference_entropy, kl, reverse_kl] = at;
   std::array<Real*, kNumSequenceStatistics> output;
   for (int i = 0; i < kNumSequenceStatistics; ++i) output[i] = outputs[i].data_ptr<Real>();
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -39,9 +39,15 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
     for (int64_t t = first(s); t < first(s + 1); ++t) {
       if (label[t] == ignore_index) continue;
       const double policy = policy_logprob[t], reference = reference_logprob[t];
-      const double terms[] = {policy,         reference,         policy - reference,
-                              did_entropy[t], policy_entropy[t], reference_entropy[t],
-                              kl[t],          reverse_kl[t],     did_log_partition[t]};
+      const double terms[] = {policy,
+                              reference,
+                              policy - reference,
+                              token_did_entropy[t],
+                              policy_entropy[t],
+                              reference_entropy[t],
+                              kl[t],
+                              reverse_kl[t],
+                              token_did_log_partition[t]};
       for (int i = 0; i < kNumSequenceStatistics; ++i) sum[i] += terms[i];
       ++count;
     }

@@ -104,8 +104,14 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
     const double at_reference =
         effective_logit(value_at(reference.row(row), label[row], reference_kind), limit) * scale;
     const TokenStatistics<Real> s = statistics.finish(at_policy, at_reference, &normalizer[row]);
-    const Real values[] = {s.policy_logprob, s.reference_logprob, s.did_entropy, s.did_log_partition,
-                           s.policy_entropy, s.reference_entropy, s.kl,          s.reverse_kl};
+    const Real values[] = {s.policy_logprob,
+                           s.reference_logprob,
+                           s.token_did_entropy,
+                           s.token_did_log_partition,
+                           s.policy_entropy,
+                           s.reference_entropy,
+                           s.kl,
+                           s.reverse_kl};
     for (int i = 0; i < kNumStatistics; ++i) output[i][row] = values[i];
   };
 

@@ -223,8 +223,14 @@ __device__ __forceinline__ RowStatistics<Real, double> to_double(const RowStatis
 template <typename Real>
 __device__ __forceinline__ void write_statistics(const ForwardArguments& a, int64_t row,
                                                  const TokenStatistics<Real>& s) {
-  const Real values[kNumStatistics] = {s.policy_logprob, s.reference_logprob, s.did_entropy, s.did_log_partition,
-                                       s.policy_entropy, s.reference_entropy, s.kl,          s.reverse_kl};
+  const Real values[kNumStatistics] = {s.policy_logprob,
+                                       s.reference_logprob,
+                                       s.token_did_entropy,
+                                       s.token_did_log_partition,
+                                       s.policy_entropy,
+                                       s.reference_entropy,
+                                       s.kl,
+                                       s.reverse_kl};
 #pragma unroll
   for (int i = 0; i < kNumStatistics; ++i) static_cast<Real*>(a.statistics[i])[row] = values[i];
 }

@@ -59,10 +59,9 @@ class PreferenceDataModule(LightningDataModule):
         parse_special_tokens: read control tokens that the text of rows spells, such as "<|im_end|>", as control tokens
             (for text that a chat template made already). By default they are text, and rows that hold some counted.
         as_chat: wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
-        pack: lay the sequences of a batch end to end instead of padding them, see `collate_packed`.
         tokens_per_batch: the most tokens of a training batch, both prompts and both completions of its pairs counted:
-            as many pairs as fit, of similar length, equally many on every rank; see `TokenBatchSampler`. It needs
-            `pack`.
+            as many pairs as fit, of similar length, equally many on every rank; see `TokenBatchSampler`. All batches
+            then lie end to end instead of padded, see `collate_packed`.
         num_workers: processes per loader that collate. Tokenising is done before, so 0 is often fastest.
         shuffle: whether to reorder the training rows, anew for every epoch.
         drop_last: leave out the rows that do not fill a last training batch (with `tokens_per_batch`: that do not
@@ -77,8 +76,7 @@ class PreferenceDataModule(LightningDataModule):
     Raises:
         TypeError: for an argument of another type.
         ValueError: for an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
-            `tokens_per_batch` without `pack`, or `val` together with `val_fraction`. Malformed data raises in `setup`;
-            see `read_pairs`.
+            or `val` together with `val_fraction`. Malformed data raises in `setup`; see `read_pairs`.
     """
 
     def __init__(
@@ -100,7 +98,6 @@ class PreferenceDataModule(LightningDataModule):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         parse_special_tokens: bool = False,
         as_chat: bool = False,
-        pack: bool = False,
         tokens_per_batch: int | None = None,
         num_workers: int = 0,
         shuffle: bool = True,
@@ -122,7 +119,7 @@ class PreferenceDataModule(LightningDataModule):
             )
         check_template_kwargs(chat_template_kwargs)
         check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
-        check_bools(pack=pack, shuffle=shuffle, drop_last=drop_last)
+        check_bools(shuffle=shuffle, drop_last=drop_last)
         check_columns(columns)
         check_on_bad_rows(on_bad_rows)
         if eval_batch_size is None:
@@ -135,8 +132,6 @@ class PreferenceDataModule(LightningDataModule):
         check_integer("max_length", max_length, 2)
         check_truncation(max_length, truncation, min_completion_tokens)
         if tokens_per_batch is not None:
-            if not pack:
-                raise ValueError(f"Expected `pack=True` for `tokens_per_batch={tokens_per_batch}`, but got {pack}.")
             check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
         check_integer("num_workers", num_workers, 0)
         check_integer("seed", seed, 0)
@@ -155,7 +150,7 @@ class PreferenceDataModule(LightningDataModule):
         self.truncation, self.min_completion_tokens = truncation, min_completion_tokens
         self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
         self.as_chat, self.parse_special_tokens = as_chat, parse_special_tokens
-        self.pack, self.tokens_per_batch = pack, tokens_per_batch
+        self.tokens_per_batch = tokens_per_batch
         self.num_workers = num_workers
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.train_dataset: PreferenceDataset | None = None
@@ -254,7 +249,7 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _collate(self) -> Any:
-        if self.pack:
+        if self.tokens_per_batch is not None:
             return collate_packed
         # Padding is masked by length, so that any id in the vocabulary will do.
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)

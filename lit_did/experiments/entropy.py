@@ -110,7 +110,7 @@ def measurements(
     statistics = score_all(policy, language_model.model, pairs)
     log_vocabulary = math.log(language_model.model.config.vocab_size)
     share = statistics.num_tokens / statistics.num_tokens.sum()
-    concentration = log_vocabulary - float((statistics.did_entropy * share).sum())
+    concentration = log_vocabulary - float((statistics.token_did_entropy * share).sum())
     kl = float((statistics.kl * share).sum())
     chosen, rejected = statistics.log_ratio.chunk(2)
     return {

@@ -24,7 +24,7 @@ from lit_did.ops import SequenceStatistics, sequence_statistics
 BETA = 0.5
 TARGETS = {"reinforcing": 0.7, "exploring": 1.4}
 """{name: temperature}"""
-CHANGES = ("chosen_change", "rejected_change", "entropy_change", "did_entropy")
+CHANGES = ("chosen_change", "rejected_change", "entropy_change", "token_did_entropy")
 
 
 class Size(NamedTuple):
@@ -148,7 +148,7 @@ def changes(chosen: SequenceStatistics, rejected: SequenceStatistics) -> dict[st
     - `chosen_change`: E_rho[log pi - log rho], exact at every prefix: -KL(rho, pi)
     - `rejected_change`: of log pi - log rho at the rejected tokens
     - `entropy_change`: of the policy's entropy, at the reference's prefixes
-    - `did_entropy`: of the token DIDs there
+    - `token_did_entropy`: of the token DIDs there
     """
 
     def mean(side: SequenceStatistics, values: Tensor) -> float:
@@ -158,5 +158,5 @@ def changes(chosen: SequenceStatistics, rejected: SequenceStatistics) -> dict[st
         "chosen_change": -mean(chosen, chosen.reverse_kl),
         "rejected_change": float(rejected.log_ratio.double().sum() / rejected.num_tokens.sum()),
         "entropy_change": mean(chosen, chosen.policy_entropy - chosen.reference_entropy),
-        "did_entropy": mean(chosen, chosen.did_entropy),
+        "token_did_entropy": mean(chosen, chosen.token_did_entropy),
     }

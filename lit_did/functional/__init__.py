@@ -2,7 +2,7 @@
 
 from lit_did.functional.did_entropy import DIDEntropyEstimate, did_entropy_over_candidates, estimate_did_entropy
 from lit_did.functional.enumeration import EnumeratedDID, enumerate_did
-from lit_did.functional.information import did_log_partition, policy_entropy, policy_kl, token_did_entropy
+from lit_did.functional.information import policy_entropy, policy_kl, token_did_entropy, token_did_log_partition
 from lit_did.functional.inputs import as_sequences
 from lit_did.functional.power_law import PowerLawFit, fit_power_law
 from lit_did.functional.preference import (
@@ -28,7 +28,6 @@ __all__ = [
     "PowerLawFit",
     "as_sequences",
     "did_entropy_over_candidates",
-    "did_log_partition",
     "enumerate_did",
     "estimate_did_entropy",
     "fit_power_law",
@@ -43,4 +42,5 @@ __all__ = [
     "reward_calibration",
     "reward_margin",
     "token_did_entropy",
+    "token_did_log_partition",
 ]

@@ -53,16 +53,16 @@ class DIDEntropyEstimate(NamedTuple):
 
     __repr__ = short_repr
 
-    def per_token(self, max_length: int) -> float:
-        """H(q) / T, with T = `max_length`, the number of tokens at which completions are cut."""
-        return self.entropy / max_length
+    def per_token(self, max_new_tokens: int) -> float:
+        """H(q) / T, with T = `max_new_tokens`, the number of tokens at which completions are cut."""
+        return self.entropy / max_new_tokens
 
-    def concentration(self, vocab_size: int, max_length: int) -> float:
+    def concentration(self, vocab_size: int, max_new_tokens: int) -> float:
         """T log V - H(q): how far q is from the uniform distribution over all strings of T tokens.
 
         Where completions can end earlier there are fewer of them than V**T, and it is a little above 0 at pi = rho.
         """
-        return max_length * math.log(vocab_size) - self.entropy
+        return max_new_tokens * math.log(vocab_size) - self.entropy
 
 
 def estimate_did_entropy(
@@ -109,7 +109,7 @@ def estimate_did_entropy(
     Example:
         >>> logprob = torch.full((64,), -10 * math.log(2))  # 64 of the 1,024 strings of 10 bits; pi = rho
         >>> estimate = estimate_did_entropy(logprob, logprob, logprob, sequences=torch.arange(64))
-        >>> round(estimate.entropy, 4), round(estimate.per_token(max_length=10), 4), estimate.reliable
+        >>> round(estimate.entropy, 4), round(estimate.per_token(max_new_tokens=10), 4), estimate.reliable
         (6.9315, 0.6931, True)
         >>> estimate.reason
         'Effective sample size 64.0 of 64, Pareto k-hat -inf, 64 distinct sequences (effectively 64.0).'

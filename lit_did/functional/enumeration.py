@@ -50,8 +50,8 @@ def enumerate_did(
     policy: NextToken,
     reference: NextToken,
     *,
-    max_length: int,
-    eos: int | None = None,
+    max_new_tokens: int,
+    eos_token_id: int | None = None,
     max_completions: int = 5_000_000,
 ) -> EnumeratedDID:
     """Every completion of two small models, with its probabilities, log Z and H(q).
@@ -59,18 +59,19 @@ def enumerate_did(
     A transformers model becomes such a function, for a prompt [1, t], as
     `lambda prefixes: model(torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)).logits[:, -1]`.
 
-    A completion ends with `eos` or is cut at `max_length` tokens. Both models are called once a length, with all
-    prefixes of it: a function with a larger model inside must split them. What it returns is normalised in float64.
+    A completion ends with `eos_token_id` or is cut at `max_new_tokens` tokens. Both models are called once for each
+    length, with all prefixes of that length. A function with a larger model inside must split them. What a function
+    returns is normalised in float64.
 
     Args:
-        policy: From prefixes [n, t] int64 on the CPU, t from 0 to max_length - 1, to logits or log-probabilities of the
-            next token, [n, V] floats. -inf is a token that never comes.
+        policy: From prefixes [n, t] int64 on the CPU, t from 0 to max_new_tokens - 1, to logits or log-probabilities
+            of the next token, [n, V] floats. -inf is a token that never comes.
         reference: The same of the reference. No completion may be impossible that is not so for the policy too; what
             both exclude is left out.
-        max_length: T, at least 1.
-        eos: The token that ends a completion; without it all have T tokens.
-        max_completions: How many to allow: V**T without `eos`, about (V - 1)**T with it. They and their prefixes'
-            logits are all held in memory.
+        max_new_tokens: T, at least 1.
+        eos_token_id: The token that ends a completion. Without it all have T tokens.
+        max_completions: How many to allow: V**T without `eos_token_id`, about (V - 1)**T with it. They are all held in
+            memory, with the logits of their prefixes.
 
     Returns:
         EnumeratedDID: tensors on the CPU.
@@ -83,7 +84,7 @@ def enumerate_did(
     Example:
         >>> policy = lambda prefixes: torch.tensor([[0.0, 0.0, 2.0]]).expand(len(prefixes), 3)
         >>> reference = lambda prefixes: torch.zeros(len(prefixes), 3)
-        >>> exact = enumerate_did(policy, reference, max_length=2, eos=0)
+        >>> exact = enumerate_did(policy, reference, max_new_tokens=2, eos_token_id=0)
         >>> exact.completions.tolist()
         [[0, -1], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
         >>> exact.did_logprob.exp()[-1]
@@ -91,28 +92,28 @@ def enumerate_did(
         >>> exact.entropy
         tensor(1.1537, dtype=torch.float64)
     """
-    for name, value in {"max_length": max_length, "eos": eos}.items():
-        if isinstance(value, bool) or (not isinstance(value, int) and not (name == "eos" and value is None)):
+    for name, value in {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}.items():
+        if isinstance(value, bool) or (not isinstance(value, int) and not (name == "eos_token_id" and value is None)):
             raise TypeError(f"Expected `{name}` to be an integer, but got {value!r}.")
-    if max_length < 1:
-        raise ValueError(f"Expected `max_length` to be at least 1, but got {max_length}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"Expected `max_new_tokens` to be at least 1, but got {max_new_tokens}.")
     prefixes = torch.zeros(1, 0, dtype=torch.long)
     logprob = torch.zeros(2, 1, dtype=torch.float64)  # of the prefixes: pi's, rho's
     completions, logprobs = [], []
     vocab_size = None
-    for length in range(1, max_length + 1):
+    for length in range(1, max_new_tokens + 1):
         steps = [_next_token(policy, "policy", prefixes, vocab_size)]
         vocab_size = steps[0].shape[1]
         steps.append(_next_token(reference, "reference", prefixes, vocab_size))
         if length == 1:
-            _check_size(vocab_size, max_length, eos, max_completions)
+            _check_size(vocab_size, max_new_tokens, eos_token_id, max_completions)
         logprob = (logprob[:, :, None] + torch.stack(steps)).flatten(1)
         tokens = torch.arange(vocab_size).repeat(len(prefixes))
         prefixes = torch.cat([prefixes.repeat_interleave(vocab_size, 0), tokens[:, None]], 1)
-        ended = torch.full_like(tokens, length == max_length, dtype=torch.bool)
-        if eos is not None:
-            ended |= tokens == eos
-        completions.append(pad(prefixes[ended], (0, max_length - length), value=-1))
+        ended = torch.full_like(tokens, length == max_new_tokens, dtype=torch.bool)
+        if eos_token_id is not None:
+            ended |= tokens == eos_token_id
+        completions.append(pad(prefixes[ended], (0, max_new_tokens - length), value=-1))
         logprobs.append(logprob[:, ended])
         prefixes, logprob = prefixes[~ended], logprob[:, ~ended]
 
@@ -159,14 +160,14 @@ def _next_token(model: NextToken, name: str, prefixes: Tensor, vocab_size: int |
     return logprob
 
 
-def _check_size(vocab_size: int, max_length: int, eos: int | None, max_completions: int) -> None:
-    if eos is not None and not 0 <= eos < vocab_size:
-        raise ValueError(f"Expected `eos` to be in [0, {vocab_size}), but got {eos}.")
+def _check_size(vocab_size: int, max_new_tokens: int, eos_token_id: int | None, max_completions: int) -> None:
+    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
+        raise ValueError(f"Expected `eos_token_id` to be in [0, {vocab_size}), but got {eos_token_id}.")
     completions = 1
-    for _ in range(max_length):
-        completions = vocab_size * completions if eos is None else 1 + (vocab_size - 1) * completions
+    for _ in range(max_new_tokens):
+        completions = vocab_size * completions if eos_token_id is None else 1 + (vocab_size - 1) * completions
         if completions > max_completions:
             raise ValueError(
-                f"Expected `max_length` to leave at most {max_completions:,} completions (`max_completions`), "
-                f"but got {max_length} with a vocabulary of {vocab_size}."
+                f"Expected `max_new_tokens` to leave at most {max_completions:,} completions (`max_completions`), "
+                f"but got {max_new_tokens} with a vocabulary of {vocab_size}."
             )

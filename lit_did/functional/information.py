@@ -46,10 +46,10 @@ def token_did_entropy(
         >>> token_did_entropy(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), unit="bits")
         tensor(2.0000, dtype=torch.float64)
     """
-    return _mean_over_tokens("did_entropy", unit, policy_logits, reference_logits, labels, options)
+    return _mean_over_tokens("token_did_entropy", unit, policy_logits, reference_logits, labels, options)
 
 
-def did_log_partition(
+def token_did_log_partition(
     policy_logits: Statistics,
     reference_logits: Tensor | None = None,
     labels: Tensor | None = None,
@@ -63,10 +63,11 @@ def did_log_partition(
     Arguments, result and errors: as `token_did_entropy`.
 
     Example:
-        >>> did_log_partition(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), unit="bits")
+        >>> logits = torch.zeros(1, 3, 4)
+        >>> token_did_log_partition(logits, logits, torch.tensor([[1, 2, -100]]), unit="bits")
         tensor(2.0000, dtype=torch.float64)
     """
-    return _mean_over_tokens("did_log_partition", unit, policy_logits, reference_logits, labels, options)
+    return _mean_over_tokens("token_did_log_partition", unit, policy_logits, reference_logits, labels, options)
 
 
 def policy_entropy(
@@ -113,7 +114,7 @@ def policy_kl(
 def token_sums(statistics: SequenceStatistics, quantity: str) -> tuple[Tensor, Tensor]:
     """The sum of a quantity over all tokens, float64, and the tokens, int64: what a mean over tokens needs."""
     values = getattr(statistics, quantity).double()
-    if quantity != "did_log_partition":  # all others are means over a sequence's tokens
+    if quantity != "token_did_log_partition":  # all others are means over a sequence's tokens
         values = values * statistics.num_tokens
     # Not a product with the mask: a sequence that does not count may hold NaN.
     return torch.where(statistics.num_tokens > 0, values, 0).sum(), statistics.num_tokens.sum()

@@ -33,19 +33,19 @@ class PowerLawFit(NamedTuple):
     upper: float
     """where it ends"""
     standard_error: float
-    """of `exponent`, whatever the errors' variances (HC1), and with `prompt` their correlations within prompts (CR1)"""
+    """of `exponent`, whatever the errors' variances (HC1), and with `group` their correlations within prompts (CR1)"""
     intercept: float
-    """in nats; NaN with `prompt`, where every prompt has its own"""
+    """in nats; NaN with `group`, where every prompt has its own"""
     r_squared: float
-    """the share of the variance of `reference_log_ratio` (with `prompt`, within prompts) that the law explains"""
+    """the share of the variance of `reference_log_ratio` (with `group`, within prompts) that the law explains"""
     linearity_p: float
     """the p-value of a quadratic term: small where the points lie on a curve; 1 where all lie exactly on the line"""
     curvature: float
     """by how much the exponent changes over one standard deviation of `policy_log_ratio`, by that quadratic term"""
     num_samples: int
-    """that count: with `prompt`, those of prompts with two or more"""
+    """that count: with `group`, those of prompts with two or more"""
     num_prompts: int
-    """with two or more samples; 0 without `prompt`"""
+    """with two or more samples; 0 without `group`"""
 
     __repr__ = short_repr
 
@@ -54,7 +54,7 @@ def fit_power_law(
     reference_log_ratio: Tensor,
     policy_log_ratio: Tensor,
     *,
-    prompt: Tensor | None = None,
+    group: Tensor | None = None,
     confidence: float = 0.95,
 ) -> PowerLawFit:
     """The exponent beta of q_{rho/pi_l} proportional to q_{pi/rho}^beta, by least squares, and whether it is a law.
@@ -62,7 +62,7 @@ def fit_power_law(
     Where the law holds (Won et al., arXiv 2505.23761), preferences of rho's completions over those of pi_l are what
     DPO's reward with this beta learns, and pi is their optimum: log rho(y) - log pi_l(y) is linear in
     log pi(y) - log rho(y). Each log-ratio is a DID's log-density up to a constant of the prompt, log Z. So with
-    completions of several prompts give `prompt`: each then has its own intercept, and only differences between
+    completions of several prompts give `group`: each then has its own intercept, and only differences between
     completions of one prompt count. Without it all are taken to have one intercept, and the exponent is biased where
     log Z goes along with the log-ratios, as both do with completions' lengths.
 
@@ -78,7 +78,7 @@ def fit_power_law(
         reference_log_ratio: [N] log rho(y) - log pi_l(y), rho the reference and pi_l the model of the rejected
             samples, summed over the completion, in nats, any float dtype.
         policy_log_ratio: [N] log pi(y) - log rho(y).
-        prompt: [N] integers, equal where completions have one prompt: a preference pair's two sides, say. Errors may
+        group: [N] integers, equal where completions have one prompt: a preference pair's two sides, say. Errors may
             then be correlated within prompts. A prompt's only completion does not count.
         confidence: Of the interval, in (0, 1).
 
@@ -102,14 +102,14 @@ def fit_power_law(
         (0.5, 0.2332, True)
     """
     check_confidence(confidence)
-    sums = power_law_sums(reference_log_ratio, policy_log_ratio, prompt)
+    sums = power_law_sums(reference_log_ratio, policy_log_ratio, group)
     missing = _missing(sums)
     if missing:
         raise ValueError(missing)
     return power_law_value(sums, confidence)
 
 
-def power_law_sums(reference_log_ratio: Tensor, policy_log_ratio: Tensor, prompt: Tensor | None = None) -> Tensor:
+def power_law_sums(reference_log_ratio: Tensor, policy_log_ratio: Tensor, group: Tensor | None = None) -> Tensor:
     """All that the regression needs of samples, [276] float64: see `SIZES`.
 
     With f a sample's four features (`ONE`, ...) and G = sum of f f^T over a group, which is a prompt or else a sample:
@@ -119,25 +119,25 @@ def power_law_sums(reference_log_ratio: Tensor, policy_log_ratio: Tensor, prompt
     - `gram_squared`: sum over groups of the outer product of G with itself, [4, 4, 4, 4]. A residual is c^T f for some
       c, and so a group's score of the regression is G c: robust errors, made of the scores' squares, are linear in it.
     """
-    u, v = _checked(reference_log_ratio, policy_log_ratio, prompt)
+    u, v = _checked(reference_log_ratio, policy_log_ratio, group)
     if len(v) == 0:
         return v.new_zeros(sum(SIZES.values()))
-    if prompt is not None:
-        _, index, sizes = torch.unique(prompt.to(v.device), return_inverse=True, return_counts=True)
+    if group is not None:
+        _, index, sizes = torch.unique(group.to(v.device), return_inverse=True, return_counts=True)
         several = sizes[index] > 1
         u, v = u[several], v[several]
         _, index = torch.unique(index[several], return_inverse=True)
         if len(v) == 0:
             return v.new_zeros(sum(SIZES.values()))
     pivot = torch.stack([_mean(v), _mean(u)])
-    if prompt is not None:
+    if group is not None:
         pivot[1] = 0  # u is centred prompt by prompt
     v = v - pivot[0]
     features = torch.stack([torch.ones_like(v), v, v.square(), u - pivot[1]], -1)
-    if prompt is not None:
+    if group is not None:
         features = _within(features, index)
     gram = (features[:, :, None] * features[:, None, :]).flatten(1)
-    if prompt is not None:
+    if group is not None:
         gram = gram.new_zeros(int(index.max()) + 1, 16).index_add(0, index, gram)
     numbers = pivot.new_tensor([len(v), len(gram)])
     return torch.cat([numbers, pivot, gram.sum(0), (gram.T @ gram).flatten()])
@@ -154,7 +154,7 @@ def merge_power_law_sums(parts: Tensor) -> Tensor:
     count, groups, pivot, gram, gram_squared = parts.split(list(SIZES.values()), -1)
     pooled = gram[:, 0] > 0
     if (pooled.any() & (~pooled & (count[:, 0] > 0)).any()).item():
-        raise ValueError("Expected `prompt` in all updates or in none, but got both.")
+        raise ValueError("Expected `group` in all updates or in none, but got both.")
     anchor = pivot[count.argmax()]  # from there equal pivots have their mean exactly
     moved_to = anchor + (count * (pivot - anchor)).sum(0) / count.sum().clamp(min=1)
     by_v, by_u = (moved_to - pivot).unbind(-1)
@@ -227,7 +227,7 @@ def _missing(sums: Tensor) -> str | None:
     if gram[0] > 0 and count < 3:
         return f"Expected `policy_log_ratio` to have shape [N] with N >= 3, but got N = {int(count)}."
     if gram[0] == 0 and groups < 2:
-        return f"Expected 3 samples, or with `prompt` 2 prompts with 2 samples each, or more, but got {int(groups)}."
+        return f"Expected 3 samples, or with `group` 2 prompts with 2 samples each, or more, but got {int(groups)}."
     if gram.view(4, 4)[V, V] == 0:
         return f"Expected `policy_log_ratio` to vary{' within prompts' if gram[0] == 0 else ''}, but got no difference."
     return None
@@ -257,7 +257,7 @@ def _within(features: Tensor, index: Tensor) -> Tensor:
     return features - (torch.zeros_like(anchor).index_add(0, index, features) / sizes[:, None])[index]
 
 
-def _checked(reference_log_ratio: Tensor, policy_log_ratio: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+def _checked(reference_log_ratio: Tensor, policy_log_ratio: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both log-ratios in float64, without gradients."""
     for name, value in {"reference_log_ratio": reference_log_ratio, "policy_log_ratio": policy_log_ratio}.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -268,11 +268,11 @@ def _checked(reference_log_ratio: Tensor, policy_log_ratio: Tensor, prompt: Tens
         if not value.isfinite().all():
             index = int((~value.isfinite()).nonzero()[0])
             raise ValueError(f"Expected `{name}` to be finite, but got {float(value[index])} in sample {index}.")
-    if prompt is not None:
-        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.is_complex():
-            raise TypeError(f"Expected `prompt` to be a tensor of integers, but got {kind(prompt)}.")
-        if prompt.shape != policy_log_ratio.shape:
+    if group is not None:
+        if not isinstance(group, Tensor) or group.is_floating_point() or group.is_complex():
+            raise TypeError(f"Expected `group` to be a tensor of integers, but got {kind(group)}.")
+        if group.shape != policy_log_ratio.shape:
             raise ValueError(
-                f"Expected `prompt` to have shape {tuple(policy_log_ratio.shape)}, but got {tuple(prompt.shape)}."
+                f"Expected `group` to have shape {tuple(policy_log_ratio.shape)}, but got {tuple(group.shape)}."
             )
     return reference_log_ratio.detach().double(), policy_log_ratio.detach().double()

@@ -2,7 +2,7 @@
 
 from lit_did.metrics.collection import DIDMetrics
 from lit_did.metrics.did_entropy import DIDEntropy
-from lit_did.metrics.information import DIDLogPartition, PolicyEntropy, PolicyKL, TokenDIDEntropy
+from lit_did.metrics.information import PolicyEntropy, PolicyKL, TokenDIDEntropy, TokenDIDLogPartition
 from lit_did.metrics.power_law import PowerLawExponent
 from lit_did.metrics.rewards import (
     LikelihoodDisplacement,
@@ -15,7 +15,6 @@ from lit_did.metrics.rewards import (
 
 __all__ = [
     "DIDEntropy",
-    "DIDLogPartition",
     "DIDMetrics",
     "LikelihoodDisplacement",
     "LogRatioReward",
@@ -27,4 +26,5 @@ __all__ = [
     "RewardCalibration",
     "RewardMargin",
     "TokenDIDEntropy",
+    "TokenDIDLogPartition",
 ]

@@ -13,7 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lit_did.functional.inputs import Statistics, as_sequences
 from lit_did.functional.rewards import DISPLACEMENTS
 from lit_did.metrics.base import StatisticsMetric
-from lit_did.metrics.information import DIDLogPartition, PolicyEntropy, PolicyKL, TokenDIDEntropy
+from lit_did.metrics.information import PolicyEntropy, PolicyKL, TokenDIDEntropy, TokenDIDLogPartition
 from lit_did.metrics.rewards import (
     LikelihoodDisplacement,
     LogRatioReward,
@@ -27,7 +27,7 @@ from lit_did.ops import SequenceStatistics
 class DIDMetrics(MetricCollection):
     """A `torchmetrics.MetricCollection` of all metrics, each a float64 scalar, with one pass over the logits an update.
 
-    - of tokens: `did_entropy`, `did_log_partition`, `policy_entropy`, `kl`, `reverse_kl`
+    - of tokens: `token_did_entropy`, `token_did_log_partition`, `policy_entropy`, `kl`, `reverse_kl`
     - of sequences: `reward` (a sequence), `reward_per_token`
     - of pairs: `reward_margin`, `reward_accuracy`, `chosen_log_ratio`, `rejected_log_ratio`, `chosen_fell`,
       `calibration_error`
@@ -56,7 +56,7 @@ class DIDMetrics(MetricCollection):
         >>> metrics = DIDMetrics(beta=0.5, prefix="val/")
         >>> metrics.update(torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2), torch.tensor([[1], [0]]))
         >>> values = metrics.compute()
-        >>> round(values["val/did_entropy"].item(), 4), values["val/reward_accuracy"].item()
+        >>> round(values["val/token_did_entropy"].item(), 4), values["val/reward_accuracy"].item()
         (0.4738, 1.0)
     """
 
@@ -78,8 +78,8 @@ class DIDMetrics(MetricCollection):
         self.options = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
         common = {**self.options, **kwargs}
         metrics: dict[str, Metric] = {
-            "did_entropy": TokenDIDEntropy(unit=unit, **common),
-            "did_log_partition": DIDLogPartition(unit=unit, **common),
+            "token_did_entropy": TokenDIDEntropy(unit=unit, **common),
+            "token_did_log_partition": TokenDIDLogPartition(unit=unit, **common),
             "policy_entropy": PolicyEntropy(unit=unit, **common),
             "kl": PolicyKL(unit=unit, **common),
             "reverse_kl": PolicyKL(reverse=True, unit=unit, **common),

@@ -31,8 +31,8 @@ class DIDEntropy(DIDMetric):
     - `lower`, `upper`: its confidence interval. It is about the mean of these prompts, of which each is estimated from
       independent samples, not about prompts that were not drawn; and it is to be believed where `reliable` is 1.
       Infinite where that of one prompt is.
-    - `entropy_per_token`: `entropy` / T, with `max_length`
-    - `concentration`: T log V - `entropy`, with `max_length` and `vocab_size`
+    - `entropy_per_token`: `entropy` / T, with `max_new_tokens`
+    - `concentration`: T log V - `entropy`, with `max_new_tokens` and `vocab_size`
     - `log_partition`, `effective_sample_size`: means over the prompts
     - `reliable`: the share of prompts whose estimate is reliable
     - `num_prompts`
@@ -45,8 +45,8 @@ class DIDEntropy(DIDMetric):
 
     Args:
         confidence: Of the interval, in (0, 1).
-        max_length: T, the number of tokens at which completions are cut.
-        vocab_size: V, the width of the logits; needs `max_length`.
+        max_new_tokens: T, the number of tokens at which completions are cut.
+        vocab_size: V, the width of the logits; needs `max_new_tokens`.
         only: The name of the value to return, as a scalar, such as "entropy"; None returns a dict of all.
         prefix: Before the names in that dict: two metrics' names must not meet in one `log_dict`.
         padding: What fills `sequences` [N, T] after a completion's end, so that it does not matter how long the others
@@ -60,7 +60,7 @@ class DIDEntropy(DIDMetric):
         >>> import math, torch
         >>> from lit_did.metrics import DIDEntropy
         >>> logprob = torch.full((64,), -10 * math.log(2))  # 64 of the 1,024 strings of 10 bits; pi = rho
-        >>> metric = DIDEntropy(max_length=10, vocab_size=2)
+        >>> metric = DIDEntropy(max_new_tokens=10, vocab_size=2)
         >>> metric.update(logprob, logprob, logprob, torch.zeros(64, dtype=torch.long), sequences=torch.arange(64))
         >>> values = metric.compute()
         >>> list(values)[:6]
@@ -80,7 +80,7 @@ class DIDEntropy(DIDMetric):
         self,
         *,
         confidence: float = 0.95,
-        max_length: int | None = None,
+        max_new_tokens: int | None = None,
         vocab_size: int | None = None,
         only: str | None = None,
         prefix: str = "",
@@ -89,14 +89,19 @@ class DIDEntropy(DIDMetric):
     ) -> None:
         super().__init__(**kwargs)
         check_confidence(confidence)
-        for name, value in {"max_length": max_length, "vocab_size": vocab_size}.items():
+        for name, value in {"max_new_tokens": max_new_tokens, "vocab_size": vocab_size}.items():
             if value is not None:
                 check_integer(name, value, 1)
-        if vocab_size is not None and max_length is None:
-            raise ValueError("Expected `max_length` with `vocab_size`, but got None.")
+        if vocab_size is not None and max_new_tokens is None:
+            raise ValueError("Expected `max_new_tokens` with `vocab_size`, but got None.")
         if isinstance(padding, bool) or not isinstance(padding, int):
             raise TypeError(f"Expected `padding` to be an integer, but got {padding!r}.")
-        self.confidence, self.max_length, self.vocab_size, self.padding = confidence, max_length, vocab_size, padding
+        self.confidence, self.max_new_tokens, self.vocab_size, self.padding = (
+            confidence,
+            max_new_tokens,
+            vocab_size,
+            padding,
+        )
         self.only, self.prefix = only, prefix
         choices = list(self._values({}))
         if only is not None and only not in choices:
@@ -113,7 +118,7 @@ class DIDEntropy(DIDMetric):
         policy_logprob: Tensor,
         reference_logprob: Tensor,
         proposal_logprob: Tensor,
-        prompt: Tensor,
+        group: Tensor,
         sequences: Tensor | None = None,
     ) -> None:
         """Adds samples of any prompts.
@@ -122,7 +127,7 @@ class DIDEntropy(DIDMetric):
             policy_logprob: [N] log pi(y), summed over the completion, in nats, any float dtype. -inf has weight 0.
             reference_logprob: [N] log rho(y), finite.
             proposal_logprob: [N] log g(y), finite, of the proposal that the completions were drawn from.
-            prompt: [N] integers, one for each prompt, the same in all updates and on all processes.
+            group: [N] integers, one for each prompt, the same in all updates and on all processes.
             sequences: [N] or [N, T] integers that tell a prompt's completions apart: an id each, or token ids, filled
                 up with `padding`. Without it completions count as equal where their three log-probabilities are. In one
                 of the three ways in all updates. Of token ids, 64 bits are kept: that two among a million completions
@@ -138,18 +143,18 @@ class DIDEntropy(DIDMetric):
             "proposal_logprob": proposal_logprob,
         }
         check_samples(given, sequences, at_least=0)
-        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.is_complex():
-            raise TypeError(f"Expected `prompt` to be a tensor of integers, but got {kind(prompt)}.")
-        if prompt.shape != policy_logprob.shape:
+        if not isinstance(group, Tensor) or group.is_floating_point() or group.is_complex():
+            raise TypeError(f"Expected `group` to be a tensor of integers, but got {kind(group)}.")
+        if group.shape != policy_logprob.shape:
             raise ValueError(
-                f"Expected `prompt` to have shape {tuple(policy_logprob.shape)}, but got {tuple(prompt.shape)}."
+                f"Expected `group` to have shape {tuple(policy_logprob.shape)}, but got {tuple(group.shape)}."
             )
         logprobs = torch.stack([value.detach().to(self.device, torch.float64) for value in given.values()], -1)
         if sequences is None:
             sequences = hash_rows((logprobs + 0.0).view(torch.int64))  # + 0.0: there is a -0.0
         elif sequences.dim() == 2:
             sequences = hash_rows(sequences, self.padding)
-        ids = torch.stack([value.to(self.device, torch.int64) for value in (prompt, sequences)], -1)
+        ids = torch.stack([value.to(self.device, torch.int64) for value in (group, sequences)], -1)
         getattr(self, self._logprobs).append(logprobs)
         getattr(self, self._ids).append(ids)
 
@@ -202,10 +207,10 @@ class DIDEntropy(DIDMetric):
                 quantile = float(stdtrit(freedom, (1 + self.confidence) / 2))
                 margin = quantile * math.sqrt(sum(variances)) / len(given)
         values = {"entropy": entropy, "lower": entropy - margin, "upper": entropy + margin}
-        if self.max_length is not None:
-            values["entropy_per_token"] = entropy / self.max_length
+        if self.max_new_tokens is not None:
+            values["entropy_per_token"] = entropy / self.max_new_tokens
         if self.vocab_size is not None:
-            values["concentration"] = self.max_length * math.log(self.vocab_size) - entropy
+            values["concentration"] = self.max_new_tokens * math.log(self.vocab_size) - entropy
         return values | {
             "log_partition": mean("log_partition"),
             "effective_sample_size": mean("effective_sample_size"),

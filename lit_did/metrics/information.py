@@ -1,4 +1,4 @@
-"""Metrics of information, means over tokens: TokenDIDEntropy, DIDLogPartition, PolicyEntropy, PolicyKL."""
+"""Metrics of information, means over tokens: TokenDIDEntropy, TokenDIDLogPartition, PolicyEntropy, PolicyKL."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class TokenDIDEntropy(MeanOverTokens):
         tensor(2.0000, dtype=torch.float64)
     """
 
-    quantity = "did_entropy"
+    quantity = "token_did_entropy"
 
 
-class DIDLogPartition(MeanOverTokens):
+class TokenDIDLogPartition(MeanOverTokens):
     """Mean over tokens of log Z = log sum_v pi_v / rho_v. log q_y = log-ratio of y - log Z.
 
     At least 0, without an upper bound; log V where the policy is its reference. Large: the policy gives mass to tokens
@@ -69,14 +69,14 @@ class DIDLogPartition(MeanOverTokens):
 
     Example:
         >>> import torch
-        >>> from lit_did.metrics import DIDLogPartition
-        >>> metric = DIDLogPartition(unit="bits")
+        >>> from lit_did.metrics import TokenDIDLogPartition
+        >>> metric = TokenDIDLogPartition(unit="bits")
         >>> metric.update(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         >>> metric.compute()
         tensor(2.0000, dtype=torch.float64)
     """
 
-    quantity = "did_log_partition"
+    quantity = "token_did_log_partition"
 
 
 class PolicyEntropy(MeanOverTokens):

@@ -23,7 +23,7 @@ class PowerLawExponent(DIDMetric):
 
     `compute` returns {field of `PowerLawFit`: float64 scalar}, which `log_dict` takes, or one of them: what
     `lit_did.functional.fit_power_law` finds in all samples of all updates and processes. NaN where that would raise:
-    before there are 3 samples (with `prompt` 2 prompts of two), and while the policy is its reference, so that
+    before there are 3 samples (with `group` 2 prompts of two), and while the policy is its reference, so that
     `policy_log_ratio` is 0 throughout. One state of fixed size, 276 float64 numbers, merged over processes.
 
     Args:
@@ -59,20 +59,20 @@ class PowerLawExponent(DIDMetric):
         zeros = torch.zeros(sum(SIZES.values()), dtype=torch.float64)
         self.add_state("power_law_sums", zeros, dist_reduce_fx=merge_power_law_sums)
 
-    def update(self, reference_log_ratio: Tensor, policy_log_ratio: Tensor, prompt: Tensor | None = None) -> None:
+    def update(self, reference_log_ratio: Tensor, policy_log_ratio: Tensor, group: Tensor | None = None) -> None:
         """Adds samples.
 
         Args:
             reference_log_ratio: [N] log rho(y) - log pi_l(y), summed over the completion, in nats, any float dtype.
             policy_log_ratio: [N] log pi(y) - log rho(y).
-            prompt: [N] integers, in all updates or in none, equal where completions of this update have one prompt.
+            group: [N] integers, in all updates or in none, equal where completions of this update have one prompt.
                 Give the completions of a prompt in one update, as preference pairs come: ids of different updates are
                 not compared, and a prompt in several updates counts as several, each with its own intercept.
 
         Raises:
-            TypeError, ValueError: As `lit_did.functional.fit_power_law`; `prompt` comes in some updates only.
+            TypeError, ValueError: As `lit_did.functional.fit_power_law`; `group` comes in some updates only.
         """
-        added = power_law_sums(reference_log_ratio, policy_log_ratio, prompt).to(self.power_law_sums.device)
+        added = power_law_sums(reference_log_ratio, policy_log_ratio, group).to(self.power_law_sums.device)
         self.power_law_sums = merge_power_law_sums(torch.stack([self.power_law_sums, added]))
 
     def compute(self) -> dict[str, Tensor] | Tensor:

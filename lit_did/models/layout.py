@@ -31,12 +31,12 @@ class Sequences(NamedTuple):
     For models whose answers depend on how many tokens a sequence has. (): nothing follows."""
 
     @property
-    def count(self) -> int:
+    def num_sequences(self) -> int:
         """How many."""
         return len(self.cu_seqlens) - 1
 
     @property
-    def counts(self) -> bool:
+    def positions_count_from_zero(self) -> bool:
         """Whether `position_ids` count from 0 in every sequence."""
         lengths = np.diff(self.cu_seqlens)
         counted = np.arange(len(self.position_ids)) - np.repeat(self.cu_seqlens[:-1], lengths)
@@ -54,7 +54,7 @@ class Sequences(NamedTuple):
         `counted`: [pairs] bool, the pairs that count; None: all.
         """
         before = np.concatenate([[0], (self.labels != IGNORE_INDEX).astype(np.int64).cumsum()])
-        chosen = np.diff(before[self.cu_seqlens])[: self.count // 2]
+        chosen = np.diff(before[self.cu_seqlens])[: self.num_sequences // 2]
         chosen = chosen if counted is None else chosen[counted.cpu().numpy()]
         return float(chosen.mean()) if len(chosen) else 0.0
 
@@ -148,7 +148,7 @@ def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
 
     The largest is then as small as it can be; a part has a pair at least.
     """
-    pairs = sequences.count // 2
+    pairs = sequences.num_sequences // 2
     lengths = np.diff(sequences.cu_seqlens)
     of_pairs = lengths[:pairs] + lengths[pairs:]
 
@@ -176,7 +176,7 @@ def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
 def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
     """A row a sequence, padded on the right."""
     lengths = np.diff(sequences.cu_seqlens)
-    shape = (sequences.count, int(lengths.max(initial=1)))
+    shape = (sequences.num_sequences, int(lengths.max(initial=1)))
     present = np.arange(shape[1]) < lengths[:, None]  # row after row: the order of the tokens
 
     def padded(values: np.ndarray, fill: int) -> np.ndarray:
@@ -190,7 +190,7 @@ def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
         "input_ids": _tensor(padded(sequences.input_ids, int(sequences.input_ids[:1].sum())), device),
         "attention_mask": _tensor(present, device),
     }
-    if not sequences.counts:  # else models count for themselves
+    if not sequences.positions_count_from_zero:  # else models count for themselves
         inputs["position_ids"] = _tensor(padded(sequences.position_ids, 0), device)
     labelled = labels != IGNORE_INDEX
     return Layout(
@@ -213,7 +213,7 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
     """
     pieces: list[slice] = []  # of the sequences' tokens: a segment each
     continues: list[int] = []
-    parts_of: list[list[int]] = [[] for _ in range(sequences.count)]  # the segments that make each sequence
+    parts_of: list[list[int]] = [[] for _ in range(sequences.num_sequences)]  # the segments that make each sequence
 
     def lay(start: int, stop: int, before: int, of: tuple[int, ...]) -> None:
         if stop > start:
@@ -222,7 +222,7 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
             pieces.append(slice(start, stop))
             continues.append(before)
 
-    pairs = sequences.count // 2 if share and sequences.count % 2 == 0 else 0
+    pairs = sequences.num_sequences // 2 if share and sequences.num_sequences % 2 == 0 else 0
     for first, second in zip(range(pairs), range(pairs, 2 * pairs), strict=True):
         one, other = sequences.slice(first), sequences.slice(second)
         common = _common_beginning(sequences, one, other)
@@ -230,7 +230,7 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
         lay(one.start, one.start + common, -1, (first, second))
         lay(one.start + common, one.stop, before, (first,))
         lay(other.start + common, other.stop, before, (second,))
-    for sequence in range(2 * pairs, sequences.count):
+    for sequence in range(2 * pairs, sequences.num_sequences):
         own = sequences.slice(sequence)
         lay(own.start, own.stop, -1, (sequence,))
 

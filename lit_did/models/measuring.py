@@ -126,7 +126,7 @@ def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) ->
     token = 2 * 4 * getattr(config, "vocab_size", 1)  # two models, float32 at the most
     limit = max_logits_bytes // token
     portion, tokens = [], 0
-    for index in range(sequences.count):
+    for index in range(sequences.num_sequences):
         completion = int((sequences.labels[sequences.slice(index)] != IGNORE_INDEX).sum())
         if portion and tokens + completion > limit:
             yield sequences.select(portion)

@@ -93,14 +93,14 @@ def layout_of(
     model: nn.Module,
     sequences: Sequences,
     *,
-    pack: bool = True,
+    padding_free: bool = True,
     share: bool = True,
     batch: Sequences | None = None,
 ) -> Layout:
     """The sequences in the fastest layout in which `model` is right, on its device.
 
     Args:
-        pack: End to end in one row, if the model is right then.
+        padding_free: End to end in one row, if the model is right then.
         share: What pairs begin with in common once, if the model is right then.
         batch: All sequences of which these are some, if all parts are to have one kind of layout.
 
@@ -112,9 +112,9 @@ def layout_of(
     if adds_auxiliary_loss(model):  # what follows the last label counts
         sequences, batch = sequences.whole(), None if batch is None else batch.whole()
     tried = sequences if batch is None else batch
-    found = find(model, tried, pack=pack)
-    if found.packing == "positions" and not tried.counts:  # they do not restart in every sequence
-        found = find(model, tried, pack=False)
+    found = find(model, tried, padding_free=padding_free)
+    if found.packing == "positions" and not tried.positions_count_from_zero:  # they do not restart in every sequence
+        found = find(model, tried, padding_free=False)
     if found.kind == "packed":
         return _packed(sequences, device, found.packing, share and found.share)
     if found.kind == "alone":  # what follows the last label may count
@@ -129,7 +129,7 @@ def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
     return completion_outputs(model, layout, _known[model].body)
 
 
-def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
+def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -> Found:
     """What `model` takes of sequences such as these; tried where that is not known yet."""
     known, sharded = _known.setdefault(model, _Model()), is_sharded(model)
     gradients = not sharded and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
@@ -137,11 +137,11 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     length, row = int(lengths.max(initial=1)), int(lengths.sum())
     parameter = next(model.parameters())
     autocast = _is_wrapped(model) and torch.is_autocast_enabled(parameter.device.type)
-    key = (pack, parameter.dtype, autocast, attention.implementation(inner(model)))
+    key = (padding_free, parameter.dtype, autocast, attention.implementation(inner(model)))
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
     for found in tried:
-        fastest = found.kind == ("packed" if pack else "padded") and not found.forgets
+        fastest = found.kind == ("packed" if padding_free else "padded") and not found.forgets
         if found.length >= length and found.row >= row and fastest:
             return found
     _check_positions(model, length)
@@ -157,9 +157,9 @@ def find(model: nn.Module, sequences: Sequences, *, pack: bool = True) -> Found:
     if sharded:
         wanted, sequences = _agreed(model, wanted, sequences)
     with _untouched(model):
-        found = _try(model, known, sequences, *wanted, gradients=gradients, pack=pack and not failed)
+        found = _try(model, known, sequences, *wanted, gradients=gradients, padding_free=padding_free and not failed)
     found = found._replace(key=key)
-    _warn_of(model, known, found, pack)
+    _warn_of(model, known, found, padding_free)
     known.found.append(found)
     return found
 
@@ -230,7 +230,7 @@ class _Answer(NamedTuple):
 
 
 def _try(
-    model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, pack: bool
+    model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, padding_free: bool
 ) -> Found:
     device, name = next(model.parameters()).device, _name(model)
     size = _vocabulary(model)
@@ -273,7 +273,7 @@ def _try(
     found = Found((), longest, row, gradients, "alone", None, False, forgets)
     if _kept_tokens(model) < longest:
         return found
-    tried = attention.packings(inner(model)) if pack and not forgets and not adds_auxiliary_loss(model) else ()
+    tried = attention.packings(inner(model)) if padding_free and not forgets and not adds_auxiliary_loss(model) else ()
     for packing in tried:
         for share in (True, False) if packing != "positions" else (False,):
             if not _takes_positions(model):
@@ -287,7 +287,7 @@ def _try(
     return found._replace(kind="padded") if not forgets and right([padded], padded) else found
 
 
-def _warn_of(model: nn.Module, known: _Model, found: Found, pack: bool) -> None:
+def _warn_of(model: nn.Module, known: _Model, found: Found, padding_free: bool) -> None:
     """Warns once where a model is not given the fastest layout that was asked for."""
     name, kept = _name(model), _kept_tokens(model)
     effect = "Results are right, but training is slower."
@@ -310,7 +310,7 @@ def _warn_of(model: nn.Module, known: _Model, found: Found, pack: bool) -> None:
             f"length, or when tokens after the last label are left out{raised}. So batches with sequences this long "
             f"are given to it one sequence at a time. {effect}",
         )
-    elif pack:
+    elif padding_free:
         _warn(
             known,
             "padded",

@@ -161,7 +161,7 @@ def _num_tokens(sequences: Sequences) -> dict[bytes, int]:
 
 
 def _keys(sequences: Sequences) -> list[bytes]:
-    if not sequences.counts:
+    if not sequences.positions_count_from_zero:
         raise ValueError(
             "Expected `position_ids` to count from 0 in every sequence with `cache_reference`, but got others."
         )

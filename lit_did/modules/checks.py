@@ -140,17 +140,18 @@ def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
     (empty,) = (counts == 0).nonzero()
     if len(empty):
         raise ValueError(
-            f"Expected every sequence to have completion tokens, but got {len(empty)} of {sequences.count} whose "
-            f"labels are all -100 (or where `attention_mask` is 0), sequence {empty[0]} the first."
+            f"Expected every sequence to have completion tokens, but got {len(empty)} of "
+            f"{sequences.num_sequences} whose labels are all -100 (or where `attention_mask` is 0). The first is sequence "
+            f"{empty[0]}."
         )
 
 
 def _check_order(sequences: Sequences) -> None:
     """Raises ValueError if chosen and rejected sequences lie in turn: prompts then tell which belong together."""
-    pairs = sequences.count // 2
+    pairs = sequences.num_sequences // 2
     if pairs < 2:
         return
-    prompts = [_prompt(sequences, i) for i in range(sequences.count)]
+    prompts = [_prompt(sequences, i) for i in range(sequences.num_sequences)]
     # One side's prompt may have been cut: it is then the end, or the beginning, of the other's.
     if all(_agree(prompts[i], prompts[i + pairs]) for i in range(pairs)):
         return
@@ -202,12 +203,12 @@ def _warn_of_positions(policy: nn.Module, sequences: Sequences) -> None:
         )
 
 
-def check_tokens_at_once(tokens_at_once: int | str | None) -> None:
+def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
     """Raises ValueError unless it is what LitDPO documents."""
-    number = isinstance(tokens_at_once, int) and not isinstance(tokens_at_once, bool) and tokens_at_once > 0
-    if not number and tokens_at_once is not None and tokens_at_once != "auto":
+    number = isinstance(micro_batch_tokens, int) and not isinstance(micro_batch_tokens, bool) and micro_batch_tokens > 0
+    if not number and micro_batch_tokens is not None and micro_batch_tokens != "auto":
         raise ValueError(
-            f"Expected `tokens_at_once` to be a positive integer, 'auto' or None, but got {tokens_at_once!r}."
+            f"Expected `micro_batch_tokens` to be a positive integer, 'auto' or None, but got {micro_batch_tokens!r}."
         )
 
 
@@ -268,14 +269,15 @@ def check_models(
             )
 
 
-def check_did_entropy_weight(weight: float, reference_free: bool, loss: Any) -> None:
-    """Raises TypeError or ValueError unless `did_entropy_weight` is a finite number that suits the loss."""
-    check_number("did_entropy_weight", weight)
+def check_token_did_entropy_weight(weight: float, reference_free: bool, loss: Any) -> None:
+    """Raises TypeError or ValueError unless `token_did_entropy_weight` is a finite number that suits the loss."""
+    check_number("token_did_entropy_weight", weight)
     if not math.isfinite(weight):
-        raise ValueError(f"Expected `did_entropy_weight` to be finite, but got {weight}.")
+        raise ValueError(f"Expected `token_did_entropy_weight` to be finite, but got {weight}.")
     if weight and reference_free:
         raise ValueError(
-            f"Expected `did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got {weight}."
+            f"Expected `token_did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got "
+            f"{weight}."
         )
 
 

@@ -32,11 +32,11 @@ from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
     cache_folder,
-    check_did_entropy_weight,
     check_loading,
+    check_micro_batch_tokens,
     check_models,
     check_of_pairs,
-    check_tokens_at_once,
+    check_token_did_entropy_weight,
     check_training_step,
     checked_sequences,
     keep_noise_out,
@@ -65,7 +65,7 @@ from lit_did.ops.extension import BACKENDS
 
 TOKENS_AT_ONCE_CPU = 2048
 TOKENS_AT_ONCE = 16_384
-"""`tokens_at_once="auto"`: more than matrix products need for full speed, few enough for their activations"""
+"""`micro_batch_tokens="auto"`: more than matrix products need for full speed, few enough for their activations"""
 
 
 class LitDPO(TrainedState):
@@ -82,7 +82,7 @@ class LitDPO(TrainedState):
 
     What it does beyond a plain module: a reference that is given is frozen, and the policy trained, given its adapter
     (`lora`) and rid of dropout, in place; `on_train_batch_end` finds no gradients, which are freed after the
-    optimiser's step, and of a batch that goes in parts (`tokens_at_once`) the first part's share of the loss as
+    optimiser's step, and of a batch that goes in parts (`micro_batch_tokens`) the first part's share of the loss as
     `outputs["loss"]`. The policy's attention is set to one that takes packed sequences while it runs on them. Every
     batch is checked: keys, shapes, labels, token ids.
 
@@ -103,9 +103,9 @@ class LitDPO(TrainedState):
         label_smoothing, gamma: Of some losses: see `lit_did.functional.preference_loss`.
         nll_weight: Adds so many times the SFT term, the negative log-likelihood of the chosen completions, a mean over
             their tokens in a micro-batch on one process.
-        did_entropy_weight: What is minimised is the loss less so many times the mean of `did_entropy` over the tokens
-            of a micro-batch on one process: above 0 raises that entropy (explores), below 0 lowers it (reinforces).
-            `loss`, as it is logged, stays the preference loss.
+        token_did_entropy_weight: Training minimises `loss - token_did_entropy_weight * mean(token_did_entropy)`. The
+            mean is over the tokens of a micro-batch on one process. Above 0 raises that entropy (explores). Below 0
+            lowers it (reinforces). The logged `loss` stays the preference loss.
         lora: Adds a LoRA adapter to the policy: a `peft.LoraConfig`, or its arguments as a dict.
         optimizer: A function of the trained parameters that returns the optimiser, such as
             `functools.partial(torch.optim.SGD, lr=1e-3)`. None: AdamW with the next four arguments.
@@ -118,14 +118,15 @@ class LitDPO(TrainedState):
         schedule: What follows the warmup: "constant", "linear" or "cosine" (both to 0 at the end of training).
         disable_dropout: Sets the policy's dropout probabilities to 0.
         gradient_checkpointing: Recomputes the policy's activations in the backward pass.
-        pack: Gives the models the sequences of a batch end to end, without padding.
+        padding_free: Gives the models the sequences of a batch end to end, without padding.
         share_prompts: Gives the models once what both sequences of a pair begin with.
         recompute_elementwise: Keeps the policy's matrix products and attention for the backward pass, and computes the
             rest of each layer again (torch's selective checkpointing): less memory for activations, and the same bits.
             Without effect beside `gradient_checkpointing`, which keeps less.
-        tokens_at_once: A training step's pairs go forward and backward in parts of so many tokens (at least one pair),
-            so that activations of one part are held at a time; the gradient and what is logged are the whole batch's.
-            "auto": 2,048 on the CPU, 16,384 elsewhere; None: all. Only on one device without sharding.
+        micro_batch_tokens: A training step runs its pairs in micro-batches of at most this many tokens (at least one
+            pair), so that only one micro-batch's activations are in memory. The gradient and the logged values are the
+            whole batch's. "auto": 2,048 on the CPU, 16,384 elsewhere; None: all at once. Only on one device without
+            sharding.
         cache_reference: A folder. When training starts, the reference runs once over the training and validation pairs,
             its last hidden states at completion tokens are kept there, and its layers are freed, unless they are a LoRA
             policy's. A folder that was filled before is used, if it is of the same reference, pairs and precision; any
@@ -148,7 +149,7 @@ class LitDPO(TrainedState):
         label_smoothing: float = 0.0,
         gamma: float | None = None,
         nll_weight: float | None = None,
-        did_entropy_weight: float = 0.0,
+        token_did_entropy_weight: float = 0.0,
         lora: Any = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -160,10 +161,10 @@ class LitDPO(TrainedState):
         schedule: str = "constant",
         disable_dropout: bool = True,
         gradient_checkpointing: bool = False,
-        pack: bool = True,
+        padding_free: bool = True,
         share_prompts: bool = True,
         recompute_elementwise: bool = False,
-        tokens_at_once: int | str | None = "auto",
+        micro_batch_tokens: int | str | None = "auto",
         cache_reference: str | os.PathLike | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         backend: str = "auto",
@@ -178,7 +179,7 @@ class LitDPO(TrainedState):
             loss=loss,
             label_smoothing=label_smoothing,
             nll_weight=nll_weight,
-            did_entropy_weight=did_entropy_weight,
+            token_did_entropy_weight=token_did_entropy_weight,
         )
         cache_reference = cache_folder(cache_reference)
         policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
@@ -187,11 +188,11 @@ class LitDPO(TrainedState):
         check_bools(
             disable_dropout=disable_dropout,
             gradient_checkpointing=gradient_checkpointing,
-            pack=pack,
+            padding_free=padding_free,
             share_prompts=share_prompts,
             recompute_elementwise=recompute_elementwise,
         )
-        check_tokens_at_once(tokens_at_once)
+        check_micro_batch_tokens(micro_batch_tokens)
         check_optimizer(
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -311,7 +312,9 @@ class LitDPO(TrainedState):
         return statistics, policy.auxiliary_loss
 
     def _layout(self, model: nn.Module, sequences: Sequences, batch: Sequences | None = None) -> Layout:
-        return layout_of(model, sequences, pack=self.hparams.pack, share=self.hparams.share_prompts, batch=batch)
+        return layout_of(
+            model, sequences, padding_free=self.hparams.padding_free, share=self.hparams.share_prompts, batch=batch
+        )
 
     def _policy_layout(self, sequences: Sequences, batch: Sequences | None) -> Layout:
         layout = self._layout(self.policy, sequences, batch)
@@ -332,7 +335,7 @@ class LitDPO(TrainedState):
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
         sequences = self._read(batch, weighted=True)
-        check_of_pairs(batch, "index", sequences.count // 2)
+        check_of_pairs(batch, "index", sequences.num_sequences // 2)
         weight = batch.get("weight")
         mean_chosen_tokens = sequences.mean_chosen_labels(None if weight is None else weight > 0)
         pairs = self._with_sft(self._pair_statistics(sequences), mean_chosen_tokens)
@@ -341,11 +344,11 @@ class LitDPO(TrainedState):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The mean loss of the batch's pairs, less the weighted DID entropy.
 
-        Where the batch goes in parts (`tokens_at_once`), it is the first part's share of that: `backward` sees to the
+        With several micro-batches (`micro_batch_tokens`) it is the first one's share of that, and `backward` runs the
         others. What is logged is the whole batch's.
         """
         sequences = self._read(batch)
-        self._whole = (sequences.count // 2, sequences.num_labels, sequences.mean_chosen_labels())
+        self._whole = (sequences.num_sequences // 2, sequences.num_labels, sequences.mean_chosen_labels())
         if not self._noise_checked:
             keep_noise_out(self.policy, sequences)
             self._noise_checked = True
@@ -442,7 +445,7 @@ class LitDPO(TrainedState):
             return
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips steps that overflow
             metrics["loss"].add_bad_gradients(count_bad_gradients(self.policy.parameters()))
-        self._watch.add(self.trainer, metrics.log_all(self, "train/", ("loss", "reward_margin", "did_entropy")))
+        self._watch.add(self.trainer, metrics.log_all(self, "train/", ("loss", "reward_margin", "token_did_entropy")))
 
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics a validation dataloader."""
@@ -479,8 +482,8 @@ class LitDPO(TrainedState):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _check_objective(self, *, loss: Any, did_entropy_weight: float, **_: Any) -> None:
-        check_did_entropy_weight(did_entropy_weight, self._reference_free, loss)
+    def _check_objective(self, *, loss: Any, token_did_entropy_weight: float, **_: Any) -> None:
+        check_token_did_entropy_weight(token_did_entropy_weight, self._reference_free, loss)
 
     def _read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
         if self.policy is None:  # a policy by name, and no Trainer has
@@ -489,7 +492,7 @@ class LitDPO(TrainedState):
 
     def _split(self, sequences: Sequences) -> list[Sequences]:
         """The parts of a training batch."""
-        tokens = self.hparams.tokens_at_once
+        tokens = self.hparams.micro_batch_tokens
         # Where gradients are exchanged in a backward pass, there has to be one. Not isinstance: subclasses shard.
         if tokens is None or self._trainer is None or type(self.trainer.strategy) is not SingleDeviceStrategy:
             return [sequences]
@@ -524,7 +527,7 @@ class LitDPO(TrainedState):
 
     def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, Tensor | None]:
         """The statistics [pairs] of the chosen and of the rejected completions, and the auxiliary loss."""
-        (statistics, auxiliary), pairs = self._statistics(sequences), sequences.count // 2
+        (statistics, auxiliary), pairs = self._statistics(sequences), sequences.num_sequences // 2
         halves = (slice(pairs), slice(pairs, None))
         return *(SequenceStatistics(*(v[rows] for v in statistics)) for rows in halves), auxiliary
 
@@ -532,11 +535,11 @@ class LitDPO(TrainedState):
         """Some pairs' share of what training minimises."""
         num_pairs, num_tokens, _ = self._whole
         objective = pairs.loss.sum() / num_pairs
-        if not self.hparams.did_entropy_weight:
+        if not self.hparams.token_did_entropy_weight:
             return objective
         both = both_sides(pairs)
         share = both.num_tokens.sum() / num_tokens
-        return objective - self.hparams.did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
+        return objective - self.hparams.token_did_entropy_weight * share * token_did_entropy(both).to(objective.dtype)
 
     def _loss(self, chosen: SequenceStatistics, rejected: SequenceStatistics) -> Tensor:
         """[pairs] the loss of every pair, without the SFT term and the auxiliary loss."""

@@ -35,7 +35,7 @@ class LitDPOPG(LitDPO):
     gradient in memory than LitDPO, and runs the models once a side. Adds to what LitDPO logs `train/gradient_cosine`,
     the cosine of g_w and g_l: above 0 the step was projected, else it was DPO's.
 
-    Args: as `LitDPO`, with `loss="sigmoid"`, no `nll_weight`, and `label_smoothing` and `did_entropy_weight` 0.
+    Args: as `LitDPO`, with `loss="sigmoid"`, no `nll_weight`, and `label_smoothing` and `token_did_entropy_weight` 0.
 
     Raises:
         TypeError, ValueError: An argument is out of range; when training starts, a strategy that shards gradients.
@@ -94,7 +94,7 @@ class LitDPOPG(LitDPO):
 
     def _check_objective(self, **options: Any) -> None:
         super()._check_objective(**options)
-        plain = {"loss": "sigmoid", "label_smoothing": 0, "nll_weight": None, "did_entropy_weight": 0}
+        plain = {"loss": "sigmoid", "label_smoothing": 0, "nll_weight": None, "token_did_entropy_weight": 0}
         for name, only in plain.items():
             if options[name] != only:
                 raise ValueError(f"Expected `{name}` to be {only!r} with LitDPOPG, but got {options[name]!r}.")
@@ -104,7 +104,7 @@ class LitDPOPG(LitDPO):
 
     def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, None]:
         # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
-        pairs = sequences.count // 2
+        pairs = sequences.num_sequences // 2
         halves = (range(pairs), range(pairs, 2 * pairs))
         sides = [self._statistics(sequences.select(half), sequences) for half in halves]
         if any(auxiliary is not None for _, auxiliary in sides):

@@ -168,8 +168,8 @@ def _reduction_backward(ctx, *grads):
     of_sequences = TokenStatistics(
         policy_logprob=added(of.policy_logprob, of.log_ratio),
         reference_logprob=added(of.reference_logprob, None if of.log_ratio is None else -of.log_ratio),
-        did_entropy=of_mean(of.did_entropy),
-        did_log_partition=of.did_log_partition,
+        token_did_entropy=of_mean(of.token_did_entropy),
+        token_did_log_partition=of.token_did_log_partition,
         policy_entropy=of_mean(of.policy_entropy),
         reference_entropy=of_mean(of.reference_entropy),
         kl=of_mean(of.kl),

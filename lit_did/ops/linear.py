@@ -109,7 +109,7 @@ def linear_token_statistics(
         >>> statistics = linear_token_statistics(hidden, weight, hidden, torch.zeros(3, 2), torch.tensor([2, -100]))
         >>> statistics.log_ratio
         tensor([0.6910, 0.0000])
-        >>> statistics.did_entropy
+        >>> statistics.token_did_entropy
         tensor([0.8324, 0.0000])
     """
     # Buffers that are written in place, and branches on values: nothing that a compiler could gain from.

@@ -31,7 +31,7 @@ from lit_did.ops.statistics import TokenStatistics
     DIFFERENCE_LSE,
     POLICY_ENTROPY,
     REFERENCE_ENTROPY,
-    DID_ENTROPY,
+    TOKEN_DID_ENTROPY,
     KL,
     REVERSE_KL,
     HOLDS_LABEL,  # from here on 0 or 1
@@ -85,7 +85,7 @@ def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tens
         [
             *(torch.where(inside, side[0], 0) for side in (policy, reference)),
             *(a, b, c, policy[1], reference[1]),
-            *(finite(value) for value in (s.did_entropy, s.kl, s.reverse_kl)),
+            *(finite(value) for value in (s.token_did_entropy, s.kl, s.reverse_kl)),
             *(flag.double() for flag in (inside, policy_hole, reference_hole, (flags & 4).bool())),
         ]
     )
@@ -127,7 +127,7 @@ def merge_partials(slices: Tensor) -> Tensor:
             *(a, b, c),
             (w * (slices[:, POLICY_ENTROPY] - log_w)).sum(0),
             (v * (slices[:, REFERENCE_ENTROPY] - log_v)).sum(0),
-            (u * (slices[:, DID_ENTROPY] - log_u)).sum(0),
+            (u * (slices[:, TOKEN_DID_ENTROPY] - log_u)).sum(0),
             (w * (slices[:, KL] + log_w - log_v)).sum(0),
             (v * (slices[:, REVERSE_KL] + log_v - log_w)).sum(0),
             *slices[:, HOLDS_LABEL:].amax(0),
@@ -149,8 +149,8 @@ def finish_partials(partials: Tensor, dtype: torch.dtype) -> tuple[TokenStatisti
     statistics = TokenStatistics(
         policy_logprob=partials[POLICY_LOGPROB].masked_fill(~held, torch.nan),
         reference_logprob=partials[REFERENCE_LOGPROB].masked_fill(~held, torch.nan),
-        did_entropy=partials[DID_ENTROPY].masked_fill(reference_hole, torch.nan),
-        did_log_partition=(math.log(2) * (c - a + b)).masked_fill(reference_hole, torch.inf),
+        token_did_entropy=partials[TOKEN_DID_ENTROPY].masked_fill(reference_hole, torch.nan),
+        token_did_log_partition=(math.log(2) * (c - a + b)).masked_fill(reference_hole, torch.inf),
         policy_entropy=partials[POLICY_ENTROPY],
         reference_entropy=partials[REFERENCE_ENTROPY],
         kl=partials[KL].masked_fill(reference_hole, torch.inf),

@@ -48,8 +48,8 @@ def token_statistics(
     statistics = TokenStatistics(
         policy_logprob=log_pi.gather(-1, y)[..., 0],
         reference_logprob=log_rho.gather(-1, y)[..., 0],
-        did_entropy=entropy(q, log_q, no_ratio).masked_fill(reference_hole, torch.nan),
-        did_log_partition=log_partition.masked_fill(reference_hole, torch.inf),
+        token_did_entropy=entropy(q, log_q, no_ratio).masked_fill(reference_hole, torch.nan),
+        token_did_log_partition=log_partition.masked_fill(reference_hole, torch.inf),
         policy_entropy=entropy(pi, log_pi, z_hole),
         reference_entropy=entropy(rho, log_rho, r_hole),
         kl=(pi * log_ratios).sum(-1).masked_fill(reference_hole, torch.inf),

@@ -145,12 +145,12 @@ def _reference_reduction(
         policy_logprob=summed(tokens.policy_logprob),
         reference_logprob=summed(tokens.reference_logprob),
         log_ratio=summed(tokens.policy_logprob.double() - tokens.reference_logprob.double()),
-        did_entropy=mean(tokens.did_entropy),
+        token_did_entropy=mean(tokens.token_did_entropy),
         policy_entropy=mean(tokens.policy_entropy),
         reference_entropy=mean(tokens.reference_entropy),
         kl=mean(tokens.kl),
         reverse_kl=mean(tokens.reverse_kl),
-        did_log_partition=summed(tokens.did_log_partition),
+        token_did_log_partition=summed(tokens.token_did_log_partition),
         num_tokens=num_tokens.long(),
     )
 

@@ -20,9 +20,9 @@ class TokenStatistics(NamedTuple):
     """log pi(y)"""
     reference_logprob: Tensor
     """log rho(y)"""
-    did_entropy: Tensor
+    token_did_entropy: Tensor
     """H(q) = -sum_v q_v log q_v, in [0, log V]; log V where pi = rho"""
-    did_log_partition: Tensor
+    token_did_log_partition: Tensor
     """log Z = log sum_v pi_v / rho_v; log V where pi = rho. log q(y) = log_ratio - log Z"""
     policy_entropy: Tensor
     """H(pi)"""
@@ -54,7 +54,7 @@ class SequenceStatistics(NamedTuple):
     """sum_t log rho(y_t)"""
     log_ratio: Tensor
     """sum_t log pi(y_t) - log rho(y_t): DPO's reward divided by beta"""
-    did_entropy: Tensor
+    token_did_entropy: Tensor
     """mean over t of the token DID's entropy. Not the entropy of the sequence's DID: see docs/theory.md"""
     policy_entropy: Tensor
     """mean over t of H(pi_t)"""
@@ -64,7 +64,7 @@ class SequenceStatistics(NamedTuple):
     """mean over t of KL(pi_t, rho_t)"""
     reverse_kl: Tensor
     """mean over t of KL(rho_t, pi_t)"""
-    did_log_partition: Tensor
+    token_did_log_partition: Tensor
     """sum over t of log Z_t"""
     num_tokens: Tensor
     """labelled tokens, int64"""

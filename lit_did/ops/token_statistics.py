@@ -3,7 +3,8 @@
 In plain torch, for z = policy_logits / temperature and r = reference_logits / temperature:
 
     policy_logprob = z.log_softmax(-1)[label]           reference_logprob = r.log_softmax(-1)[label]
-    did_entropy = Categorical(logits=z - r).entropy()   did_log_partition = log(sum(softmax(z) / softmax(r)))
+    token_did_entropy = Categorical(logits=z - r).entropy()
+    token_did_log_partition = log(sum(softmax(z) / softmax(r)))
     policy_entropy, reference_entropy = entropy of softmax(z), of softmax(r)
     kl = KL(softmax(z), softmax(r))                     reverse_kl = KL(softmax(r), softmax(z))
 """
@@ -78,7 +79,7 @@ def token_statistics(
         >>> statistics = token_statistics(logits, torch.zeros(2, 3), torch.tensor([2, -100]))
         >>> statistics.log_ratio
         tensor([0.6910, 0.0000])
-        >>> statistics.did_entropy  # the reference is uniform: the DID is the policy itself
+        >>> statistics.token_did_entropy  # the reference is uniform: the DID is the policy itself
         tensor([0.8324, 0.0000])
     """
     check_token_arguments(policy_logits, reference_logits, labels, ignore_index, temperature)

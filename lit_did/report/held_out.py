@@ -17,7 +17,7 @@ ROWS = {
     "reward_accuracy": "reward accuracy",
     "chosen_log_ratio": "chosen log-ratio (nats)",
     "rejected_log_ratio": "rejected log-ratio (nats)",
-    "did_entropy": "DID entropy (nats a token)",
+    "token_did_entropy": "DID entropy (nats a token)",
     "kl": "KL from the reference (nats a token)",
 }
 
@@ -55,7 +55,7 @@ class HeldOut:
             "reward_accuracy": over_pairs(lambda b: pair_accuracy(b.chosen.log_ratio, b.rejected.log_ratio)),
             "chosen_log_ratio": over_pairs(lambda b: b.chosen.log_ratio),
             "rejected_log_ratio": over_pairs(lambda b: b.rejected.log_ratio),
-            "did_entropy": over_tokens("did_entropy"),
+            "token_did_entropy": over_tokens("token_did_entropy"),
             "kl": over_tokens("kl"),
         }
         return cls([tags[int(i)] for batch in batches for i in batch.index], values, tokens)
@@ -66,9 +66,9 @@ class HeldOut:
         return [*tags, None] if len(tags) > 1 else tags
 
     def mean(self, statistic: str, group: str | None) -> float:
-        """The mean over the group's pairs, None being all; over its tokens for `did_entropy` and `kl`."""
+        """The mean over the group's pairs, None being all; over its tokens for `token_did_entropy` and `kl`."""
         member = torch.tensor([group is None or tag == group for tag in self.tags])
-        weight = self.tokens * member if statistic in ("did_entropy", "kl") else member.double()
+        weight = self.tokens * member if statistic in ("token_did_entropy", "kl") else member.double()
         return float((self.values[statistic] * weight).sum() / weight.sum())
 
 

@@ -16,8 +16,8 @@ PANELS = (
     ("Reward margin", "nats times beta", ("reward_margin",)),
     ("Reward accuracy, share of chosen that fell", "", ("reward_accuracy", "chosen_fell")),
     ("Log-ratio of a completion", "nats", ("chosen_log_ratio", "rejected_log_ratio")),
-    ("DID entropy", "nats a token", ("did_entropy",)),
-    ("DID log-partition", "nats a token", ("did_log_partition",)),
+    ("DID entropy", "nats a token", ("token_did_entropy",)),
+    ("DID log-partition", "nats a token", ("token_did_log_partition",)),
     ("KL between policy and reference", "nats a token", ("kl", "reverse_kl")),
     ("Policy entropy", "nats a token", ("policy_entropy",)),
     ("Calibration error of the reward", "", ("calibration_error",)),
@@ -84,7 +84,7 @@ def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:
         if np.isfinite(margin).any():  # a run that diverged has a picture too
             margins.ecdf(margin[np.isfinite(margin)], label=group)
         information.scatter(
-            after.values["kl"].numpy()[member], after.values["did_entropy"].numpy()[member], s=14, label=group
+            after.values["kl"].numpy()[member], after.values["token_did_entropy"].numpy()[member], s=14, label=group
         )
     margins.axvline(0, color="grey", linewidth=0.8)
     _describe(margins, "Reward margin after training", "beta times log-ratio difference", "share of pairs below")
@@ -94,11 +94,11 @@ def held_out_picture(before: HeldOut, after: HeldOut, target: Path) -> None:
 
     positions = np.arange(len(groups))
     for offset, (held_out, label) in enumerate(((before, "before"), (after, "after"))):
-        height = [held_out.mean("did_entropy", group) for group in groups]
+        height = [held_out.mean("token_did_entropy", group) for group in groups]
         change.bar(positions + 0.4 * offset - 0.2, height, width=0.38, label=label)
     change.set_xticks(positions, groups)
-    lowest = min(after.mean("did_entropy", group) for group in groups)
-    highest = max(before.mean("did_entropy", group) for group in groups)
+    lowest = min(after.mean("token_did_entropy", group) for group in groups)
+    highest = max(before.mean("token_did_entropy", group) for group in groups)
     if np.isfinite([lowest, highest]).all():
         change.set_ylim(lowest - 2 * max(highest - lowest, 1e-3), highest + max(highest - lowest, 1e-3))
     _describe(change, "DID entropy (axis cut)", "", "nats a token")

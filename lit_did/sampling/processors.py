@@ -144,7 +144,7 @@ class DIDLogitsProcessor(_SecondModelProcessor):
     `lit_did.token_statistics`. What truncates or changes scores applies to the DID: transformers keeps the 50 likeliest
     tokens unless told `top_k=0`, and a checkpoint's own `generation_config` may set `top_p` and others. Entries that
     the policy's side excludes (-inf) stay excluded. To estimate H(q), take `lit_did.sampling.sample_did`: with
-    `resample_below=0` it draws independent samples from the token DIDs and tells their log-probabilities.
+    `ess_threshold=0` it draws independent samples from the token DIDs and tells their log-probabilities.
 
     The product of token DIDs is not the DID of completions: for that there is `lit_did.sampling.sample_did`.
 

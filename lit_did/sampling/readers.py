@@ -290,21 +290,23 @@ def _max_tokens(model: nn.Module) -> float:
     return limit if of_positions else math.inf
 
 
-def ends_of(policy: nn.Module | NextToken, eos: int | Sequence[int] | str | None) -> list[int]:
-    """The tokens that end a completion: `eos`, or with "auto" those of the policy's `generation_config`.
+def ends_of(policy: nn.Module | NextToken, eos_token_id: int | Sequence[int] | str | None) -> list[int]:
+    """The tokens that end a completion: `eos_token_id`, or with "auto" those of the policy's `generation_config`.
 
     Raises:
-        TypeError: `eos` is something else.
+        TypeError: `eos_token_id` is something else.
     """
-    ends = eos
-    if isinstance(eos, str) and eos == "auto":
+    ends = eos_token_id
+    if isinstance(eos_token_id, str) and eos_token_id == "auto":
         config = getattr(unwrapped(policy), "generation_config", None) if isinstance(policy, nn.Module) else None
         ends = getattr(config, "eos_token_id", None)
     if ends is None:
         return []
     if isinstance(ends, bool):
-        raise TypeError(f'Expected `eos` to be a token id, several, None or "auto", but got {eos!r}.')
+        raise TypeError(f'Expected `eos_token_id` to be a token id, several, None or "auto", but got {eos_token_id!r}.')
     try:
         return sorted({index(token) for token in ([ends] if hasattr(ends, "__index__") or ends == "" else ends)})
     except TypeError:
-        raise TypeError(f'Expected `eos` to be a token id, several, None or "auto", but got {eos!r}.') from None
+        raise TypeError(
+            f'Expected `eos_token_id` to be a token id, several, None or "auto", but got {eos_token_id!r}.'
+        ) from None

@@ -29,7 +29,7 @@ _COMPARED = 8  # completions that a model reads once more, whole
 class DIDSamples(NamedTuple):
     """K weighted completions of the DID q(y) = pi(y) / rho(y) / Z, and its entropy. In nats; on the CPU.
 
-    The particles stand island after island, K / islands each.
+    The particles stand island after island, K / num_islands each.
     """
 
     completions: Tensor
@@ -43,13 +43,13 @@ class DIDSamples(NamedTuple):
     reference_logprob: Tensor
     """[K] float64: log rho(y)"""
     proposal_logprob: Tensor
-    """[K] float64: of what was drawn; a proposal for `estimate_did_entropy` only with `resample_below=0`"""
+    """[K] float64: of what was drawn; a proposal for `estimate_did_entropy` only with `ess_threshold=0`"""
     island_log_partition: Tensor
-    """[islands] float64: each island's own estimate of log Z"""
+    """[num_islands] float64: each island's own estimate of log Z"""
     island_entropy: Tensor
-    """[islands] float64: each island's own estimate of H(q)"""
+    """[num_islands] float64: each island's own estimate of H(q)"""
     num_resamplings: Tensor
-    """[islands] int64: how often each resampled"""
+    """[num_islands] int64: how often each resampled"""
     log_num_completions: float
     """the logarithm of how many completions there are: H(q) where nothing was learned, pi = rho"""
     estimate: DIDEntropyEstimate
@@ -79,10 +79,10 @@ def sample_did(
     prompt: Tensor | Sequence[int] | None = None,
     *,
     max_new_tokens: int,
-    eos: int | Sequence[int] | str | None = "auto",
+    eos_token_id: int | Sequence[int] | str | None = "auto",
     num_samples: int = 128,
-    islands: int = 4,
-    resample_below: float = 0.5,
+    num_islands: int = 4,
+    ess_threshold: float = 0.5,
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool = True,
@@ -92,7 +92,7 @@ def sample_did(
     Twisted sequential Monte Carlo. All particles grow token by token: a token v is drawn in proportion to
     pi(v) / rho(v) times the number of completions that could follow it, and what that proposal's normalizer tells of
     the prefix goes into the particle's weight. Where the effective sample size of an island falls below
-    `resample_below` of its particles, it resamples them (systematically). Completions that have ended keep their
+    `ess_threshold` of its particles, it resamples them (systematically). Completions that have ended keep their
     weight. The entropy uses the drawn log-ratios' distance from their expectations, which are known, as a control
     variate; the interval is a jackknife over the islands, which never meet, with a t quantile.
     `lit_did.functional.did_entropy.estimate_from_islands` has the verdict's rules; docs/theory.md what was measured.
@@ -108,12 +108,12 @@ def sample_did(
         reference: The same, with the same vocabulary. None: a PeftModel's reference is itself without its adapter.
         prompt: [t] or [1, t] token ids, t >= 1, for language models; functions have none.
         max_new_tokens: T, where completions are cut. H(q) grows with it: report both.
-        eos: The token or tokens that end a completion; None: none does. "auto": those of the policy's
+        eos_token_id: The token or tokens that end a completion; None: none does. "auto": those of the policy's
             `generation_config`, and none for functions.
-        num_samples: K, a multiple of `islands`, at least two particles each. All are read at once, each with keys and
-            values of its own. Fewer than 25 effective ones are never called reliable.
-        islands: At least three: fewer cannot disagree.
-        resample_below: In [0, 1]. 0 never resamples: the samples are then independent, for
+        num_samples: K, a multiple of `num_islands`, at least two particles each. All are read at once, each with its
+            own keys and values. Fewer than 25 effective ones are never called reliable.
+        num_islands: At least three: fewer cannot disagree.
+        ess_threshold: In [0, 1]. 0 never resamples: the samples are then independent, for
             `lit_did.functional.estimate_did_entropy`.
         confidence: Of the interval, in (0, 1).
         seed: Of the draws.
@@ -129,23 +129,24 @@ def sample_did(
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]])  # of every token, after any prefix; token 0 ends the completion
         >>> samples = sample_did(lambda prefixes: logits.expand(len(prefixes), -1),
-        ...                      lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_new_tokens=4, eos=0,
-        ...                      num_samples=256, progress=False)
+        ...                      lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_new_tokens=4,
+        ...                      eos_token_id=0, num_samples=256, progress=False)
         >>> from lit_did.functional import enumerate_did
         >>> exact = enumerate_did(lambda prefixes: logits.expand(len(prefixes), -1),
-        ...                       lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_length=4, eos=0)
+        ...                       lambda prefixes: 0 * logits.expand(len(prefixes), -1), max_new_tokens=4,
+        ...                       eos_token_id=0)
         >>> round(samples.estimate.entropy, 2), round(float(exact.entropy), 2)
         (2.73, 2.73)
     """
-    _check(num_samples, islands, max_new_tokens, resample_below, seed)
+    _check(num_samples, num_islands, max_new_tokens, ess_threshold, seed)
     check_bools(progress=progress)
     check_confidence(confidence)
-    ends = ends_of(policy, eos)
+    ends = ends_of(policy, eos_token_id)
     for cache in (True, False):
         readers = as_readers(policy, reference, prompt, max_new_tokens, cache=cache)
         generator = torch.Generator().manual_seed(seed)
-        particles = _Particles(num_samples, islands, max_new_tokens)
-        log_num_completions = _grow(particles, *readers, ends, resample_below, generator, progress)
+        particles = _Particles(num_samples, num_islands, max_new_tokens)
+        log_num_completions = _grow(particles, *readers, ends, ess_threshold, generator, progress)
         wrong = _wrong_caches(particles, *readers) if cache else []
         if not wrong:
             break
@@ -159,7 +160,7 @@ def _grow(
     reference: CachedModel | CachedFunction,
     prompt: Tensor,
     ends: list[int],
-    resample_below: float,
+    ess_threshold: float,
     generator: torch.Generator,
     progress: bool,
 ) -> float:
@@ -175,7 +176,7 @@ def _grow(
         ended = particles.ended[: len(policy_logits)]  # the one prompt has not
         twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
         particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
-        ancestors = particles.resample(resample_below, generator)
+        ancestors = particles.resample(ess_threshold, generator)
         parents = parents[ancestors]
         tokens = twisted.draw(parents, generator)
         particles.add(step, tokens, *twisted.of(parents, tokens), ends)
@@ -214,28 +215,28 @@ def _wrong_caches(
 class _Particles:
     """K completions as they grow, their weights, and the sums of every island. float64, on the CPU."""
 
-    def __init__(self, num_samples: int, islands: int, max_new_tokens: int) -> None:
+    def __init__(self, num_samples: int, num_islands: int, max_new_tokens: int) -> None:
         self.completions = torch.full((num_samples, max_new_tokens), -1)
         self.ended = torch.zeros(num_samples, dtype=torch.bool)
         self.logprobs = torch.zeros(3, num_samples, dtype=torch.float64)  # policy's, reference's, proposal's
-        self.log_weight = torch.zeros(islands, num_samples // islands, dtype=torch.float64)  # since resampling
-        self.log_partition = torch.zeros(islands, dtype=torch.float64)  # until resampling
-        self.control = torch.zeros(islands, dtype=torch.float64)  # the control variate, of mean 0
-        self.num_resamplings = torch.zeros(islands, dtype=torch.long)
+        self.log_weight = torch.zeros(num_islands, num_samples // num_islands, dtype=torch.float64)  # since resampling
+        self.log_partition = torch.zeros(num_islands, dtype=torch.float64)  # until resampling
+        self.control = torch.zeros(num_islands, dtype=torch.float64)  # the control variate, of mean 0
+        self.num_resamplings = torch.zeros(num_islands, dtype=torch.long)
 
     def weigh(self, log_increment: Tensor) -> None:
         """Multiplies the weights of completions that go on; [K]."""
         self.log_weight += log_increment.masked_fill(self.ended, 0).view_as(self.log_weight)
 
-    def resample(self, resample_below: float, generator: torch.Generator) -> Tensor:
+    def resample(self, ess_threshold: float, generator: torch.Generator) -> Tensor:
         """[K] the particle that each one goes on with: systematic resampling, island by island, where it is due."""
-        islands, each = self.log_weight.shape
+        num_islands, each = self.log_weight.shape
         weight = self.log_weight.softmax(1)
-        due = 1 / weight.square().sum(1) < resample_below * each
-        positions = (torch.rand(islands, 1, dtype=torch.float64, generator=generator) + torch.arange(each)) / each
+        due = 1 / weight.square().sum(1) < ess_threshold * each
+        positions = (torch.rand(num_islands, 1, dtype=torch.float64, generator=generator) + torch.arange(each)) / each
         drawn = torch.searchsorted(weight.cumsum(1), positions).clamp(max=each - 1)
-        own = torch.arange(each).expand(islands, -1)
-        ancestors = (torch.where(due[:, None], drawn, own) + each * torch.arange(islands)[:, None]).flatten()
+        own = torch.arange(each).expand(num_islands, -1)
+        ancestors = (torch.where(due[:, None], drawn, own) + each * torch.arange(num_islands)[:, None]).flatten()
         self.log_partition += torch.where(due, self.log_weight.logsumexp(1) - math.log(each), 0)
         self.log_weight[due] = 0
         self.num_resamplings += due
@@ -354,7 +355,7 @@ def _log_completions(vocab_size: int, ends: list[int], max_new_tokens: int) -> T
     """[T + 1] float64: the logarithm of how many completions follow a prefix with n tokens to go, n from 0 to T."""
     beyond = [token for token in ends if not 0 <= token < vocab_size]
     if beyond:
-        raise ValueError(f"Expected `eos` to be in [0, {vocab_size}), but got {beyond[0]}.")
+        raise ValueError(f"Expected `eos_token_id` to be in [0, {vocab_size}), but got {beyond[0]}.")
     log_ends, log_others = torch.tensor([len(ends), vocab_size - len(ends)], dtype=torch.float64).log()
     counts = [torch.zeros((), dtype=torch.float64)]
     for _ in range(max_new_tokens):
@@ -366,17 +367,19 @@ def _wide(logits: Tensor) -> Tensor:
     return unmasked(logits.detach() if logits.dtype == torch.float64 else logits.detach().float())
 
 
-def _check(num_samples: int, islands: int, max_new_tokens: int, resample_below: float, seed: int) -> None:
+def _check(num_samples: int, num_islands: int, max_new_tokens: int, ess_threshold: float, seed: int) -> None:
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
-        ("islands", islands, 3),
-        ("num_samples", num_samples, 2 * islands if isinstance(islands, int) else 6),
+        ("num_islands", num_islands, 3),
+        ("num_samples", num_samples, 2 * num_islands if isinstance(num_islands, int) else 6),
     ):
         check_integer(name, value, least)
-    if num_samples % islands:
-        raise ValueError(f"Expected `num_samples` to be a multiple of `islands`, {islands}, but got {num_samples}.")
+    if num_samples % num_islands:
+        raise ValueError(
+            f"Expected `num_samples` to be a multiple of `num_islands`, {num_islands}, but got {num_samples}."
+        )
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"Expected `seed` to be an integer of 64 bits, but got {seed!r}.")
-    check_number("resample_below", resample_below)
-    if not 0 <= resample_below <= 1:
-        raise ValueError(f"Expected `resample_below` to be in [0, 1], but got {resample_below}.")
+    check_number("ess_threshold", ess_threshold)
+    if not 0 <= ess_threshold <= 1:
+        raise ValueError(f"Expected `ess_threshold` to be in [0, 1], but got {ess_threshold}.")

@@ -13,7 +13,7 @@ from tests.helpers import FIELDS
 THREADS = 128
 # The fields of lit_did.SequenceStatistics; all but the first three and the last are means.
 SUMS = ("policy_logprob", "reference_logprob", "log_ratio")
-MEANS = ("did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 
 
 def packed_case(lengths, dtype=torch.float32, ignore_index=-100, seed=0):
@@ -34,7 +34,7 @@ def expected_of(case, begin, end):
     tokens["log_ratio"] = tokens["policy_logprob"] - tokens["reference_logprob"]
     sums = [tokens[name].sum() for name in SUMS]
     means = [tokens[name].sum() / kept.sum().clamp(min=1) for name in MEANS]
-    return torch.stack([*sums, *means, tokens["did_log_partition"].sum()]), kept.sum()
+    return torch.stack([*sums, *means, tokens["token_did_log_partition"].sum()]), kept.sum()
 
 
 def assert_right(case, result, offsets):

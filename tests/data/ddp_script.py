@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_did.data import PreferenceDataModule
 
 ROWS = [{"prompt": "a", "chosen": " b" * (n % 5 + 1), "rejected": " c"} for n in range(11)]
-BY_TOKENS = {"pack": True, "tokens_per_batch": 16, "max_length": 6}
+BY_TOKENS = {"tokens_per_batch": 16, "max_length": 6}
 
 
 class Recorder(LightningModule):

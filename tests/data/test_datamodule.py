@@ -33,11 +33,7 @@ def _indices(dataset) -> list[int]:
         ({"chat_template_kwargs": {"tokenize": True}}, "Expected `chat_template_kwargs` .* but got `tokenize`"),
         ({"seed": -1}, "Expected `seed` to be an integer of at least 0, but got -1."),
         (
-            {"tokens_per_batch": 4096},
-            "Expected `pack=True` for `tokens_per_batch=4096`, but got False.",
-        ),
-        (
-            {"pack": True, "tokens_per_batch": 2047},
+            {"tokens_per_batch": 2047},
             r"Expected `tokens_per_batch` to be an integer of at least 2048 \(2 \* max_length, .*\), but got 2047.",
         ),
         ({"on_bad_rows": "drop"}, 'Expected `on_bad_rows` to be "skip" or "raise", but got .drop.'),
@@ -63,7 +59,6 @@ def test_arguments_are_checked(no_specials, arguments, message):
         ({"columns": "question"}, "Expected `columns` to be a dict such as .* but got 'question'."),
         ({"parse_special_tokens": 1}, "Expected `parse_special_tokens` to be a bool, but got 1."),
         ({"chat_template_kwargs": "a"}, "Expected `chat_template_kwargs` to be a dict or None, but got 'a'."),
-        ({"pack": 1}, "Expected `pack` to be a bool, but got 1."),
         ({"shuffle": None}, "Expected `shuffle` to be a bool, but got None."),
         ({"drop_last": 0}, "Expected `drop_last` to be a bool, but got 0."),
     ],
@@ -154,7 +149,7 @@ def test_batches(no_specials):
 
 def test_default_batch_sizes(no_specials):
     sizes = [({}, 8, 8), ({"batch_size": 3}, 3, 3), ({"eval_batch_size": 3}, 8, 3)]
-    budget = {"pack": True, "tokens_per_batch": 4096}
+    budget = {"tokens_per_batch": 4096}
     sizes += [({**budget}, None, 8), ({**budget, "batch_size": 3}, 3, 3)]
     for arguments, train, evaluation in sizes:
         data = PreferenceDataModule(ROWS, no_specials, **arguments)
@@ -163,10 +158,13 @@ def test_default_batch_sizes(no_specials):
 
 def test_packed_batches(no_specials):
     arguments = {"val": ROWS[:5], "batch_size": 4, "eval_batch_size": 2, "seed": 1}
-    packed, padded = (PreferenceDataModule(ROWS, no_specials, pack=pack, **arguments) for pack in (True, False))
+    packed, padded = (
+        PreferenceDataModule(ROWS, no_specials, max_length=50, tokens_per_batch=tokens, **arguments)
+        for tokens in (10_000, None)
+    )
     packed.setup()
     padded.setup()
-    for name in ("train_dataloader", "val_dataloader", "predict_dataloader"):
+    for name in ("val_dataloader", "predict_dataloader"):  # training goes by tokens: see below
         for batch, twin in zip(getattr(packed, name)(), getattr(padded, name)(), strict=True):
             assert batch["input_ids"][0].tolist() == twin["input_ids"][twin["attention_mask"] == 1].tolist()
             assert batch["index"].tolist() == twin["index"].tolist()
@@ -179,7 +177,7 @@ def test_packed_batches(no_specials):
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_batches_by_tokens(no_specials, batch_size):
     data = PreferenceDataModule(
-        ROWS, no_specials, max_length=8, pack=True, tokens_per_batch=18, batch_size=batch_size, val=ROWS, seed=1
+        ROWS, no_specials, max_length=8, tokens_per_batch=18, batch_size=batch_size, val=ROWS, seed=1
     )
     data.setup()
     loader = data.train_dataloader()
@@ -214,7 +212,7 @@ def test_drop_last_and_shuffle(no_specials):
     data.setup("fit")
     with pytest.raises(ValueError, match=r"Expected at least batch_size \* ranks = 11 training pairs .* but got 10"):
         data.train_dataloader()
-    data = PreferenceDataModule(ROWS[:1], no_specials, max_length=8, drop_last=True, pack=True, tokens_per_batch=16)
+    data = PreferenceDataModule(ROWS[:1], no_specials, max_length=8, drop_last=True, tokens_per_batch=16)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
     data.setup("fit")
     with pytest.raises(ValueError, match=r"Expected at least ranks = 2 training pairs .* but got 1"):

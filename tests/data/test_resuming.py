@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_did.data import PreferenceDataModule
 
 ROWS = [{"prompt": "a", "chosen": "b" * (n % 5 + 1), "rejected": "c"} for n in range(11)]
-BY_TOKENS = {"batch_size": None, "pack": True, "tokens_per_batch": 15, "max_length": 6}
+BY_TOKENS = {"batch_size": None, "tokens_per_batch": 15, "max_length": 6}
 # Either way 6 batches an epoch.
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 

@@ -52,7 +52,7 @@ def test_trains_and_writes(tiny_model, tmp_path, capsys):
     rows = list(csv.DictReader((output / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
     assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-4)
-    assert all(float(row["train/did_entropy"]) > 0 for row in rows)
+    assert all(float(row["train/token_did_entropy"]) > 0 for row in rows)
     for name in ("training.png", "held_out.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
@@ -81,7 +81,7 @@ def test_real_model_on_real_pairs(tmp_path, capsys):
     assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-3)
     # the entropy of a language model's text, not of noise: far below log V = 10.8, above 0
     assert 0.5 < float(rows[0]["train/policy_entropy"]) < 5
-    assert 10 < float(rows[-1]["train/did_entropy"]) < 10.81
+    assert 10 < float(rows[-1]["train/token_did_entropy"]) < 10.81
 
 
 def refused(capsys, *arguments: object) -> str:

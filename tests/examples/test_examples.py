@@ -32,7 +32,7 @@ def test_there_are_three():
 def test_own_lightning_module(tiny_model, tmp_path):
     printed = run("own_lightning_module.py", tmp_path, tiny_model, 10)
     names = {line.split()[0] for line in printed.splitlines() if line.strip()}
-    assert names >= {"did/train/did_entropy", "did/val/kl", "my/did_entropy", "my/reward_accuracy"}
+    assert names >= {"did/train/token_did_entropy", "did/val/kl", "my/token_did_entropy", "my/reward_accuracy"}
     rows = list(csv.DictReader((tmp_path / "did_logs" / "metrics.csv").open()))
     assert [row["step"] for row in rows if row["did/train/kl"]] == ["4", "9"]
 

@@ -82,7 +82,7 @@ def test_scores_keep_their_order_whatever_the_lengths(tiny):
         assert both.num_tokens[row] == alone.num_tokens[row] == len(completion)
         # float32, in batches of other lengths
         assert both.log_ratio[row].item() == pytest.approx(one.log_ratio.item(), abs=1e-4)
-        assert both.did_entropy[row].item() == pytest.approx(one.did_entropy.item(), abs=1e-4)
+        assert both.token_did_entropy[row].item() == pytest.approx(one.token_did_entropy.item(), abs=1e-4)
         assert alone.policy_logprob[row].item() == pytest.approx(one.policy_logprob.item(), abs=1e-4)
         assert alone.policy_entropy[row].item() == pytest.approx(one.policy_entropy.item(), abs=1e-4)
 
@@ -146,7 +146,7 @@ def test_theory_at_the_target(tiny):
         for n, m in ((3, 2), (1, 5))
     ]
     theory = tempered.at_target(tiny.model, pairs, 0.7)
-    chosen_change = rejected_change = entropy_change = did_entropy = 0.0
+    chosen_change = rejected_change = entropy_change = token_did_entropy = 0.0
     for pair in pairs:
         for side in ("chosen", "rejected"):
             completion = getattr(pair, side)
@@ -158,13 +158,13 @@ def test_theory_at_the_target(tiny):
                 chosen_change += float((rho.exp() * (pi - rho)).sum()) / 4
                 entropy_change += float((rho.exp() * rho - pi.exp() * pi).sum()) / 4
                 did = (pi - rho).log_softmax(-1)
-                did_entropy -= float((did.exp() * did).sum()) / 4
+                token_did_entropy -= float((did.exp() * did).sum()) / 4
             else:
                 rejected_change += float((pi - rho).gather(1, completion[:, None]).sum()) / 7
     assert theory["chosen_change"] == pytest.approx(chosen_change, abs=1e-4)  # float32
     assert theory["rejected_change"] == pytest.approx(rejected_change, abs=1e-4)
     assert theory["entropy_change"] == pytest.approx(entropy_change, abs=1e-4)
-    assert theory["did_entropy"] == pytest.approx(did_entropy, abs=1e-4)
+    assert theory["token_did_entropy"] == pytest.approx(token_did_entropy, abs=1e-4)
     assert theory["chosen_change"] < 0
     assert theory["entropy_change"] < 0
 

@@ -63,8 +63,8 @@ class Model(NamedTuple):
 
 
 @functools.cache
-def model(vocab_size: int, max_length: int, scale: float) -> Model:
-    generator = torch.Generator().manual_seed(SIZES.index((vocab_size, max_length)))
+def model(vocab_size: int, max_new_tokens: int, scale: float) -> Model:
+    generator = torch.Generator().manual_seed(SIZES.index((vocab_size, max_new_tokens)))
     reference = 2 * torch.randn(vocab_size, vocab_size, generator=generator, dtype=torch.float64)
     policy = reference + scale * torch.randn(vocab_size, vocab_size, generator=generator, dtype=torch.float64)
 
@@ -72,8 +72,10 @@ def model(vocab_size: int, max_length: int, scale: float) -> Model:
         # No completion goes on after token 0, the end: its row serves the first token.
         return lambda prefixes: logits[prefixes[:, -1] if prefixes.shape[1] else torch.zeros(1, dtype=torch.long)]
 
-    exact = enumerate_did(bigram(policy), bigram(reference), max_length=max_length, eos=0)
-    token_did = enumerate_did(bigram(policy - reference), bigram(reference), max_length=max_length, eos=0)
+    exact = enumerate_did(bigram(policy), bigram(reference), max_new_tokens=max_new_tokens, eos_token_id=0)
+    token_did = enumerate_did(
+        bigram(policy - reference), bigram(reference), max_new_tokens=max_new_tokens, eos_token_id=0
+    )
     proposals = {
         "policy": exact.policy_logprob,
         "reference": exact.reference_logprob,
@@ -145,18 +147,18 @@ def test_interval_is_a_t_interval_with_the_effective_sample_size():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_policy_that_is_its_reference_is_exact(dtype):
-    vocab_size, max_length = 1000, 50
+    vocab_size, max_new_tokens = 1000, 50
     # From the token DIDs, uniform here, all weights are V^T = e+150; the models' own log-probabilities cancel.
     logprob = -100 * torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=dtype) - 5000
-    proposal = torch.full((64,), -max_length * math.log(vocab_size), dtype=torch.float64)
+    proposal = torch.full((64,), -max_new_tokens * math.log(vocab_size), dtype=torch.float64)
     estimate = estimate_did_entropy(logprob, logprob, proposal)
-    assert estimate.entropy == estimate.log_partition == pytest.approx(max_length * math.log(vocab_size), rel=1e-12)
+    assert estimate.entropy == estimate.log_partition == pytest.approx(max_new_tokens * math.log(vocab_size), rel=1e-12)
     assert estimate.standard_error == pytest.approx(0, abs=1e-9)
     assert estimate.pareto_k == -math.inf
     assert estimate.reliable
-    assert estimate.per_token(max_length) == pytest.approx(math.log(vocab_size), rel=1e-12)
-    assert estimate.concentration(vocab_size, max_length) == pytest.approx(0, abs=1e-9)
-    assert estimate.concentration(2 * vocab_size, max_length) == pytest.approx(max_length * math.log(2))
+    assert estimate.per_token(max_new_tokens) == pytest.approx(math.log(vocab_size), rel=1e-12)
+    assert estimate.concentration(vocab_size, max_new_tokens) == pytest.approx(0, abs=1e-9)
+    assert estimate.concentration(2 * vocab_size, max_new_tokens) == pytest.approx(max_new_tokens * math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

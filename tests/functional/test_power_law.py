@@ -77,7 +77,7 @@ def test_against_matrices(with_prompts, confidence):
     u, v, prompt = samples(0)
     prompt = prompt if with_prompts else None
     expected = by_matrices(u, v, prompt, confidence)
-    fit = fit_power_law(u, v, prompt=prompt, confidence=confidence)
+    fit = fit_power_law(u, v, group=prompt, confidence=confidence)
     assert fit._asdict() == pytest.approx(expected, rel=1e-9, nan_ok=True)
     assert expected["num_samples"] == (60 if prompt is None else 58)  # the premise: some prompts have one sample
 
@@ -93,10 +93,10 @@ def test_against_scipy():
 def test_prompts_are_told_apart_not_ordered():
     u, v, prompt = samples(2)
     order = torch.randperm(len(u), generator=generator(0))
-    fit = fit_power_law(u, v, prompt=prompt)
-    other = fit_power_law(u[order], v[order], prompt=(1000 - 7 * prompt[order]).int())
+    fit = fit_power_law(u, v, group=prompt)
+    other = fit_power_law(u[order], v[order], group=(1000 - 7 * prompt[order]).int())
     assert fit == pytest.approx(other, rel=1e-10, nan_ok=True)
-    pooled = fit_power_law(u, v, prompt=torch.zeros_like(prompt).index_fill(0, torch.arange(20), 1))
+    pooled = fit_power_law(u, v, group=torch.zeros_like(prompt).index_fill(0, torch.arange(20), 1))
     assert abs(pooled.exponent - fit.exponent) > 0.05  # the premise: prompts matter
 
 
@@ -105,7 +105,7 @@ def test_a_prompts_intercept_would_bias_the_pooled_exponent():
     _, v, prompt = samples(3)
     highest = torch.stack([v[prompt == p].max() for p in prompt])
     u = 0.5 * v + highest
-    assert fit_power_law(u, v, prompt=prompt).exponent == pytest.approx(0.5, rel=1e-12)
+    assert fit_power_law(u, v, group=prompt).exponent == pytest.approx(0.5, rel=1e-12)
     assert fit_power_law(u, v).exponent > 1
 
 
@@ -119,9 +119,9 @@ def enumerated(beta: float, *, off: bool = False) -> tuple[Tensor, Tensor]:
     def bigram(logits: Tensor):
         return lambda prefixes: logits[prefixes[:, -1] if prefixes.shape[1] else torch.zeros(1, dtype=torch.long)]
 
-    exact = enumerate_did(bigram(policy), bigram(reference), max_length=4, eos=0)
+    exact = enumerate_did(bigram(policy), bigram(reference), max_new_tokens=4, eos_token_id=0)
     if off:
-        rejected = enumerate_did(bigram(other), bigram(reference), max_length=4, eos=0).policy_logprob
+        rejected = enumerate_did(bigram(other), bigram(reference), max_new_tokens=4, eos_token_id=0).policy_logprob
     else:
         rejected = (exact.reference_logprob - beta * exact.log_ratio).log_softmax(0)
     return exact.reference_logprob - rejected, exact.log_ratio
@@ -173,7 +173,7 @@ def replicates() -> dict[str, list]:
         v, error = torch.randn(2, 500, generator=normal, dtype=torch.float64)
         level, slope = torch.randn(2, 100, generator=normal, dtype=torch.float64)[:, prompt]
         u = (0.7 + 0.5 * slope) * v + 5 * level + error  # errors within a prompt go together
-        fits["prompts"].append(fit_power_law(u, v + 3 * level, prompt=prompt))
+        fits["prompts"].append(fit_power_law(u, v + 3 * level, group=prompt))
     return fits
 
 
@@ -203,8 +203,8 @@ def test_far_from_zero(with_prompts):
     """Log-ratios of -1,000 with a spread of 1."""
     u, v, prompt = samples(6)
     prompt = prompt if with_prompts else None
-    fit = fit_power_law(u, v, prompt=prompt)._asdict()
-    far = fit_power_law(u - 3000, v - 1000, prompt=prompt)._asdict()
+    fit = fit_power_law(u, v, group=prompt)._asdict()
+    far = fit_power_law(u - 3000, v - 1000, group=prompt)._asdict()
     fit["intercept"] += 0.0 if with_prompts else -3000 + 1000 * fit["exponent"]
     assert far == pytest.approx(fit, rel=1e-8, nan_ok=True)  # the input itself is rounded to 1e-13 of 1,000
     apart = [(prompt if with_prompts else torch.arange(60)) % 3 == i for i in range(3)]
@@ -222,7 +222,7 @@ def test_far_apart_batches_merge_to_one():
             for mine in (prompt % 3 == 0, prompt % 3 == 1, prompt > 100, prompt % 3 == 2)
         ]
         nested = merge_power_law_sums(torch.stack([merge_power_law_sums(torch.stack(parts[:2])), *parts[2:]]))
-        fit = fit_power_law(u, v, prompt=labels)._asdict()
+        fit = fit_power_law(u, v, group=labels)._asdict()
         assert power_law_value(nested, 0.95)._asdict() == pytest.approx(fit, rel=1e-7, nan_ok=True)
         assert fit["num_samples"] == (60 if labels is None else 56)
 
@@ -233,7 +233,7 @@ def test_low_precision_input_is_computed_in_float64(dtype, with_prompts):
     u, v, prompt = samples(8)
     u, v, prompt = u.to(dtype), v.to(dtype), prompt if with_prompts else None
     expected = by_matrices(u.double(), v.double(), prompt)
-    fit = fit_power_law(u.requires_grad_(), v, prompt=prompt)
+    fit = fit_power_law(u.requires_grad_(), v, group=prompt)
     assert fit._asdict() == pytest.approx(expected, rel=1e-9, nan_ok=True)
     assert not power_law_sums(u, v, prompt).requires_grad
 
@@ -245,7 +245,7 @@ def test_equal_values_do_not_vary_by_rounding():
     with pytest.raises(ValueError, match="`policy_log_ratio` to vary, but got no difference"):
         fit_power_law(u[:7], v[:7])
     with pytest.raises(ValueError, match="`policy_log_ratio` to vary within prompts, but got no difference"):
-        fit_power_law(u, v, prompt=torch.arange(2).repeat_interleave(7))
+        fit_power_law(u, v, group=torch.arange(2).repeat_interleave(7))
 
 
 def test_what_cannot_be_known_is_nan():
@@ -265,7 +265,7 @@ def test_preference_pairs():
     u, v, _ = samples(9)
     prompt = torch.arange(30).repeat(2)
     du, dv = (x[:30] - x[30:] for x in (u, v))
-    fit = fit_power_law(u, v, prompt=prompt)
+    fit = fit_power_law(u, v, group=prompt)
     assert fit.exponent == pytest.approx(float(du @ dv / (dv @ dv)), rel=1e-12)
     assert 0 < fit.linearity_p < 1
 
@@ -287,17 +287,17 @@ GOOD = {"reference_log_ratio": torch.tensor([0.0, 1.0, 3.0]), "policy_log_ratio"
         ),
         ({"reference_log_ratio": torch.tensor([0, 1, torch.nan])}, ValueError, "finite, but got nan in sample 2"),
         ({"policy_log_ratio": torch.full((3,), 0.1)}, ValueError, "`policy_log_ratio` to vary, but got no difference"),
-        ({"prompt": torch.zeros(3)}, TypeError, "`prompt` to be a tensor of integers, but got torch.float32"),
-        ({"prompt": torch.zeros(2).long()}, ValueError, r"`prompt` to have shape \(3,\), but got \(2,\)"),
-        ({"prompt": torch.tensor([1, 1, 2])}, ValueError, "2 prompts with 2 samples each, or more, but got 1"),
-        ({"prompt": torch.arange(3)}, ValueError, "2 prompts with 2 samples each, or more, but got 0"),
+        ({"group": torch.zeros(3)}, TypeError, "`group` to be a tensor of integers, but got torch.float32"),
+        ({"group": torch.zeros(2).long()}, ValueError, r"`group` to have shape \(3,\), but got \(2,\)"),
+        ({"group": torch.tensor([1, 1, 2])}, ValueError, "2 prompts with 2 samples each, or more, but got 1"),
+        ({"group": torch.arange(3)}, ValueError, "2 prompts with 2 samples each, or more, but got 0"),
         ({name: value[:2] for name, value in GOOD.items()}, ValueError, r"\[N\] with N >= 3, but got N = 2"),
         ({name: value[:0] for name, value in GOOD.items()}, ValueError, "Expected 3 samples, .* but got 0"),
         (
             {
                 "policy_log_ratio": torch.tensor([0.1, 0.1, 0.7, 0.7]),
                 "reference_log_ratio": torch.arange(4.0),
-                "prompt": torch.tensor([0, 0, 1, 1]),
+                "group": torch.tensor([0, 0, 1, 1]),
             },
             ValueError,
             "`policy_log_ratio` to vary within prompts, but got no difference",

@@ -145,7 +145,7 @@ def test_a_batch_in_dpo_trainer(tmp_path, ours, theirs):
     expected.backward()
     batch = read_batch(batch)
     for parts in (None, 1):
-        module = LitDPO(llama(0), llama(1), beta=0.3, tokens_at_once=parts, learning_rate=0.0, **ours)
+        module = LitDPO(llama(0), llama(1), beta=0.3, micro_batch_tokens=parts, learning_rate=0.0, **ours)
         pairs = module.pair_statistics(batch)
         assert pairs.chosen.num_tokens.unique().numel() > 2  # the premise: lengths differ
         assert pairs.loss.mean().item() == pytest.approx(expected.item(), rel=1e-5)

@@ -17,7 +17,15 @@ def sequences(policy: Tensor, reference: Tensor, labels: Tensor, ignore_index: i
     found = []
     for z_rows, r_rows, row_labels in zip(policy, reference, labels, strict=True):
         tokens: dict[str, list[float]] = {
-            name: [] for name in ("log_ratio", "did_entropy", "did_log_partition", "policy_entropy", "kl", "reverse_kl")
+            name: []
+            for name in (
+                "log_ratio",
+                "token_did_entropy",
+                "token_did_log_partition",
+                "policy_entropy",
+                "kl",
+                "reverse_kl",
+            )
         }
         for z, r, label in zip(z_rows, r_rows, row_labels.tolist(), strict=True):
             if label == ignore_index:
@@ -28,8 +36,8 @@ def sequences(policy: Tensor, reference: Tensor, labels: Tensor, ignore_index: i
             partition = q.sum()
             q /= partition
             tokens["log_ratio"].append(log_pi[label] - log_rho[label])
-            tokens["did_entropy"].append(-(q * np.log(q)).sum())
-            tokens["did_log_partition"].append(np.log(partition))
+            tokens["token_did_entropy"].append(-(q * np.log(q)).sum())
+            tokens["token_did_log_partition"].append(np.log(partition))
             tokens["policy_entropy"].append(-(np.exp(log_pi) * log_pi).sum())
             tokens["kl"].append((np.exp(log_pi) * (log_pi - log_rho)).sum())
             tokens["reverse_kl"].append((np.exp(log_rho) * (log_rho - log_pi)).sum())
@@ -53,7 +61,7 @@ def expected(
     scale = 1 / np.log(2) if unit == "bits" else 1
     values = {
         name: scale * np.mean([value for tokens in alone for value in tokens[name]])
-        for name in ("did_entropy", "did_log_partition", "policy_entropy", "kl", "reverse_kl")
+        for name in ("token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl")
     }
     log_ratios = [value for tokens in alone for value in tokens["log_ratio"]]
     values["reward"] = beta * np.mean([sum(tokens["log_ratio"]) for tokens in alone])

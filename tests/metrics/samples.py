@@ -25,7 +25,7 @@ def completions(seed: int = 0) -> dict[str, Tensor]:
     sequences[1::4] = sequences[0::4][: len(sequences[1::4])]
     order = torch.randperm(total, generator=generator)
     samples = {
-        "policy_logprob": policy, "reference_logprob": reference, "proposal_logprob": proposal, "prompt": prompt,
+        "policy_logprob": policy, "reference_logprob": reference, "proposal_logprob": proposal, "group": prompt,
         "sequences": sequences,
     }  # fmt: skip
     return {name: value[order] for name, value in samples.items()}

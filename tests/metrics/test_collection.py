@@ -63,7 +63,8 @@ def test_sequences_that_are_no_pairs():
     metrics.update(policy[:3], reference[:3], labels[:3])  # an odd number
     values = metrics.compute()
     assert set(values) == {
-        "did_entropy", "did_log_partition", "policy_entropy", "kl", "reverse_kl", "reward", "reward_per_token",
+        "token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl", "reward",
+        "reward_per_token",
     }  # fmt: skip
     assert values["kl"] > 0
 
@@ -90,7 +91,7 @@ def test_forward_is_differentiable():
     policy.requires_grad_()
     metrics = DIDMetrics()
     values = metrics(policy, reference, labels)
-    (values["reward_margin"] + values["did_entropy"]).backward()
+    (values["reward_margin"] + values["token_did_entropy"]).backward()
     assert policy.grad.abs().sum() > 0
     metrics.update(policy, reference, labels)
     assert not any(state.requires_grad for m in metrics.values() for state in m.metric_state.values())

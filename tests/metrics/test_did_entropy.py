@@ -22,14 +22,14 @@ def estimates_of(samples: dict[str, Tensor], **options) -> dict[int, DIDEntropyE
     """One prompt after the other, token ids compared as they are."""
     estimates: dict[int, DIDEntropyEstimate | None] = dict.fromkeys(COUNTS)
     for prompt in (7, -3, 2**40):
-        mine = samples["prompt"] == prompt
-        given = {name: value[mine] for name, value in samples.items() if name != "prompt"}
+        mine = samples["group"] == prompt
+        given = {name: value[mine] for name, value in samples.items() if name != "group"}
         estimates[prompt] = estimate_did_entropy(**given, **options)
     return estimates
 
 
 def make(**options) -> DIDEntropy:
-    return DIDEntropy(max_length=6, vocab_size=100, **options)
+    return DIDEntropy(max_new_tokens=6, vocab_size=100, **options)
 
 
 def updated(metric: DIDEntropy, batches: list[dict[str, Tensor]]) -> DIDEntropy:
@@ -63,7 +63,7 @@ def test_every_prompt_has_its_estimate():
 
 def test_values():
     # Without the prompt of two samples, whose interval is infinite.
-    samples = {name: value[completions()["prompt"] != 2**40] for name, value in completions().items()}
+    samples = {name: value[completions()["group"] != 2**40] for name, value in completions().items()}
     every = estimates_of(completions(), confidence=0.8)
     one, other = every[7], every[-3]
     values = {name: value.item() for name, value in updated(make(confidence=0.8), [samples]).compute().items()}
@@ -88,11 +88,11 @@ def test_values():
     )
     plain = DIDEntropy()(**samples)
     assert values.keys() - plain.keys() == {"entropy_per_token", "concentration"}
-    assert DIDEntropy(max_length=3)(**samples).keys() - plain.keys() == {"entropy_per_token"}
+    assert DIDEntropy(max_new_tokens=3)(**samples).keys() - plain.keys() == {"entropy_per_token"}
 
 
 def test_one_prompt_has_its_own_interval():
-    samples = {name: value[completions()["prompt"] == 7] for name, value in completions().items()}
+    samples = {name: value[completions()["group"] == 7] for name, value in completions().items()}
     expected = estimates_of(completions())[7]
     values = updated(make(), [samples]).compute()
     assert [values[name].item() for name in ("entropy", "lower", "upper", "log_partition")] == pytest.approx(
@@ -125,7 +125,7 @@ def test_other_ways_to_tell_completions_apart(kind):
         batches = batches_of(samples)
     else:
         del samples["sequences"]
-        same = (torch.arange(106) % 2 == 0) & (samples["prompt"] != 5)
+        same = (torch.arange(106) % 2 == 0) & (samples["group"] != 5)
         for name in ("policy_logprob", "reference_logprob", "proposal_logprob"):
             samples[name][same] = -2.0
         signed = same.nonzero()[:20, 0]
@@ -182,7 +182,7 @@ def test_forward_reset_pickle_and_clone():
     assert of_batch["entropy"] == make()(**rest[1])["entropy"]
     metric.reset()
     of_batch = metric(**first)
-    assert of_batch["num_prompts"] == metric.compute()["num_prompts"] == len(first["prompt"].unique())
+    assert of_batch["num_prompts"] == metric.compute()["num_prompts"] == len(first["group"].unique())
     assert metric.state_dict() == {}
     for other in (pickle.loads(pickle.dumps(metric)), metric.clone(), copy.deepcopy(metric)):
         for batch in rest:
@@ -237,15 +237,19 @@ def changed(**change):
     ("make_wrong", "error", "words"),
     [
         (lambda: DIDEntropy(confidence=1), ValueError, r"`confidence` to be in \(0, 1\), but got 1"),
-        (lambda: DIDEntropy(max_length=0), ValueError, "`max_length` to be an integer of at least 1, but got 0"),
-        (lambda: DIDEntropy(max_length=3, vocab_size=2.5), ValueError, "`vocab_size` to be an integer .* got 2.5"),
-        (lambda: DIDEntropy(vocab_size=7), ValueError, "`max_length` with `vocab_size`, but got None"),
+        (
+            lambda: DIDEntropy(max_new_tokens=0),
+            ValueError,
+            "`max_new_tokens` to be an integer of at least 1, but got 0",
+        ),
+        (lambda: DIDEntropy(max_new_tokens=3, vocab_size=2.5), ValueError, "`vocab_size` to be an integer .* got 2.5"),
+        (lambda: DIDEntropy(vocab_size=7), ValueError, "`max_new_tokens` with `vocab_size`, but got None"),
         (lambda: DIDEntropy(padding=None), TypeError, "`padding` to be an integer, but got None"),
         (changed(policy_logprob=[1.0]), TypeError, "`policy_logprob` to be a tensor of floats, but got list"),
         (changed(policy_logprob=torch.zeros(3, 2)), ValueError, "`reference_logprob` to have the shape"),
         (changed(proposal_logprob=torch.full((106,), -torch.inf)), ValueError, "`proposal_logprob` to be finite"),
-        (changed(prompt=torch.zeros(106)), TypeError, "`prompt` to be a tensor of integers, but got torch.float32"),
-        (changed(prompt=torch.zeros(3).long()), ValueError, r"`prompt` to have shape \(106,\), but got \(3,\)"),
+        (changed(group=torch.zeros(106)), TypeError, "`group` to be a tensor of integers, but got torch.float32"),
+        (changed(group=torch.zeros(3).long()), ValueError, r"`group` to have shape \(106,\), but got \(3,\)"),
         (changed(sequences=torch.zeros(106)), TypeError, "`sequences` to be a tensor of integers"),
         (changed(sequences=torch.zeros(3).long()), ValueError, "`sequences` to have shape"),
     ],
@@ -265,4 +269,4 @@ def test_one_value_or_names_of_its_own():
     assert named.compute() == {f"did/{name}": value for name, value in values.items()}
     with pytest.raises(ValueError, match=r"`only` to be None or one of 'entropy', .* but got 'concentration'"):
         DIDEntropy(only="concentration")  # without a vocabulary
-    assert DIDEntropy(only="concentration", max_length=2, vocab_size=3).compute().isnan()
+    assert DIDEntropy(only="concentration", max_new_tokens=2, vocab_size=3).compute().isnan()

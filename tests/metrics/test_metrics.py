@@ -31,8 +31,8 @@ def mean_loss(*arguments, beta: float, **options) -> torch.Tensor:
 
 # name in the oracle: (class, its arguments, functional twin, its arguments)
 CASES = {
-    "did_entropy": (M.TokenDIDEntropy, {}, F.token_did_entropy, {}),
-    "did_log_partition": (M.DIDLogPartition, {}, F.did_log_partition, {}),
+    "token_did_entropy": (M.TokenDIDEntropy, {}, F.token_did_entropy, {}),
+    "token_did_log_partition": (M.TokenDIDLogPartition, {}, F.token_did_log_partition, {}),
     "policy_entropy": (M.PolicyEntropy, {}, F.policy_entropy, {}),
     "kl": (M.PolicyKL, {}, F.policy_kl, {}),
     "reverse_kl": (M.PolicyKL, {"reverse": True}, F.policy_kl, {"reverse": True}),
@@ -56,7 +56,7 @@ CASES = {
 }  # fmt: skip
 ORACLE = functools.partial(expected, beta=0.7, num_bins=4, loss=True)
 each = pytest.mark.parametrize("name", CASES)
-INFORMATION = ("did_entropy", "did_log_partition", "policy_entropy", "kl", "reverse_kl")
+INFORMATION = ("token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl")
 
 
 def make(name: str, **options):
@@ -230,7 +230,7 @@ def of_sequences(num_tokens: list[int], **fields) -> SequenceStatistics:
 @pytest.mark.parametrize("name", [*INFORMATION, "reward_per_token"])
 def test_a_billion_tokens_do_not_saturate(name):
     field = {"reward_per_token": "log_ratio"}.get(name, name)
-    is_sum = field in ("log_ratio", "did_log_partition")
+    is_sum = field in ("log_ratio", "token_did_log_partition")
     metric = make(name)
     metric.update(of_sequences([10**9, 10**9], **{field: [1e9, 1e9] if is_sum else [1.0, 1.0]}))
     for _ in range(1000):

@@ -21,7 +21,7 @@ from tests.modules.tiny import trainer
 
 def whole(batches: list[tuple], **options) -> dict[str, float]:
     u, v, *prompt = (torch.cat(side) for side in zip(*batches, strict=True))
-    return fit_power_law(u, v, prompt=prompt[0] if prompt else None, **options)._asdict()
+    return fit_power_law(u, v, group=prompt[0] if prompt else None, **options)._asdict()
 
 
 def close(values: dict[str, float]):
@@ -108,7 +108,7 @@ def test_prompts_in_some_updates_only():
     metric = PowerLawExponent()
     u, v, prompt = log_ratios(True)[2]
     metric.update(u, v, prompt)
-    with pytest.raises(ValueError, match="`prompt` in all updates or in none, but got both"):
+    with pytest.raises(ValueError, match="`group` in all updates or in none, but got both"):
         metric.update(u, v)
     assert floats(metric.compute()) == close(whole([(u, v, prompt)]))  # the wrong one left nothing
 

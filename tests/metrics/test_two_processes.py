@@ -86,7 +86,7 @@ def test_the_entropy_of_completions(results):
     """Prompts with samples on both, on one, and a process that has none of any."""
     samples = completions()
     expected, whole = test_did_entropy.estimates_of(samples), DIDEntropy()(**samples)
-    both = [set(batch["prompt"].tolist()) for batch in batches_of(samples)]
+    both = [set(batch["group"].tolist()) for batch in batches_of(samples)]
     assert 7 in (both[0] | both[2] | both[4]) & (both[1] | both[3])  # the premise
     for of_rank in results:
         for values in (of_rank["entropy of one process"][1], of_rank["entropy"][1]):

@@ -14,7 +14,7 @@ from lit_did.models.trial import layout_of, outputs_of
 from lit_did.ops import SequenceStatistics
 
 LAYOUTS = {"padded": (False, False), "packed": (True, False), "shared": (True, True)}
-"""`pack` and `share` of `layout_of`"""
+"""`padding_free` and `share` of `layout_of`"""
 
 VOCABULARY = 97
 _SIZES = {
@@ -110,7 +110,7 @@ def logits_alone(model: nn.Module, sequences: Sequences) -> list[Tensor]:
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):  # the number of tokens counts
         sequences = sequences.whole()
-    for index in range(sequences.count):
+    for index in range(sequences.num_sequences):
         place = sequences.slice(index)
         ids = torch.from_numpy(sequences.input_ids[place])[None]
         positions = torch.from_numpy(sequences.position_ids[place])[None]
@@ -144,8 +144,8 @@ def assert_right(model: nn.Module, truth: nn.Module | None = None) -> None:
     sequences = read_sequences(make_batch())
     with torch.no_grad():
         expected = torch.cat(logits_alone(model if truth is None else truth, sequences))
-    for pack, share in LAYOUTS.values():
-        logits = logits_in(model, sequences, pack=pack, share=share).double()
+    for padding_free, share in LAYOUTS.values():
+        logits = logits_in(model, sequences, padding_free=padding_free, share=share).double()
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 

@@ -23,10 +23,10 @@ from tests.models.architectures import (
 )
 
 
-def statistics(policy: nn.Module, reference: nn.Module, sequences: Sequences, pack: bool, share: bool):
-    layout = layout_of(policy, sequences, pack=pack, share=share)
+def statistics(policy: nn.Module, reference: nn.Module, sequences: Sequences, padding_free: bool, share: bool):
+    layout = layout_of(policy, sequences, padding_free=padding_free, share=share)
     with torch.no_grad():
-        outputs = outputs_of(reference, layout_of(reference, sequences, pack=pack, share=share))
+        outputs = outputs_of(reference, layout_of(reference, sequences, padding_free=padding_free, share=share))
     return completion_statistics(outputs_of(policy, layout), outputs, layout.labels, layout.cu_labels)
 
 
@@ -35,10 +35,10 @@ def test_statistics_and_gradients_of_every_layout(name, implementation):
     sequences = read_sequences(make_batch())
     models = [build(name, implementation, seed) for seed in (0, 1)]
     exact = [double(model) for model in models]
-    weights = torch.linspace(-1, 1, sequences.count, dtype=torch.float64)
+    weights = torch.linspace(-1, 1, sequences.num_sequences, dtype=torch.float64)
 
     def gradients(model: nn.Module, statistics) -> list[Tensor | None]:
-        objective = (statistics.log_ratio * weights).sum() + statistics.did_entropy.sum()
+        objective = (statistics.log_ratio * weights).sum() + statistics.token_did_entropy.sum()
         return torch.autograd.grad(objective, list(model.parameters()), allow_unused=True)
 
     truth = true_statistics(*exact, sequences)
@@ -49,12 +49,18 @@ def test_statistics_and_gradients_of_every_layout(name, implementation):
         assert outputs_of(models[0], layout_of(models[0], sequences)).hidden is not None
     sizes = set()
     if True:
-        for pack, share in LAYOUTS.values():
-            sizes.add(layout_of(models[0], sequences, pack=pack, share=share).inputs["input_ids"].numel())
-            ours = statistics(*models, sequences, pack, share)
+        for padding_free, share in LAYOUTS.values():
+            sizes.add(
+                layout_of(models[0], sequences, padding_free=padding_free, share=share).inputs["input_ids"].numel()
+            )
+            ours = statistics(*models, sequences, padding_free, share)
             for field, value in ours._asdict().items():
                 torch.testing.assert_close(
-                    value.double(), getattr(truth, field).double(), rtol=1e-5, atol=1e-4, msg=f"{pack, share, field}"
+                    value.double(),
+                    getattr(truth, field).double(),
+                    rtol=1e-5,
+                    atol=1e-4,
+                    msg=f"{padding_free, share, field}",
                 )
             for (parameter, _), gradient, expected in zip(
                 models[0].named_parameters(), gradients(models[0], ours), truths, strict=True
@@ -62,7 +68,11 @@ def test_statistics_and_gradients_of_every_layout(name, implementation):
                 assert (gradient is None) == (expected is None), parameter
                 if gradient is not None:  # norms below a thousandth of the largest are sums that cancel
                     floor = 1e-3 * max(g.norm() for g in truths if g is not None)
-                    assert (gradient - expected).norm() <= 1e-4 * (expected.norm() + floor), (pack, share, parameter)
+                    assert (gradient - expected).norm() <= 1e-4 * (expected.norm() + floor), (
+                        padding_free,
+                        share,
+                        parameter,
+                    )
     assert len(sizes) == 3  # the premise: neither padding nor what is shared
 
 
@@ -73,8 +83,8 @@ def test_bfloat16(name, implementation):
     with torch.no_grad():
         truth = true_statistics(*map(double, models), sequences)
         errors = {}
-        for layout, (pack, share) in LAYOUTS.items():
-            ours = statistics(*models, sequences, pack, share)
+        for layout, (padding_free, share) in LAYOUTS.items():
+            ours = statistics(*models, sequences, padding_free, share)
             errors[layout] = (ours.log_ratio - truth.log_ratio).square().mean().sqrt().item()
     assert layout_of(models[0], sequences).packing == "segments"
     # As wrong as the model itself is in its precision: other roundings, no more of them.

@@ -62,7 +62,7 @@ def packed_batch(examples) -> dict[str, torch.Tensor]:
 def unpacked(sequences) -> list[tuple[list[int], list[int], list[int]]]:
     return [
         tuple(array[sequences.slice(i)].tolist() for array in (sequences.input_ids, sequences.labels))
-        for i in range(sequences.count)
+        for i in range(sequences.num_sequences)
     ]
 
 
@@ -106,7 +106,7 @@ def test_select():
     chosen = sequences.select([3, 0, 3])
     assert unpacked(chosen) == [expected(examples())[i] for i in (3, 0, 3)]
     nothing = sequences.select([])
-    assert (nothing.count, nothing.num_labels, len(nothing.position_ids)) == (0, 0, 0)
+    assert (nothing.num_sequences, nothing.num_labels, len(nothing.position_ids)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("form", [padded_batch, packed_batch])
@@ -121,8 +121,8 @@ def test_whole_sequences_have_what_follows_their_last_label(form):
     assert sequences.num_labels == sequences.whole().num_labels
     for indices in (range(len(given)), [3, 1]):
         whole = sequences.select(indices).whole()
-        assert whole.counts
-        got = [whole.input_ids[whole.slice(i)].tolist() for i in range(whole.count)]
+        assert whole.positions_count_from_zero
+        got = [whole.input_ids[whole.slice(i)].tolist() for i in range(whole.num_sequences)]
         assert got == [rows[i] for i in indices]
         for index, row in enumerate(indices):
             own, labels = sequences.slice(row), whole.labels[whole.slice(index)]
@@ -132,15 +132,17 @@ def test_whole_sequences_have_what_follows_their_last_label(form):
 
 def test_parts_hold_every_pair_once_in_order_and_within_the_budget():
     sequences = read_sequences(padded_batch(examples()))
-    truth, pairs = expected(examples()), sequences.count // 2
+    truth, pairs = expected(examples()), sequences.num_sequences // 2
     sizes = [len(truth[i][0]) + len(truth[pairs + i][0]) for i in range(pairs)]
     for tokens in (1, max(sizes), sizes[0] + sizes[1], sizes[0] + sizes[1] - 1, 50, sum(sizes) - 1, sum(sizes)):
         parts = split_pairs(sequences, tokens)
-        halves = [(unpacked(part)[: part.count // 2], unpacked(part)[part.count // 2 :]) for part in parts]
+        halves = [
+            (unpacked(part)[: part.num_sequences // 2], unpacked(part)[part.num_sequences // 2 :]) for part in parts
+        ]
         assert [s for first, _ in halves for s in first] == truth[:pairs]
         assert [s for _, second in halves for s in second] == truth[pairs:]
         lengths = [len(part.input_ids) for part in parts]
-        assert all(length <= tokens or part.count == 2 for length, part in zip(lengths, parts, strict=True))
+        assert all(length <= tokens or part.num_sequences == 2 for length, part in zip(lengths, parts, strict=True))
         # Of all ways to cut the pairs: the fewest parts, and of those the smallest largest one.
         ways = [
             [sum(sizes[a:b]) for a, b in pairwise((0, *cuts, pairs))]

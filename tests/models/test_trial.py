@@ -42,7 +42,7 @@ def assert_right_on(model: nn.Module, sequences: Sequences) -> str:
     """That logits and gradients are those of every sequence alone; the kind of layout."""
     trained = [p for p in model.parameters() if p.requires_grad]
     truths = []
-    for i in range(sequences.count):
+    for i in range(sequences.num_sequences):
         model(input_ids=torch.tensor([[1]]))  # forget the sequence before
         truths += logits_alone(model, sequences.select([i]))
     truth = torch.cat(truths).float()

@@ -226,10 +226,10 @@ def check_sampling(policy: nn.Module, reference: nn.Module) -> bool:
             reference,
             PROMPTS[0],
             max_new_tokens=10,  # beyond windows and chunks
-            eos=None,
+            eos_token_id=None,
             num_samples=8,
             islands=4,
-            resample_below=1.0,
+            ess_threshold=1.0,
             progress=False,
         )
     assert samples.num_resamplings.sum() > 0  # the premise

@@ -15,13 +15,13 @@ from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import Example
 from tests.modules.tiny import VOCABULARY, tiny_llama, trainer
 
-PLAIN = {"pack": False, "share_prompts": False, "tokens_at_once": None, "recompute_elementwise": False}
+PLAIN = {"padding_free": False, "share_prompts": False, "micro_batch_tokens": None, "recompute_elementwise": False}
 SWITCHES = [
-    {"pack": True, "share_prompts": False, "tokens_at_once": None},
-    {"pack": True, "share_prompts": True, "tokens_at_once": None},
-    {"pack": True, "share_prompts": True, "tokens_at_once": 1},
-    {"pack": True, "share_prompts": True, "tokens_at_once": 70},
-    {"pack": False, "share_prompts": True, "tokens_at_once": 70},
+    {"padding_free": True, "share_prompts": False, "micro_batch_tokens": None},
+    {"padding_free": True, "share_prompts": True, "micro_batch_tokens": None},
+    {"padding_free": True, "share_prompts": True, "micro_batch_tokens": 1},
+    {"padding_free": True, "share_prompts": True, "micro_batch_tokens": 70},
+    {"padding_free": False, "share_prompts": True, "micro_batch_tokens": 70},
     {},
 ]
 # A large eps keeps Adam from turning rounding of small gradients into whole steps.

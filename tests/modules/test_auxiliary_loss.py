@@ -59,12 +59,14 @@ def test_value_and_gradient(name, lora):
     assert any(balance.abs().max() > 1e-4 for balance in gradients[2])
 
 
-@pytest.mark.parametrize("tokens_at_once", [None, 60])
-def test_it_is_logged_and_trained(tokens_at_once):
+@pytest.mark.parametrize("micro_batch_tokens", [None, 60])
+def test_it_is_logged_and_trained(micro_batch_tokens):
     runs = {}
     for coefficient in (0.0, 3.0):
         policy = build("Mixtral", vocab_size=67, output_router_logits=True, router_aux_loss_coef=coefficient)
-        module = LitDPO(policy, build("Mixtral", vocab_size=67, seed=1), tokens_at_once=tokens_at_once, **OPTIMISER)
+        module = LitDPO(
+            policy, build("Mixtral", vocab_size=67, seed=1), micro_batch_tokens=micro_batch_tokens, **OPTIMISER
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             runs[coefficient] = train(module, loader(4, 2))

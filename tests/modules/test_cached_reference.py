@@ -107,7 +107,7 @@ CASES = {
     "projected": (partial(pairs_of, kind=LitDPOPG), lambda: [loader(TRAIN, 3), loader(VAL, 2)], {}),
     "bfloat16": (pairs_of, lambda: [loader(TRAIN, 3), loader(VAL, 2)], {"precision": "bf16-mixed"}),
     "parts of batches, no validation": (
-        partial(pairs_of, gradient_checkpointing=True, tokens_at_once=16),
+        partial(pairs_of, gradient_checkpointing=True, micro_batch_tokens=16),
         lambda: [loader(TRAIN, 3)],
         {},
     ),
@@ -121,7 +121,7 @@ CASES = {
     "batches as a dataset": (pairs_of, lambda: [DataLoader([collate(TRAIN), collate(VAL)], batch_size=None)], {}),
     "shuffled by a worker": (pairs_of, lambda: [shuffled(batch_size=4, drop_last=True, num_workers=1)], {}),
     "padded texts": (text_of, lambda: [texts(batch_size=4, drop_last=True)], {}),
-    "packed texts": (text_of, lambda: [texts(pack=True, tokens_per_batch=120, num_workers=1)], {}),
+    "packed texts": (text_of, lambda: [texts(tokens_per_batch=120, num_workers=1)], {}),
 }
 
 
@@ -221,7 +221,7 @@ def test_a_lora_policy_keeps_its_layers_and_shares_the_cache_of_full_fine_tuning
     assert moved == {name for name in after if "lora_" in name}
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 2}, {"pack": True, "tokens_per_batch": 120, "num_workers": 1}])
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"tokens_per_batch": 120, "num_workers": 1}])
 def test_a_run_resumed_in_the_middle_of_an_epoch(tmp_path, options):
     module = text_of()
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)

@@ -263,7 +263,7 @@ def test_the_chosen_likelihood_does_not_fall_to_first_order_where_dpos_does():
         ({"loss": lambda chosen, rejected: -chosen.log_ratio}, "`loss` to be 'sigmoid' with LitDPOPG, but got <func"),
         ({"nll_weight": 0.2}, "`nll_weight` to be None with LitDPOPG, but got 0.2"),
         ({"label_smoothing": 0.1}, "`label_smoothing` to be 0 with LitDPOPG, but got 0.1"),
-        ({"did_entropy_weight": 0.1}, "`did_entropy_weight` to be 0 with LitDPOPG, but got 0.1"),
+        ({"token_did_entropy_weight": 0.1}, "`token_did_entropy_weight` to be 0 with LitDPOPG, but got 0.1"),
         ({"beta": 0}, "`beta` to be above 0, but got 0"),
     ],
 )

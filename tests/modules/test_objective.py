@@ -49,7 +49,7 @@ def test_validation_weighs_chosen_tokens_alike_whatever_the_batches(loss):
         assert run.callback_metrics["val/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("switches", [{}, {"tokens_at_once": 1}])
+@pytest.mark.parametrize("switches", [{}, {"micro_batch_tokens": 1}])
 def test_a_function_is_the_loss_by_name(switches):
     expected = train(make(loss="hinge", nll_weight=0.2))
     got = train(make(loss=hinge, nll_weight=0.2, **switches))
@@ -94,7 +94,7 @@ def test_a_training_step_may_add_to_litdpos():
             return None if batch_idx == 1 else 2 * super().training_step(batch, batch_idx)
 
     plain = train(make(learning_rate=0.0), loader(12))
-    for switches in ({}, {"tokens_at_once": 1}):
+    for switches in ({}, {"micro_batch_tokens": 1}):
         doubled = train(make(Doubled, learning_rate=0.0, **switches), loader(12))
         for step in (0, 2):
             assert doubled.logged[step]["train/loss"] == pytest.approx(plain.logged[step]["train/loss"], rel=1e-4)
@@ -143,7 +143,7 @@ def test_a_mixture_without_a_reference_has_none():
             chosen_num_tokens=statistics.chosen.num_tokens,
         ),
     )
-    for arguments in ({"reference": tiny_llama(1)}, {"did_entropy_weight": 0.1}, {"cache_reference": "folder"}):
+    for arguments in ({"reference": tiny_llama(1)}, {"token_did_entropy_weight": 0.1}, {"cache_reference": "folder"}):
         with pytest.raises(ValueError, match=rf"`{next(iter(arguments))}` to be .* with `loss={{'cpo': 0.5"):
             LitDPO(tiny_llama(), loss=loss, **arguments)
 

@@ -1,4 +1,4 @@
-"""Batches that lie end to end, as `PreferenceDataModule(pack=True)` makes them."""
+"""Batches that lie end to end, as `PreferenceDataModule(padding_free=True)` makes them."""
 
 from __future__ import annotations
 
@@ -79,11 +79,15 @@ def test_offsets_are_integers():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"pack": 1}, TypeError, "`pack` to be a bool, but got 1"),
+        ({"padding_free": 1}, TypeError, "`padding_free` to be a bool, but got 1"),
         ({"share_prompts": None}, TypeError, "`share_prompts` to be a bool, but got None"),
-        ({"tokens_at_once": 0}, ValueError, "`tokens_at_once` to be a positive integer, 'auto' or None, but got 0"),
-        ({"tokens_at_once": True}, ValueError, "`tokens_at_once` to be a positive integer"),
-        ({"tokens_at_once": "all"}, ValueError, "`tokens_at_once` to be a positive integer"),
+        (
+            {"micro_batch_tokens": 0},
+            ValueError,
+            "`micro_batch_tokens` to be a positive integer, 'auto' or None, but got 0",
+        ),
+        ({"micro_batch_tokens": True}, ValueError, "`micro_batch_tokens` to be a positive integer"),
+        ({"micro_batch_tokens": "all"}, ValueError, "`micro_batch_tokens` to be a positive integer"),
     ],
 )
 def test_switches_out_of_range_are_refused(arguments, error, message):

@@ -112,6 +112,6 @@ def test_data_without_validation_are_told_by_that_name():
 def test_sampling_leaves_nothing_behind():
     models = tiny_llama(0), tiny_llama(1)
     before, numbers = process_state(), torch.get_rng_state()
-    sample_did(*models, [1, 2], max_new_tokens=2, num_samples=6, islands=3, progress=False)
+    sample_did(*models, [1, 2], max_new_tokens=2, num_samples=6, num_islands=3, progress=False)
     assert process_state() == before
     assert torch.equal(torch.get_rng_state(), numbers)

@@ -139,9 +139,9 @@ SPOILED = [
         r"`input_ids` to have the shape \[2 pairs, T\], but got \(\d+,",
     ),
     (lambda b: b.update({k: v[:, :0] for k, v in b.items()}), r"`input_ids` to have the shape \[2 pairs, T\], but got"),
-    (lambda b: b["labels"].fill_(-100), "completion tokens, but got 4 of 4 .* sequence 0 the first"),
-    (lambda b: b["labels"][2].fill_(-100), "completion tokens, but got 1 of 4 .* sequence 2 the first"),
-    (lambda b: b["attention_mask"][1].fill_(0), "completion tokens, but got 1 of 4 .* sequence 1 the first"),
+    (lambda b: b["labels"].fill_(-100), "completion tokens, but got 4 of 4 .* The first is sequence"),
+    (lambda b: b["labels"][2].fill_(-100), "completion tokens, but got 1 of 4 .* The first is sequence"),
+    (lambda b: b["attention_mask"][1].fill_(0), "completion tokens, but got 1 of 4 .* The first is sequence"),
     (lambda b: b.update({k: v[:3] for k, v in b.items()}), r"even number of sequences.* but got 3: `input_ids` of the"),
     (
         lambda b: b.update(position_ids=torch.arange(4)),
@@ -229,10 +229,10 @@ def test_pairs_that_do_not_count_need_no_labels_where_weights_are_read(loss):
     module = LitDPO(tiny_llama(), loss=loss)
     (kept,) = module.predict_step(batch, 0).loss
     assert kept.isfinite()
-    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* sequence 1 the first"):
+    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* The first is sequence"):
         module.training_step(batch, 0)
     batch["weight"] = batch["weight"].flip(0)
-    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* sequence 1 the first"):
+    with pytest.raises(ValueError, match=r"completion tokens, but got 2 of 4 .* The first is sequence"):
         module.predict_step(batch, 0)
 
 

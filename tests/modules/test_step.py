@@ -19,7 +19,7 @@ from tests.modules.tiny import tiny_llama, trainer
 @pytest.mark.parametrize("loss", LOSSES)
 def test_switches_change_no_number(loss):
     free = loss in REFERENCE_FREE_LOSSES
-    options = {"loss": loss} if free else {"loss": loss, "did_entropy_weight": 0.3}
+    options = {"loss": loss} if free else {"loss": loss, "token_did_entropy_weight": 0.3}
     limits = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
 
     def run(**switches):
@@ -34,12 +34,12 @@ def test_switches_change_no_number(loss):
 
 @pytest.mark.parametrize("switches", SWITCHES[2:4])
 def test_the_gradient_of_float64(switches):
-    module = make(did_entropy_weight=0.3, **switches)
+    module = make(token_did_entropy_weight=0.3, **switches)
     batch = next(iter(loader()))
     policy, reference = double(module.policy), double(module.reference)
     truth = true_statistics(policy, reference, read_sequences(batch))
     margin = 0.1 * (truth.log_ratio[:4] - truth.log_ratio[4:])
-    entropy = (truth.did_entropy * truth.num_tokens).sum() / truth.num_tokens.sum()
+    entropy = (truth.token_did_entropy * truth.num_tokens).sum() / truth.num_tokens.sum()
     (torch.log1p((-margin).exp()).mean() - 0.3 * entropy).backward()
     record = train(module)
     for gradient, parameter in zip(record.gradients[0], policy.parameters(), strict=True):
@@ -71,11 +71,11 @@ def test_the_gradient_scaler_reaches_every_part(monkeypatch):
     monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda self: torch.autocast("cpu", enabled=False))
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     expected = train(make(**PLAIN))
-    assert_same(train(make(tokens_at_once=1), plugins=[plugin]), expected)
+    assert_same(train(make(micro_batch_tokens=1), plugins=[plugin]), expected)
 
 
 def test_projected_gradient_wants_the_whole_batch():
-    whole, parts = (train(make(LitDPOPG, tokens_at_once=tokens)) for tokens in (None, 1))
+    whole, parts = (train(make(LitDPOPG, micro_batch_tokens=tokens)) for tokens in (None, 1))
     assert_same(parts, whole, atol=0)
     assert "train/gradient_cosine" in whole.logged[0]
 
@@ -99,7 +99,7 @@ def test_activations_of_one_part_are_held_at_a_time():
     most, seen = {}, {}
     lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples()]
     for tokens in (None, 70, 1):
-        module = make(**{**PLAIN, "pack": True, "tokens_at_once": tokens})
+        module = make(**{**PLAIN, "padding_free": True, "micro_batch_tokens": tokens})
         calls = seen[tokens] = []
         train(module)  # finds out what the models allow
         module.policy.get_input_embeddings().register_forward_hook(lambda m, i, o, c=calls: c.append(i[0].numel()))
@@ -119,7 +119,7 @@ def test_activations_of_one_part_are_held_at_a_time():
 
 
 def test_no_gradients_are_held_through_a_forward_pass():
-    module, held = make(tokens_at_once=None), []
+    module, held = make(micro_batch_tokens=None), []
     parameters = list(module.policy.parameters())
     module.policy.get_input_embeddings().register_forward_hook(
         lambda *_: held.append(sum(p.grad is not None for p in parameters))

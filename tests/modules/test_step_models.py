@@ -102,7 +102,7 @@ def test_models_have_their_own_attention_back():
         getattr(trainer(max_steps=2), stage)(module, loader())
         assert seen[-1] == "lit_did_sdpa"  # the premise
         assert {m.config._attn_implementation for m in (module.policy, module.reference)} == {"sdpa"}
-    module = make(pack=False)
+    module = make(padding_free=False)
     train(module)
     assert module.policy.config._attn_implementation == "sdpa"
 

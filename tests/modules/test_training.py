@@ -47,7 +47,7 @@ def test_micro_batches_give_the_gradient_and_the_metrics_of_one_batch():
         runs[size] = record
     for large, small in zip(runs[6].gradients[0], runs[2].gradients[0], strict=True):
         torch.testing.assert_close(small, large, atol=1e-6, rtol=1e-4)
-    assert runs[6].logged[0].keys() >= {"train/loss", "train/did_entropy", "train/kl", "train/reward_accuracy"}
+    assert runs[6].logged[0].keys() >= {"train/loss", "train/token_did_entropy", "train/kl", "train/reward_accuracy"}
     for name, value in runs[6].logged[0].items():
         assert runs[2].logged[0][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert runs[6].logged[1]["train/loss"] != pytest.approx(runs[6].logged[0]["train/loss"])  # nothing is carried over
@@ -63,11 +63,15 @@ def test_logged_means_are_weighted_by_pairs_and_by_tokens():
     assert logged["val/loss"].item() == pytest.approx(one.loss.mean().item(), rel=1e-5)
     assert logged["val/reward_accuracy"].item() == pytest.approx((one.reward_margin > 0).double().mean().item())
     tokens = torch.cat([one.chosen.num_tokens, one.rejected.num_tokens])
-    entropy = torch.cat([one.chosen.did_entropy, one.rejected.did_entropy])
-    assert logged["val/did_entropy"].item() == pytest.approx(((entropy * tokens).sum() / tokens.sum()).item(), rel=1e-5)
-    partition = torch.cat([one.chosen.did_log_partition, one.rejected.did_log_partition]).sum() / tokens.sum()
-    assert logged["val/did_log_partition"].item() == pytest.approx(partition.item(), rel=1e-5)
-    assert entropy.mean().item() != pytest.approx(logged["val/did_entropy"].item(), rel=1e-6)  # the premise
+    entropy = torch.cat([one.chosen.token_did_entropy, one.rejected.token_did_entropy])
+    assert logged["val/token_did_entropy"].item() == pytest.approx(
+        ((entropy * tokens).sum() / tokens.sum()).item(), rel=1e-5
+    )
+    partition = (
+        torch.cat([one.chosen.token_did_log_partition, one.rejected.token_did_log_partition]).sum() / tokens.sum()
+    )
+    assert logged["val/token_did_log_partition"].item() == pytest.approx(partition.item(), rel=1e-5)
+    assert entropy.mean().item() != pytest.approx(logged["val/token_did_entropy"].item(), rel=1e-6)  # the premise
 
 
 def test_pairs_that_only_fill_a_batch_do_not_count():

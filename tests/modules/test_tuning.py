@@ -34,7 +34,7 @@ def weights(model: LitDPO) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
-@pytest.mark.parametrize("options", [{}, {"pack": True, "tokens_per_batch": 60}], ids=["rows", "tokens"])
+@pytest.mark.parametrize("options", [{}, {"tokens_per_batch": 60}], ids=["rows", "tokens"])
 def test_batch_size_is_found_and_training_goes_on_as_without(mode, options):
     model, given, run = module(), data(**options), trainer(max_epochs=2)
     before = weights(model)

@@ -109,7 +109,7 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
         learning_rate=1e-2,
         weight_decay=0.1,  # two groups of parameters
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
-        tokens_at_once=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once
+        micro_batch_tokens=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once
         cache_reference=f"{path}.cache" if kind == "cached" else None,
     )
     accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes

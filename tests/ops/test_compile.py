@@ -52,13 +52,13 @@ def test_opcheck_backward(used, needs):
 
 def token_loss(policy, reference, labels):
     statistics = token_statistics(policy, reference, labels, temperature=0.9)
-    return statistics.log_ratio.sigmoid().sum() + statistics.did_entropy.sum() - 0.1 * statistics.kl.sum()
+    return statistics.log_ratio.sigmoid().sum() + statistics.token_did_entropy.sum() - 0.1 * statistics.kl.sum()
 
 
 def packed_loss(policy, reference, labels):
     offsets = torch.arange(3) * (labels.shape[0] // 2)
     statistics = sequence_statistics(policy, reference, labels, cu_seqlens=offsets)
-    return statistics.log_ratio.sigmoid().sum() + statistics.did_entropy.sum() + statistics.num_tokens.sum()
+    return statistics.log_ratio.sigmoid().sum() + statistics.token_did_entropy.sum() + statistics.num_tokens.sum()
 
 
 def padded_loss(policy, reference, labels):

@@ -34,7 +34,7 @@ def operator_arguments(policy, reference, labels, used=range(8)):
 
 
 def loss(statistics):
-    return statistics.log_ratio.sigmoid().sum() + statistics.did_entropy.sum() - 0.1 * statistics.kl.sum()
+    return statistics.log_ratio.sigmoid().sum() + statistics.token_did_entropy.sum() - 0.1 * statistics.kl.sum()
 
 
 def token_loss(*inputs, **options):

@@ -17,7 +17,7 @@ from tests.helpers import DTYPES, random_logits
 
 OFFSETS = [0, 0, 5, 5, 6, 11, 24]  # empty sequences first and within, one token, and more
 TOKENS = OFFSETS[-1]
-MEANS = ("did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 
 
 def fused_reduction(statistics, labels, cu_seqlens=None, ignore_index=-100):

@@ -11,8 +11,8 @@ from lit_did import SequenceStatistics, sequence_statistics, token_statistics
 from tests.helpers import DTYPES, FIELDS, naive, random_logits
 
 BACKENDS = ("fused", "reference")
-SUMS = ("policy_logprob", "reference_logprob", "log_ratio", "did_log_partition")
-MEANS = ("did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+SUMS = ("policy_logprob", "reference_logprob", "log_ratio", "token_did_log_partition")
+MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 VOCABULARY = 37  # two vectors and a tail
 
 

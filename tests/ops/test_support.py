@@ -103,8 +103,8 @@ def test_hole_in_the_policy(place, dtype, backend):
     expected = {
         "policy_logprob": z.log_softmax(-1)[labels[1]],
         "reference_logprob": log_rho[labels[1]],
-        "did_entropy": torch.distributions.Categorical(logits=d).entropy(),
-        "did_log_partition": d.logsumexp(-1) - z.logsumexp(-1) + r.logsumexp(-1),
+        "token_did_entropy": torch.distributions.Categorical(logits=d).entropy(),
+        "token_did_log_partition": d.logsumexp(-1) - z.logsumexp(-1) + r.logsumexp(-1),
         "policy_entropy": torch.distributions.Categorical(logits=z[support]).entropy(),
         "reference_entropy": torch.distributions.Categorical(logits=r).entropy(),
         "kl": (pi[support] * (z.log_softmax(-1)[support] - log_rho[support])).sum(),
@@ -126,9 +126,9 @@ def test_hole_in_the_reference(place, dtype, backend):
     """log Z and KL(pi, rho) are infinite, H(q) NaN, and none passes a gradient; the rest is finite."""
     policy, reference, labels, support = rows_with(place, dtype, None, -INF)
     values, grad_policy, grad_reference = call(policy, reference, labels, backend, UPSTREAM)
-    assert values["did_log_partition"][1] == INF
+    assert values["token_did_log_partition"][1] == INF
     assert values["kl"][1] == INF
-    assert values["did_entropy"][1].isnan()
+    assert values["token_did_entropy"][1].isnan()
     z, r = policy.detach()[1].double(), reference.detach()[1].double()
     log_pi, log_rho = z.log_softmax(-1), r.log_softmax(-1)
     expected = {
@@ -143,7 +143,7 @@ def test_hole_in_the_reference(place, dtype, backend):
     assert grad_policy.isfinite().all()
     assert grad_reference.isfinite().all()
     assert (grad_reference[1, ~support] == 0).all()
-    finite_only = without(UPSTREAM, "did_log_partition", "kl", "did_entropy")
+    finite_only = without(UPSTREAM, "token_did_log_partition", "kl", "token_did_entropy")
     again = call(policy, reference, labels, backend, finite_only)
     assert torch.equal(grad_policy[1], again[1][1])
     assert torch.equal(grad_reference[1], again[2][1])
@@ -252,9 +252,9 @@ def test_disjoint_supports(vocabulary, dtype, backend):
     reference[:, half:] = -INF
     labels = torch.tensor([0, vocabulary - 1])
     values, *grads = call(policy.requires_grad_(), reference.requires_grad_(), labels, backend, UPSTREAM[:, :2])
-    for name in ("did_log_partition", "kl", "reverse_kl"):
+    for name in ("token_did_log_partition", "kl", "reverse_kl"):
         assert (values[name] == INF).all(), name
-    assert values["did_entropy"].isnan().all()
+    assert values["token_did_entropy"].isnan().all()
     uniform = torch.full((2,), half, dtype=values["kl"].dtype).log()
     torch.testing.assert_close(values["policy_entropy"], uniform)
     torch.testing.assert_close(values["reference_entropy"], uniform)
@@ -277,7 +277,7 @@ def test_moderate_mask_on_both_sides_is_an_entry(dtype, backend):
         torch.testing.assert_close(values[name][1].double(), value, rtol=2e-6, atol=2e-6)
     with_masked = torch.cat([inside[0] - inside[1], torch.zeros(1, int((~support).sum()))], -1)
     entropy = torch.distributions.Categorical(logits=with_masked).entropy()[0]
-    torch.testing.assert_close(values["did_entropy"][1].double(), entropy, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(values["token_did_entropy"][1].double(), entropy, rtol=2e-6, atol=2e-6)
     for grad in grads:
         assert grad.isfinite().all()
 

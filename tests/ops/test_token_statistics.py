@@ -142,8 +142,8 @@ def test_policy_equal_to_the_reference(dtype, vocabulary, backend):
     torch.testing.assert_close(statistics.kl, torch.zeros_like(uniform), **tolerance)
     torch.testing.assert_close(statistics.reverse_kl, torch.zeros_like(uniform), **tolerance)
     torch.testing.assert_close(statistics.log_ratio, torch.zeros_like(uniform), **tolerance)
-    torch.testing.assert_close(statistics.did_entropy, uniform, **tolerance)
-    torch.testing.assert_close(statistics.did_log_partition, uniform, **tolerance)
+    torch.testing.assert_close(statistics.token_did_entropy, uniform, **tolerance)
+    torch.testing.assert_close(statistics.token_did_log_partition, uniform, **tolerance)
     check(policy, policy.clone(), labels, backend)
 
 

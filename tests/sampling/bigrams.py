@@ -22,11 +22,11 @@ def as_function(logits: Tensor):
     return lambda prefixes: logits[prefixes[:, -1] if prefixes.shape[1] else torch.zeros(len(prefixes)).long()]
 
 
-def exact(policy: Tensor, reference: Tensor, max_length: int) -> tuple[float, float]:
+def exact(policy: Tensor, reference: Tensor, max_new_tokens: int) -> tuple[float, float]:
     """log Z and H(q), by dynamic programming over the last token: any vocabulary, any length."""
     log_ratio = policy.log_softmax(-1) - reference.log_softmax(-1)
     log_partition, mean = torch.zeros(2, len(policy), dtype=torch.float64)  # after every token, with n tokens to go
-    for _ in range(max_length):
+    for _ in range(max_new_tokens):
         log_partition[0] = mean[0] = 0  # the end
         total = log_ratio + log_partition
         sums = total.logsumexp(-1)

@@ -48,9 +48,9 @@ def draw(policy: nn.Module, reference: nn.Module) -> tuple[Tensor, list[str]]:
             reference,
             PROMPT,
             max_new_tokens=TOKENS,
-            eos=None,
+            eos_token_id=None,
             num_samples=8,
-            resample_below=1.0,
+            ess_threshold=1.0,
             progress=False,
         )
     return samples.policy_logprob, [str(warning.message) for warning in told]

@@ -37,18 +37,18 @@ def replicates(samples: DIDSamples, count: int, islands: int = 4) -> list[DIDEnt
 
 
 @functools.cache
-def runs(size: tuple[int, int], scale: float, resample_below: float = 0.5) -> tuple[float, float, DIDSamples]:
-    vocab_size, max_length = size
-    policy, reference = bigrams(vocab_size, scale, seed=100 * vocab_size + max_length)
-    truth = enumerate_did(as_function(policy), as_function(reference), max_length=max_length, eos=0)
+def runs(size: tuple[int, int], scale: float, ess_threshold: float = 0.5) -> tuple[float, float, DIDSamples]:
+    vocab_size, max_new_tokens = size
+    policy, reference = bigrams(vocab_size, scale, seed=100 * vocab_size + max_new_tokens)
+    truth = enumerate_did(as_function(policy), as_function(reference), max_new_tokens=max_new_tokens, eos_token_id=0)
     samples = quiet(
         as_function(policy),
         as_function(reference),
-        max_new_tokens=max_length,
-        eos=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=0,
         num_samples=SAMPLES * REPLICATES,
-        islands=4 * REPLICATES,
-        resample_below=resample_below,
+        num_islands=4 * REPLICATES,
+        ess_threshold=ess_threshold,
     )
     return float(truth.log_partition), float(truth.entropy), samples
 
@@ -86,7 +86,7 @@ def test_a_larger_model():
     # 300 tokens, T = 64: H(q) is 331 nats, of at most 365. Twice the error that the interval's half width allows.
     policy, reference = bigrams(300, 1.0, seed=3)
     log_partition, entropy = exact(policy, reference, 64)
-    samples = quiet(as_function(policy), as_function(reference), max_new_tokens=64, eos=0)
+    samples = quiet(as_function(policy), as_function(reference), max_new_tokens=64, eos_token_id=0)
     assert samples.estimate.reliable
     assert abs(samples.estimate.entropy - entropy) < 2 * (samples.estimate.upper - samples.estimate.entropy)
     assert abs(samples.estimate.entropy - entropy) < 5
@@ -155,7 +155,7 @@ def test_logprobs_are_the_models_own():
 
 def test_weighted_samples_represent_the_did():
     policy, reference = bigrams(6, 2.0, seed=606)
-    truth = enumerate_did(as_function(policy), as_function(reference), max_length=6, eos=0)
+    truth = enumerate_did(as_function(policy), as_function(reference), max_new_tokens=6, eos_token_id=0)
     _, _, samples = runs((6, 6), 2.0)
     weight = samples.log_weight.exp()
     for of_truth, of_samples in (
@@ -170,7 +170,7 @@ def test_weighted_samples_represent_the_did():
 
 def test_where_the_policy_is_its_reference_nothing_is_left_to_chance():
     logits = bigrams(6, 1.0)[0]
-    samples = quiet(as_function(logits), as_function(logits), max_new_tokens=6, eos=0)
+    samples = quiet(as_function(logits), as_function(logits), max_new_tokens=6, eos_token_id=0)
     completions = sum(5**n for n in range(6)) + 5**6  # 1 of every length with the end, and those that are cut
     assert samples.estimate.entropy == pytest.approx(math.log(completions), abs=1e-12)
     assert samples.log_num_completions == pytest.approx(math.log(completions), abs=1e-12)
@@ -196,9 +196,9 @@ def test_nothing_overflows():
         lambda prefixes: policy.expand(len(prefixes), -1),
         lambda prefixes: reference.expand(len(prefixes), -1),
         max_new_tokens=256,
-        eos=0,
+        eos_token_id=0,
         num_samples=6,
-        islands=3,
+        num_islands=3,
     )
     # Every prefix has the same sum: no noise but float32's rounding, 1e-6 of numbers of some ten in each of 256 steps.
     assert samples.estimate.log_partition == pytest.approx(float(log_partition), abs=1e-2)
@@ -221,14 +221,14 @@ def recomputing(model: nn.Module, prompt: Tensor):
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("resample_below", [0.0, 1.0])
-def test_caches_follow_their_particles(make, resample_below):
+@pytest.mark.parametrize("ess_threshold", [0.0, 1.0])
+def test_caches_follow_their_particles(make, ess_threshold):
     policy, reference = make(seed=0).eval(), make(seed=1).eval()
     prompt = torch.tensor([[5, 6, 7]])
-    options = {"max_new_tokens": 8, "eos": 3, "num_samples": 16, "resample_below": resample_below}
+    options = {"max_new_tokens": 8, "eos_token_id": 3, "num_samples": 16, "ess_threshold": ess_threshold}
     cached = quiet(policy, reference, prompt, **options)
     plain = quiet(recomputing(policy, prompt), recomputing(reference, prompt), **options)
-    assert cached.num_resamplings.tolist() == [7 if resample_below else 0] * 4  # never at first: all weights are equal
+    assert cached.num_resamplings.tolist() == [7 if ess_threshold else 0] * 4  # never at first: all weights are equal
     assert torch.equal(cached.completions, plain.completions)
     # Attention over cached keys adds up in another order: float32's 1e-6 on some ten nats, over 8 tokens.
     torch.testing.assert_close(cached.log_ratio, plain.log_ratio, rtol=0, atol=1e-3)
@@ -256,7 +256,7 @@ class WithoutCache(nn.Module):
 
 def test_models_without_a_cache():
     policy, reference = tiny_llama(seed=0).eval(), tiny_llama(seed=1).eval()
-    options = {"prompt": [5, 6], "max_new_tokens": 4, "num_samples": 8, "eos": None}
+    options = {"prompt": [5, 6], "max_new_tokens": 4, "num_samples": 8, "eos_token_id": None}
     assert torch.equal(
         quiet(WithoutCache(policy), WithoutCache(reference), **options).completions,
         quiet(policy, reference, **options).completions,
@@ -269,7 +269,7 @@ def test_an_adapters_reference_is_its_base_model():
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5, generator=generator)
-    options = {"prompt": [5, 6], "max_new_tokens": 4, "num_samples": 8, "eos": None}
+    options = {"prompt": [5, 6], "max_new_tokens": 4, "num_samples": 8, "eos_token_id": None}
     ours = quiet(policy, **options)
     assert (ours.log_ratio.abs() > 0.1).any()
     given = quiet(policy, base, **options)
@@ -282,13 +282,13 @@ def test_ends_are_the_policys_own():
     policy.generation_config.eos_token_id = list(range(1, 66))
     options = {"prompt": [5, 6], "max_new_tokens": 6, "num_samples": 32}
     samples = quiet(policy, reference, **options)
-    assert torch.equal(samples.completions, quiet(policy, reference, eos=range(1, 66), **options).completions)
+    assert torch.equal(samples.completions, quiet(policy, reference, eos_token_id=range(1, 66), **options).completions)
     for completion, length in zip(samples.completions.tolist(), samples.lengths.tolist(), strict=True):
         assert not any(1 <= token < 66 for token in completion[: length - 1])
         assert length == 6 or 1 <= completion[length - 1] < 66
         assert completion[length:] == [-1] * (6 - length)
     assert samples.lengths.min() < 6
-    assert quiet(policy, reference, eos=None, **options).lengths.tolist() == [6] * 32
+    assert quiet(policy, reference, eos_token_id=None, **options).lengths.tolist() == [6] * 32
 
 
 def test_it_ends_when_all_have_ended():
@@ -298,7 +298,7 @@ def test_it_ends_when_all_have_ended():
         calls.append(prefixes.shape[1])
         return torch.tensor([0.0, -math.inf], dtype=torch.float64).expand(len(prefixes), -1)
 
-    samples = quiet(always_ends, always_ends, max_new_tokens=9, eos=0, num_samples=8)
+    samples = quiet(always_ends, always_ends, max_new_tokens=9, eos_token_id=0, num_samples=8)
     assert calls == [0, 0]
     assert samples.completions.tolist() == [[0] + [-1] * 8] * 8
     assert samples.estimate.entropy == pytest.approx(0, abs=1e-12)
@@ -316,7 +316,7 @@ def test_nothing_after_the_end_is_looked_at():
 
         return function
 
-    options = {"max_new_tokens": 6, "eos": 0, "num_samples": 400, "resample_below": 0.95}
+    options = {"max_new_tokens": 6, "eos_token_id": 0, "num_samples": 400, "ess_threshold": 0.95}
     plain, steep, broken = (
         quiet(then(policy, value), then(reference, 0.0), **options) for value in (0.0, 50.0, math.nan)
     )
@@ -329,7 +329,7 @@ def test_nothing_after_the_end_is_looked_at():
 
 def test_seeds():
     policy, reference = (as_function(logits) for logits in bigrams(8, 1.0))
-    options = {"max_new_tokens": 5, "eos": 0, "num_samples": 16}
+    options = {"max_new_tokens": 5, "eos_token_id": 0, "num_samples": 16}
     before = torch.random.get_rng_state()
     first, again, other = (quiet(policy, reference, seed=seed, **options) for seed in (1, 1, 2))
     assert first.estimate[:5] == again.estimate[:5]
@@ -355,7 +355,7 @@ def test_tokens_that_the_policy_excludes_never_come():
     both = reference.clone()
     both[:, 2] = -math.inf
     for other in (reference, both):
-        samples = quiet(as_function(policy), as_function(other), max_new_tokens=4, eos=0, num_samples=400)
+        samples = quiet(as_function(policy), as_function(other), max_new_tokens=4, eos_token_id=0, num_samples=400)
         assert not (samples.completions == 2).any()
         assert samples.estimate.entropy == pytest.approx(exact_without(policy, other, 4), abs=0.2)
 
@@ -365,8 +365,8 @@ def test_large_numbers_mask_as_infinity_does(mask):
     estimates, truths = [], []
     for value in (mask, -math.inf):
         models = [as_function(x.float().index_fill(1, torch.tensor([2]), value)) for x in bigrams(6, 1.0)]
-        estimates.append(quiet(*models, max_new_tokens=4, eos=0, num_samples=64).estimate)
-        truths.append(enumerate_did(*models, max_length=4, eos=0))
+        estimates.append(quiet(*models, max_new_tokens=4, eos_token_id=0, num_samples=64).estimate)
+        truths.append(enumerate_did(*models, max_new_tokens=4, eos_token_id=0))
     assert estimates[0][:5] == estimates[1][:5]
     assert truths[0].entropy == truths[1].entropy
     assert len(truths[0].completions) == 1 + 4 + 4**2 + 4**3 + 4**4  # of five tokens
@@ -393,17 +393,17 @@ def test_virtual_tokens_are_refused():
 def test_ends_as_numpy_integers():
     policy, reference = (as_function(logits) for logits in bigrams(6, 1.0))
     options = {"max_new_tokens": 4, "num_samples": 8}
-    ours = quiet(policy, reference, eos=np.int64(2), **options)
-    assert torch.equal(ours.completions, quiet(policy, reference, eos=[2, 2], **options).completions)
+    ours = quiet(policy, reference, eos_token_id=np.int64(2), **options)
+    assert torch.equal(ours.completions, quiet(policy, reference, eos_token_id=[2, 2], **options).completions)
 
 
-def exact_without(policy: Tensor, reference: Tensor, max_length: int) -> float:
+def exact_without(policy: Tensor, reference: Tensor, max_new_tokens: int) -> float:
     left = [0, 1, 3, 4, 5]
     normalizer = reference.logsumexp(-1) - reference[:, left].logsumexp(-1)  # of what stays of the reference
     table = reference[left][:, left].log_softmax(-1) - normalizer[left, None]
     log_ratio = policy[left][:, left].log_softmax(-1) - table
     log_partition, mean = torch.zeros(2, 5, dtype=torch.float64)
-    for _ in range(max_length):
+    for _ in range(max_new_tokens):
         log_partition[0] = mean[0] = 0
         total = log_ratio + log_partition
         mean = (total.softmax(-1) * (log_ratio + mean)).sum(-1)
@@ -480,17 +480,21 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
     ("change", "error", "words"),
     [
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` to be an integer of at least 1, but got 0"),
-        ({"islands": 2}, ValueError, "`islands` to be an integer of at least 3, but got 2"),
+        ({"num_islands": 2}, ValueError, "`num_islands` to be an integer of at least 3, but got 2"),
         ({"num_samples": 7}, ValueError, "`num_samples` to be an integer of at least 8, but got 7"),
-        ({"num_samples": 10}, ValueError, "`num_samples` to be a multiple of `islands`, 4, but got 10"),
+        ({"num_samples": 10}, ValueError, "`num_samples` to be a multiple of `num_islands`, 4, but got 10"),
         ({"num_samples": 8.0}, ValueError, "`num_samples` to be an integer of at least 8, but got 8.0"),
-        ({"resample_below": 2}, ValueError, r"`resample_below` to be in \[0, 1\], but got 2"),
+        ({"ess_threshold": 2}, ValueError, r"`ess_threshold` to be in \[0, 1\], but got 2"),
         ({"confidence": 0}, ValueError, r"`confidence` to be in \(0, 1\), but got 0"),
-        ({"eos": 4}, ValueError, r"`eos` to be in \[0, 4\), but got 4"),
-        ({"eos": -1}, ValueError, r"`eos` to be in \[0, 4\), but got -1"),
-        ({"eos": ""}, TypeError, "`eos` to be a token id, several, None or .*''"),
-        ({"eos": "eos"}, TypeError, "`eos` to be a token id, several, None or .*'eos'"),
-        ({"eos": 1.5}, TypeError, "`eos` to be a token id, several, None or .*1.5"),
+        ({"eos_token_id": 4}, ValueError, r"`eos_token_id` to be in \[0, 4\), but got 4"),
+        ({"eos_token_id": -1}, ValueError, r"`eos_token_id` to be in \[0, 4\), but got -1"),
+        ({"eos_token_id": ""}, TypeError, "`eos_token_id` to be a token id, several, None or .*''"),
+        (
+            {"eos_token_id": "eos_token_id"},
+            TypeError,
+            "`eos_token_id` to be a token id, several, None or .*'eos_token_id'",
+        ),
+        ({"eos_token_id": 1.5}, TypeError, "`eos_token_id` to be a token id, several, None or .*1.5"),
         ({"prompt": [1]}, ValueError, "`prompt` to be None with functions"),
         ({"reference": None}, TypeError, "`reference` to be a function of prefixes, .* but got NoneType"),
         ({"reference": LLAMA}, TypeError, "`reference` to be a function of prefixes, .* LlamaForCausalLM"),
@@ -510,17 +514,21 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
         ({**MODELS, "prompt": ["a"]}, ValueError, r"`prompt` to be integers .* but got \['a'\]"),
         ({**MODELS, "prompt": [1, None]}, ValueError, r"`prompt` to be integers .* but got \[1, None\]"),
         ({**MODELS, "prompt": [2**70]}, ValueError, "`prompt` to be integers .* but got .1180591620717411303424"),
-        ({**MODELS, "prompt": [1], "eos": VOCABULARY}, ValueError, rf"`eos` to be in \[0, {VOCABULARY}\), but got"),
+        (
+            {**MODELS, "prompt": [1], "eos_token_id": VOCABULARY},
+            ValueError,
+            rf"`eos_token_id` to be in \[0, {VOCABULARY}\), but got",
+        ),
         (
             {"policy": nn.Linear(2, 2), "reference": nn.Linear(2, 2), "prompt": [1]},
             TypeError,
             "`input_ids`",
         ),
-        ({"eos": True}, TypeError, "`eos` to be a token id, several, None or .*True"),
+        ({"eos_token_id": True}, TypeError, "`eos_token_id` to be a token id, several, None or .*True"),
         ({"seed": 1.5}, ValueError, "`seed` to be an integer of 64 bits, but got 1.5"),
         ({"seed": 2**70}, ValueError, "`seed` to be an integer of 64 bits, but got 1180591620717411303424"),
         ({"progress": "no"}, TypeError, "`progress` to be a bool, but got 'no'"),
-        ({"resample_below": "x"}, TypeError, "`resample_below` to be an int or a float, but got 'x'"),
+        ({"ess_threshold": "x"}, TypeError, "`ess_threshold` to be an int or a float, but got 'x'"),
         ({"confidence": None}, TypeError, "`confidence` to be an int or a float, but got None"),
         ({**MODELS, "prompt": [True]}, ValueError, "`prompt` to be integers .* torch.bool"),
         (
@@ -550,7 +558,7 @@ def long(name: str):
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_completions_up_to_the_last_position(name):
-    models = {"policy": long(name), "reference": long(name), "prompt": [1, 2], "eos": None, "num_samples": 8}
+    models = {"policy": long(name), "reference": long(name), "prompt": [1, 2], "eos_token_id": None, "num_samples": 8}
     assert quiet(**models, max_new_tokens=5).lengths.tolist() == [5] * 8  # the last token is not read
     with pytest.raises(ValueError, match="at most 7 tokens together, as `policy` has 6 positions, but got 2 and 6"):
         quiet(**models, max_new_tokens=6)

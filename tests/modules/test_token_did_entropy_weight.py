@@ -1,4 +1,4 @@
-"""LitDPO's `did_entropy_weight`: its gradient, and whether it moves the entropy as asked."""
+"""LitDPO's `token_did_entropy_weight`: its gradient, and whether it moves the entropy as asked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
 def test_gradient_is_that_of_the_loss_and_the_entropy(weight):
     pairs, beta = make_pairs(6), 0.3
     policy, reference = tiny_gpt2(0).double(), tiny_gpt2(1).double()
-    module = LitDPO(policy, reference, beta=beta, did_entropy_weight=weight)
+    module = LitDPO(policy, reference, beta=beta, token_did_entropy_weight=weight)
     module.training_step(collate(pairs), 0).backward()
     gradient = [p.grad.clone() for p in policy.parameters()]
 
@@ -49,12 +49,12 @@ def test_the_sign_of_the_weight_is_the_direction_of_the_entropy():
     pairs = make_pairs(6)
     final = {}
     for weight in (-0.3, 0.0, 0.3):
-        module = LitDPO(tiny_llama(), learning_rate=1e-3, did_entropy_weight=weight)
+        module = LitDPO(tiny_llama(), learning_rate=1e-3, token_did_entropy_weight=weight)
         run = trainer(max_epochs=25)
         run.fit(module, loader(pairs, 6))
         run.validate(module, loader(pairs, 6), verbose=False)
         final[weight] = {name: float(value) for name, value in run.callback_metrics.items()}
-    entropies = [values["val/did_entropy"] for values in final.values()]
+    entropies = [values["val/token_did_entropy"] for values in final.values()]
     # 2.57, 3.45 and 3.95 nats when this was written; log 67 = 4.20 at the start
     assert entropies[1] - entropies[0] > 0.1
     assert entropies[2] - entropies[1] > 0.1
@@ -69,10 +69,10 @@ def test_the_logged_loss_stays_the_preference_loss():
             self.logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
 
     keep = Keep()
-    module = LitDPO(tiny_llama(), did_entropy_weight=2.0)
+    module = LitDPO(tiny_llama(), token_did_entropy_weight=2.0)
     trainer(max_steps=1, callbacks=[keep]).fit(module, loader(make_pairs(3), 3))
     assert keep.logged["train/loss"] == pytest.approx(math.log(2), rel=1e-5)
-    assert keep.logged["train/did_entropy"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
+    assert keep.logged["train/token_did_entropy"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
     assert keep.minimised == pytest.approx(math.log(2) - 2 * math.log(VOCABULARY), rel=1e-5)
 
 
@@ -85,10 +85,10 @@ def test_it_moves_a_real_models_entropy():
         data = PreferenceDataModule(rows, tokenizer, val_fraction=0.5, batch_size=2, max_length=64, as_chat=True)
         torch.manual_seed(0)  # of the adapter
         lora = {"r": 8, "target_modules": "all-linear"}
-        module = LitDPO(smollm2(), lora=lora, learning_rate=3e-4, did_entropy_weight=weight)
+        module = LitDPO(smollm2(), lora=lora, learning_rate=3e-4, token_did_entropy_weight=weight)
         run = trainer(max_steps=8, max_epochs=8, limit_val_batches=0)
         run.fit(module, data)
-        final.append(float(run.callback_metrics["train/did_entropy"]))
+        final.append(float(run.callback_metrics["train/token_did_entropy"]))
     # 10.713, 10.749 and 10.778 nats when this was written; log V = 10.803 at the start
     assert final[1] - final[0] > 0.01
     assert final[2] - final[1] > 0.01
@@ -97,11 +97,23 @@ def test_it_moves_a_real_models_entropy():
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (ValueError, {"did_entropy_weight": math.inf}, "`did_entropy_weight` to be finite, but got inf"),
-        (ValueError, {"did_entropy_weight": math.nan}, "`did_entropy_weight` to be finite, but got nan"),
-        (TypeError, {"did_entropy_weight": "0.1"}, "`did_entropy_weight` to be an int or a float, but got '0.1'"),
-        (TypeError, {"did_entropy_weight": True}, "`did_entropy_weight` to be an int or a float, but got True"),
-        (ValueError, {"did_entropy_weight": 0.1, "loss": "simpo"}, "`did_entropy_weight` to be 0 with `loss='simpo'`"),
+        (ValueError, {"token_did_entropy_weight": math.inf}, "`token_did_entropy_weight` to be finite, but got inf"),
+        (ValueError, {"token_did_entropy_weight": math.nan}, "`token_did_entropy_weight` to be finite, but got nan"),
+        (
+            TypeError,
+            {"token_did_entropy_weight": "0.1"},
+            "`token_did_entropy_weight` to be an int or a float, but got '0.1'",
+        ),
+        (
+            TypeError,
+            {"token_did_entropy_weight": True},
+            "`token_did_entropy_weight` to be an int or a float, but got True",
+        ),
+        (
+            ValueError,
+            {"token_did_entropy_weight": 0.1, "loss": "simpo"},
+            "`token_did_entropy_weight` to be 0 with `loss='simpo'`",
+        ),
     ],
 )
 def test_weights_that_make_no_objective_are_refused(error, options, message):
