@@ -141,8 +141,8 @@ def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
     if len(empty):
         raise ValueError(
             f"Expected every sequence to have completion tokens, but got {len(empty)} of "
-            f"{sequences.num_sequences} whose labels are all -100 (or where `attention_mask` is 0). The first is sequence "
-            f"{empty[0]}."
+            f"{sequences.num_sequences} whose labels are all -100 (or where `attention_mask` is 0). The first is "
+            f"sequence {empty[0]}."
         )
 
 
