@@ -21,6 +21,7 @@ MAX_PARETO_K = 0.5
 """above it the weights' variance is infinite, so that neither standard error nor effective sample size mean anything"""
 
 
+@short_repr
 class DIDEntropyEstimate(NamedTuple):
     """An estimate of H(q) from samples, with what tells whether to believe it. Floats, in nats.
 
@@ -50,8 +51,6 @@ class DIDEntropyEstimate(NamedTuple):
     """whether the interval can be believed"""
     reason: str
     """the numbers behind `reliable`, and what is wrong with them"""
-
-    __repr__ = short_repr
 
     def per_token(self, max_new_tokens: int) -> float:
         """H(q) / T, with T = `max_new_tokens`, the number of tokens at which completions are cut."""

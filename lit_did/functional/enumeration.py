@@ -17,6 +17,7 @@ NextToken = Callable[[Tensor], Tensor]
 """a model: from prefixes [n, t] int64, t from 0, to the next token's logits (or log-probabilities) [n, V]"""
 
 
+@short_repr
 class EnumeratedDID(NamedTuple):
     """All N completions of two models and their DID, exact. float64, in nats, differentiable in the models' logits."""
 
@@ -32,8 +33,6 @@ class EnumeratedDID(NamedTuple):
     """[] log Z, Z = sum_y pi(y) / rho(y)"""
     entropy: Tensor
     """[] H(q), in [0, log N]"""
-
-    __repr__ = short_repr
 
     @property
     def log_ratio(self) -> Tensor:

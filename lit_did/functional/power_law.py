@@ -23,6 +23,7 @@ ROUNDING = 1e-12
 """a sum of squares that is less of what it was before a projection is rounding: its square is still above float64's"""
 
 
+@short_repr
 class PowerLawFit(NamedTuple):
     """The regression log rho(y) - log pi_l(y) = intercept + beta (log pi(y) - log rho(y)) + error. Floats."""
 
@@ -46,8 +47,6 @@ class PowerLawFit(NamedTuple):
     """that count: with `group`, those of prompts with two or more"""
     num_prompts: int
     """with two or more samples; 0 without `group`"""
-
-    __repr__ = short_repr
 
 
 def fit_power_law(

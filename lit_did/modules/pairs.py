@@ -20,6 +20,7 @@ WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 """what `SequenceStatistics` can tell of a policy alone"""
 
 
+@short_repr
 class PairStatistics(NamedTuple):
     """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats.
 
@@ -38,8 +39,6 @@ class PairStatistics(NamedTuple):
     """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
     preference_loss: Tensor
     """`loss` without an SFT term"""
-
-    __repr__ = short_repr
 
 
 def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:

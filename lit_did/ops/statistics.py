@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_did.representing import short_repr
 
 
+@short_repr
 class TokenStatistics(NamedTuple):
     """Statistics of every token: tensors shaped like the labels, float32 (float64 for float64 logits), in nats.
 
@@ -33,14 +34,13 @@ class TokenStatistics(NamedTuple):
     reverse_kl: Tensor
     """KL(rho, pi)"""
 
-    __repr__ = short_repr
-
     @property
     def log_ratio(self) -> Tensor:
         """log pi(y) - log rho(y): DPO's reward divided by beta."""
         return self.policy_logprob - self.reference_logprob
 
 
+@short_repr
 class SequenceStatistics(NamedTuple):
     """Statistics of every sequence: tensors shaped [sequences], float32 (float64 for float64 logits), in nats.
 
@@ -68,5 +68,3 @@ class SequenceStatistics(NamedTuple):
     """sum over t of log Z_t"""
     num_tokens: Tensor
     """labelled tokens, int64"""
-
-    __repr__ = short_repr

@@ -26,6 +26,7 @@ from lit_did.sampling.readers import (
 _COMPARED = 8  # completions that a model reads once more, whole
 
 
+@short_repr
 class DIDSamples(NamedTuple):
     """K weighted completions of the DID q(y) = pi(y) / rho(y) / Z, and its entropy. In nats; on the CPU.
 
@@ -54,8 +55,6 @@ class DIDSamples(NamedTuple):
     """the logarithm of how many completions there are: H(q) where nothing was learned, pi = rho"""
     estimate: DIDEntropyEstimate
     """H(q) and log Z over all islands, with an interval from their differences"""
-
-    __repr__ = short_repr
 
     @property
     def log_ratio(self) -> Tensor:
