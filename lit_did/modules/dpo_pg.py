@@ -27,8 +27,8 @@ class LitDPOPG(LitDPO):
         g_w - [g_l - max(0, <g_l, g_w>) / |g_w|^2 g_w].
 
     A step along it never lowers the weighted chosen log-likelihood to first order. AdamW rescales every parameter, so
-    its steps are not along it, and carry no such promise. The DPO-PG of arXiv 2505.23761 is known to us by its name only:
-    we have not seen its formula. This projection is our own.
+    its steps are not along it, and carry no such promise. The DPO-PG of arXiv 2505.23761 is known to us by its name
+    only: we have not seen its formula. This projection is our own.
 
     One product over all trained parameters, of the gradients over all micro-batches and processes of an optimiser
     step; accumulation, clipping (of the projected gradient) and mixed precision are the Trainer's. It keeps one more
