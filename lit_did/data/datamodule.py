@@ -11,17 +11,17 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lit_did.arguments import check_bools, check_integer, check_name, check_number
+from lit_did.arguments import check_bools, check_choice, check_integer, check_name, check_range
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
 from lit_did.data.pairs import UnusableRowError
 from lit_did.data.preview import print_pair
-from lit_did.data.reading import SkippedRow, SourceRow, check_columns, check_on_bad_rows, read_rows
+from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns, read_rows
 from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
-from lit_did.data.tokenizing import check_truncation, tokenize_whole, truncate_pair
+from lit_did.data.tokenizing import Truncation, check_truncation, tokenize_whole, truncate_pair
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
 
@@ -88,11 +88,11 @@ class PreferenceDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         predict: Any = None,
         columns: Mapping[str, str | None] | None = None,
-        on_bad_rows: str = "skip",
+        on_bad_rows: OnBadRows = "skip",
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
-        truncation: str = "completion",
+        truncation: Truncation = "completion",
         min_completion_tokens: int | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -121,7 +121,7 @@ class PreferenceDataModule(LightningDataModule):
         check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
         check_bools(shuffle=shuffle, drop_last=drop_last)
         check_columns(columns)
-        check_on_bad_rows(on_bad_rows)
+        check_choice("on_bad_rows", on_bad_rows, OnBadRows)
         if eval_batch_size is None:
             eval_batch_size = 8 if batch_size is None else batch_size
         if batch_size is None and tokens_per_batch is None:
@@ -129,15 +129,12 @@ class PreferenceDataModule(LightningDataModule):
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
         check_integer("eval_batch_size", eval_batch_size, 1)
-        check_integer("max_length", max_length, 2)
         check_truncation(max_length, truncation, min_completion_tokens)
         if tokens_per_batch is not None:
             check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
         check_integer("num_workers", num_workers, 0)
         check_integer("seed", seed, 0)
-        check_number("val_fraction", val_fraction)
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"Expected `val_fraction` to be in [0, 1), but got {val_fraction}.")
+        check_range("val_fraction", val_fraction, "[0, 1)")
         if val is not None and val_fraction:
             raise ValueError(f"Expected only one of `val` and `val_fraction`, but got both ({val_fraction=}).")
         if val_fraction and train is None:

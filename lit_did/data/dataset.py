@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from lit_did.arguments import check_choice
 from lit_did.data.pairs import UnusableRowError, prepare_pair
-from lit_did.data.reading import SkippedRow, SourceRow, check_on_bad_rows, describe_skipped
+from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, describe_skipped
 from lit_did.data.rendering import RenderedPair, Renderer
-from lit_did.data.tokenizing import Context, TokenizedPair, TooLongError, tokenize_rendered, truncate_pair
+from lit_did.data.tokenizing import Context, TokenizedPair, TooLongError, Truncation, tokenize_rendered, truncate_pair
 
 _CHUNK = 1024  # rows a tokenizer call: enough for its threads, little enough text in memory
 _MANY = 0.05  # of the pairs: so many too long are a warning
@@ -60,10 +61,10 @@ class PreferenceDataset(Dataset):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         as_chat: bool = False,
         parse_special_tokens: bool = False,
-        truncation: str = "completion",
+        truncation: Truncation = "completion",
         min_completion_tokens: int | None = None,
         skipped: Sequence[SkippedRow] = (),
-        on_bad_rows: str = "skip",
+        on_bad_rows: OnBadRows = "skip",
     ) -> None:
         """Tokenises `rows` by the rules of `tokenize_pair`; its arguments are explained there.
 
@@ -74,7 +75,7 @@ class PreferenceDataset(Dataset):
         Raises:
             ValueError: if a row cannot be rendered (naming it), or if no row is left.
         """
-        check_on_bad_rows(on_bad_rows)
+        check_choice("on_bad_rows", on_bad_rows, OnBadRows)
         self.max_length = max_length
         self.num_rows = len(rows) + len(skipped)
         self.skipped = list(skipped)
@@ -128,7 +129,7 @@ class PreferenceDataset(Dataset):
         """Rows left out: those skipped and those too long."""
         return len(self.skipped) + self.num_too_long
 
-    def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: str) -> None:
+    def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: OnBadRows) -> None:
         reason = str(error).removeprefix(f"{row.where}: ")
         if on_bad_rows == "raise":
             raise UnusableRowError(f"{row.where}: {reason}") from error

@@ -20,8 +20,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from lit_did.arguments import check_choice
 from lit_did.data import hub
 from lit_did.data.errors import unusable
 from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_table
@@ -30,6 +31,7 @@ from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, stri
 from lit_did.data.prompts import num_repeats
 
 Columns = Mapping[str, str | None]
+OnBadRows = Literal["skip", "raise"]
 Warn = Callable[[str], None]
 
 
@@ -50,7 +52,7 @@ class SkippedRow(NamedTuple):
 
 
 def read_pairs(
-    source: Any, name: str = "source", *, columns: Columns | None = None, on_bad_rows: str = "skip"
+    source: Any, name: str = "source", *, columns: Columns | None = None, on_bad_rows: OnBadRows = "skip"
 ) -> list[SourceRow]:
     """Reads and checks all pairs of a source. One warning names the rows that were skipped.
 
@@ -68,7 +70,7 @@ def read_rows(
     name: str = "source",
     *,
     columns: Columns | None = None,
-    on_bad_rows: str = "skip",
+    on_bad_rows: OnBadRows = "skip",
     warn: Warn = warnings.warn,
 ) -> tuple[list[SourceRow], list[SkippedRow]]:
     """Reads and checks all pairs of a source, and says which rows it skipped.
@@ -93,7 +95,7 @@ def read_rows(
             for a source without pairs.
         ImportError: for a .parquet file, if pyarrow is not installed.
     """
-    check_on_bad_rows(on_bad_rows)
+    check_choice("on_bad_rows", on_bad_rows, OnBadRows)
     check_columns(columns)
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
@@ -173,12 +175,6 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
         f"{name}: {len(skipped)} {of} cannot be trained on and {'is' if one else 'are'} skipped. {' '.join(lines)} "
         'Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.'
     )
-
-
-def check_on_bad_rows(on_bad_rows: Any) -> None:
-    """Raises ValueError unless `on_bad_rows` is "skip" or "raise"."""
-    if on_bad_rows not in ("skip", "raise"):
-        raise ValueError(f'Expected `on_bad_rows` to be "skip" or "raise", but got {on_bad_rows!r}.')
 
 
 def _read(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:

@@ -16,15 +16,16 @@ Where a rule has a reason:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from lit_did.arguments import check_choice, check_integer
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair, prepare_pair
 from lit_did.data.rendering import RenderedCompletion, RenderedPair, Renderer, adds_bos, first_token
 from lit_did.data.special_tokens import split_marked
 
-TRUNCATION = ("completion", "prompt", "drop")
+Truncation = Literal["completion", "prompt", "drop"]
 _BEFORE = ("\n", "-", "a")  # texts to continue, to see how a completion reads in the middle of a text
 
 
@@ -62,7 +63,7 @@ def tokenize_pair(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     as_chat: bool = False,
     parse_special_tokens: bool = False,
-    truncation: str = "completion",
+    truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
 ) -> TokenizedPair:
     """Tokenises one pair; the rules are at the top of this file, in `lit_did.data.rendering` and in `truncate_pair`.
@@ -135,7 +136,7 @@ def truncate_pair(
     max_length: int,
     bos_token_id: int | None = None,
     *,
-    truncation: str = "completion",
+    truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
 ) -> TokenizedPair:
     """Cuts a pair to at most `max_length` tokens, prompt and completion together.
@@ -189,19 +190,17 @@ def truncate_pair(
     return TokenizedPair(prompt, chosen, rejected, chosen_context, rejected_context)
 
 
-def check_truncation(max_length: int, truncation: str, min_completion_tokens: int | None) -> None:
-    """Raises ValueError unless the arguments are what `truncate_pair` documents."""
-    if max_length < 2:
-        raise ValueError(f"Expected `max_length` to be an integer of at least 2, but got {max_length}.")
-    if truncation not in TRUNCATION:
-        names = ", ".join(f'"{name}"' for name in TRUNCATION)
-        raise ValueError(f"Expected `truncation` to be one of {names}, but got {truncation!r}.")
-    least = min_completion_tokens
-    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or not 1 <= least < max_length):
-        raise ValueError(
-            "Expected `min_completion_tokens` to be an integer from 1 to below `max_length`, "
-            f"{max_length}, or None, but got {least!r}."
-        )
+def check_truncation(max_length: int, truncation: Truncation, min_completion_tokens: int | None) -> None:
+    """Raises TypeError or ValueError unless the arguments are what `truncate_pair` documents."""
+    check_integer("max_length", max_length, 2)
+    check_choice("truncation", truncation, Truncation)
+    if min_completion_tokens is not None:
+        check_integer("min_completion_tokens", min_completion_tokens, 1)
+        if min_completion_tokens >= max_length:
+            raise ValueError(
+                f"Expected `min_completion_tokens` to be below `max_length`, {max_length}, but got "
+                f"{min_completion_tokens}."
+            )
 
 
 class _Encoder:

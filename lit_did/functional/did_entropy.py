@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_did.arguments import check_number
+from lit_did.arguments import check_range
 from lit_did.representing import short_repr
 
 MIN_EFFECTIVE_SAMPLES = 25
@@ -357,9 +357,7 @@ def check_samples(given: dict[str, Tensor], sequences: Tensor | None, *, at_leas
 
 def check_confidence(confidence: float) -> None:
     """Raises TypeError or ValueError unless it is a number in (0, 1)."""
-    check_number("confidence", confidence)
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected `confidence` to be in (0, 1), but got {confidence}.")
+    check_range("confidence", confidence, "(0, 1)")
 
 
 def _check_logprobs(given: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_did.arguments import check_integer
 from lit_did.functional.did_entropy import did_entropy_over_candidates
 from lit_did.ops.reference import LARGEST_LOGIT
 from lit_did.representing import short_repr
@@ -91,11 +92,9 @@ def enumerate_did(
         >>> exact.entropy
         tensor(1.1537, dtype=torch.float64)
     """
-    for name, value in {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}.items():
-        if isinstance(value, bool) or (not isinstance(value, int) and not (name == "eos_token_id" and value is None)):
-            raise TypeError(f"Expected `{name}` to be an integer, but got {value!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"Expected `max_new_tokens` to be at least 1, but got {max_new_tokens}.")
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    if eos_token_id is not None:
+        check_integer("eos_token_id", eos_token_id)
     prefixes = torch.zeros(1, 0, dtype=torch.long)
     logprob = torch.zeros(2, 1, dtype=torch.float64)  # of the prefixes: pi's, rho's
     completions, logprobs = [], []

@@ -218,7 +218,7 @@ def calibration_value(totals: Tensor, counts: Tensor) -> Tensor:
 
 
 def check_num_bins(num_bins: int) -> None:
-    """Raises ValueError unless `num_bins` is an integer of at least 1."""
+    """Raises TypeError or ValueError unless `num_bins` is an integer of at least 1."""
     check_integer("num_bins", num_bins, 1)
 
 

@@ -94,8 +94,7 @@ class DIDEntropy(DIDMetric):
                 check_integer(name, value, 1)
         if vocab_size is not None and max_new_tokens is None:
             raise ValueError("Expected `max_new_tokens` with `vocab_size`, but got None.")
-        if isinstance(padding, bool) or not isinstance(padding, int):
-            raise TypeError(f"Expected `padding` to be an integer, but got {padding!r}.")
+        check_integer("padding", padding)
         self.confidence, self.max_new_tokens, self.vocab_size, self.padding = (
             confidence,
             max_new_tokens,

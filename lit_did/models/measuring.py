@@ -137,6 +137,6 @@ def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) ->
 
 
 def check_every_n_steps(every_n_steps: int | None) -> None:
-    """Raises ValueError unless it is None or an integer of at least 0."""
+    """Raises TypeError or ValueError unless it is None or an integer of at least 0."""
     if every_n_steps is not None:
         check_integer("every_n_steps", every_n_steps, 0)

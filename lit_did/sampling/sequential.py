@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_did.arguments import check_bools, check_integer, check_number
+from lit_did.arguments import check_bools, check_integer, check_range
 from lit_did.functional.did_entropy import DIDEntropyEstimate, check_confidence, estimate_from_islands
 from lit_did.functional.enumeration import NextToken
 from lit_did.representing import short_repr
@@ -377,8 +377,7 @@ def _check(num_samples: int, num_islands: int, max_new_tokens: int, ess_threshol
         raise ValueError(
             f"Expected `num_samples` to be a multiple of `num_islands`, {num_islands}, but got {num_samples}."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
         raise ValueError(f"Expected `seed` to be an integer of 64 bits, but got {seed!r}.")
-    check_number("ess_threshold", ess_threshold)
-    if not 0 <= ess_threshold <= 1:
-        raise ValueError(f"Expected `ess_threshold` to be in [0, 1], but got {ess_threshold}.")
+    check_range("ess_threshold", ess_threshold, "[0, 1]")

@@ -496,7 +496,7 @@ def test_the_policy_by_name():
     ("options", "error", "message"),
     [
         ({"every_n_steps": -1}, ValueError, "`every_n_steps` to be an integer of at least 0, but got -1"),
-        ({"every_n_steps": 1.5}, ValueError, "`every_n_steps` to be an integer of at least 0, but got 1.5"),
+        ({"every_n_steps": 1.5}, TypeError, "`every_n_steps` to be an integer of at least 0, but got 1.5"),
         ({"policy": 3}, TypeError, "`policy` to be the name of an attribute, but got int"),
         ({"reference": 3}, TypeError, "`reference` to be a model or its name, but got int"),
         ({"logits_fn": 3}, TypeError, "`logits_fn` to be callable, but got int"),

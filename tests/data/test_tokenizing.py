@@ -295,16 +295,20 @@ def test_truncation_of_a_completion_with_other_turns():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"truncation": "left"}, 'Expected `truncation` to be one of "completion", "prompt", "drop", but got .left.'),
-        ({"min_completion_tokens": 0}, "Expected `min_completion_tokens` to be an integer from 1 .* but got 0"),
-        ({"min_completion_tokens": 64}, "to below `max_length`, 64, or None, but got 64"),
-        ({"min_completion_tokens": 2.0}, "but got 2.0"),
+        (
+            {"truncation": "left"},
+            ValueError,
+            "Expected `truncation` to be one of 'completion', 'prompt', 'drop', but got 'left'",
+        ),
+        ({"min_completion_tokens": 0}, ValueError, "`min_completion_tokens` to be an integer of at least 1, but got 0"),
+        ({"min_completion_tokens": 64}, ValueError, "to be below `max_length`, 64, but got 64"),
+        ({"min_completion_tokens": 2.0}, TypeError, "but got 2.0"),
     ],
 )
-def test_arguments_of_truncation_are_checked(no_bos, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_of_truncation_are_checked(no_bos, arguments, error, message):
+    with pytest.raises(error, match=message):
         tokenize_pair(PLAIN, no_bos, 64, **arguments)
 
 

@@ -146,9 +146,9 @@ def not_a_number(prefixes):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` to be at least 1, but got 0"),
-        ({"max_new_tokens": 2.0}, TypeError, "`max_new_tokens` to be an integer, but got 2.0"),
-        ({"max_new_tokens": None}, TypeError, "`max_new_tokens` to be an integer, but got None"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` to be an integer of at least 1, but got 0"),
+        ({"max_new_tokens": 2.0}, TypeError, "`max_new_tokens` to be an integer of at least 1, but got 2.0"),
+        ({"max_new_tokens": None}, TypeError, "`max_new_tokens` to be an integer of at least 1, but got None"),
         ({"eos_token_id": [0]}, TypeError, r"`eos_token_id` to be an integer, but got \[0\]"),
         ({"eos_token_id": 4}, ValueError, r"`eos_token_id` to be in \[0, 4\), but got 4"),
         (

@@ -410,7 +410,7 @@ def test_batches_without_completions_are_refused(tmp_path):
     ("options", "error", "message"),
     [
         ({"every_n_steps": -1}, ValueError, "`every_n_steps` to be an integer of at least 0, but got -1"),
-        ({"every_n_steps": 0.5}, ValueError, "`every_n_steps` to be an integer of at least 0, but got 0.5"),
+        ({"every_n_steps": 0.5}, TypeError, "`every_n_steps` to be an integer of at least 0, but got 0.5"),
         ({"beta": -1.0}, ValueError, "`beta` to be above 0"),
         ({"reference": 3}, TypeError, "`reference` to be a model or its name, but got int"),
         ({"reference": tiny_llama(0)}, ValueError, "the policy's vocabulary, 258 entries, but got 67"),

@@ -242,7 +242,7 @@ def changed(**change):
             ValueError,
             "`max_new_tokens` to be an integer of at least 1, but got 0",
         ),
-        (lambda: DIDEntropy(max_new_tokens=3, vocab_size=2.5), ValueError, "`vocab_size` to be an integer .* got 2.5"),
+        (lambda: DIDEntropy(max_new_tokens=3, vocab_size=2.5), TypeError, "`vocab_size` to be an integer .* got 2.5"),
         (lambda: DIDEntropy(vocab_size=7), ValueError, "`max_new_tokens` with `vocab_size`, but got None"),
         (lambda: DIDEntropy(padding=None), TypeError, "`padding` to be an integer, but got None"),
         (changed(policy_logprob=[1.0]), TypeError, "`policy_logprob` to be a tensor of floats, but got list"),
