@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lit_did.batches.order import check_pairs
+from lit_did.batches.reading import read_batch
 from lit_did.functional.inputs import Statistics
 from lit_did.metrics import DIDMetrics
-from lit_did.models.batches import check_pairs, read_batch
 from lit_did.models.finding import find_attribute, find_policy, find_reference
 from lit_did.models.loading import load_reference
 from lit_did.models.measuring import check_every_n_steps, measure
@@ -37,7 +38,7 @@ class DIDMonitor(Callback):
     Args:
         logits_fn: `logits_fn(module, batch)` returns the policy's logits [sequences, T, V], the reference's, and labels
             [sequences, T] with labels[:, t] the token that position t predicts, or -100; or `SequenceStatistics`.
-            Without it the batch is read as `lit_did.models.batches.read_batch` tells, and the models are found as
+            Without it the batch is read as `lit_did.batches.reading.read_batch` tells, and the models are found as
             follows.
         policy: Which part of the module is the policy: an attribute's name, such as "model" or "net.lm". None: the one
             child of the module that is a causal language model with parameters that train.

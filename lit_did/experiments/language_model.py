@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_did.models.batches import IGNORE_INDEX
+from lit_did.batches import IGNORE_INDEX
 from lit_did.models.measuring import measure
 from lit_did.modules import LitDPO
 from lit_did.ops import SequenceStatistics

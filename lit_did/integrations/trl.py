@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from lit_did.batches.order import check_pairs
+from lit_did.batches.reading import read_batch
 from lit_did.metrics import DIDMetrics
-from lit_did.models.batches import check_pairs, read_batch
 from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft, load_reference
 from lit_did.models.measuring import check_every_n_steps, measure, unwrapped
 from lit_did.ops import SequenceStatistics
@@ -36,7 +37,7 @@ class DIDCallback(TrainerCallback):
 
     Args:
         trainer: The trainer, which the callback is then added to: `trainer.add_callback(DIDCallback(trainer))`. Its
-            batches are read as `lit_did.models.batches.read_batch` tells.
+            batches are read as `lit_did.batches.reading.read_batch` tells.
         reference: A model, or the name or path of one. None: the trainer's `ref_model`; without one, of a PeftModel,
             its adapter "ref" where TRL has made one, else itself with its adapter off.
         beta: DPO's inverse temperature. None: the trainer's `beta`, or 0.1.

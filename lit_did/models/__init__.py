@@ -1,1 +1,1 @@
-"""Language models of transformers, policy and reference: loading, reading batches, measuring without side effects."""
+"""Language models of transformers, policy and reference: loading, running, measuring without side effects."""

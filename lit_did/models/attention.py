@@ -1,7 +1,7 @@
 """Attention that stays inside each segment of a packed row: torch's or a model's own, one segment at a time.
 
 transformers' own masks for packed rows are [tokens, tokens], and what they mask is computed all the same. Here every
-segment (`lit_did.models.layout`) attends to itself and to the segment that it continues, so the work is that of the
+segment (`lit_did.batches.layout`) attends to itself and to the segment that it continues, so the work is that of the
 sequences alone. The functions are registered with transformers' `AttentionInterface` under names of their own, and
 `model.set_attn_implementation` selects them. Without segments they do what the model's own attention does.
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_did.batches.layout import Layout
 from lit_did.models import attention
-from lit_did.models.layout import Layout
 from lit_did.models.loading import is_peft
 
 
@@ -182,6 +182,12 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, which one of text and images has within its own; None: there is none."""
     config = getattr(inner(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def num_embeddings(model: nn.Module) -> int | None:
+    """The number of the model's input embeddings: its vocabulary, perhaps padded. None: the model does not show it."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def num_positions(model: nn.Module) -> float:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.arguments import check_integer
-from lit_did.models.batches import IGNORE_INDEX
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models.forward import Outputs, text_config
-from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.loading import is_peft
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of

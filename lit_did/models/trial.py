@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.layout import SHORTEST_SHARED, Layout, packed_layout, padded_layout
+from lit_did.batches.sequences import Sequences
 from lit_did.models import attention
 from lit_did.models.forward import (
     Outputs,
@@ -40,7 +43,6 @@ from lit_did.models.forward import (
     output_layer,
     text_config,
 )
-from lit_did.models.layout import IGNORE_INDEX, SHORTEST_SHARED, Layout, Sequences, packed_layout, padded_layout
 from lit_did.models.loading import is_sharded
 from lit_did.models.quiet import random_numbers_kept
 

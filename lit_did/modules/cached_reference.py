@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.sequences import Sequences
 from lit_did.models import forward
-from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.layout import Sequences
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
 from lit_did.models.unfinished import remove_unfinished
 

@@ -19,11 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_did.arguments import check_bools, is_plain
+from lit_did.batches.checks import check_pair_values, checked_sequences
+from lit_did.batches.layout import Layout
+from lit_did.batches.sequences import Sequences, split_pairs
 from lit_did.functional import pair_margin, token_did_entropy
 from lit_did.functional.preference import sft_shares
 from lit_did.models import attention, forward, loading
 from lit_did.models.dropout import switch_off_dropout
-from lit_did.models.layout import Layout, Sequences, split_pairs
 from lit_did.models.measuring import completion_statistics
 from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
@@ -35,10 +37,8 @@ from lit_did.modules.checks import (
     check_loading,
     check_micro_batch_tokens,
     check_models,
-    check_of_pairs,
     check_token_did_entropy_weight,
     check_training_step,
-    checked_sequences,
     keep_noise_out,
     warn_unless_policy_is_reference,
 )
@@ -335,7 +335,7 @@ class LitDPO(TrainedState):
     def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
         """The statistics, loss and reward margin of every pair of a batch."""
         sequences = self._read(batch, weighted=True)
-        check_of_pairs(batch, "index", sequences.num_sequences // 2)
+        check_pair_values(batch, "index", sequences.num_sequences // 2)
         weight = batch.get("weight")
         mean_chosen_tokens = sequences.mean_chosen_labels(None if weight is None else weight > 0)
         pairs = self._with_sft(self._pair_statistics(sequences), mean_chosen_tokens)
@@ -488,7 +488,12 @@ class LitDPO(TrainedState):
     def _read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
         if self.policy is None:  # a policy by name, and no Trainer has
             self.configure_model()
-        return checked_sequences(self.policy, batch, weighted=weighted)
+        return checked_sequences(
+            batch,
+            num_embeddings=forward.num_embeddings(self.policy),
+            num_positions=forward.num_positions(self.policy),
+            weighted=weighted,
+        )
 
     def _split(self, sequences: Sequences) -> list[Sequences]:
         """The parts of a training batch."""

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from lit_did.models.layout import Sequences
+from lit_did.batches.sequences import Sequences
 from lit_did.modules.checks import check_training_step
 from lit_did.modules.dpo import LitDPO
 from lit_did.modules.pairs import PairStatistics

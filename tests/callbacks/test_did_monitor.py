@@ -440,7 +440,7 @@ def test_batches_that_only_look_like_pairs_are_refused(kind):
         return {name: value[order] for name, value in batch.items()}
 
     module, data = Own(tiny_llama(0), tiny_llama(1)), DataLoader(make_pairs(2), batch_size=2, collate_fn=collated)
-    with pytest.raises(ValueError, match="Expected a batch of pairs"):
+    with pytest.raises(ValueError, match="the chosen sequences first"):
         trainer(callbacks=[DIDMonitor()]).validate(module, data, verbose=False)
     run = trainer(callbacks=[DIDMonitor(pairs=False)])
     run.validate(module, data, verbose=False)

@@ -11,8 +11,8 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from lit_did import LitDPO
+from lit_did.batches.reading import read_batch
 from lit_did.functional import preference_loss
-from lit_did.models.batches import read_batch
 from tests.integrations.tiny_trl import llama, trainer
 from tests.modules.steps import train
 from tests.modules.tiny import collate, make_pairs, tiny_llama

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lit_did.models.batches import IGNORE_INDEX
-from lit_did.models.layout import Sequences, read_sequences
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.ops import SequenceStatistics
 

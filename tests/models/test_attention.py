@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_did.batches.sequences import read_sequences
 from lit_did.models import attention
 from lit_did.models.attention import (
     implementation,
@@ -27,7 +28,6 @@ from lit_did.models.attention import (
     use_own_attention,
     use_packed_attention,
 )
-from lit_did.models.layout import read_sequences
 from lit_did.models.trial import layout_of
 from tests.models.architectures import PACKED, build, make_batch
 

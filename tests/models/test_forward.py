@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_did.models.layout import Sequences, read_sequences
+from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models.measuring import completion_statistics
 from lit_did.models.trial import layout_of, outputs_of
 from tests.models.architectures import (

@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models import attention
 from lit_did.models.forward import completion_logits, output_layer
-from lit_did.models.layout import Sequences, read_sequences
 from lit_did.models.trial import find, layout_of, outputs_of
 from tests.models.architectures import VOCABULARY, assert_right, build, logits_alone, logits_in, make_batch
 

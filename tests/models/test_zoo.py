@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lit_did import LitDPO
+from lit_did.batches.sequences import read_sequences
 from lit_did.callbacks import DIDMonitor
 from lit_did.integrations.trl import DIDCallback
-from lit_did.models.layout import read_sequences
 from lit_did.models.trial import layout_of
 from lit_did.sampling import sample_did
 from tests.models import zoo

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG
+from lit_did.batches.sequences import read_sequences
 from lit_did.data import PreferenceDataModule
-from lit_did.models.layout import read_sequences
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache
 from lit_did.models.trial import find
 from lit_did.modules.cached_reference import _date_hint, cached_reference

@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import softplus
 
 from lit_did import LitDPO
+from lit_did.batches.sequences import read_sequences
 from lit_did.callbacks import DIDMonitor
 from lit_did.functional import REFERENCE_FREE_LOSSES
-from lit_did.models.layout import read_sequences
 from lit_did.models.trial import find
 from lit_did.modules import dpo
 from tests.modules.test_statistics import log_prob

@@ -263,16 +263,16 @@ def test_position_ids_of_a_row_serve_all(row):
     assert torch.equal(module(batch | {"position_ids": row(positions)}).log_ratio, expected)
 
 
-def test_positions_that_the_policy_does_not_know_are_told(recwarn):
+def test_positions_that_the_policy_does_not_know_are_warned_of(recwarn):
     batch = collate(make_pairs(1))
     longest = int(batch["attention_mask"].sum(1).max())  # the last token is no input
     LitDPO(tiny_llama(max_position_embeddings=longest - 1))(batch)
     assert not [w for w in recwarn if "max_position_embeddings" in str(w.message)]
-    with pytest.warns(UserWarning, match=rf"at most {longest - 2} tokens, .* lower `max_length`"):
+    with pytest.warns(UserWarning, match=rf"at most {longest - 2} tokens, .* Lower `max_length`"):
         LitDPO(tiny_llama(max_position_embeddings=longest - 2))(batch)
 
 
-def test_a_last_token_of_another_vocabulary_is_told():
+def test_a_last_token_of_another_vocabulary_is_refused():
     """It is no input, but a label."""
     batch = collate(make_pairs(1))
     end = batch["attention_mask"][0].sum() - 1

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lit_did import LitDPO, LitDPOPG
+from lit_did.batches.sequences import read_sequences
 from lit_did.functional import LOSSES, REFERENCE_FREE_LOSSES
-from lit_did.models.layout import read_sequences
 from tests.models.architectures import double, true_statistics
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, examples, loader, make, train
 from tests.modules.tiny import tiny_llama, trainer

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_did import LitDPO
+from lit_did.batches.sequences import read_sequences
 from lit_did.models import measuring
-from lit_did.models.layout import read_sequences
 from lit_did.models.trial import find
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, loader, make, train
 from tests.modules.tiny import tiny_gpt2, tiny_llama, trainer

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_did.models.layout import SHORTEST_SHARED, packed_layout, padded_layout, read_sequences, split_pairs
+from lit_did.batches.layout import SHORTEST_SHARED, packed_layout, padded_layout
+from lit_did.batches.sequences import read_sequences, split_pairs
 
 CPU = torch.device("cpu")
 PROMPT = list(range(20, 20 + SHORTEST_SHARED))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORE_INDEX = -100
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.checks import check_bounds
 
 
 def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
@@ -50,51 +50,6 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
     if "chosen_input_ids" in batch and "rejected_input_ids" in batch:
         return _stack(*(_read(_without_prefix(batch, side), ignore_index) for side in ("chosen_", "rejected_")))
     return _read(batch, ignore_index)
-
-
-def check_pairs(batch: Mapping[str, Any], read: Mapping[str, Tensor]) -> None:
-    """Checks that a batch holds pairs: the chosen sequences, then as many rejected ones, in the same order.
-
-    Args:
-        batch: What a trainer gave.
-        read: What `read_batch` made of it.
-
-    Raises:
-        ValueError: It has a `label` for each sequence, an odd number of sequences, or no sequence has the prompt of its
-            partner. Prompts that were cut at either end, or that differ in their last token, are the same here.
-    """
-    remedy = "Pass `pairs=False` if the sequences are not pairs: the metrics of pairs are left out then."
-    order = "Expected a batch of pairs, the chosen sequences first and then the rejected ones in the same order, but "
-    sequences = len(read["input_ids"])
-    if "label" in batch:
-        raise ValueError(f"{order}got one with a `label` for each sequence. {remedy}")
-    if sequences % 2:
-        raise ValueError(
-            "Expected an even number of sequences, the chosen ones first and then as many rejected ones, but got "
-            f"{sequences}. {remedy}"
-        )
-    prompts = _prompts(read)
-    if not sequences or any(map(_same_prompt, prompts[: sequences // 2], prompts[sequences // 2 :])):
-        return
-    if all(map(_same_prompt, prompts[::2], prompts[1::2])):
-        raise ValueError(
-            f"{order}the chosen and the rejected sequences take turns. Pass rows 0, 2, ..., then 1, 3, ..."
-        )
-    raise ValueError(f"{order}no sequence of the first half has the prompt of its partner in the second half. {remedy}")
-
-
-def _prompts(read: Mapping[str, Tensor]) -> list[list[int]]:
-    """The tokens before each sequence's first label."""
-    names = ("input_ids", "attention_mask", "labels")
-    input_ids, mask, labels = (read[name].cpu() for name in names)
-    before = (labels != IGNORE_INDEX).long().cumsum(1).roll(1, 1)
-    before[:, 0] = 0
-    return [row[kept].tolist() for row, kept in zip(input_ids, (before == 0) & mask.bool(), strict=True)]
-
-
-def _same_prompt(one: list[int], other: list[int]) -> bool:
-    shorter = min(len(one), len(other))
-    return one[len(one) - shorter :] == other[len(other) - shorter :] or one[: shorter - 1] == other[: shorter - 1]
 
 
 def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
@@ -178,17 +133,6 @@ def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[s
     rows |= {name: batch[name] for name in fills if name in batch}
     rows = {n: pad_sequence(v[0].split(lengths), batch_first=True, padding_value=fills[n]) for n, v in rows.items()}
     return {name: value for name, value in batch.items() if name != "cu_seqlens"} | rows
-
-
-def check_bounds(cu_seqlens: Tensor, input_ids: Tensor) -> None:
-    """Raises ValueError unless `cu_seqlens` rises from 0 to the number of tokens of `input_ids` [1, tokens]."""
-    bounds = cu_seqlens.tolist()
-    whole = cu_seqlens.dim() == 1 and len(bounds) > 1 and (bounds[0], bounds[-1]) == (0, input_ids.shape[1])
-    if not whole or len(input_ids) != 1 or any(start >= stop for start, stop in pairwise(bounds)):
-        raise ValueError(
-            "Expected `cu_seqlens` to rise from 0 to the number of tokens of `input_ids` [1, tokens], "
-            f"{tuple(input_ids.shape)}, but got {bounds}."
-        )
 
 
 def _shift(input_ids: Tensor, counts: Tensor) -> Tensor:

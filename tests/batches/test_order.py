@@ -1,19 +1,17 @@
-"""Batches with chosen and rejected sequences in turn are refused, and no batch in order is."""
+"""Batches whose pairs are out of order are refused, and no batch in order is."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lit_did import LitDPO
+from lit_did.batches.checks import checked_sequences
+from lit_did.batches.order import check_pairs
+from lit_did.batches.reading import read_batch
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import Example
-from lit_did.modules.checks import checked_sequences
 from tests.modules.tiny import collate, make_pairs, tiny_llama
-
-MODEL = SimpleNamespace()  # of which the checks ask nothing here
 
 
 def in_turn(batch: dict) -> dict:
@@ -31,15 +29,15 @@ def rows(*pairs) -> dict:
 @pytest.mark.parametrize("pairs", [2, 3, 8])
 def test_chosen_and_rejected_in_turn_are_refused(pairs):
     batch = in_turn(collate(make_pairs(pairs)))
-    message = rf"chosen sequences first .* in turn: .* rows i and i \+ {pairs} do not.*rows\[0::2\], rows\[1::2\]"
+    message = rf"chosen sequences first .* in turn: .* sequences k and k \+ {pairs} do not.*rows\[0::2\], rows\[1::2\]"
     with pytest.raises(ValueError, match=message):
-        checked_sequences(MODEL, batch)
+        checked_sequences(batch)
     module = LitDPO(tiny_llama())
     for step in (module, module.pair_statistics, lambda b: module.training_step(b, 0)):
         with pytest.raises(ValueError, match="in turn"):
             step(batch)
     remedy = {name: torch.cat([value[0::2], value[1::2]]) for name, value in batch.items()}
-    checked_sequences(MODEL, remedy)
+    checked_sequences(remedy)
 
 
 def test_packed_batches_too():
@@ -48,13 +46,13 @@ def test_packed_batches_too():
         for i, pair in enumerate(make_pairs(3))
     ]
     batch = collate_packed(examples)
-    checked_sequences(MODEL, batch)
+    checked_sequences(batch)
     lengths, bounds = batch["cu_seqlens"].diff(), batch["cu_seqlens"]
     pieces = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in (0, 3, 1, 4, 2, 5)])
     turned = {name: batch[name][:, pieces] for name in ("input_ids", "labels")}
     turned["cu_seqlens"] = torch.cat([torch.zeros(1), lengths[[0, 3, 1, 4, 2, 5]].cumsum(0)]).to(bounds.dtype)
     with pytest.raises(ValueError, match="in turn"):
-        checked_sequences(MODEL, turned)
+        checked_sequences(turned)
 
 
 A, B, C, D = [5, 6, 7, 8], [9, 10, 11], [12, 13], [14, 15, 16]
@@ -74,12 +72,49 @@ A, B, C, D = [5, 6, 7, 8], [9, 10, 11], [12, 13], [14, 15, 16]
     ],
 )
 def test_batches_in_order_are_no_alarm(pairs):
-    checked_sequences(MODEL, rows(*pairs))
+    checked_sequences(rows(*pairs))
 
 
 def test_a_shared_prompt_does_not_hide_the_others():
     """Two of three pairs have the same prompt, so that one row agrees with the one half a batch later."""
     batch = collate([(A, [1], [2]), (A, [3], [4]), (B, [1], [2])])
-    checked_sequences(MODEL, batch)
+    checked_sequences(batch)
     with pytest.raises(ValueError, match="in turn"):
-        checked_sequences(MODEL, in_turn(batch))
+        checked_sequences(in_turn(batch))
+
+
+def unpadded(*rows):
+    """What `read_batch` returns for (prompt, completion) token lists."""
+    length = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    completion_mask = torch.zeros_like(mask)
+    for row, (prompt, completion) in enumerate(rows):
+        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        mask[row, : len(prompt) + len(completion)] = 1
+        completion_mask[row, len(prompt) : len(prompt) + len(completion)] = 1
+    return read_batch({"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask})
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [(A, B, A, B), (A, A), (A, A, A, A), ([10], [11]), (B, B[2:]), (B, B[:2]), (A, [*A[:-1], 19]), (A, B, A, C)],
+    ids=["pairs", "one", "of one prompt", "a token", "cut left", "cut right", "merged", "one of two"],
+)
+def test_pairs_are_recognised(prompts):
+    check_pairs({}, unpadded(*((prompt, [20 + row]) for row, prompt in enumerate(prompts))))
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompts", "message"),
+    [
+        ({"label": torch.ones(2)}, (A, A), "got a batch with a `label` for each sequence. Pass `pairs=False`"),
+        ({}, (A, A, A), "an even number of sequences, .* but got 3. Pass `pairs=False`"),
+        ({}, (A, A, B, B), "got them in turn"),
+        ({}, (A, B), "no sequence of the first half has the prompt of its partner .* Pass `pairs=False`"),
+        ({}, (A, B, C, A), "no sequence of the first half has the prompt"),
+    ],
+    ids=["label", "odd", "interleaved", "others", "another order"],
+)
+def test_what_is_no_pair_is_refused(batch, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        check_pairs(batch, unpadded(*((prompt, [20]) for prompt in prompts)))

@@ -7,7 +7,7 @@ import torch
 from transformers import BatchEncoding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from lit_did.models.batches import check_pairs, read_batch
+from lit_did.batches.reading import read_batch
 from tests.modules.tiny import collate, make_pairs
 
 
@@ -136,43 +136,3 @@ def test_positions_that_do_not_begin_again_are_no_ends():
     assert read_batch(batch)["input_ids"].shape == (2, 5)
     with pytest.raises(ValueError, match="several rows of which one holds several sequences"):
         read_batch(batch | {"position_ids": torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 0, 1]])})
-
-
-def unpadded(*rows):
-    """What `read_batch` returns for (prompt, completion) token lists."""
-    length = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    completion_mask = torch.zeros_like(mask)
-    for row, (prompt, completion) in enumerate(rows):
-        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        mask[row, : len(prompt) + len(completion)] = 1
-        completion_mask[row, len(prompt) : len(prompt) + len(completion)] = 1
-    return read_batch({"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask})
-
-
-A, B, C = [1, 2, 3], [4, 5, 6, 7], [8, 9]
-
-
-@pytest.mark.parametrize(
-    "prompts",
-    [(A, B, A, B), (A, A), (A, A, A, A), ([10], [11]), (B, B[2:]), (B, B[:2]), (A, [1, 2, 9]), (A, B, A, C)],
-    ids=["pairs", "one", "of one prompt", "a token", "cut left", "cut right", "merged", "one of two"],
-)
-def test_pairs_are_recognised(prompts):
-    check_pairs({}, unpadded(*((prompt, [20 + row]) for row, prompt in enumerate(prompts))))
-
-
-@pytest.mark.parametrize(
-    ("batch", "prompts", "message"),
-    [
-        ({"label": torch.ones(2)}, (A, A), "got one with a `label` for each sequence. Pass `pairs=False`"),
-        ({}, (A, A, A), "an even number of sequences, .* but got 3. Pass `pairs=False`"),
-        ({}, (A, A, B, B), "take turns. Pass rows 0, 2"),
-        ({}, (A, B), "no sequence of the first half has the prompt of its partner .* Pass `pairs=False`"),
-        ({}, (A, B, C, A), "no sequence of the first half has the prompt"),
-    ],
-    ids=["label", "odd", "interleaved", "others", "another order"],
-)
-def test_what_is_no_pair_is_refused(batch, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        check_pairs(batch, unpadded(*((prompt, [20]) for prompt in prompts)))
