@@ -1,78 +1,111 @@
-"""Logits processors for transformers' `generate`: draws from token DIDs, and from the policy that DPO would end at."""
+"""Logits processors for transformers' `generate`: draws from token DIDs, and from DPO's target token by token."""
 
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from lit_did.arguments import check_bools
 from lit_did.functional.preference import check_beta
-from lit_did.sampling.readers import CachedModel, check_token_ids, unmasked
+from lit_did.sampling.readers import CachedModel, check_token_ids, second_model, unmasked
+
+
+class _Reading(NamedTuple):
+    """What the second model has read so far."""
+
+    model: CachedModel
+    rows: Tensor
+    """[B, t] token ids"""
+    logits: Tensor
+    """[B, V] after them"""
+    num_reads: int
+    """reads since the rows' beginning"""
 
 
 class _SecondModelProcessor(LogitsProcessor):
     """Knows, at every step of `generate`, the logits of a second model, which reads along with its own cache.
 
-    Beam search reorders rows between steps: where the rows read so far are the same in another order, so is the cache.
-    Other rows are read from their beginning.
+    Beam search reorders rows between steps. If the new rows begin with the rows read so far in another order, the
+    cache is reordered too. Other rows are read from their beginning.
+
+    Args:
+        model: The second model.
+        attention_mask: [prompts, T] zeros and ones, or None.
+        without_adapter: `model` is a PeftModel and is read without its adapter.
+        advice: What to do if both models return the same logits.
     """
 
-    def __init__(self, model: nn.Module, attention_mask: Tensor | None, without_adapter: bool) -> None:
-        check_bools(without_adapter=without_adapter)
-        CachedModel(model, without_adapter=without_adapter)  # raises what is wrong with them
-        self._model, self._without_adapter = model, without_adapter
+    def __init__(
+        self, model: nn.Module, attention_mask: Tensor | None, *, without_adapter: bool = False, advice: str
+    ) -> None:
+        CachedModel(model, without_adapter=without_adapter)  # raises what is wrong with the model
+        self._model, self._without_adapter, self._advice = model, without_adapter, advice
         self._attention_mask = None if attention_mask is None else _checked_mask(attention_mask)
-        self._prompts: Tensor | None = None  # [prompts, T], those that the mask is of
-        self._cached: CachedModel | None = None
-        self._read: Tensor | None = None  # [B, t], the rows that it has read
-        self._reads = 0  # how often it has read since it began
+        self._use_cache = True
+        self._prompts: Tensor | None = None  # [prompts, T], those that the mask belongs to
+        self._reading: _Reading | None = None
 
     def second_logits(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, V] logits after `input_ids` [B, t], in the dtype and on the device of `scores` [B, V]."""
-        if self._read is None:
+        """The second model's logits [B, V] after `input_ids` [B, t], in the dtype and on the device of `scores`."""
+        first = self._reading is None
+        had_cache = self._reading is not None and self._reading.model.caches
+        if first:
             check_token_ids("input_ids", input_ids, self._model, "the second model")
-        if self._goes_on(input_ids):
-            logits = self._cached.read(input_ids[:, self._read.shape[1] :])
+        before = self._goes_on(input_ids)
+        if before is None:
+            model = CachedModel(self._model, without_adapter=self._without_adapter, cache=self._use_cache)
+            num_reads = 1
+            logits = model.read(input_ids, self._mask(input_ids))
         else:
-            self._cached = CachedModel(self._model, without_adapter=self._without_adapter)
-            self._reads = 0
-            logits = self._cached.read(input_ids, self._mask(input_ids))
-        self._read, self._reads = input_ids, self._reads + 1
+            model, num_reads = before.model, before.num_reads + 1
+            logits = model.read(input_ids[:, before.rows.shape[1] :])
+            if had_cache and not model.caches and not model.agrees(before.logits, before.rows.shape[1]):
+                self._warn_of_wrong_cache(model, before.rows.shape[1], before.num_reads)
         # After 2, 4, 8 ... reads one row is compared with the model's own forward pass.
-        compared = self._reads > 1 and self._reads.bit_count() == 1
-        if compared and self._cached.caches and not self._cached.agrees(logits):
-            tokens = (
-                f"{input_ids.shape[1]} tokens (up to the last {self._reads // 2} may have been drawn from wrong ones)"
-            )
-            self._cached.give_up_cache(
-                f"gives other results with its cache than in its own forward pass after {tokens}"
-            )
-            logits = self._cached.read(input_ids[:, :0])
+        if num_reads > 1 and num_reads.bit_count() == 1 and model.caches and not model.agrees(logits):
+            model.give_up_cache(None)
+            self._warn_of_wrong_cache(model, input_ids.shape[1], num_reads)
+            logits = model.read(input_ids[:, :0])
+        self._reading = _Reading(model, input_ids, logits, num_reads)
         if logits.shape != scores.shape:
             raise ValueError(
-                f"Expected both models to have one vocabulary, but the one that generates has {scores.shape[-1]} "
-                f"entries and {type(self._model).__name__} {logits.shape[-1]}."
+                "Expected both models to have one vocabulary, but the one that generates has "
+                f"{scores.shape[-1]} entries and {type(self._model).__name__} has {logits.shape[-1]}."
             )
-        return unmasked(logits).to(scores)
+        logits = unmasked(logits).to(scores)
+        if first and torch.equal(scores, logits):
+            warnings.warn(f"Both models return the same logits. {self._advice}", stacklevel=3)
+        return logits
 
-    def _goes_on(self, input_ids: Tensor) -> bool:
-        """Whether `input_ids` continue the rows that were read; takes those rows' order."""
-        if self._read is None or input_ids.shape[1] <= self._read.shape[1]:
-            return False
-        begun = input_ids[:, : self._read.shape[1]]
-        if begun.shape == self._read.shape and torch.equal(begun, self._read):
-            return True
-        same = (begun[:, None] == self._read).all(-1)
-        if self._attention_mask is not None:  # rows of other prompts may look the same, but for their padding
-            now, then = (torch.arange(n) * len(self._attention_mask) // n for n in (len(begun), len(self._read)))
+    def _warn_of_wrong_cache(self, model: CachedModel, num_tokens: int, num_reads: int) -> None:
+        self._use_cache = False
+        warnings.warn(
+            f"{model.name} gives other results with its cache than in its own forward pass after {num_tokens} tokens. "
+            f"Up to the last {num_reads // 2} tokens may have been drawn from wrong logits. Generate again with this "
+            "processor: it no longer uses the cache, which is slower.",
+            stacklevel=4,
+        )
+
+    def _goes_on(self, input_ids: Tensor) -> _Reading | None:
+        """What was read, in the order of `input_ids`, if these go on from there."""
+        reading = self._reading
+        if reading is None or input_ids.shape[1] <= reading.rows.shape[1]:
+            return None
+        begun = input_ids[:, : reading.rows.shape[1]]
+        if begun.shape == reading.rows.shape and torch.equal(begun, reading.rows):
+            return reading
+        same = (begun[:, None] == reading.rows).all(-1)
+        if self._attention_mask is not None:  # rows of other prompts may differ in their padding alone
+            now, then = (torch.arange(n) * len(self._attention_mask) // n for n in (len(begun), len(reading.rows)))
             same &= (now[:, None] == then).to(same.device)
         if not same.any(1).all():
-            return False
-        self._cached.select(same.int().argmax(1))
-        return True
+            return None
+        order = same.int().argmax(1)
+        reading.model.select(order)
+        return reading._replace(rows=begun, logits=reading.logits[order.to(reading.logits.device)])
 
     def _mask(self, input_ids: Tensor) -> Tensor | None:
         """The mask of rows that are read from their beginning; [B, t]."""
@@ -82,24 +115,25 @@ class _SecondModelProcessor(LogitsProcessor):
         mask, (rows, length) = self._attention_mask, input_ids.shape
         if mask.dim() != 2 or mask.shape[1] > length or rows % mask.shape[0]:
             raise ValueError(
-                f"Expected `attention_mask` to be that of these prompts, [prompts, {length}] with {rows} rows a "
-                f"multiple of the prompts, but got {tuple(mask.shape)}."
+                f"Expected `attention_mask` to be the mask of these prompts, [prompts, {length}], where the number of "
+                f"prompts divides {rows} rows, but got {tuple(mask.shape)}."
             )
         prompts = input_ids[:: rows // mask.shape[0], : mask.shape[1]]
         self._prompts = prompts if self._prompts is None else self._prompts
         if not torch.equal(prompts.repeat_interleave(rows // mask.shape[0], 0), input_ids[:, : mask.shape[1]]):
             raise ValueError(
                 f"Expected `attention_mask` to have a row for each prompt, but got {mask.shape[0]} for {rows} rows of "
-                "different prompts."
+                "different prompts. Pass the mask that `generate` is given."
             )
         if not mask[:, -1].all():
             raise ValueError(
-                "Expected `attention_mask` of prompts that are padded on the left, but got one that ends in 0."
+                "Expected `attention_mask` to belong to prompts that are padded on the left, but got a row that ends "
+                'in 0. Set `tokenizer.padding_side = "left"`.'
             )
         if not torch.equal(prompts, self._prompts):
             raise ValueError(
-                "Expected the prompts that `attention_mask` was given for, but got others: each batch of padded "
-                "prompts needs a processor of its own."
+                "Expected the prompts that `attention_mask` belongs to, but got others. Make a new processor for each "
+                "batch of padded prompts."
             )
         mask = mask.to(input_ids).repeat_interleave(rows // mask.shape[0], 0)
         return torch.cat([mask, torch.ones_like(input_ids[:, mask.shape[1] :])], 1)
@@ -109,30 +143,30 @@ class _SecondModelProcessor(LogitsProcessor):
         padded = input_ids[:, 0] == padding if padding is not None else torch.zeros(1, dtype=torch.bool)
         if padded.any() and not padded.all():
             raise ValueError(
-                "Expected `attention_mask` for prompts that are padded on the left, but got None, and row "
-                f"{int(padded.nonzero()[0])} begins with the padding token {padding}."
+                "Expected `attention_mask` to be the mask of prompts that are padded on the left, but got None, and "
+                f"row {int(padded.nonzero()[0])} begins with the padding token {padding}."
             )
 
 
 def _checked_mask(attention_mask: Tensor) -> Tensor:
     """[prompts, T]."""
+    expected = "Expected `attention_mask` to be zeros and ones of shape [prompts, T], but got"
     try:
         mask = torch.as_tensor(attention_mask)
     except (ValueError, TypeError, RuntimeError):
-        mask = None
-    if mask is None or mask.dim() != 2 or not ((mask == 0) | (mask == 1)).all():
-        got = type(attention_mask).__name__ if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
-        raise ValueError(f"Expected `attention_mask` to be zeros and ones of shape [prompts, T], but got {got}.")
+        raise TypeError(f"{expected} {type(attention_mask).__name__}.") from None
+    if mask.dim() != 2 or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{expected} {mask.dtype} {tuple(mask.shape)}.")
     return mask
 
 
 def _normalised(scores: Tensor, processed: Tensor) -> Tensor:
-    """Log-probabilities of what was made of `scores`, without what these exclude."""
+    """[B, V] log-probabilities in proportion to exp(processed), 0 where `scores` are -inf."""
     logprobs = processed.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(-1)
     if logprobs.isnan().any():
         raise ValueError(
             "Expected both models to return finite logits, or -inf from the second only where the first's are too, but "
-            f"got none that make a distribution in row {int(logprobs.isnan().any(-1).nonzero()[0])}."
+            f"got logits that make no distribution in row {int(logprobs.isnan().any(-1).nonzero()[0])}."
         )
     return logprobs
 
@@ -140,27 +174,28 @@ def _normalised(scores: Tensor, processed: Tensor) -> Tensor:
 class DIDLogitsProcessor(_SecondModelProcessor):
     """`policy.generate` with it draws every token from the token DID, softmax(policy_logits - reference_logits).
 
-    Sampled, greedy and beam search, one prompt or a batch. `generate`'s temperature then divides both logits, as in
-    `lit_did.token_statistics`. What truncates or changes scores applies to the DID: transformers keeps the 50 likeliest
-    tokens unless told `top_k=0`, and a checkpoint's own `generation_config` may set `top_p` and others. Entries that
-    the policy's side excludes (-inf) stay excluded. To estimate H(q), take `lit_did.sampling.sample_did`: with
-    `ess_threshold=0` it draws independent samples from the token DIDs and tells their log-probabilities.
+    It works with sampling, greedy and beam search, with one prompt or a batch. The product of token DIDs is not the DID
+    of whole completions: to draw from that DID and to estimate its entropy, use `lit_did.sampling.sample_did`.
 
-    The product of token DIDs is not the DID of completions: for that there is `lit_did.sampling.sample_did`.
+    `generate`'s `temperature` divides both logits, as in `lit_did.token_statistics`. Options that truncate or change
+    scores apply to the DID: by default transformers keeps the 50 likeliest tokens, and a checkpoint's
+    `generation_config` may set `top_p` and others, so pass `top_k=0, top_p=1.0` to draw from all tokens. Tokens that
+    other processors exclude (-inf) stay excluded.
 
     Args:
-        reference: A causal language model with the policy's vocabulary; it reads along with its own cache. For a LoRA
-            policy give the policy itself, `without_adapter`: peft has put the adapter into its base model. A changed
-            model needs a new processor.
-        attention_mask: [prompts, T] that `generate` is given; needed where prompts are padded on the left. With it, a
-            processor serves these prompts alone. Forgotten, padding is noticed only where the model's `config` has a
-            `pad_token_id`.
-        without_adapter: `reference` is a PeftModel, and is run without its adapter.
+        policy: The causal language model whose `generate` this processor is passed to.
+        reference: A causal language model with the policy's vocabulary. It reads along with its own cache. None: the
+            policy is a PeftModel, and its reference is itself without its adapter. Make a new processor after either
+            model has changed.
+        attention_mask: [prompts, T] zeros and ones, the mask that `generate` is given. Prompts that are padded on the
+            left need it, and the processor then works for these prompts only. A missing mask is noticed only where the
+            reference's `config` has a `pad_token_id`.
 
     Raises:
-        TypeError, ValueError: `reference` is no model, or no PeftModel with `without_adapter`. In `generate`: the
-            vocabularies differ, the mask is not that of the prompts, or is missing where padding is seen, or the
-            reference excludes (-inf) what the policy does not.
+        TypeError: A model is no causal language model.
+        ValueError: `reference` is None and `policy` is no PeftModel, or the two share parameters or have different
+            vocabularies. In `generate`: the mask is missing or belongs to other prompts, or the reference excludes
+            (-inf) a token that the policy does not.
 
     Example:
         >>> import torch
@@ -170,46 +205,61 @@ class DIDLogitsProcessor(_SecondModelProcessor):
         ...                      num_attention_heads=1, pad_token_id=0, eos_token_id=None)
         >>> policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
         >>> draws = policy.generate(torch.tensor([[1, 2]]), do_sample=True, top_k=0, max_new_tokens=3,
-        ...                         logits_processor=[DIDLogitsProcessor(reference)])
+        ...                         logits_processor=[DIDLogitsProcessor(policy, reference)])
         >>> draws.shape
         torch.Size([1, 5])
     """
 
     def __init__(
-        self, reference: nn.Module, *, attention_mask: Tensor | None = None, without_adapter: bool = False
+        self, policy: nn.Module, reference: nn.Module | None = None, *, attention_mask: Tensor | None = None
     ) -> None:
-        super().__init__(reference, attention_mask, without_adapter)
+        model, without_adapter = second_model(policy, reference)
+        super().__init__(
+            model,
+            attention_mask,
+            without_adapter=without_adapter,
+            advice="So every token is equally likely in their token DID. This is right before training. Otherwise "
+            "check that the model that generates is the trained policy.",
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, V] log-probabilities of the token DID, from the policy's `scores` [B, V]."""
+        """The token DID's log-probabilities.
+
+        Args:
+            input_ids: [B, t] int64, all tokens so far.
+            scores: [B, V] the policy's logits.
+
+        Returns:
+            [B, V] log-probabilities.
+        """
         scores = unmasked(scores)
-        first = self._read is None
-        second = self.second_logits(input_ids, scores)
-        if first and torch.equal(scores, second):
-            warnings.warn(
-                "The policy and the reference have the same logits: every token of their DID is as likely as another. "
-                "If the policy is a PeftModel, its base model holds the adapter too: give "
-                "DIDLogitsProcessor(policy, without_adapter=True).",
-                stacklevel=2,
-            )
-        return _normalised(scores, scores - second)
+        return _normalised(scores, scores - self.second_logits(input_ids, scores))
 
 
 class TargetLogitsProcessor(_SecondModelProcessor):
-    """`reference.generate` with it draws from the policy that DPO would end at, before any training.
+    """`reference.generate` with it draws every token from softmax(r + (r - l) / beta), before any training.
 
-    Where chosen completions are the reference's own and rejected ones those of another model with logits l, DPO's
-    optimum is pi* proportional to rho (rho / pi_l)^(1/beta): per token softmax(r + (r - l) / beta), with the
-    reference's logits r. (arXiv 2505.23761, the power law; docs/theory.md. As distributions of whole completions the
-    two sides differ by the tokens' normalizers.)
+    r are the reference's logits and l the logits of a model of the rejected completions. Where chosen completions come
+    from the reference rho and rejected ones from pi_l, DPO ends at the policy pi* proportional to
+    rho (rho / pi_l)^(1/beta) over whole completions (arXiv 2505.23761, the power law).
+
+    **This processor does not draw from pi*.** It normalises after every prefix, and pi* only once, over whole
+    completions. The two are equal for completions of one token and differ for longer ones: docs/theory.md has the
+    size of the difference. Use the draws as an approximation of pi*.
 
     Args:
-        rejected: A causal language model of the rejected completions, with the reference's vocabulary.
-        beta: DPO's inverse temperature, above 0. The smaller, the farther the target is from the reference.
-        attention_mask, without_adapter: As in `DIDLogitsProcessor`, of `rejected`.
+        rejected: A causal language model of the rejected completions with the reference's vocabulary. It reads along
+            with its own cache. It must share no parameters with the model that generates: peft changes a base model in
+            place, so load a LoRA model's reference separately.
+        beta: DPO's inverse temperature, above 0. The smaller it is, the farther the target is from the reference.
+        attention_mask: [prompts, T] zeros and ones, the mask that `generate` is given. Prompts that are padded on the
+            left need it, and the processor then works for these prompts only. A missing mask is noticed only where the
+            `config` of `rejected` has a `pad_token_id`.
 
     Raises:
-        TypeError, ValueError: As `DIDLogitsProcessor`, or `beta` is not above 0.
+        TypeError: `rejected` is no causal language model, or `beta` is no number.
+        ValueError: `beta` is not above 0. In `generate`: the vocabularies differ, the mask is missing or belongs to
+            other prompts, or `rejected` excludes (-inf) a token that the reference does not.
 
     Example:
         >>> import torch
@@ -225,19 +275,25 @@ class TargetLogitsProcessor(_SecondModelProcessor):
         torch.Size([1, 5])
     """
 
-    def __init__(
-        self,
-        rejected: nn.Module,
-        *,
-        beta: float,
-        attention_mask: Tensor | None = None,
-        without_adapter: bool = False,
-    ) -> None:
-        super().__init__(rejected, attention_mask, without_adapter)
+    def __init__(self, rejected: nn.Module, *, beta: float, attention_mask: Tensor | None = None) -> None:
+        super().__init__(
+            rejected,
+            attention_mask,
+            advice="So the target is the reference itself. If `rejected` is a PeftModel, the model that generates may "
+            "be its base model, which peft has put the adapter into: load the reference separately.",
+        )
         check_beta(beta)
         self._beta = beta
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, V] log-probabilities of the target, from the reference's `scores` [B, V]."""
+        """The log-probabilities of softmax(r + (r - l) / beta).
+
+        Args:
+            input_ids: [B, t] int64, all tokens so far.
+            scores: [B, V] the reference's logits r.
+
+        Returns:
+            [B, V] log-probabilities.
+        """
         scores = unmasked(scores)
         return _normalised(scores, scores + (scores - self.second_logits(input_ids, scores)) / self._beta)

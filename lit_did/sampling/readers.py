@@ -1,4 +1,4 @@
-"""Language models, and functions of prefixes, that read token by token and keep what they have read."""
+"""Language models and functions of prefixes that read token by token and keep what they have read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lit_did.functional.enumeration import NextToken
+from lit_did.models.forward import inner, num_positions
 from lit_did.models.loading import (
     check_adapter_is_all_that_trains,
     check_positions_are_kept,
@@ -28,59 +29,63 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def unmasked(logits: Tensor) -> Tensor:
-    """`logits` with -inf in place of what masks such as -1e9 and finfo.min mean, as the operators have it."""
+    """`logits` with -inf in place of masks such as -1e9 and finfo.min, as in the operators."""
     return logits.masked_fill(logits < -LARGEST_LOGIT, -torch.inf)
 
 
 class CachedModel:
     """A transformers causal language model that reads token by token, in eval mode, without gradients.
 
-    It keeps the model's own cache (`past_key_values`). A model without one, or whose cache fails, reads everything
-    again at every step, each row without its padding. That is slower, and just as right. One warning says so.
+    It keeps the model's own cache (`past_key_values`). A model without a cache, or whose cache fails, reads everything
+    again at every step, each row without its padding. The results are the same, but it is slower, so one warning says
+    so.
 
     Args:
-        model: A causal language model. Its own mode is put back after every read.
-        without_adapter: Reads with `model`, a PeftModel, without its adapter.
-        cache: False: reads everything again at every step.
+        model: A causal language model. Its train or eval mode is restored after every read.
+        without_adapter: Whether to read `model`, a PeftModel, without its adapter.
+        cache: Whether to use the model's cache.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: `without_adapter`, and `model` is no PeftModel; or its adapter is made of virtual tokens.
+        TypeError: `model` is no causal language model.
+        ValueError: The adapter of `model` is made of virtual tokens.
     """
 
     def __init__(self, model: nn.Module, *, without_adapter: bool = False, cache: bool = True) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a causal language model, but got {type(model).__name__}.")
-        self._model = unwrapped(model)
-        if without_adapter and not is_peft(self._model):
-            raise ValueError(f"Expected a PeftModel with `without_adapter`, but got {type(self._model).__name__}.")
+        self._model: Any = unwrapped(model)
         if is_peft(self._model):
             check_positions_are_kept(self._model)
         self._without_adapter = without_adapter
         self.max_tokens = _max_tokens(self._model)
-        inner = self._model.get_base_model() if is_peft(self._model) else self._model
-        self.name = type(inner).__name__
-        self._accepts = inspect.signature(inner.forward).parameters
+        base = inner(self._model)
+        self.name = type(base).__name__
+        self._accepts = inspect.signature(base.forward).parameters
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self._accepts.values())
         if "input_ids" not in self._accepts and not takes_any:
             raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {self.name}.")
         self.caches = cache and "past_key_values" in self._accepts
-        self._told = not cache  # that everything is read again
-        self._cache = None
-        self._input_ids: Tensor | None = None  # [n, t], all that was read
-        self._mask: Tensor | None = None  # [n, t]
+        self.has_cached = False
+        """whether any logits so far came from a cache"""
+        self._warned = not cache
+        self._cache: Any = None
+        self._input_ids = torch.empty(0, 0, dtype=torch.long)  # [n, t], all that was read
+        self._mask = self._input_ids  # [n, t]
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [n, V] of the token that follows, once `input_ids` [n, t], t >= 1, are read too.
+        """Reads on.
 
         Args:
-            input_ids: int64, on any device.
-            attention_mask: [n, t], 0 where a token is padding; without it none is.
+            input_ids: [n, t] int64 on any device: the tokens that follow those read so far.
+            attention_mask: [n, t] 0 where a token is padding. None: no token is.
+
+        Returns:
+            [n, V] logits of the next token.
         """
         device = next(self._model.parameters()).device
         input_ids = input_ids.to(device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device).long()
-        first = self._input_ids is None
+        first = not self._input_ids.numel()
         self._input_ids = input_ids if first else torch.cat([self._input_ids, input_ids], 1)
         self._mask = mask if first else torch.cat([self._mask, mask], 1)
         if self._input_ids.shape[1] > self.max_tokens:
@@ -95,12 +100,12 @@ class CachedModel:
                 raise
             except Exception as error:  # of a model whose cache is not for this
                 self.give_up_cache(f"cannot read on with its cache ({type(error).__name__}: {error})")
-        if not self._told:
+        if not self._warned:
             self.give_up_cache("has no cache of keys and values")
         return self._read_whole()
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with `rows` [m] int64 of what was read, in their order; a row may come several times."""
+        """Goes on with `rows` [m] int64 of what was read, in this order. A row may occur several times."""
         rows = rows.to(self._input_ids.device)
         self._input_ids, self._mask = self._input_ids[rows], self._mask[rows]
         if self._cache is not None:
@@ -111,18 +116,24 @@ class CachedModel:
             except Exception as error:
                 self.give_up_cache(f"cannot reorder its cache ({type(error).__name__}: {error})")
 
-    def give_up_cache(self, reason: str) -> None:
-        """Reads everything again from here on."""
-        self.caches, self._cache, self._told = False, None, True
-        warn_without_cache(self.name, reason)
+    def give_up_cache(self, reason: str | None) -> None:
+        """Reads everything again from here on. Warns unless `reason` is None."""
+        self.caches, self._cache, self._warned = False, None, True
+        if reason is not None:
+            warn_without_cache(self.name, reason)
 
-    def agrees(self, logits: Tensor) -> bool:
-        """Whether the model's forward pass over a whole row gives these logits [n, V] of the last `read`.
+    def agrees(self, logits: Tensor, length: int | None = None) -> bool:
+        """Whether the model's forward pass over a whole row gives the logits that a read gave.
 
         The row is the one with the most padding, and is read without it.
+
+        Args:
+            logits: [n, V] of the last read, or of the read that ended at `length` tokens.
+            length: How many tokens were read then.
         """
         row = int(self._mask.sum(1).argmin())
-        whole = self._forward(self._input_ids[row][self._mask[row] > 0][None])[0, -1]
+        token_ids, mask = self._input_ids[row][:length], self._mask[row][:length]
+        whole = self._forward(token_ids[mask > 0][None])[0, -1]
         return self._close(*(unmasked(x.double()).log_softmax(-1) for x in (logits[row], whole)))
 
     def agrees_on(self, prompt: Tensor, completion: Tensor, log_prob: Tensor) -> bool:
@@ -147,6 +158,7 @@ class CachedModel:
         if "position_ids" in self._accepts and not self._mask.all():
             inputs["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self._run(input_ids=input_ids, **inputs, **self._options(1))
+        self.has_cached |= self._cache is not None
         self._cache = getattr(outputs, "past_key_values", None)
         if self._cache is None:
             self.give_up_cache("returns no cache")
@@ -211,46 +223,71 @@ def as_readers(
     *,
     cache: bool = True,
 ) -> tuple[CachedModel, CachedModel, Tensor] | tuple[CachedFunction, CachedFunction, Tensor]:
-    """Both models ready to read, and the prompt [1, t] to read first. Raises what `sample_did` says.
+    """Both models, ready to read, and the prompt [1, t] to read first.
 
-    `cache`: as in `CachedModel`.
+    Args:
+        policy: A causal language model or a function of prefixes.
+        reference: The same, or None for a PeftModel that is read without its adapter.
+        prompt: [t] or [1, t] token ids for language models, None for functions.
+        max_new_tokens: How many tokens will follow the prompt.
+        cache: Whether language models use their caches.
+
+    Raises:
+        TypeError: A model or the prompt has the wrong type.
+        ValueError: The models do not belong together, or the prompt does not fit them.
     """
     if not isinstance(policy, nn.Module):
-        for name, model in (("policy", policy), ("reference", reference)):
-            if not callable(model) or isinstance(model, nn.Module):
+        functions = []
+        for name, function in (("policy", policy), ("reference", reference)):
+            if not callable(function) or isinstance(function, nn.Module):
                 raise TypeError(
                     f"Expected `{name}` to be a function of prefixes, or both to be language models, "
-                    f"but got {type(model).__name__}."
+                    f"but got {type(function).__name__}."
                 )
+            functions.append(CachedFunction(function, name))
         if prompt is not None:
-            raise ValueError("Expected `prompt` to be None with functions, which know theirs, but got one.")
-        return CachedFunction(policy, "policy"), CachedFunction(reference, "reference"), torch.zeros(1, 0).long()
-    if reference is None:
-        if not is_peft(unwrapped(policy)):
-            raise ValueError("Expected `reference`, or a PeftModel as `policy`, but got neither.")
-        check_adapter_is_all_that_trains(unwrapped(policy))
-        second = CachedModel(policy, without_adapter=True, cache=cache)
-    elif not isinstance(reference, nn.Module):
-        raise TypeError(f"Expected `reference` to be a language model, but got {type(reference).__name__}.")
-    else:
-        check_separate(unwrapped(policy), unwrapped(reference))
-        check_same_vocabulary(unwrapped(policy), unwrapped(reference))
-        second = CachedModel(reference, cache=cache)
-    first, prompt = CachedModel(policy, cache=cache), _checked_prompt(prompt)
-    reference = policy if reference is None else reference
-    for name, model, reader in (("policy", policy, first), ("reference", reference, second)):
-        check_token_ids("prompt", prompt, model, f"`{name}`")
+            raise ValueError("Expected `prompt` to be None because the models are functions, but got one.")
+        return functions[0], functions[1], torch.zeros(1, 0).long()
+    model, without_adapter = second_model(policy, reference)
+    first, second = CachedModel(policy, cache=cache), CachedModel(model, without_adapter=without_adapter, cache=cache)
+    prompt = _checked_prompt(prompt)
+    for name, read, reader in (("policy", policy, first), ("reference", model, second)):
+        check_token_ids("prompt", prompt, read, f"`{name}`")
         if prompt.shape[1] + max_new_tokens - 1 > reader.max_tokens:  # the last token is not read
             raise ValueError(
-                f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together, as "
+                f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together because "
                 f"`{name}` has {reader.max_tokens} positions, but got {prompt.shape[1]} and {max_new_tokens}."
             )
     return first, second, prompt
 
 
+def second_model(policy: Any, reference: Any) -> tuple[nn.Module, bool]:
+    """The model to run as the reference of `policy`, and whether to run it without its adapter.
+
+    Raises:
+        TypeError: A model is no module.
+        ValueError: `reference` is None and `policy` cannot be its own reference, or the two do not belong together.
+    """
+    for name, model in (("policy", policy), ("reference", policy if reference is None else reference)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected `{name}` to be a causal language model, but got {type(model).__name__}.")
+    if reference is None:
+        if not is_peft(unwrapped(policy)):
+            raise ValueError(
+                "Expected `reference` to be a causal language model, but got None, and `policy` is "
+                f"{type(unwrapped(policy)).__name__}. Only a PeftModel can be its own reference, without its adapter."
+            )
+        check_adapter_is_all_that_trains(unwrapped(policy))
+        return policy, True
+    check_separate(unwrapped(policy), unwrapped(reference))
+    check_same_vocabulary(unwrapped(policy), unwrapped(reference))
+    return reference, False
+
+
 def check_token_ids(argument: str, token_ids: Tensor, model: nn.Module, name: str) -> None:
-    """Raises ValueError if `token_ids` are not of the vocabulary of `model`: a GPU's own failure names nothing."""
-    embeddings = unwrapped(model).get_input_embeddings() if hasattr(unwrapped(model), "get_input_embeddings") else None
+    """Raises ValueError if `token_ids` are outside the vocabulary of `model`: a GPU's own error names no argument."""
+    plain: Any = unwrapped(model)
+    embeddings = plain.get_input_embeddings() if hasattr(plain, "get_input_embeddings") else None
     size = getattr(embeddings, "num_embeddings", None)
     least, largest = (int(value) for value in token_ids.aminmax())
     if least < 0 or (size is not None and largest >= size):
@@ -262,11 +299,11 @@ def check_token_ids(argument: str, token_ids: Tensor, model: nn.Module, name: st
 def _checked_prompt(prompt: Tensor | Sequence[int] | None) -> Tensor:
     """[1, t] int64."""
     if prompt is None:
-        raise ValueError("Expected `prompt`, the token ids that completions follow, but got None.")
+        raise ValueError("Expected `prompt` to be the token ids that completions follow, but got None.")
     if not isinstance(prompt, Tensor | list | tuple):
         raise TypeError(
-            "Expected `prompt` to be token ids, a tensor or a list (of a BatchEncoding its `input_ids`), "
-            f"but got {type(prompt).__name__}."
+            f"Expected `prompt` to be token ids, a tensor or a list, but got {type(prompt).__name__}. Pass the "
+            "`input_ids` of a BatchEncoding."
         )
     expected = "Expected `prompt` to be integers of shape [t] or [1, t], t >= 1, but got"
     try:
@@ -280,33 +317,32 @@ def _checked_prompt(prompt: Tensor | Sequence[int] | None) -> Tensor:
     return token_ids.long()
 
 
-def _max_tokens(model: nn.Module) -> float:
+def _max_tokens(model: Any) -> float:
     """How many tokens `model` can read: infinite, unless it looks positions up in a table."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(limit, int) or not hasattr(model, "get_input_embeddings"):
+    limit = num_positions(model)
+    if limit == math.inf or not hasattr(model, "get_input_embeddings"):
         return math.inf
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
     of_positions = any(table.num_embeddings - limit in (0, 2) for table in tables)  # OPT's begins at 2
     return limit if of_positions else math.inf
 
 
-def ends_of(policy: nn.Module | NextToken, eos_token_id: int | Sequence[int] | str | None) -> list[int]:
+def ends_of(policy: nn.Module | NextToken, eos_token_id: int | Sequence[int] | Literal["auto"] | None) -> list[int]:
     """The tokens that end a completion: `eos_token_id`, or with "auto" those of the policy's `generation_config`.
 
     Raises:
         TypeError: `eos_token_id` is something else.
     """
-    ends = eos_token_id
+    expected = f'Expected `eos_token_id` to be a token id, several, None or "auto", but got {eos_token_id!r}.'
+    ends: Any = eos_token_id
     if isinstance(eos_token_id, str) and eos_token_id == "auto":
         config = getattr(unwrapped(policy), "generation_config", None) if isinstance(policy, nn.Module) else None
         ends = getattr(config, "eos_token_id", None)
     if ends is None:
         return []
     if isinstance(ends, bool):
-        raise TypeError(f'Expected `eos_token_id` to be a token id, several, None or "auto", but got {eos_token_id!r}.')
+        raise TypeError(expected)
     try:
         return sorted({index(token) for token in ([ends] if hasattr(ends, "__index__") or ends == "" else ends)})
     except TypeError:
-        raise TypeError(
-            f'Expected `eos_token_id` to be a token id, several, None or "auto", but got {eos_token_id!r}.'
-        ) from None
+        raise TypeError(expected) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class DIDSamples(NamedTuple):
     """
 
     completions: Tensor
-    """[K, T] int64, -1 after the end; equal ones may come several times"""
+    """[K, T] int64, -1 after the end; a completion may occur several times"""
     lengths: Tensor
     """[K] int64: tokens of each completion, its end-of-sequence token included"""
     log_weight: Tensor
@@ -78,7 +78,7 @@ def sample_did(
     prompt: Tensor | Sequence[int] | None = None,
     *,
     max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | str | None = "auto",
+    eos_token_id: int | Sequence[int] | Literal["auto"] | None = "auto",
     num_samples: int = 128,
     num_islands: int = 4,
     ess_threshold: float = 0.5,
@@ -86,44 +86,48 @@ def sample_did(
     seed: int = 0,
     progress: bool = True,
 ) -> DIDSamples:
-    """Completions of one prompt from the DID of two models, and an estimate of H(q) with its interval.
+    """Draws completions of one prompt from the DID of two models and estimates H(q) with an interval.
 
-    Twisted sequential Monte Carlo. All particles grow token by token: a token v is drawn in proportion to
-    pi(v) / rho(v) times the number of completions that could follow it, and what that proposal's normalizer tells of
-    the prefix goes into the particle's weight. Where the effective sample size of an island falls below
-    `ess_threshold` of its particles, it resamples them (systematically). Completions that have ended keep their
-    weight. The entropy uses the drawn log-ratios' distance from their expectations, which are known, as a control
-    variate; the interval is a jackknife over the islands, which never meet, with a t quantile.
-    `lit_did.functional.did_entropy.estimate_from_islands` has the verdict's rules; docs/theory.md what was measured.
+    The method is twisted sequential Monte Carlo. All particles grow token by token. A token v is drawn in proportion to
+    pi(v) / rho(v) times the number of completions that could follow it. The normalizer of that proposal goes into the
+    particle's weight. An island resamples its particles (systematically) when their effective sample size falls below
+    `ess_threshold` of their number. Completions that have ended keep their weight. The expectation of each log-ratio
+    under the proposal is known, so its distance from what was drawn is a control variate for the entropy. The interval
+    is a jackknife over the islands, which are independent, with a t quantile.
+    `lit_did.functional.did_entropy.estimate_from_islands` has the rules of the verdict. docs/theory.md has the measured
+    errors.
 
-    Everything stays in logarithms, at any length and vocabulary. Two runs with one seed on one machine agree.
+    All weights are logarithms, so any length and vocabulary works. Two runs with one seed on one machine agree.
 
-    Language models read on with their own caches. Afterwards some completions go through each model's own forward pass.
-    Where a log-probability differs, all is drawn again without caches, and one warning says so.
+    Language models use their own caches. Afterwards some completions go through each model's own forward pass. If a
+    log-probability differs, everything is drawn again without caches, and one warning says so.
 
     Args:
         policy: A transformers causal language model, or a function from prefixes [n, t] int64, t from 0, to the next
-            token's logits [n, V], as `lit_did.functional.enumerate_did` takes.
-        reference: The same, with the same vocabulary. None: a PeftModel's reference is itself without its adapter.
-        prompt: [t] or [1, t] token ids, t >= 1, for language models; functions have none.
-        max_new_tokens: T, where completions are cut. H(q) grows with it: report both.
-        eos_token_id: The token or tokens that end a completion; None: none does. "auto": those of the policy's
+            token's logits [n, V], as for `lit_did.functional.enumerate_did`.
+        reference: The same, with the same vocabulary. None: the policy is a PeftModel, and its reference is itself
+            without its adapter.
+        prompt: [t] or [1, t] token ids, t >= 1, for language models. None for functions.
+        max_new_tokens: T, where completions are cut. H(q) grows with T, so report both.
+        eos_token_id: The token or tokens that end a completion. None: no token does. "auto": those of the policy's
             `generation_config`, and none for functions.
-        num_samples: K, a multiple of `num_islands`, at least two particles each. All are read at once, each with its
-            own keys and values. Fewer than 25 effective ones are never called reliable.
-        num_islands: At least three: fewer cannot disagree.
-        ess_threshold: In [0, 1]. 0 never resamples: the samples are then independent, for
-            `lit_did.functional.estimate_did_entropy`.
-        confidence: Of the interval, in (0, 1).
-        seed: Of the draws.
-        progress: Shows a progress bar.
+        num_samples: K, a multiple of `num_islands`, at least two particles for each island. All are read at once, each
+            with its own keys and values. Fewer than 25 effective particles are never called reliable.
+        num_islands: The number of independent groups of particles, at least 3.
+        ess_threshold: In [0, 1], as a share of an island's particles. With 0 it never resamples: the samples are then
+            independent, as `lit_did.functional.estimate_did_entropy` needs them.
+        confidence: The level of the interval, in (0, 1).
+        seed: The seed of the draws.
+        progress: Whether to show a progress bar.
 
     Returns:
-        DIDSamples: tensors on the CPU, without gradients.
+        `DIDSamples`, tensors on the CPU without gradients.
 
     Raises:
-        TypeError, ValueError: An argument is out of range, the models' vocabularies differ, logits are NaN, or the
-            reference excludes (-inf) a token that the policy does not.
+        TypeError: A model or another argument has the wrong type.
+        ValueError: An argument is out of range, `reference` is None and `policy` is no PeftModel, the models share
+            parameters or have different vocabularies, logits are NaN, or the reference excludes (-inf) a token that the
+            policy does not.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]])  # of every token, after any prefix; token 0 ends the completion
@@ -142,11 +146,11 @@ def sample_did(
     check_confidence(confidence)
     ends = ends_of(policy, eos_token_id)
     for cache in (True, False):
-        readers = as_readers(policy, reference, prompt, max_new_tokens, cache=cache)
+        first, second, token_ids = as_readers(policy, reference, prompt, max_new_tokens, cache=cache)
         generator = torch.Generator().manual_seed(seed)
         particles = _Particles(num_samples, num_islands, max_new_tokens)
-        log_num_completions = _grow(particles, *readers, ends, ess_threshold, generator, progress)
-        wrong = _wrong_caches(particles, *readers) if cache else []
+        log_num_completions = _grow(particles, first, second, token_ids, ends, ess_threshold, generator, progress)
+        wrong = _wrong_caches(particles, first, second, token_ids) if cache else []
         if not wrong:
             break
         warn_without_cache(" and ".join(wrong), "gives other results with its cache than in its own forward pass")
@@ -165,14 +169,14 @@ def _grow(
 ) -> float:
     """Grows the particles to their ends; the logarithm of how many completions there are."""
     num_samples, max_new_tokens = particles.completions.shape
-    # All particles begin with the one prompt, read once.
+    # All particles begin with the same prompt, which is read once.
     own, parents, unread = torch.arange(num_samples), torch.zeros(num_samples, dtype=torch.long), prompt
     for step in tqdm(range(max_new_tokens), desc="DID", unit="token", disable=not progress):
         policy_logits, reference_logits = policy.read(unread), reference.read(unread)
         if step == 0:
             after = _log_completions(policy_logits.shape[-1], ends, max_new_tokens)
-            particles.log_partition += after[max_new_tokens]  # so many completions in all
-        ended = particles.ended[: len(policy_logits)]  # the one prompt has not
+            particles.log_partition += after[max_new_tokens]  # the number of all completions
+        ended = particles.ended[: len(policy_logits)]  # False for the prompt
         twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
         particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
         ancestors = particles.resample(ess_threshold, generator)
@@ -181,7 +185,7 @@ def _grow(
         particles.add(step, tokens, *twisted.of(parents, tokens), ends)
         if particles.ended.all():
             break
-        if step == 0 or not torch.equal(ancestors, own):  # keys and values are not copied for nothing
+        if step == 0 or not torch.equal(ancestors, own):  # saves a copy of keys and values
             policy.select(parents)
             reference.select(parents)
         parents, unread = own, tokens[:, None]
@@ -196,12 +200,12 @@ def _wrong_caches(
 ) -> list[str]:
     """Names of models that give some completions other log-probabilities in one forward pass over all their tokens.
 
-    So a cache that goes wrong anywhere, such as beyond a window or when rows are reordered, is noticed at little cost.
+    This finds a cache that goes wrong anywhere, such as beyond a window, when rows are reordered, or before it failed.
     """
     compared = range(0, len(particles.completions), max(1, len(particles.completions) // _COMPARED))
     wrong = set()
     for reader, log_probs in ((policy, particles.logprobs[0]), (reference, particles.logprobs[1])):
-        if not isinstance(reader, CachedModel) or not reader.caches:
+        if not isinstance(reader, CachedModel) or not reader.has_cached:
             continue
         for row in compared:
             completion = particles.completions[row]

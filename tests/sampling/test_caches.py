@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_did.sampling import DIDLogitsProcessor, sample_did
 from lit_did.sampling.readers import CachedModel
-from tests.modules.tiny import tiny_llama
+from tests.modules.tiny import VOCABULARY, tiny_llama
 
 PROMPT = torch.tensor([[5, 6, 7]])
 TOKENS = 8
@@ -31,11 +31,11 @@ class Forgetful(nn.Module):
         outputs = self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **options)
         self.cached_reads += use_cache is True
         if use_cache and held >= self.after:
-            if self.how == "raises":
+            if self.how == "raises" or (self.how == "other, then raises" and held >= self.after + 2):
                 raise IndexError("list index out of range")
             if self.how == "none":
                 outputs.past_key_values = None
-            if self.how == "other":
+            if self.how.startswith("other"):
                 outputs.logits = outputs.logits.roll(1, -1)
         return outputs
 
@@ -78,6 +78,22 @@ def test_draws_are_right_without_the_cache(how, words, after):
     assert warning.endswith("Results are right, but sampling is slower.")
 
 
+def test_a_cache_that_was_wrong_before_it_failed():
+    """After 6 tokens it gives other logits, and after 8 it fails: the draws in between are not kept."""
+    expected, _ = draw(tiny_llama(0).eval(), tiny_llama(1).eval())
+    got, told = draw(Forgetful(0, "other, then raises", 6), tiny_llama(1).eval())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    assert [words in warning for words, warning in zip(("cannot read on", "own forward pass"), told, strict=True)]
+    processor = DIDLogitsProcessor(tiny_llama(0).eval(), Forgetful(1, "other, then raises", 6))
+    ids = torch.arange(5, 14)[None]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for length in range(3, 10):  # the fourth read is compared, the fifth is wrong, the seventh fails
+            processor(ids[:, :length], torch.zeros(1, VOCABULARY))
+    assert "its cache (IndexError" in str(told[0].message)
+    assert "own forward pass after 8 tokens. Up to the last 3 tokens may" in str(told[1].message)
+
+
 def test_a_cache_that_cannot_be_reordered(monkeypatch):
     import transformers
 
@@ -106,7 +122,7 @@ def test_running_out_of_memory_is_no_reason_to_read_more(monkeypatch):
 
 def test_processors_notice_within_twice_as_many_tokens():
     policy, reference = tiny_llama(0).eval(), Forgetful(1, "other", after=6)
-    processor = DIDLogitsProcessor(reference)
+    processor = DIDLogitsProcessor(policy, reference)
 
     def step(ids: Tensor) -> tuple[Tensor, bool]:
         with torch.no_grad():
@@ -124,7 +140,10 @@ def test_processors_notice_within_twice_as_many_tokens():
     # The first four find a cache of at most 5 tokens. The eighth is compared.
     assert right == [True] * 4 + [False] * 3 + [True] * 3
     (warning,) = told
-    assert "own forward pass after 10 tokens (up to the last 4 may" in str(warning.message)
+    assert "own forward pass after 10 tokens. Up to the last 4 tokens may" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(step(ids[:, :length])[1] for length in range(3, 11))  # the same processor, without the cache
 
 
 def test_rows_with_padding_are_read_alone_without_a_cache():

@@ -48,7 +48,7 @@ def logits_after(model: nn.Module, prompt: list[int], sequence: list[int]) -> Te
 def test_draws_from_the_token_did(make, temperature):
     policy, reference = make(seed=0), make(seed=1)
     inputs = padded()
-    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    processor = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"])
     torch.manual_seed(0)
     output = generate(policy, inputs, processor, temperature=temperature)
     scores = torch.stack(output.scores, 1).double().log_softmax(-1)
@@ -65,7 +65,9 @@ def test_frequencies():
     torch.manual_seed(0)
     inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
     draws = 4000
-    output = generate(policy, inputs, DIDLogitsProcessor(reference), max_new_tokens=1, num_return_sequences=draws)
+    output = generate(
+        policy, inputs, DIDLogitsProcessor(policy, reference), max_new_tokens=1, num_return_sequences=draws
+    )
     with torch.no_grad():
         chance = (policy(**inputs).logits - reference(**inputs).logits)[0, -1].double().softmax(-1)
     counts = output.sequences[:, -1].bincount(minlength=VOCABULARY)
@@ -76,7 +78,7 @@ def test_frequencies():
 def test_greedy():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = padded()
-    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    processor = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"])
     output = generate(policy, inputs, processor, do_sample=False, top_k=None)
     for row, prompt in enumerate(PROMPTS):
         sequence = []
@@ -90,7 +92,7 @@ def test_greedy():
 def test_beams_take_their_caches_along():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = padded()
-    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    processor = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"])
     output = generate(
         policy, inputs, processor, do_sample=False, top_k=None, num_beams=4, num_return_sequences=4, length_penalty=0.0
     )
@@ -110,7 +112,7 @@ def test_equal_rows_of_unequal_padding_keep_their_own_cache():
     # To the processor these rows look the same; only the mask tells that the first row's 0 is padding.
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = {"input_ids": torch.tensor([[0, 7], [0, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
-    processor = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"])
+    processor = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"])
     output = generate(policy, inputs, processor, do_sample=False, top_k=None, num_beams=3, num_return_sequences=3)
     for row, sequence in enumerate(output.sequences[:, 2:].tolist()):
         prompt = [[7], [0, 7]][row // 3]
@@ -121,43 +123,47 @@ def test_equal_rows_of_unequal_padding_keep_their_own_cache():
 
 def test_one_processor_serves_several_calls():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
-    processor = DIDLogitsProcessor(reference)
+    processor = DIDLogitsProcessor(policy, reference)
     for prompt in ([5, 6, 7], [5, 6, 7], [9, 8]):
         inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt)).long()}
         torch.manual_seed(1)
         again = generate(policy, inputs, processor)
         torch.manual_seed(1)
-        fresh = generate(policy, inputs, DIDLogitsProcessor(reference))
+        fresh = generate(policy, inputs, DIDLogitsProcessor(policy, reference))
         assert torch.equal(again.sequences, fresh.sequences)
 
 
 def test_a_mask_belongs_to_its_prompts():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     first, second = padded([[5, 6, 7], [8]]), padded([[9], [10, 11, 12]])
-    processor = DIDLogitsProcessor(reference, attention_mask=first["attention_mask"])
+    processor = DIDLogitsProcessor(policy, reference, attention_mask=first["attention_mask"])
     generate(policy, first, processor)
     generate(policy, first, processor)
-    with pytest.raises(ValueError, match="the prompts that `attention_mask` was given for, but got others"):
+    with pytest.raises(ValueError, match="the prompts that `attention_mask` belongs to, but got others"):
         generate(policy, second, processor)
 
 
 def test_masks_that_are_not_the_prompts_own():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = padded()
-    one_for_all = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"][:1])
+    one_for_all = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"][:1])
     with pytest.raises(ValueError, match="a row for each prompt, but got 1 for 3 rows of different prompts"):
         generate(policy, inputs, one_for_all)
-    on_the_right = DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"].flip(1))
-    with pytest.raises(ValueError, match="padded on the left, but got one that ends in 0"):
+    on_the_right = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"].flip(1))
+    with pytest.raises(ValueError, match="padded on the left, but got a row that ends in 0"):
         generate(policy, inputs, on_the_right)
 
 
-def test_a_base_with_its_adapter_is_noticed():
+def test_models_with_the_same_logits_are_noticed():
     base = tiny_llama()
     policy = add_lora(base, {"r": 4, "target_modules": "all-linear"})
+    with pytest.raises(ValueError, match="share parameters"):
+        DIDLogitsProcessor(policy, base)  # peft has put the adapter into it
     inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
-    with pytest.warns(UserWarning, match=r"same logits: .* DIDLogitsProcessor\(policy, without_adapter=True\)"):
-        generate(policy, inputs, DIDLogitsProcessor(base))
+    with pytest.warns(UserWarning, match="same logits. So every token is equally likely in their token DID"):
+        generate(policy, inputs, DIDLogitsProcessor(policy))
+    with pytest.warns(UserWarning, match="same logits. So the target is the reference itself. .* load the reference"):
+        generate(base, inputs, TargetLogitsProcessor(policy, beta=1.0))
 
 
 def test_assisted_decoding_goes_back():
@@ -169,7 +175,7 @@ def test_assisted_decoding_goes_back():
         generate(
             policy,
             inputs,
-            DIDLogitsProcessor(reference, attention_mask=inputs["attention_mask"]),
+            DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"]),
             do_sample=False,
             top_k=None,
             **options,
@@ -179,11 +185,12 @@ def test_assisted_decoding_goes_back():
     assert torch.equal(plain, assisted)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no cache of keys and values")
 def test_a_second_model_must_not_exclude_what_the_first_does_not():
     policy = tiny_llama(seed=0)
     inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
     for processor in (
-        DIDLogitsProcessor(Excluding(tiny_llama(), [1])),
+        DIDLogitsProcessor(policy, Excluding(tiny_llama(), [1])),
         TargetLogitsProcessor(Excluding(tiny_llama(), [1]), beta=1.0),
     ):
         with pytest.raises(ValueError, match=r"-inf from the second only .*, but got .* row 0"):
@@ -195,15 +202,16 @@ def test_it_reads_every_token_once():
     read = []
     reference.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True)
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
-    generate(policy, inputs, DIDLogitsProcessor(reference))
+    generate(policy, inputs, DIDLogitsProcessor(policy, reference))
     # After two and four reads the whole row is compared with what the cache gave.
     assert read == [(1, 3), (1, 1), (1, 4), (1, 1), (1, 1), (1, 6), (1, 1)]
 
 
+@pytest.mark.filterwarnings("ignore:.* has no cache of keys and values")
 def test_what_other_processors_exclude_stays_excluded():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
-    processor = DIDLogitsProcessor(reference)
+    processor = DIDLogitsProcessor(policy, reference)
     banned = list(range(10, VOCABULARY))
     output = policy.eval().generate(
         **inputs, logits_processor=[processor], suppress_tokens=banned, do_sample=True, top_k=0, max_new_tokens=20
@@ -211,7 +219,7 @@ def test_what_other_processors_exclude_stays_excluded():
     assert (output[:, 2:] < 10).all()
     scores = torch.tensor([[0.0, -torch.inf, 1.0] + [0.0] * (VOCABULARY - 3)])
     second = Excluding(tiny_llama(), [1])
-    for excluding in (DIDLogitsProcessor(second), TargetLogitsProcessor(second, beta=0.5)):
+    for excluding in (DIDLogitsProcessor(policy, second), TargetLogitsProcessor(second, beta=0.5)):
         chances = excluding(inputs["input_ids"], scores).exp()
         assert chances[0, 1] == 0  # on both sides: no NaN
         assert chances.sum().item() == pytest.approx(1, abs=1e-5)
@@ -244,6 +252,7 @@ def test_draws_from_the_target(beta):
         torch.testing.assert_close(scores[row], (r + (r - bad) / beta).log_softmax(-1), rtol=0, atol=4 * TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no cache of keys and values")
 def test_the_target_is_where_dpo_ends():
     # One token, beta = 1/2: pi_l is proportional to rho (rho / pi*)^beta, so the target is pi* itself.
     generator = torch.Generator().manual_seed(0)
@@ -275,7 +284,7 @@ def test_a_policy_without_its_adapter():
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     results = []
-    for processor in (DIDLogitsProcessor(policy, without_adapter=True), DIDLogitsProcessor(base)):
+    for processor in (DIDLogitsProcessor(policy), DIDLogitsProcessor(policy, base)):
         torch.manual_seed(0)
         results.append(generate(policy, inputs, processor))
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -289,7 +298,9 @@ def test_scores_are_a_proposal_for_estimates():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
     torch.manual_seed(0)
-    output = generate(policy, inputs, DIDLogitsProcessor(reference), max_new_tokens=2, num_return_sequences=2000)
+    output = generate(
+        policy, inputs, DIDLogitsProcessor(policy, reference), max_new_tokens=2, num_return_sequences=2000
+    )
     completions = output.sequences[:, 2:]
     proposal = policy.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).sum(1)
     with torch.no_grad():
@@ -310,25 +321,33 @@ def test_scores_are_a_proposal_for_estimates():
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
+LLAMA = tiny_llama()
+
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: DIDLogitsProcessor("name"), TypeError, "a causal language model, but got str"),
-        (lambda: DIDLogitsProcessor(torch.nn.Linear(2, 2)), TypeError, "which takes `input_ids`, but got Linear"),
-        (lambda: DIDLogitsProcessor(tiny_llama(), without_adapter="no"), TypeError, "`without_adapter` to be a bool"),
-        (lambda: DIDLogitsProcessor(tiny_llama(), attention_mask="x"), ValueError, "zeros and ones .* but got str"),
+        (lambda: DIDLogitsProcessor("name"), TypeError, "`policy` to be a causal language model, but got str"),
+        (lambda: DIDLogitsProcessor(LLAMA, "name"), TypeError, "`reference` to be a causal .*, but got str"),
+        (lambda: DIDLogitsProcessor(LLAMA), ValueError, "`reference` to be .* None, and `policy` is LlamaForCausalLM"),
+        (lambda: DIDLogitsProcessor(LLAMA, LLAMA), ValueError, "share parameters"),
+        (lambda: DIDLogitsProcessor(LLAMA, tiny_llama(vocab_size=70)), ValueError, "vocabulary, 67 .* but got 70"),
+        (lambda: DIDLogitsProcessor(LLAMA, nn.Linear(2, 2)), TypeError, "which takes `input_ids`, but got Linear"),
         (
-            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.tensor([[0.5, 1]])),
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(), attention_mask="x"),
+            TypeError,
+            "zeros and ones .* but got str",
+        ),
+        (
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(), attention_mask=torch.tensor([[0.5, 1]])),
             ValueError,
             r"zeros and ones of shape \[prompts, T\], but got torch.float32 \(1, 2\)",
         ),
         (
-            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(2)),
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(), attention_mask=torch.ones(2)),
             ValueError,
             r"zeros and ones of shape \[prompts, T\], but got torch.float32 \(2,\)",
         ),
-        (lambda: DIDLogitsProcessor(tiny_llama(), without_adapter=True), ValueError, "a PeftModel with"),
         (lambda: TargetLogitsProcessor(tiny_llama(), beta=0.0), ValueError, "`beta` to be above 0, but got 0.0"),
         (lambda: TargetLogitsProcessor(None, beta=1.0), TypeError, "a causal language model, but got NoneType"),
     ],
@@ -341,26 +360,32 @@ def test_errors(make, error, words):
 @pytest.mark.parametrize(
     ("processor", "words"),
     [
-        (lambda: DIDLogitsProcessor(tiny_llama(vocab_size=70)), "one vocabulary, .* has 67 entries and Llama.* 70"),
-        (lambda: DIDLogitsProcessor(tiny_llama(pad_token_id=PAD)), "`attention_mask` for prompts .* row 1 begins with"),
         (
-            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(3, 6)),
-            r"`attention_mask` to be that of these prompts, \[prompts, 5\] .* got \(3, 6\)",
+            lambda: TargetLogitsProcessor(tiny_llama(vocab_size=70), beta=1.0),
+            "one vocabulary, .* has 67 entries and Llama.* 70",
         ),
         (
-            lambda: DIDLogitsProcessor(tiny_llama(), attention_mask=torch.ones(2, 5)),
-            r"`attention_mask` to be that of these prompts, .* 3 rows .* got \(2, 5\)",
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(pad_token_id=PAD)),
+            "`attention_mask` to be the mask of prompts .* row 1 begins with",
+        ),
+        (
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(), attention_mask=torch.ones(3, 6)),
+            r"`attention_mask` to be the mask of these prompts, \[prompts, 5\], .* got \(3, 6\)",
+        ),
+        (
+            lambda: DIDLogitsProcessor(LLAMA, tiny_llama(), attention_mask=torch.ones(2, 5)),
+            r"`attention_mask` to be the mask of these prompts, .* 3 rows, but got \(2, 5\)",
         ),
     ],
 )
 def test_errors_in_generate(processor, words):
     with pytest.raises(ValueError, match=words):
-        generate(tiny_llama(), padded(), processor())
+        generate(LLAMA, padded(), processor())
 
 
 def test_a_second_model_with_fewer_embeddings_or_positions():
     inputs = {"input_ids": torch.tensor([[5, 60]]), "attention_mask": torch.ones(1, 2).long()}
     with pytest.raises(ValueError, match=r"`input_ids` to be .* below 50, the vocabulary of .*, but got 60"):
-        generate(tiny_llama(), inputs, DIDLogitsProcessor(tiny_llama(vocab_size=50)))
+        generate(LLAMA, inputs, TargetLogitsProcessor(tiny_llama(vocab_size=50), beta=1.0))
     with pytest.raises(ValueError, match="at most 3 tokens, the positions of GPT2LMHeadModel, but got 4"):
-        generate(tiny_llama(), inputs, DIDLogitsProcessor(tiny_gpt2(n_positions=3)))
+        generate(LLAMA, inputs, DIDLogitsProcessor(LLAMA, tiny_gpt2(n_positions=3)))

@@ -254,6 +254,7 @@ class WithoutCache(nn.Module):
         return type(outputs)(logits=outputs.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no cache of keys and values")
 def test_models_without_a_cache():
     policy, reference = tiny_llama(seed=0).eval(), tiny_llama(seed=1).eval()
     options = {"prompt": [5, 6], "max_new_tokens": 4, "num_samples": 8, "eos_token_id": None}
@@ -495,16 +496,16 @@ IMPOSSIBLE = bigrams(4, 1.0)[0].index_fill(1, torch.tensor([2]), -math.inf)
             "`eos_token_id` to be a token id, several, None or .*'eos_token_id'",
         ),
         ({"eos_token_id": 1.5}, TypeError, "`eos_token_id` to be a token id, several, None or .*1.5"),
-        ({"prompt": [1]}, ValueError, "`prompt` to be None with functions"),
+        ({"prompt": [1]}, ValueError, "`prompt` to be None because the models are functions"),
         ({"reference": None}, TypeError, "`reference` to be a function of prefixes, .* but got NoneType"),
         ({"reference": LLAMA}, TypeError, "`reference` to be a function of prefixes, .* LlamaForCausalLM"),
-        ({"policy": LLAMA, "prompt": [1]}, TypeError, "`reference` to be a language model, but got function"),
-        ({"policy": LLAMA, "reference": None}, ValueError, "`reference`, or a PeftModel as `policy`"),
+        ({"policy": LLAMA, "prompt": [1]}, TypeError, "`reference` to be a causal language model, but got function"),
+        ({"policy": LLAMA, "reference": None}, ValueError, "`reference` to be a causal language model, but got None"),
         ({"policy": LLAMA, "reference": LLAMA, "prompt": [1]}, ValueError, "they share parameters"),
-        ({**MODELS}, ValueError, "`prompt`, the token ids .* but got None"),
+        ({**MODELS}, ValueError, "`prompt` to be the token ids .* but got None"),
         ({**MODELS, "prompt": [[1], [2]]}, ValueError, r"`prompt` .*\(2, 1\)"),
         ({**MODELS, "prompt": torch.zeros(1, 0).long()}, ValueError, r"`prompt` .*\(1, 0\)"),
-        ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list .* but got str"),
+        ({**MODELS, "prompt": "Hello"}, TypeError, "`prompt` to be token ids, a tensor or a list, but got str"),
         ({**MODELS, "prompt": [1, VOCABULARY]}, ValueError, f"`prompt` .* below {VOCABULARY}, .* but got {VOCABULARY}"),
         ({**MODELS, "prompt": [1, -2]}, ValueError, "`prompt` to be token ids of at least 0 .* but got -2"),
         ({**MODELS, "prompt": []}, ValueError, r"`prompt` to be integers .* but got .*\(1, 0\)"),
@@ -560,5 +561,5 @@ def long(name: str):
 def test_completions_up_to_the_last_position(name):
     models = {"policy": long(name), "reference": long(name), "prompt": [1, 2], "eos_token_id": None, "num_samples": 8}
     assert quiet(**models, max_new_tokens=5).lengths.tolist() == [5] * 8  # the last token is not read
-    with pytest.raises(ValueError, match="at most 7 tokens together, as `policy` has 6 positions, but got 2 and 6"):
+    with pytest.raises(ValueError, match="at most 7 tokens together because `policy` has 6 positions, but got 2 and 6"):
         quiet(**models, max_new_tokens=6)
