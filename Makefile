@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PACKAGE := $(shell find lit_did -name '*.py')
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-slow models demo bench lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-slow models demo data bench lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -49,6 +49,9 @@ models: install  ## every architecture of transformers against its own forward p
 
 demo: install  ## trains a 135M-parameter model with DPO and shows its DID: ARGS="--max-steps 5"
 	$(BIN)/python -m lit_did.demo $(ARGS)
+
+data: install  ## downloads the preference data of some tests and benchmarks (2 MB)
+	$(BIN)/python -m tools.preference_data
 
 bench: install  ## races the operators against torch, some minutes: ARGS="--races table", ARGS=--help
 	$(BIN)/python -m benchmarks $(ARGS)

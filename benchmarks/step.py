@@ -28,7 +28,6 @@ from benchmarks.harness import in_own_process
 from benchmarks.targets import Verdict
 from benchmarks.trainers import Run, Task
 
-PAIRS = Path("../shared/data/alpacaeval_pairs.jsonl")
 TRL, OURS, CACHED = "trl", "lit_did", "lit_did, cached reference"
 RECOMPUTED = "lit_did, elementwise recomputed"
 CONTESTANTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -159,15 +158,15 @@ def show_parts(profiles: Mapping[str, Mapping[str, float]], title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parses the command line and runs; returns what it writes as JSON."""
-    from lit_did.demo import PAIRS as DEMO_PAIRS
     from lit_did.demo import smollm2
+    from tools import preference_data
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", help="a causal language model: name or path (default: SmolLM2-135M-Instruct)")
-    add("--pairs", type=Path, help=f"JSON Lines (default: {PAIRS} where it is, else the demo's)")
+    add("--pairs", type=Path, help="JSON Lines (default: the AlpacaEval pairs, see tools/preference_data.py)")
     add("--steps", type=int, default=8, help="the first is not timed (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pairs a step (default: %(default)s)")
     add("--max-length", type=int, default=256, help="tokens of a prompt and its completion (default: %(default)s)")
@@ -194,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     names = options.contestants or [n for n in DEFAULT if n.startswith(OURS) or not options.profile]
     if options.profile and not all(name.startswith(OURS) for name in names):
         parser.error(f"--profile: of {', '.join(n for n in CONTESTANTS if n.startswith(OURS))} only")
-    pairs = options.pairs or (PAIRS if PAIRS.exists() else DEMO_PAIRS)
+    try:
+        pairs = options.pairs or preference_data.find(preference_data.ALPACA_EVAL)
+    except FileNotFoundError as error:
+        parser.error(f"{error} Or pass other pairs: --pairs lit_did/demo/pairs.jsonl")
     if not pairs.is_file():
         parser.error(f"--pairs must be a file, but {pairs} is none")
     torch.set_num_threads(options.threads)

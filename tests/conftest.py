@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,17 @@ def tiny_model(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder)
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """The path of a public data set, by its name in `tools.preference_data`; without the file, the test is skipped."""
+    preference_data = pytest.importorskip("tools.preference_data", reason="the tools are for clones")
+
+    def find(name: str) -> Path:
+        try:
+            return preference_data.find(name)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+
+    return find

@@ -8,61 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lit_did.data.collating import IGNORE_INDEX, collate_packed, collate_pairs
-    from lit_did.data.datamodule import PreferenceDataModule
-    from lit_did.data.dataset import PreferenceDataset
-    from lit_did.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler
-    from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
-    from lit_did.data.reading import SkippedRow, SourceRow, read_pairs, read_rows
-    from lit_did.data.token_batches import TokenBatchSampler
-    from lit_did.data.tokenizing import Context, TokenizedPair, tokenize_pair, truncate_pair
+if TYPE_CHECKING:  # what type checkers and editors read instead of `__getattr__`
+    from lit_did.data.collating import *  # noqa: F403
+    from lit_did.data.datamodule import *  # noqa: F403
+    from lit_did.data.dataset import *  # noqa: F403
+    from lit_did.data.loading import *  # noqa: F403
+    from lit_did.data.pairs import *  # noqa: F403
+    from lit_did.data.reading import *  # noqa: F403
+    from lit_did.data.token_batches import *  # noqa: F403
+    from lit_did.data.tokenizing import *  # noqa: F403
 
-__all__ = [
-    "IGNORE_INDEX",
-    "Context",
-    "EvaluationSampler",
-    "PreferenceDataModule",
-    "PreferenceDataset",
-    "PreferencePair",
-    "ResumableDataLoader",
-    "ResumableSampler",
-    "SkippedRow",
-    "SourceRow",
-    "TokenBatchSampler",
-    "TokenizedPair",
-    "UnusableRowError",
-    "collate_packed",
-    "collate_pairs",
-    "parse_pair",
-    "read_pairs",
-    "read_rows",
-    "tokenize_pair",
-    "truncate_pair",
-]
-
-_HOME = {
-    "IGNORE_INDEX": "collating",
-    "Context": "tokenizing",
-    "EvaluationSampler": "loading",
-    "PreferenceDataModule": "datamodule",
-    "PreferenceDataset": "dataset",
-    "PreferencePair": "pairs",
-    "ResumableDataLoader": "loading",
-    "ResumableSampler": "loading",
-    "SkippedRow": "reading",
-    "SourceRow": "reading",
-    "TokenBatchSampler": "token_batches",
-    "TokenizedPair": "tokenizing",
-    "UnusableRowError": "pairs",
-    "collate_packed": "collating",
-    "collate_pairs": "collating",
-    "parse_pair": "pairs",
-    "read_pairs": "reading",
-    "read_rows": "reading",
-    "tokenize_pair": "tokenizing",
-    "truncate_pair": "tokenizing",
+_MODULES = {
+    "collating": ("IGNORE_INDEX", "collate_packed", "collate_pairs"),
+    "datamodule": ("PreferenceDataModule",),
+    "dataset": ("PreferenceDataset",),
+    "loading": ("EvaluationSampler", "ResumableDataLoader", "ResumableSampler"),
+    "pairs": ("PreferencePair", "UnusableRowError", "parse_pair"),
+    "reading": ("SkippedRow", "SourceRow", "read_pairs", "read_rows"),
+    "token_batches": ("TokenBatchSampler",),
+    "tokenizing": ("Context", "TokenizedPair", "tokenize_pair", "truncate_pair"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -119,9 +119,11 @@ def test_from_the_command_line_to_json_and_picture(tiny_model, tmp_path, capsys,
         (["--steps", "1"], "--steps must be at least 2"),
         (["--before", "x.json"], "--before needs --profile"),
         (["--profile", "--contestants", "trl"], "--profile: of lit_did, "),
+        ([], "alpacaeval_pairs.jsonl is missing"),
     ],
 )
-def test_a_bad_option_gets_one_clear_error(arguments, words, capsys):
+def test_a_bad_option_gets_one_clear_error(arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIT_DID_DATA", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         step.main(["--model", "nowhere", *arguments])
     assert stop.value.code == 2

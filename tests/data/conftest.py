@@ -1,4 +1,4 @@
-"""Tiny tokenizers built in memory, one for each habit that the data code must cope with, and the shared real data."""
+"""Tiny tokenizers built in memory, one for each habit that the data code must cope with."""
 
 from __future__ import annotations
 
@@ -117,12 +117,3 @@ def write_jsonl(tmp_path):
 
 def _line(row) -> str:
     return row if isinstance(row, str) else json.dumps(row)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real preference data beside the repository."""
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"real preference data is absent: {folder} does not exist")
-    return folder

@@ -353,11 +353,12 @@ def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["alpacaeval_pairs.jsonl", "hh_rlhf_harmless_test.jsonl.gz"])
-def test_real_files(shared_data, no_bos, name):
+def test_real_files(real_data, no_bos, name):
+    path = real_data(name)
     open_file = gzip.open if name.endswith(".gz") else open
-    with open_file(shared_data / name, "rt", encoding="utf-8") as file:
+    with open_file(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    data = PreferenceDataModule(shared_data / name, no_bos, max_length=100_000, batch_size=4)
+    data = PreferenceDataModule(path, no_bos, max_length=100_000, batch_size=4)
     data.setup("fit")
     empty = [number for number, row in enumerate(rows) if row["chosen"].endswith("\n\nAssistant: ")]
     assert len(empty) == (4 if "hh" in name else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,15 @@ def test_import_is_light():
 
 
 def test_public_names_resolve():
-    assert lit_did.data.__all__ == sorted(lit_did.data.__all__, key=lambda name: (not name.isupper(), name))
     for name in lit_did.data.__all__:
         assert getattr(lit_did.data, name) is not None
         assert name in dir(lit_did.data)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         lit_did.data.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_modules_that_hold_the_names():
+    tree = ast.parse(inspect.getsource(lit_did.data))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = [node.module for node in imports if node.names[0].name == "*"]
+    assert imported == [f"lit_did.data.{module}" for module in lit_did.data._MODULES]

@@ -184,11 +184,11 @@ def test_to_chat_keeps_chat_and_refuses_an_empty_prompt():
         to_chat(PreferencePair(" ", "a", "b"))
 
 
-def test_real_dialogues_split_at_the_marker_and_reassemble(shared_data):
+def test_real_dialogues_split_at_the_marker_and_reassemble(real_data):
     import gzip
     import json
 
-    with gzip.open(shared_data / "hh_rlhf_harmless_test.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(real_data("hh_rlhf_harmless_test.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 2312
     empty = 0

@@ -159,14 +159,14 @@ def test_broken_gzip_is_named(tmp_path, cut):
         read_pairs(path)
 
 
-def test_real_files(shared_data):
-    rows = read_pairs(shared_data / "alpacaeval_pairs.jsonl")
-    with open(shared_data / "alpacaeval_pairs.jsonl", encoding="utf-8") as file:
-        expected = [json.loads(line) for line in file]
+def test_real_files(real_data):
+    path = real_data("alpacaeval_pairs.jsonl")
+    rows = read_pairs(path)
+    expected = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 789
     assert [row.pair[:3] for row in rows] == [(row["prompt"], row["chosen"], row["rejected"]) for row in expected]
     with pytest.warns(UserWarning, match="4 of 2312 rows cannot be trained on"):
-        assert len(read_pairs(shared_data / "hh_rlhf_harmless_test.jsonl.gz")) == 2308
+        assert len(read_pairs(real_data("hh_rlhf_harmless_test.jsonl.gz"))) == 2308
 
 
 def test_column_of_broken_json_is_where_it_breaks(tmp_path):

@@ -328,9 +328,9 @@ def test_max_length_below_two_is_refused(no_bos, max_length):
 
 
 @pytest.mark.parametrize("name", ["alpacaeval_pairs.jsonl", "hh_rlhf_harmless_test.jsonl.gz"])
-def test_real_files_reassemble(shared_data, adds_bos, name):
+def test_real_files_reassemble(real_data, adds_bos, name):
     open_file = gzip.open if name.endswith(".gz") else open
-    with open_file(shared_data / name, "rt", encoding="utf-8") as file:
+    with open_file(real_data(name), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:200]
     for row in rows:
         if row["chosen"].endswith("Assistant: "):

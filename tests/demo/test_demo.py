@@ -67,10 +67,8 @@ def test_untagged_pairs_plain_loop_and_second_run_overwrites(tiny_model, tmp_pat
     assert "all pairs (1)" in capsys.readouterr().out
 
 
-def test_real_model_on_real_pairs(tmp_path, capsys):
-    data = ROOT.parent / "shared" / "data" / "alpacaeval_pairs.jsonl"
-    if not data.is_file():
-        pytest.skip(f"{data} is not there")
+def test_real_model_on_real_pairs(real_data, tmp_path, capsys):
+    data = real_data("alpacaeval_pairs.jsonl")
     try:
         smollm2()
     except RuntimeError as error:
