@@ -18,8 +18,9 @@ from transformers.trainer_utils import IntervalStrategy
 from lit_did.batches.order import check_pairs
 from lit_did.batches.reading import read_batch
 from lit_did.metrics import DIDMetrics
-from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft, load_reference
-from lit_did.models.measuring import check_every_n_steps, measure, unwrapped
+from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
+from lit_did.models.measuring import check_every_n_steps, measure
+from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_did.models.forward import inner
 from lit_did.models.quiet import random_numbers_kept
+from lit_did.models.wrappers import inner
 
 _MARKS = ("drop", "jitter", "noise")  # dropout, layerdrop, attn_pdrop, router_jitter_noise
 _PROBE_TOKENS = 8

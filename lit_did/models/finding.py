@@ -7,8 +7,8 @@ from operator import attrgetter
 
 from torch import nn
 
-from lit_did.models.loading import check_adapter_is_all_that_trains, is_peft
-from lit_did.models.measuring import unwrapped
+from lit_did.models.loading import check_adapter_is_all_that_trains
+from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 
 def find_policy(module: nn.Module, name: str | None) -> nn.Module:
@@ -72,13 +72,12 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
 
 
 def _language_models(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in module.named_children() if _is_language_model(unwrapped(child))}
+    return {name: child for name, child in module.named_children() if _is_language_model(child)}
 
 
 def _is_language_model(module: nn.Module) -> bool:
-    inner = module.get_base_model() if is_peft(module) else module
-    parameters = inspect.signature(inner.forward).parameters
-    return "input_ids" in parameters and hasattr(inner, "config")
+    model = inner(module)
+    return "input_ids" in inspect.signature(model.forward).parameters and hasattr(model, "config")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_did.batches.layout import Layout
 from lit_did.models import attention
-from lit_did.models.loading import is_peft
+from lit_did.models.wrappers import compiled_like, inner, unwrapped
 
 
 class OutputLayer(NamedTuple):
@@ -59,7 +59,7 @@ class Outputs(NamedTuple):
         return Outputs(*map(each, self))
 
 
-def completion_outputs(model: nn.Module, layout: Layout, body: Callable | None) -> Outputs:
+def completion_outputs(model: nn.Module, layout: Layout, body: nn.Module | None) -> Outputs:
     """What `model` says at the completion tokens of `layout`.
 
     Args:
@@ -75,9 +75,9 @@ def completion_outputs(model: nn.Module, layout: Layout, body: Callable | None) 
     return Outputs(None, None, logits, auxiliary)
 
 
-def completion_hidden(model: nn.Module, layout: Layout, body: Callable) -> Tensor:
+def completion_hidden(model: nn.Module, layout: Layout, body: nn.Module) -> Tensor:
     """The last hidden states [completion tokens, H] that predict each."""
-    parameters = inspect.signature(getattr(body, "_orig_mod", body).forward).parameters
+    parameters = inspect.signature(unwrapped(body).forward).parameters
     options = {"use_cache": False} if "use_cache" in parameters else {}
     with attention_for(model, layout):
         states = [
@@ -130,7 +130,7 @@ def output_layer(model: nn.Module) -> OutputLayer:
     return OutputLayer(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def find_body(model: nn.Module) -> Callable | None:
+def find_body(model: nn.Module) -> nn.Module | None:
     """The model without its output layer, where that is a plain linear layer of last hidden states; else None.
 
     What the layer and its configuration do not show is for a trial to find (`lit_did.models.trial`).
@@ -147,9 +147,7 @@ def find_body(model: nn.Module) -> Callable | None:
     known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
         return None  # such as a factor of the logits that is 1 until it is trained
-    if hasattr(model, "dynamo_ctx"):  # of torch.compile(model, ...): what it was given
-        return model.dynamo_ctx(body)
-    return body if model._compiled_call_impl is None and base._compiled_call_impl is None else torch.compile(body)
+    return compiled_like(model, body)
 
 
 def _manages(model: nn.Module, layer: nn.Module) -> bool:
@@ -186,20 +184,22 @@ def text_config(model: nn.Module) -> Any:
 
 def num_embeddings(model: nn.Module) -> int | None:
     """The number of the model's input embeddings: its vocabulary, perhaps padded. None: the model does not show it."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(embeddings, "num_embeddings", None)
+    embeddings = input_embeddings(model)
+    weight = getattr(embeddings, "weight", None)
+    rows = None if weight is None or weight.dim() != 2 else weight.shape[0]
+    return getattr(embeddings, "num_embeddings", rows)
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's input embeddings. None: the model does not show them."""
+    base = inner(model)
+    return base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
 
 
 def num_positions(model: nn.Module) -> float:
     """How many positions the configuration speaks of; infinity: of none."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else float("inf")
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The model of transformers inside what compiles or adapts it."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if is_peft(model) else model
 
 
 def _forgetting(model: Callable, layout: Layout, options: dict[str, Any]) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.arguments import check_name
+from lit_did.models.wrappers import adapter_marks, is_peft
 
 
 def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -117,16 +118,11 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
         return peft.get_peft_model(model, lora)
 
 
-def is_peft(model: nn.Module) -> bool:
-    """Whether `model` is a PeftModel, whose reference is itself with the adapter off."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
-
-
 def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
     """Raises ValueError unless a PeftModel with its adapter off stays what it is while it is trained."""
     check_positions_are_kept(policy)
-    inside = (policy.base_model.prefix, "modules_to_save", "trainable_tokens")
-    outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in inside)]
+    marks = adapter_marks(policy)
+    outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in marks)]
     if outside:
         raise ValueError(
             "Expected the adapter to be all that is trained of `policy`, whose reference is itself with the adapter "

@@ -11,9 +11,9 @@ from lit_did.arguments import check_integer
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models.forward import Outputs, text_config
-from lit_did.models.loading import is_peft
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
+from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
 
 MAX_LOGITS_BYTES = 2**30
@@ -55,17 +55,6 @@ def completion_statistics(
 
 def _logits(outputs: Outputs) -> Tensor:
     return outputs.logits if outputs.hidden is None else outputs.layer.logits(outputs.hidden)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what distributes or compiles it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def measure(

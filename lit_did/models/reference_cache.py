@@ -29,9 +29,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_did.batches import IGNORE_INDEX
-from lit_did.models.loading import is_peft
-from lit_did.models.measuring import unwrapped
 from lit_did.models.unfinished import UnfinishedFile, remove_unfinished
+from lit_did.models.wrappers import is_peft, unwrapped
 
 VERSION = "1"
 KEY_BYTES = 16

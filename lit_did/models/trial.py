@@ -38,13 +38,15 @@ from lit_did.models.forward import (
     completion_logits,
     completion_outputs,
     find_body,
-    inner,
+    input_embeddings,
+    num_embeddings,
     num_positions,
     output_layer,
     text_config,
 )
 from lit_did.models.loading import is_sharded
 from lit_did.models.quiet import random_numbers_kept
+from lit_did.models.wrappers import inner
 
 LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
 MOST_ROOM = 8192  # tokens of the rows that are tried beyond what a batch needs
@@ -171,7 +173,7 @@ def _check_positions(model: nn.Module, length: int) -> None:
     limit = num_positions(model)
     if length <= limit:
         return
-    tokens = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
+    tokens = input_embeddings(model)
     # Some tables begin with a few rows that stand for no position.
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     if any(limit <= table.num_embeddings <= limit + 8 for table in tables):
@@ -235,7 +237,7 @@ def _try(
     model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, padding_free: bool
 ) -> Found:
     device, name = next(model.parameters()).device, _name(model)
-    size = _vocabulary(model)
+    size = num_embeddings(model) or 1
     deep, shallow = _trial_sequences(batch, longest, row, size), _trial_sequences(batch, longest, 0, size)
     compared = shallow.select([1, 3])  # the last pair in the row, long and short
     parameters = _some_parameters(model) if gradients else None
@@ -516,12 +518,6 @@ def _packed(sequences: Sequences, device: torch.device, packing: str, share: boo
 
 def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(inner(model).forward).parameters
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embeddings = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
-    weight = getattr(embeddings, "weight", None)
-    return 1 if weight is None or weight.dim() != 2 else weight.shape[0]
 
 
 def _name(model: nn.Module) -> str:

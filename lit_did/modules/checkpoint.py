@@ -12,8 +12,7 @@ import lightning
 from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
-from lit_did.models.loading import is_peft
-from lit_did.modules.names import FSDP_PREFIX, plain_name
+from lit_did.models.wrappers import FSDP_PREFIX, is_peft, plain_name
 from lit_did.modules.optimizer_state import by_names
 
 _OWN = re.compile(r"\b(policy|reference)\..*")

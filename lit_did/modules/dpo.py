@@ -30,6 +30,7 @@ from lit_did.models.measuring import completion_statistics
 from lit_did.models.quiet import adapter_off
 from lit_did.models.reference_cache import quick_digest
 from lit_did.models.trial import layout_of, outputs_of
+from lit_did.models.wrappers import inner, plain_name
 from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
@@ -42,7 +43,6 @@ from lit_did.modules.checks import (
     keep_noise_out,
     warn_unless_policy_is_reference,
 )
-from lit_did.modules.names import plain_name
 from lit_did.modules.objective import Objective, PairLoss, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
     check_optimizer,
@@ -321,7 +321,7 @@ class LitDPO(TrainedState):
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in self.policy.modules()):
             # Until the next batch or `teardown`, not for the forward pass alone: the backward pass runs layers again.
             packed = layout.packing == "segments"
-            (attention.use_packed_attention if packed else attention.use_own_attention)(forward.inner(self.policy))
+            (attention.use_packed_attention if packed else attention.use_own_attention)(inner(self.policy))
         return layout
 
     def _reference_outputs(self, sequences: Sequences, layout: Layout | None = None) -> forward.Outputs:
@@ -436,7 +436,7 @@ class LitDPO(TrainedState):
     def teardown(self, stage: str) -> None:
         """Gives the policy its own attention back."""
         if self.policy is not None:  # not its truth, which is a length that a compiled model lacks
-            attention.use_own_attention(forward.inner(self.policy))
+            attention.use_own_attention(inner(self.policy))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the metrics over all micro-batches and processes of this optimiser step, and looks at them."""

@@ -17,8 +17,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lit_did.arguments import check_number
-from lit_did.models.loading import is_peft
-from lit_did.modules.names import plain_name
+from lit_did.models.wrappers import is_peft, plain_name
 
 SCHEDULES = ("constant", "linear", "cosine")
 LEARNING_RATE = 1e-6

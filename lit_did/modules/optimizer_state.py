@@ -13,7 +13,7 @@ import lightning
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_did.modules.names import plain_name
+from lit_did.models.wrappers import plain_name
 
 
 def by_names(states: list[dict[str, Any]], module: lightning.LightningModule) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from lit_did.models import attention, forward
+from lit_did.models import attention
+from lit_did.models.wrappers import inner
 
 
 class QuietStart(Callback):
@@ -34,4 +35,4 @@ class QuietStart(Callback):
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
         self._filtered.close()
         if pl_module.policy is not None:  # Lightning calls no `teardown` of the module then
-            attention.use_own_attention(forward.inner(pl_module.policy))
+            attention.use_own_attention(inner(pl_module.policy))

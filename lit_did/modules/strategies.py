@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_did.models.loading import is_peft, is_sharded
+from lit_did.models.loading import is_sharded
+from lit_did.models.wrappers import is_peft
 
 
 def check_backward_is_run(trainer: lightning.Trainer) -> None:

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_did import LitDPO
 from lit_did.functional import preference_loss
-from lit_did.models.loading import is_peft
+from lit_did.models.wrappers import is_peft
 from tests.modules.steps import OPTIMISER, assert_same, loader, make, train
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
 from tests.modules.tiny import loader as tiny_loader
