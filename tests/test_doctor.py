@@ -9,6 +9,7 @@ import sys
 import torch
 
 from lit_did.ops.extension import EXTENSION, fused_devices
+from tests.processes import run_program
 
 
 def test_report():
@@ -39,6 +40,5 @@ def test_report():
 
 def test_unknown_simd_level_is_told():
     environment = {**os.environ, "LIT_DID_SIMD": "mmx"}
-    command = [sys.executable, "-m", "lit_did.doctor"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert EXTENSION.module is None or "LIT_DID_SIMD to be one of baseline" in result.stdout
+    printed = run_program(sys.executable, "-m", "lit_did.doctor", environment=environment)
+    assert EXTENSION.module is None or "LIT_DID_SIMD to be one of baseline" in printed

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import lit_did
+from tests.processes import run_program
 
 HEAVY = ("lightning", "pytorch_lightning", "torchmetrics", "transformers", "trl", "peft", "datasets", "matplotlib")
 
@@ -16,8 +16,7 @@ def test_no_heavy_imports():
         "import sys, torch; before = set(sys.modules); import lit_did\n"
         f"print([name for name in {HEAVY} if name in sys.modules and name not in before])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert run_program(sys.executable, "-c", code).strip() == "[]"
 
 
 def test_all_names():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_program
 
 
 def test_on_a_tiny_model(tiny_model):
-    command = [sys.executable, "-m", "benchmarks.logging_cost", "--model", str(tiny_model), "--steps", "3"]
-    result = subprocess.run([*command, "--max-length", "64"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    sizes = ("--model", tiny_model, "--steps", 3, "--max-length", 64)
+    printed = run_program(sys.executable, "-m", "benchmarks.logging_cost", *sizes)
     for kind in ("lora", "full"):
-        assert f"{kind}, 4 pairs a step" in result.stdout
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+        assert f"{kind}, 4 pairs a step" in printed
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
     times = {}
     for name, milliseconds, *_ in rows[: len(rows) // 2]:
         times[name] = float(milliseconds)

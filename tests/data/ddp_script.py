@@ -1,12 +1,13 @@
-"""Run by test_resuming.py: trains, resumes, validates and predicts on two processes, and writes down what each saw."""
+"""Trains, resumes, validates and predicts on two processes, and writes what each saw: run by test_resuming.py.
+
+python -m tests.data.ddp_script FOLDER
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, where the package is not installed
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_did.data import PreferenceDataModule
+from tests.processes import run_ranks
 
 ROWS = [{"prompt": "a", "chosen": " b" * (n % 5 + 1), "rejected": " c"} for n in range(11)]
 BY_TOKENS = {"tokens_per_batch": 16, "max_length": 6}
@@ -65,9 +67,7 @@ def run(folder: Path, checkpoint: Path | None = None, by: dict | None = None, **
     return module, trainer
 
 
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    out = Path(sys.argv[1])
+def main(out: Path) -> None:
     whole, trainer = run(out)
     resumed, _ = run(out, out / "step=4.ckpt")
     whole_by_tokens, _ = run(out / "tokens", by=BY_TOKENS)
@@ -83,5 +83,8 @@ if __name__ == "__main__":
         "overfitted by tokens": overfitted.seen["train"],
     }
     torch.save(seen, out / f"rank{trainer.global_rank}.pt")
-    torch.distributed.barrier()  # rank 0 is the one that is waited for
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    run_ranks(2, main, Path(sys.argv[1]))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import lit_did.data
+from tests.processes import run_program
 
 
 def test_import_is_light():
@@ -18,10 +17,8 @@ def test_import_is_light():
         "import sys, lit_did.data; lit_did.data.parse_pair; lit_did.data.read_pairs; lit_did.data.tokenize_pair\n"
         "print([name for name in ('lightning', 'transformers', 'datasets', 'pyarrow', 'torch') if name in sys.modules])"
     )
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     # Whatever the package above imports is its own matter; only what this part is said not to load is looked at.
-    assert not {"lightning", "transformers", "datasets", "pyarrow"} & set(eval(run.stdout))
+    assert not {"lightning", "transformers", "datasets", "pyarrow"} & set(eval(run_program(sys.executable, "-c", code)))
 
 
 def test_public_names_resolve():

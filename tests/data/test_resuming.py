@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_did.data import PreferenceDataModule
+from tests.processes import run_program
 
 ROWS = [{"prompt": "a", "chosen": "b" * (n % 5 + 1), "rejected": "c"} for n in range(11)]
 BY_TOKENS = {"batch_size": None, "tokens_per_batch": 15, "max_length": 6}
@@ -140,10 +139,7 @@ def test_evaluation_and_prediction_through_the_trainer(no_specials, tmp_path, by
 
 def test_two_processes(tmp_path):
     """DDP: the ranks share each epoch, a resumed run continues it, evaluation sees each row once."""
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(Path(__file__).with_name("ddp_script.py")), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_program(sys.executable, "-m", "tests.data.ddp_script", tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in ranks:
         assert len(rank["whole"]) == 6

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_program
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 def run(example: str, folder: Path, model: Path, steps: int) -> str:
     path = next(path for path in EXAMPLES if path.name == example)
-    command = [sys.executable, str(path), "--model", str(model), "--max-steps", str(steps)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_program(sys.executable, path, "--model", model, "--max-steps", steps, cwd=folder)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -1,6 +1,6 @@
-"""DPOTrainer with DIDCallback on one or two gloo processes: run by test_two_processes.py, under accelerate's variables.
+"""DPOTrainer with DIDCallback on one or two gloo processes: run by test_two_processes.py.
 
-python -m tests.integrations.two_processes FOLDER
+python -m tests.integrations.two_processes PROCESSES FOLDER
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from lit_did.integrations.trl import DIDCallback
 from tests.integrations.tiny_trl import llama, trainer
+from tests.processes import run_ranks
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    processes, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    processes, rank = dist.get_world_size(), dist.get_rank()
     # 4 pairs a step either way; 5 pairs to evaluate: with two processes one is repeated
     size = 4 // processes
     run = trainer(
@@ -37,13 +38,8 @@ def main(folder: Path) -> None:
     run.add_callback(DIDCallback(run))
     run.train()
     torch.save(run.state.log_history, folder / f"history.{processes}.{rank}")
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    # Without Python's and the C++ runtime's clean-up, in which gloo's threads may abort a process that is done.
-    sys.stderr.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    run_ranks(int(sys.argv[1]), main, Path(sys.argv[2]))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +13,15 @@ from tests.metrics import test_did_entropy, test_power_law
 from tests.metrics.oracle import expected, make_batches
 from tests.metrics.samples import batches_of, completions, log_ratios
 from tests.metrics.test_metrics import CASES, make
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 ORACLE = functools.partial(expected, beta=0.7, num_bins=4)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("two") / "out"
-    command = [sys.executable, "-m", "tests.metrics.two_processes", "2", str(path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    run_program(sys.executable, "-m", "tests.metrics.two_processes", 2, path)
     return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(2)]
 
 

@@ -9,12 +9,12 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lit_did.metrics import DIDEntropy, DIDMetrics, PowerLawExponent
 from tests.metrics import samples
 from tests.metrics.oracle import make_batches
 from tests.metrics.test_metrics import CASES, make
+from tests.processes import run_ranks
 
 
 def batches_of(rank: int, processes: int) -> list:
@@ -22,9 +22,8 @@ def batches_of(rank: int, processes: int) -> list:
     return make_batches(sizes=(3, 1, 4, 2, 5))[rank::processes]
 
 
-def work(rank: int, processes: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=processes)
+def work(path: str) -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
     gathers = []
     gather = dist.all_gather
     dist.all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))[1]
@@ -77,9 +76,7 @@ def work(rank: int, processes: int, path: str) -> None:
         entropy.update(**batch)
     results["entropy"] = [entropy.estimates(), entropy.compute(), entropy.estimates()]
     torch.save(results, f"{path}.{rank}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    processes, path = int(sys.argv[1]), sys.argv[2]
-    mp.spawn(work, (processes, path), nprocs=processes)
+    run_ranks(int(sys.argv[1]), work, sys.argv[2])

@@ -6,10 +6,8 @@ import copy
 import gc
 import json
 import pickle
-import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +28,8 @@ from lit_did.models.attention import (
 )
 from lit_did.models.trial import layout_of
 from tests.models.architectures import PACKED, build, make_batch
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 SEGMENTS = [(5, -1), (3, 0), (4, 0), (1, -1), (6, -1), (1, 4)]  # length, what it continues
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 
@@ -302,6 +300,6 @@ use_packed_attention(model)
 with torch.no_grad():
     torch.save(model(**inputs, use_cache=False).logits, sys.argv[1] + "/logits")
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    run_program(sys.executable, "-c", program, tmp_path)
     # Another number of threads may add in another order.
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)

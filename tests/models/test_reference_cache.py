@@ -24,6 +24,7 @@ from lit_did.models import reference_cache, unfinished
 from lit_did.models.reference_cache import CacheWriter, ReferenceCache, fingerprint, sequence_keys
 from lit_did.models.unfinished import remove_unfinished
 from tests.modules.tiny import collate, make_pairs, tiny_llama
+from tests.processes import run_program
 
 PRINT = {"model": "a" * 32, "data": "b" * 32}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -615,8 +616,7 @@ print(*(after - before for after in run(sys.argv[1] + "/large", 32)))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
-    grown = [float(value) for value in result.stdout.split()]
+    grown = [float(value) for value in run_program(sys.executable, "-c", MEASURE, tmp_path).split()]
     assert sum(file.stat().st_size for file in (tmp_path / "large").iterdir()) > 128 * 2**20
     # 128 MiB of data went through; what was read and compared of a few batches, 4 MiB each, the allocator may keep.
     assert max(grown) < 32, grown

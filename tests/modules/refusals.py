@@ -11,7 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+from tests.processes import run_ranks
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 
@@ -67,7 +67,6 @@ def weights(module: LitDPO) -> float:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     results = {}
     for name, (make, strategy) in ways(folder).items():
         run = trainer(devices=2, strategy=strategy(), max_epochs=2)
@@ -83,4 +82,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_ranks(2, main, Path(sys.argv[1]))

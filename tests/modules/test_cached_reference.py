@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
 import sys
 import weakref
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
@@ -25,6 +23,7 @@ from lit_did.models.trial import find
 from lit_did.modules.cached_reference import _date_hint, cached_reference
 from tests.modules import two_processes
 from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
+from tests.processes import run_program
 
 # The references here are other models than the policies start from, so that nothing is 0.
 pytestmark = pytest.mark.filterwarnings("ignore:At the first step the policy should be its reference")
@@ -467,8 +466,7 @@ def test_monitored(tmp_path):
 
 
 def test_two_processes_write_a_shard_each_and_train_as_one_without_a_cache(tmp_path):
-    command = [sys.executable, "-m", "tests.modules.two_processes", "2", "cached", str(tmp_path / "two")]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, timeout=600)
+    run_program(sys.executable, "-m", "tests.modules.two_processes", 2, "cached", tmp_path / "two")
     files = {file.name for file in (tmp_path / "two.cache").iterdir()}
     assert files == {f"reference-0000{shard}-of-00002.safetensors" for shard in (1, 2)}
     with torch.random.fork_rng():

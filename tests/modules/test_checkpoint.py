@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
@@ -137,12 +135,11 @@ def test_averages_of_weights_resume(tmp_path, average, lora):
 
 
 def test_a_process_that_trained_hands_its_weights_back(tmp_path):
-    command = [sys.executable, "-m", "tests.modules.forked", str(tmp_path)]
     # Without a seed of Lightning's, which forked processes would begin with.
-    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    environment["OMP_NUM_THREADS"] = "1"
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
+    environment = {n: value for n, value in os.environ.items() if n not in ("PL_GLOBAL_SEED", "OMP_NUM_THREADS")}
+    run_program(
+        sys.executable, "-m", "tests.modules.forked", tmp_path, environment=environment | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])

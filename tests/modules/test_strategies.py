@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from contextlib import nullcontext as none
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +15,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lit_did import LitDPO, LitDPOPG
 from tests.modules.refusals import weights
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 REFUSED = {
     "nothing sharded": "to be sharded over the 2 processes.*ModelParallelStrategy and 21 of 21.*apply `fully_shard`",
     "one layer sharded": "ModelParallelStrategy and 12 of 21 parameters that are neither",
@@ -33,8 +31,7 @@ REFUSED = {
 
 def test_two_processes_train_right_or_both_refuse(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "tests.modules.refusals", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    run_program(sys.executable, "-m", "tests.modules.refusals", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second  # none goes on alone
     one = LitDPO(tiny_llama(), learning_rate=1e-2)

@@ -5,17 +5,14 @@ FSDP 2 does so from a checkpoint of one process, or of its own shards; one proce
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_program
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "projected", "sharded", "sharded lora"])
@@ -23,8 +20,7 @@ def test_two_processes_equal_one(tmp_path, kind):
     results = {}
     for processes in (1, 2):
         path = tmp_path / str(processes)
-        command = [sys.executable, "-m", "tests.modules.two_processes", str(processes), kind, str(path)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+        run_program(sys.executable, "-m", "tests.modules.two_processes", processes, kind, path)
         results[processes] = [torch.load(f"{path}.{rank}") for rank in range(processes)]
     one = results[1][0]
     assert len(one["steps"]) == 4

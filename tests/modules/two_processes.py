@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
+from tests.processes import run_ranks
 
 
 def of(metrics: dict, prefix: str) -> dict[str, float]:
@@ -117,7 +118,7 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
         devices=processes,
         strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint="lora" in kind)
         if sharded
-        else "ddp_spawn"
+        else "ddp"
         if processes > 1
         else "auto",
         max_epochs=epochs * accumulate,
@@ -134,10 +135,16 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
 
 
 def main(processes: int, kind: str, path: str) -> None:
-    torch.set_num_threads(1)
-    if processes > 1 and kind == "sharded":  # goes on where one process was
+    if processes == 1:
+        fit(1, kind, path)
+    else:
+        run_ranks(processes, on_rank, processes, kind, path)
+
+
+def on_rank(processes: int, kind: str, path: str) -> None:
+    if kind == "sharded":  # goes on where one process was
         fit(processes, kind, path, checkpoint=str(Path(path).with_name("1.half")))
-    elif processes > 1 and kind == "sharded lora":  # goes on where it was, from shards
+    elif kind == "sharded lora":  # goes on where it was, from shards
         fit(processes, kind, path, epochs=1)
         fit(processes, kind, path, checkpoint=f"{path}.half")
     else:
@@ -145,4 +152,5 @@ def main(processes: int, kind: str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

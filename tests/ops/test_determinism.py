@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 
 from lit_did import sequence_statistics, token_statistics
 from tests.helpers import DTYPES, random_logits
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 SPLIT = 16384
 # Below a vector; vectors, a block and a tail; three splits, which threads share when rows are few.
 VOCABULARIES = [7, 530, 2 * SPLIT + 21]
@@ -79,9 +78,9 @@ while sum(ticks()[:-1]) < before + 5 and time.monotonic() < begin + 60:  # all t
 print(sum(ticks()[:-1]) - before)
 """
     for rows in (1, 12):
-        run = subprocess.run([sys.executable, "-c", code, str(rows)], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert int(run.stdout) >= 5, f"{rows} rows: the second thread did next to nothing"
+        assert int(run_program(sys.executable, "-c", code, rows)) >= 5, (
+            f"{rows} rows: the second thread did next to nothing"
+        )
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from lit_did import linear_sequence_statistics
 from lit_did.ops.partials import NUM_PARTIALS
 from tests.ops.linear_cases import TOKENS, gradients, in_float64, linear, make_case
 from tests.ops.vocabulary_parallel import BOUNDS, CASES, OPTIONS
+from tests.processes import run_program
 
-ROOT = Path(__file__).parents[2]
 # Relative to the largest entry. float32: sums in another order. bfloat16: each tile's share of a gradient is rounded,
 # and the tiles differ.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -27,8 +25,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 def results(request, tmp_path_factory) -> list[dict]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.ops.vocabulary_parallel", str(request.param), str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    run_program(sys.executable, "-m", "tests.ops.vocabulary_parallel", request.param, folder)
     return [torch.load(folder / str(rank)) for rank in range(request.param)]
 
 

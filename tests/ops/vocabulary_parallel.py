@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lit_did import linear_sequence_statistics
 from tests.ops.linear_cases import TOKENS, VOCABULARY, Case, gradients, linear, make_case
+from tests.processes import run_ranks
 
 # Where the slices begin and end, by the number of processes.
 BOUNDS = {2: (0, 700, VOCABULARY), 3: (0, 1, 900, VOCABULARY)}
@@ -105,9 +104,8 @@ def refusals(inputs: dict[str, torch.Tensor | None], case: Case, group: dist.Pro
     return said
 
 
-def work(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+def work(folder: str) -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     calls = []
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -141,10 +139,7 @@ def work(rank: int, processes: int, folder: str) -> None:
         part = shard(case.tensors, *((0, VOCABULARY) if processes == 2 else ((0, 900), (900, VOCABULARY))[rank - 1]))
         results["subgroup"] = linear(case, part, process_group=others)._asdict()
     torch.save(results, f"{folder}/{rank}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1])
-    # Forked, as nothing has run yet: they have torch loaded.
-    mp.start_processes(work, (number, str(Path(sys.argv[2]))), nprocs=number, start_method="fork")
+    run_ranks(int(sys.argv[1]), work, sys.argv[2])
