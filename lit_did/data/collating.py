@@ -22,7 +22,7 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, T
 
     Args:
         examples: B examples.
-        pad_token_id: the id that fills `input_ids` where `attention_mask` is 0.
+        pad_token_id: The id that fills `input_ids` where `attention_mask` is 0.
 
     Returns:
         input_ids: (2B, T) int64, T the longest prompt + completion of the batch.

@@ -34,48 +34,48 @@ class PreferenceDataModule(LightningDataModule):
     keeps the order of the source; see `EvaluationSampler` for several ranks.
 
     Args:
-        train: pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts;
+        train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts;
             docs/data.md says what is read, mapped, skipped and refused. None to only evaluate.
-        tokenizer: a transformers tokenizer, or the name or path of one, loaded when first needed.
-        val: pairs to validate on.
-        val_fraction: without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
+        tokenizer: A transformers tokenizer, or the name or path of one, loaded when first needed.
+        val: Pairs to validate on.
+        val_fraction: Without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
             rounded to the nearest number, at least one. Files sorted by topic should be shuffled before.
-        predict: pairs for `trainer.predict`; by default those of validation.
-        columns: for each of our column names the sources' own, such as {"prompt": "question"}; see `read_rows`.
+        predict: Pairs for `trainer.predict`; by default those of validation.
+        columns: For each of our column names the sources' own, such as {"prompt": "question"}; see `read_rows`.
         on_bad_rows: "skip" leaves out rows that are whole but cannot be trained on, such as an empty answer, with one
             warning a source. "raise" stops at the first. Malformed rows always raise.
-        batch_size: pairs per batch and rank, 8 by default. A batch has twice as many sequences. With
+        batch_size: Pairs per batch and rank, 8 by default. A batch has twice as many sequences. With
             `tokens_per_batch`, the most pairs of a batch, by default without limit.
-        eval_batch_size: pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
+        eval_batch_size: Pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
             default `batch_size`, or 8.
-        max_length: the most tokens of a prompt and its completion together.
-        truncation: what loses tokens in longer pairs. "completion": the completions that are too long, and the prompt
+        max_length: The most tokens of a prompt and its completion together.
+        truncation: What loses tokens in longer pairs. "completion": the completions that are too long, and the prompt
             only where it leaves less than `min_completion_tokens`. "prompt": the prompt before a completion. "drop":
             such pairs are left out. See `truncate_pair`.
-        min_completion_tokens: by default a quarter of `max_length`.
-        chat_template: a Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}. Those of a row's
+        min_completion_tokens: By default a quarter of `max_length`.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the chat template, such as {"enable_thinking": False}. Those of a row's
             column `chat_template_kwargs` go before.
-        parse_special_tokens: read control tokens that the text of rows spells, such as "<|im_end|>", as control tokens
+        parse_special_tokens: Read control tokens that the text of rows spells, such as "<|im_end|>", as control tokens
             (for text that a chat template made already). By default they are text, and rows that hold some counted.
-        as_chat: wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
-        tokens_per_batch: the most tokens of a training batch, both prompts and both completions of its pairs counted:
+        as_chat: Wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
+        tokens_per_batch: The most tokens of a training batch, both prompts and both completions of its pairs counted:
             as many pairs as fit, of similar length, equally many on every rank; see `TokenBatchSampler`. All batches
             then lie end to end instead of padded, see `collate_packed`.
-        num_workers: processes per loader that collate. Tokenising is done before, so 0 is often fastest.
-        shuffle: whether to reorder the training rows, anew for every epoch.
-        drop_last: leave out the rows that do not fill a last training batch (with `tokens_per_batch`: that do not
+        num_workers: Processes per loader that collate. Tokenising is done before, so 0 is often fastest.
+        shuffle: Whether to reorder the training rows, anew for every epoch.
+        drop_last: Leave out the rows that do not fill a last training batch (with `tokens_per_batch`: that do not
             divide by the ranks). Otherwise, with several ranks, the first rows of the order are repeated until all
             ranks have equally many.
-        seed: of the training order.
+        seed: Of the training order.
 
     Attributes:
         train_dataset, val_dataset, predict_dataset: `PreferenceDataset` or None, with counts of dropped, identical
             and truncated pairs. Made in `setup`, each once.
 
     Raises:
-        TypeError: for an argument of another type.
-        ValueError: for an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
+        TypeError: For an argument of another type.
+        ValueError: For an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
             or `val` together with `val_fraction`. Malformed data raises in `setup`; see `read_pairs`.
     """
 
@@ -170,7 +170,7 @@ class PreferenceDataModule(LightningDataModule):
         """Reads and tokenises what `stage` needs ("fit", "validate", "predict"; None: all), on every rank, once.
 
         Raises:
-            ValueError: if the stage's pairs were not given, or are malformed.
+            ValueError: If the stage's pairs were not given, or are malformed.
         """
         has_val = self.val is not None or self.val_fraction > 0
         needs_train = stage == "fit" or (stage is None and self.train is not None)
@@ -200,8 +200,8 @@ class PreferenceDataModule(LightningDataModule):
         """Shuffled batches of this rank's training rows.
 
         Raises:
-            RuntimeError: before `setup`.
-            ValueError: if `drop_last` leaves no batch.
+            RuntimeError: Before `setup`.
+            ValueError: If `drop_last` leaves no batch.
         """
         if self.train_dataset is None:
             raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing has been read yet.")
@@ -298,7 +298,7 @@ class PreferenceDataModule(LightningDataModule):
         installed. It reads the source again and needs no `setup`.
 
         Raises:
-            ValueError: if `n` is below 1, no source was given, or the source is malformed.
+            ValueError: If `n` is below 1, no source was given, or the source is malformed.
         """
         check_integer("n", n, 1)
         name = next((name for name in ("train", "val", "predict") if getattr(self, name) is not None), None)

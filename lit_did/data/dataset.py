@@ -41,14 +41,14 @@ class PreferenceDataset(Dataset):
     out so that all ranks get equally many rows.
 
     Attributes:
-        num_rows: rows before skipping.
-        skipped: the rows left out because they cannot be trained on, those that the reader skipped among them.
-        num_too_long: rows left out by `truncation="drop"`.
-        num_identical: rows kept although chosen and rejected have the same token ids, and so carry no preference.
-        num_truncated: rows kept that lost tokens to `max_length`.
-        num_cut_prompts, num_cut_completions: those whose prompt, and those of which at least one completion, lost some.
-        num_spelling_control: rows kept whose text spells control tokens, which are encoded as text.
-        num_with_context: rows kept with turns within a completion that are not scored.
+        num_rows: Rows before skipping.
+        skipped: The rows left out because they cannot be trained on, those that the reader skipped among them.
+        num_too_long: Rows left out by `truncation="drop"`.
+        num_identical: Rows kept although chosen and rejected have the same token ids, and so carry no preference.
+        num_truncated: Rows kept that lost tokens to `max_length`.
+        num_cut_prompts, num_cut_completions: Those whose prompt, and those of which at least one completion, lost some.
+        num_spelling_control: Rows kept whose text spells control tokens, which are encoded as text.
+        num_with_context: Rows kept with turns within a completion that are not scored.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class PreferenceDataset(Dataset):
         """Tokenises `rows` by the rules of `tokenize_pair`; its arguments are explained there.
 
         Args:
-            rows, skipped: what `read_rows` returns. `skipped` is counted in `num_rows` and `num_dropped`.
+            rows, skipped: What `read_rows` returns. `skipped` is counted in `num_rows` and `num_dropped`.
             on_bad_rows: "skip" or "raise", for rows that only now turn out to be unusable.
 
         Raises:
-            ValueError: if a row cannot be rendered (naming it), or if no row is left.
+            ValueError: If a row cannot be rendered (naming it), or if no row is left.
         """
         check_choice("on_bad_rows", on_bad_rows, OnBadRows)
         self.max_length = max_length

@@ -1,4 +1,4 @@
-"""What is wrong with a row, in one line that begins with its place."""
+"""Errors of rows: one line each that begins with the row's place, such as its file and line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class UnusableRowError(ValueError):
-    """A row that is whole but cannot be trained on, such as one with an empty answer. Readers may skip it."""
+    """A well-formed row that cannot be trained on, such as one with an empty answer. Readers may skip it."""
 
 
 def malformed(where: str, expected: str, got: str) -> ValueError:
-    """The error for a row in none of the formats: always raised."""
+    """The error for a row in none of the known formats. It is always raised."""
     return ValueError(f"{where}: Expected {expected}, but got {got}.")
 
 
 def unusable(where: str, expected: str, got: str) -> UnusableRowError:
-    """The error for a row that is whole but cannot be trained on: readers may skip the row."""
+    """The error for a well-formed row that cannot be trained on. Readers may skip the row."""
     return UnusableRowError(f"{where}: Expected {expected}, but got {got}.")
 
 
@@ -34,12 +34,12 @@ def kind(value: Any) -> str:
 
 
 def in_words(names: Iterable[Any]) -> str:
-    """Names of columns for errors: `a`, `b`; at most twenty."""
+    """Names of columns for errors, such as "`a`, `b`"; at most twenty."""
     names = list(names)
     return ", ".join(f"`{one_line(name)}`" for name in names[:20]) + ", ..." * (len(names) > 20) or "no keys"
 
 
 def one_line(value: Any) -> str:
-    """A text of the data for an error: in one line that any terminal can show, and not too long."""
+    """A text of the data for an error: one line of at most 100 characters that any terminal can show."""
     text = str(value) if len(str(value)) <= 100 else f"{str(value)[:100]}..."
     return text if text.isprintable() else ascii(text)[1:-1]

@@ -1,7 +1,6 @@
-"""Rows of files, each with its place for errors: JSON Lines, JSON, CSV and Parquet.
+"""Reads the rows of files, each with its place for errors: JSON Lines, JSON, CSV and Parquet.
 
-Nothing is read that could block or never end: what is no regular file is refused by its kind, and a line has at most
-64 MiB.
+Only regular files are opened, because others could block or never end. A line has at most 64 MiB.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from typing import Any
 
 from lit_did.data.errors import in_words
 
-Row = tuple[str, Any]  # what errors call it, and what it holds
-Choose = Callable[[list[str], str], list[str]]  # from a table's columns and its name to those to read
+Row = tuple[str, Any]
+"""what errors call a row, and what it holds"""
+Choose = Callable[[list[str], str], list[str]]
+"""from the columns of a table and its name to the columns to read"""
 
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSON = (".json", ".json.gz")
 _CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 SUFFIXES = (*_JSON_LINES, *_JSON, *_CSV, ".parquet")
-MAX_LINE = 64 * 2**20  # bytes; also of one CSV cell, which may span lines
-MAX_JSON = 2**30  # bytes of a .json file that holds one list: it is in memory as a whole
-_ROWS = 1024  # rows of Parquet decoded at once: as finely as an error inside a page is placed
+MAX_LINE = 64 * 2**20  # bytes of a line, and of a CSV cell, which may span lines
+MAX_JSON = 2**30  # bytes of a .json file that holds one list or one object, which is in memory as a whole
+_ROWS = 1024  # rows of Parquet decoded at once; an error inside a page names all of them
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval)(?![a-z])")
 _KINDS = (
@@ -47,16 +48,16 @@ _KINDS = (
 
 
 def _is_glob(path: str) -> bool:
-    """Whether a path that does not exist is a pattern."""
+    """Whether a path is a pattern. A path that exists is not."""
     return glob.has_magic(path) and not os.path.lexists(path)
 
 
 def find_files(path: str) -> list[Path]:
-    """The files of a path: itself, those of a pattern such as "data/*.jsonl", or those of a folder and its folders.
+    """The files of a path: a file, the matches of a pattern such as "data/*.jsonl", or all in a folder and below it.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if a folder holds the files of several splits.
+        FileNotFoundError: If there is no file.
+        ValueError: If a folder holds the files of several splits.
     """
     if _is_glob(path):
         paths = [Path(found) for found in sorted(glob.glob(path, recursive=True))]
@@ -69,17 +70,21 @@ def find_files(path: str) -> list[Path]:
 
 
 def read_file(path: Path, choose: Choose) -> Iterator[Row]:
-    """The rows of a file, by its suffix; of Parquet with the columns alone that `choose` returns.
+    """Reads the rows of a file. The suffix says the format.
+
+    Args:
+        path: The file.
+        choose: Chooses the columns to read from a Parquet file.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: for a path that is no regular file or of an unknown suffix, and for malformed content, naming the
-            line (from 1) or the row (from 0).
-        ImportError: for a .parquet file, if pyarrow is not installed.
+        FileNotFoundError: If the file does not exist.
+        ValueError: For a path that is not a regular file or has an unknown suffix, and for malformed content. The
+            message names the line (from 1) or the row (from 0).
+        ImportError: For a .parquet file, if pyarrow is not installed.
     """
     mode = _stat(path).st_mode
     if not stat.S_ISREG(mode):
-        is_a = next((name for check, name in _KINDS if check(mode)), "no regular file")
+        is_a = next((name for check, name in _KINDS if check(mode)), "something else")
         link = f" (through the link to {os.readlink(path)})" if path.is_symlink() else ""
         raise ValueError(f"{path}: Expected a file of preference pairs, but got {is_a}{link}.")
     name = path.name.lower()
@@ -95,20 +100,19 @@ def read_file(path: Path, choose: Choose) -> Iterator[Row]:
 
 
 def read_table(table: Any, name: str, choose: Choose) -> Iterator[Row]:
-    """The rows of a pyarrow.Table or RecordBatch."""
+    """Reads the rows of a pyarrow.Table or RecordBatch; see `read_file`."""
     table = table.select(choose(table.schema.names, name))
     return _read_batches(table.to_batches(max_chunksize=_ROWS) if hasattr(table, "to_batches") else [table], name)
 
 
 def _stat(path: Path) -> os.stat_result:
-    """What is at a path, without opening it: a FIFO would block."""
+    """The kind of a path, without opening it, because opening a FIFO blocks."""
     try:
         return path.stat()
     except FileNotFoundError:
         if path.is_symlink():
             raise FileNotFoundError(
-                f"Expected a file of preference pairs, but {path} is a link to {os.readlink(path)}, which does not "
-                "exist."
+                f"Expected a file of preference pairs, but {path} links to {os.readlink(path)}, which does not exist."
             ) from None
         raise FileNotFoundError(f"Expected a file of preference pairs, but {path} does not exist.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -120,7 +124,7 @@ def _stat(path: Path) -> os.stat_result:
 def _find_in_folder(folder: Path) -> list[Path]:
     if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         raise ValueError(
-            f"{folder}: Expected a folder of data files, but got one that `datasets` has saved. "
+            f"{folder}: Expected a folder of data files, but got one that `datasets` wrote. "
             "Pass `datasets.load_from_disk(folder)` instead, with its split if it has several."
         )
     walk = os.walk(folder, onerror=_raise)  # does not follow links to folders, which may be loops
@@ -144,12 +148,13 @@ def _find_in_folder(folder: Path) -> list[Path]:
 
 
 def _raise(error: OSError) -> None:
-    raise error  # a folder that cannot be read is no empty one
+    raise error  # a folder that cannot be read would look empty
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, gzipped or not, with their numbers from 1; each of at most MAX_LINE bytes."""
-    # Bytes, not text: lines end at "\n" only (strings may hold other separators), and bad UTF-8 has a line number.
+    """The lines of a file, gzipped or not, with their numbers from 1. Each has at most MAX_LINE bytes."""
+    # Bytes, not text: lines end at "\n" only, because strings may hold other separators, and an error in the encoding
+    # then has a line number.
     number = 1
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
@@ -171,7 +176,8 @@ def _decode(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: Expected UTF-8, but got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line."
+            f"{where}: Expected UTF-8, but got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line. "
+            "Convert the file, for example from Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
         ) from error
 
 
@@ -180,17 +186,25 @@ def _read_json_lines(path: Path, expected: str = "one JSON object a line") -> It
         where = f"{path}, line {number}"
         if line.strip():
             text = _decode(line, where).strip()
-            yield where, _parse(partial(_JSON_DECODER.decode, text), expected, lambda place, where=where: where)
+            yield where, _parse(partial(_JSON_DECODER.decode, text), expected, _always(where))
+
+
+def _always(where: str) -> Callable[[int], str]:
+    return lambda place: where
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """The items of one list, or lines."""
+    """The items of one list, one object a line, or one object over several lines."""
     lines = ((number, line) for number, line in _lines(path) if line.strip())
     number, first = next(lines, (1, b""))
     if not first.lstrip().startswith(b"["):
-        yield from _read_json_lines(path, "one list of JSON objects, or one object a line")
+        row = None if _is_json(first) else _one_object(path)
+        expected = "one list of JSON objects, or one object a line"
+        yield from [(f"{path}, line {number}", row)] if row is not None else _read_json_lines(path, expected)
         return
-    size, texts, numbers = 0, [], []
+    size = 0
+    texts: list[str] = []
+    numbers: list[int] = []
     for at, line in chain([(number, first)], lines):
         size += len(line)
         if size > MAX_JSON:
@@ -204,8 +218,30 @@ def _read_json(path: Path) -> Iterator[Row]:
     yield from _items("".join(texts), lambda place: f"{path}, line {numbers[min(bisect_right(ends, place), last)]}")
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _one_object(path: Path) -> Any:
+    """The object of a file that holds one over several lines; None for anything else."""
+    size, lines = 0, []
+    for _, line in _lines(path):
+        size += len(line)
+        if size > MAX_JSON:
+            return None
+        lines.append(line)
+    try:
+        return _JSON_DECODER.decode(b"".join(lines).decode())
+    except (ValueError, RecursionError):
+        return None
+
+
 def _items(text: str, where: Callable[[int], str]) -> Iterator[Row]:
-    """The items of a list, each with the line that it begins in."""
+    """The items of a list, each with the line on which it begins."""
     place = _skip(text, text.index("[") + 1)
     closed = text[place : place + 1] == "]"
     while not closed:
@@ -223,11 +259,13 @@ def _items(text: str, where: Callable[[int], str]) -> Iterator[Row]:
 
 
 def _skip(text: str, place: int) -> int:
-    return _SPACE.match(text, place).end()
+    space = _SPACE.match(text, place)
+    assert space is not None  # it matches the empty string
+    return space.end()
 
 
 def _parse(decode: Callable[[], Any], expected: str, where: Callable[[int], str], start: int = 0) -> Any:
-    """What `decode` returns; what it raises, in one line with its place."""
+    """Calls `decode` and turns what it raises into an error of one line that begins with its place."""
     try:
         return decode()
     except json.JSONDecodeError as error:
@@ -252,8 +290,8 @@ class _RepeatedKey(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(next(key for number, key in enumerate(keys) if key in keys[:number]))
     return row
 
 
@@ -261,13 +299,17 @@ _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """The rows below the header, every cell a string."""
-    delimiter = "\t" if path.name.lower().endswith((".tsv", ".tsv.gz")) else ","
+    """The rows below the header. Every cell is a string."""
     header: list[str] | None = None
     texts = (_decode(line, f"{path}, line {number}") for number, line in _lines(path))
-    cells = csv.reader(texts, delimiter=delimiter, strict=True)
+    above = []  # the header's line, and blank ones before it
+    for text in texts:
+        above.append(text)
+        if text.strip():
+            break
+    cells = csv.reader(chain(above, texts), delimiter=_delimiter(path, "".join(above)), strict=True)
     while True:
-        where = f"{path}, line {cells.line_num + 1}"  # a row may span lines: the one that it begins in
+        where = f"{path}, line {cells.line_num + 1}"  # the row's first line; it may span several
         try:
             with _field_limit():
                 values = next(cells, None)
@@ -287,9 +329,16 @@ def _read_csv(path: Path) -> Iterator[Row]:
             yield where, dict(zip(header, values, strict=True))
 
 
+def _delimiter(path: Path, header: str) -> str:
+    """What separates cells: a tab in .tsv; in .csv a comma, or a semicolon or a tab if the header has no comma."""
+    if path.name.lower().endswith((".tsv", ".tsv.gz")):
+        return "\t"
+    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+
+
 @contextmanager
 def _field_limit() -> Iterator[None]:
-    """The bound of a cell, which the csv module keeps for the whole process."""
+    """Sets the bound of a cell for a while. The csv module keeps one for the whole process."""
     before = csv.field_size_limit(MAX_LINE)
     try:
         yield
@@ -335,7 +384,7 @@ def _read_batches(batches: Iterable[Any], name: str) -> Iterator[Row]:
 def _read_batch(batch: Any, name: str, number: int) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # bytes that are no UTF-8, or times out of Python's range
+    except (ValueError, OverflowError):  # bytes that are not UTF-8, or times out of Python's range
         for place in range(batch.num_rows):
             try:
                 batch.slice(place, 1).to_pylist()

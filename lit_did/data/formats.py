@@ -1,4 +1,4 @@
-"""Which column of a row holds what: the names that well-known data sets and trainers use, and those that users give.
+"""Which column of a row holds which field: the names of well-known data sets and trainers, and those that users give.
 
     TRL, axolotl (prompt_pairs, ultra)   prompt, chosen, rejected; system, tools, chat_template_kwargs
     Orca DPO pairs, axolotl (intel)      system, question, chosen, rejected
@@ -11,7 +11,7 @@
     ms-swift                             messages that end in the chosen answer, rejected_response or rejected_messages
     OpenAI                               input: {messages, tools}, preferred_output, non_preferred_output
 
-What may hold a prompt is used or refused, never ignored.
+A column that may hold a prompt is used or refused, never ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lit_did.data.errors import in_words, kind, malformed
+from lit_did.data.errors import in_words, kind, malformed, one_line
 
 FIELDS = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "tag")
 _REQUIRED = ("chosen", "rejected")
@@ -39,7 +39,7 @@ _PROMPTS = (
 )  # fmt: skip
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Names of columns that describe a pair and so do not hold its prompt.
+# Names of columns that describe a pair and therefore do not hold its prompt.
 _ABOUT = re.compile(
     r"(chosen|rejected)_|(?:.*_)?(ids?|idx|index|key|uu?id|hash|sources?|origin|datasets?|subset|split|category|categories|"
     r"topics?|domain|lang|language|locale|models?|scores?|ratings?|ranks?|rewards?|margin|labels?|tags?|types?|kind|"
@@ -49,15 +49,18 @@ _ABOUT = re.compile(
 
 
 class Columns(NamedTuple):
-    """Where the fields of a row are: column names, or None."""
+    """The columns that hold the fields of a row."""
 
-    named: dict[str, str]  # ours: the source's, for those that are certain
-    prompts: tuple[str, ...]  # columns that may hold the prompt
-    unknown: tuple[str, ...]  # without any of these: columns that may hold it under a name that is not known
+    named: dict[str, str]
+    """the source's column of each field (a key of `FIELDS`) that is certain"""
+    prompts: tuple[str, ...]
+    """columns with a known name that may hold the prompt"""
+    unknown: tuple[str, ...]
+    """if there are none of these: columns with an unknown name that may hold the prompt"""
 
 
 def check_columns(columns: Any) -> None:
-    """Raises TypeError or ValueError unless `columns` maps our names to the source's, or to None."""
+    """Raises TypeError or ValueError unless `columns` maps names of `FIELDS` to the source's names or to None."""
     if columns is None:
         return
     if not isinstance(columns, Mapping):
@@ -70,16 +73,17 @@ def check_columns(columns: Any) -> None:
 
 
 def find_columns(names: Any, columns: Mapping[str, str | None] | None, where: str) -> Columns:
-    """Where a row with columns `names` has its fields.
+    """Finds the columns that hold the fields of a row.
 
     Args:
-        names: the row's or the table's columns.
-        columns: what the user says, see `read_rows`.
-        where: what errors call the row or the table.
+        names: The row itself, or the names of its columns.
+        columns: The names that the user gives; see `read_rows`.
+        where: What errors call the row or the table.
 
     Raises:
-        ValueError: if a column of `columns` or those of both answers are not among `names`.
+        ValueError: If a column of `columns` or those of both answers are not among `names`.
     """
+    row = names if isinstance(names, Mapping) else {}
     names = tuple(names)
     try:
         found = _find_columns(names, tuple((columns or {}).items()))
@@ -87,19 +91,31 @@ def find_columns(names: Any, columns: Mapping[str, str | None] | None, where: st
         raise ValueError(f"{where}: {error}") from None
     if found is None:
         raise ValueError(
-            f"{where}: Expected the keys `chosen` and `rejected`, but got {in_words(names)}. "
-            'Name them: `columns={"chosen": ..., "rejected": ...}`.'
+            f"{where}: Expected the keys `chosen` and `rejected`, but got {in_words(names)}. {_remedy(names, row)}"
         )
     return found
 
 
+def _remedy(names: tuple[str, ...], row: Mapping[str, Any]) -> str:
+    """What to do about a row without answers."""
+    if {"completion", "label"} <= set(names):
+        return (
+            "Rows with one `completion` and its `label`, as for KTO, are not pairs: put a good and a bad completion of "
+            "the same prompt into one row."
+        )
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and "chosen" in value[0]:
+            return f"The pairs seem to be in `{one_line(name)}`: pass that list instead of the object around it."
+    return 'Name them: `columns={"chosen": ..., "rejected": ...}`.'
+
+
 def describe_columns(names: Any, columns: Mapping[str, str | None] | None) -> str:
-    """What `find_columns` reads from columns of other names than ours without being told to; "" for nothing."""
+    """Says which fields `find_columns` reads from columns of other names without `columns`; "" for none."""
     found = find_columns(names, columns, "row")
     parts = [
         (name, column)
         for name, column in found.named.items()
-        # Not every trainer has a column `system`, so that it becomes a message is told too.
+        # Not every trainer reads a column `system`, so the warning also says that it becomes a message.
         if name not in (columns or {}) and (column != name or name == "system")
     ]
     if "prompt" not in found.named and found.prompts:
@@ -108,7 +124,7 @@ def describe_columns(names: Any, columns: Mapping[str, str | None] | None) -> st
 
 
 def columns_to_read(names: list[str], where: str, columns: Mapping[str, str | None] | None) -> list[str]:
-    """The columns of a table that `read_fields` looks at; others, such as embeddings, need not be decoded."""
+    """The columns of a table that `read_fields` needs. Others, such as embeddings, are not decoded."""
     repeated = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if repeated is not None:
         raise ValueError(f"{where}: Expected every column once, but got `{repeated}` more than once.")
@@ -118,12 +134,19 @@ def columns_to_read(names: list[str], where: str, columns: Mapping[str, str | No
 
 
 def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None, where: str) -> dict[str, Any]:
-    """The values of a row by our names; `prompt` is missing where it is implicit, and None where it is null.
+    """The values of a row by the names in `FIELDS`.
 
-    `unknown` holds the names of columns that may hold an implicit prompt's text, for errors.
+    Args:
+        row: A row of the source.
+        columns: The names that the user gives; see `read_rows`.
+        where: What errors call the row.
+
+    Returns:
+        The fields that the row has. `prompt` is missing if the prompt is implicit, and None if its column is null.
+        `unknown` holds the names of columns that may hold the text of an implicit prompt, for errors.
 
     Raises:
-        ValueError: if columns are missing, or several may hold the prompt and differ.
+        ValueError: If columns are missing, or several may hold the prompt and differ.
     """
     found = find_columns(row, columns, where)
     fields = {name: row[column] for name, column in found.named.items() if column in row}
@@ -138,13 +161,14 @@ def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None
     fields = {name: _parse_json(name, value, where) for name, value in fields.items()}
     for name in _MEDIA:
         if name in row and _filled(row[name]):
-            raise malformed(where, "a pair of texts alone", f"the column `{name}` too, which cannot be read")
+            got = f"content in the column `{name}` too. Media cannot be read: remove it"
+            raise malformed(where, "a pair of texts", got)
     fields["unknown"] = [name for name in found.unknown if _is_text(row[name])]
     return fields
 
 
 def _is_swift(named: dict[str, str]) -> bool:
-    """Whether the chosen answer is the last of the prompt's messages, as ms-swift has it."""
+    """Whether the chosen answer is the last of the prompt's messages, as in ms-swift."""
     return (named["chosen"], named["rejected"]) == ("messages", "rejected_response")
 
 
@@ -187,16 +211,16 @@ def _find_columns(names: tuple[str, ...], columns: tuple[tuple[str, str | None],
 
 
 def _read_prompt(fields: dict[str, Any], row: Mapping[str, Any], found: Columns, where: str) -> None:
-    """Puts the prompt into `fields`, from whichever column holds it."""
+    """Puts the prompt into `fields` from the column that holds it."""
     filled = [name for name in found.prompts if _filled(row[name])]
     if _filled(fields.get("prompt")):
         kept = [text for name in ("prompt", *_REQUIRED) for text in _texts(fields[name])]
         others = [
             name for name in filled if not all(any(text in whole for whole in kept) for text in _texts(row[name]))
         ]
-        if others:  # text that would be lost
+        if others:  # their text would be lost
             raise _several(where, ["prompt", *others])
-    elif "instruction" in filled and set(filled) <= {"instruction", "input", "history"}:  # Alpaca's
+    elif "instruction" in filled and set(filled) <= {"instruction", "input", "history"}:  # Alpaca
         parts = [row[name] for name in ("instruction", "input") if name in filled]
         if not all(isinstance(part, str) for part in parts):
             raise malformed(where, "`instruction` and `input` to be strings", ", ".join(map(kind, parts)))
@@ -247,7 +271,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _parse_json(name: str, value: Any, where: str) -> Any:
-    """A value that data sets may hold as a JSON text: tools, template arguments, and messages (in CSV files)."""
+    """Decodes a value that data sets may hold as a JSON text: tools, template arguments, and messages in CSV files."""
     if not isinstance(value, str) or name in ("system", "tag"):
         return value
     if name in ("tools", "chat_template_kwargs"):
@@ -264,5 +288,5 @@ def _parse_json(name: str, value: Any, where: str) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            return value  # a text that begins like messages
+            return value  # a text that only begins like messages
     return value

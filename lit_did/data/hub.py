@@ -13,22 +13,23 @@ _TIMEOUT = 10.0  # seconds for the hub to answer
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a path that does not exist may be a data set of the hub: its first part is no folder either."""
+    """Whether a path that does not exist may name a data set of the hub: its first part does not exist either."""
     return (
         _NAME.fullmatch(source) is not None and not source.startswith(".") and not os.path.lexists(source.split("/")[0])
     )
 
 
 def load(source: str) -> Any:
-    """The `datasets.Dataset` of a name. The split may be any that `datasets` takes, such as "train[:1000]".
+    """Loads the `datasets.Dataset` of a name. If the hub cannot be reached, the cache of `datasets` is used.
 
-    Where the hub cannot be reached, what `datasets` has in its cache is used.
+    Args:
+        source: The name. Its split may be any that `datasets` takes, such as "train[:1000]".
 
     Raises:
-        ImportError: if `datasets` is not installed.
-        FileNotFoundError: if there is no such data set, neither here nor on the hub.
-        ConnectionError: if the hub cannot be reached and the data set is not in the cache.
-        ValueError: if there is no such config or split, or several splits to choose from.
+        ImportError: If `datasets` is not installed.
+        FileNotFoundError: If there is no such data set, neither in a file nor on the hub.
+        ConnectionError: If the hub cannot be reached and the data set is not in the cache.
+        ValueError: If there is no such config or split, or several splits to choose from.
     """
     try:
         import datasets
@@ -36,7 +37,9 @@ def load(source: str) -> Any:
         raise ImportError(
             f"Loading {source} from the hub needs datasets. Install it with: pip install datasets"
         ) from error
-    path, config, split = _NAME.fullmatch(source).group("path", "config", "split")
+    name = _NAME.fullmatch(source)
+    assert name is not None  # the caller has asked `is_hub_name`
+    path, config, split = name.group("path", "config", "split")
     expected = f"Expected a file, a folder or a data set of the hub, but {source} does not exist here, and"
     problem = _problem(path)
     try:
@@ -65,15 +68,15 @@ def _problem(path: str) -> str | None:
     try:
         HfApi().dataset_info(path, timeout=_TIMEOUT)
     except HfHubHTTPError:
-        return None  # it answers; `datasets` says best what is wrong
-    except Exception as error:  # of the HTTP client, which is another from version to version
+        return None  # it answers; the error of `datasets` explains more
+    except Exception as error:  # of the HTTP client, which differs between versions
         return _first_line(error)
     return None
 
 
 @contextmanager
 def _offline(config: Any, offline: bool) -> Iterator[None]:
-    """Lets `datasets` look into its cache alone, instead of trying for half a minute to reach the hub."""
+    """With `offline`, lets `datasets` look into its cache only. It would try to reach the hub for half a minute."""
     before = config.HF_HUB_OFFLINE
     config.HF_HUB_OFFLINE = before or offline
     try:

@@ -19,9 +19,9 @@ class ResumableSampler(DistributedSampler):
     It is one even for a single process: Lightning replaces other samplers in distributed runs.
 
     Attributes:
-        start: how many of this rank's rows the next iteration leaves out. `len()` counts them all the same, because
+        start: How many of this rank's rows the next iteration leaves out. `len()` counts them all the same, because
             Lightning compares it with the batches done in the epoch, including those before resuming.
-        epoch_skew: by how much the epochs given to `set_epoch` are ahead of those done; see `ResumableDataLoader`.
+        epoch_skew: By how much the epochs given to `set_epoch` are ahead of those done; see `ResumableDataLoader`.
     """
 
     start: int = 0
@@ -109,7 +109,7 @@ class ResumableDataLoader(DataLoader):
         """The number of batches to leave out. Uses up a loaded state.
 
         Raises:
-            ValueError: if the state belongs to another order, so that its next batch is not the one that was to come.
+            ValueError: If the state belongs to another order, so that its next batch is not the one that was to come.
         """
         resume, self._resume = self._resume, None
         if resume is None:

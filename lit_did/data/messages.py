@@ -1,14 +1,14 @@
 """Chat messages as data sets spell them, turned into {"role": ..., "content": text} as chat templates take them.
 
-    {"role": "user", "content": "hi"}                                   as it is
-    {"role": "user", "content": [{"type": "text", "text": "hi"}]}       the parts' texts become one
+    {"role": "user", "content": "hi"}                                   unchanged
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]}       the texts of the parts are joined
     {"from": "human", "value": "hi"}                                    ShareGPT
     {"from": "function_call", "value": "{\\"name\\": ...}"}               LLaMA-Factory's tool calls
-    {"role": "assistant", "content": null, "tool_calls": [...]}         without content, as chat templates expect
+    {"role": "assistant", "content": null, "tool_calls": [...]}         without the key `content`
 
-Keys that are null are left out at every depth, whatever the source: Arrow gives each message the keys of all, as null,
-and so do files that were written from Arrow. A null that is meant, such as an argument of a tool call, survives
-inside a JSON string: {"arguments": "{\\"unit\\": null}"}. Nulls that are items of a list stay.
+Keys that are null are dropped at every depth. Arrow gives each message the keys of all messages and fills them with
+null, and files that were written from Arrow hold these nulls. A null that is part of the data, such as an argument of a
+tool call, is kept inside a JSON string: {"arguments": "{\\"unit\\": null}"}. Nulls that are items of a list are kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from lit_did.data.errors import in_words, kind, malformed, one_line, unusable
 
 Message = dict[str, Any]
 
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+"""the roles that chat templates of well-known models have"""
 # ShareGPT's names and those that its users added.
-_ROLES = {
+_SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     "system": "system",
@@ -31,11 +33,19 @@ _ROLES = {
 
 
 def parse_messages(name: str, value: Any, where: str) -> list[Message]:
-    """Checks the messages of a column: a list of them, or a single one.
+    """Checks the messages of a column, which may be a list or a single message.
+
+    Args:
+        name: The column, for errors.
+        value: What it holds.
+        where: What errors call the row.
+
+    Returns:
+        The messages, each with `role` and `content` or `tool_calls`.
 
     Raises:
-        UnusableRowError: for an empty list, or a message whose content is null.
-        ValueError: for anything that is no message.
+        UnusableRowError: For an empty list, or a message whose content is null.
+        ValueError: For anything that is not a message.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -45,13 +55,13 @@ def parse_messages(name: str, value: Any, where: str) -> list[Message]:
 
 
 def has_content(messages: list[Message]) -> bool:
-    """Whether the assistant says or calls anything."""
+    """Whether an assistant message has text or calls a tool."""
     answers = (message for message in messages if message["role"] == "assistant")
     return any(message.get("content", "").strip() or message.get("tool_calls") for message in answers)
 
 
 def drop_nulls(value: Any) -> Any:
-    """The value without keys that are null, at every depth; tuples become lists."""
+    """The value without keys that are null, at every depth. Tuples become lists."""
     if isinstance(value, Mapping):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
@@ -62,7 +72,7 @@ def drop_nulls(value: Any) -> Any:
 def check_unicode(name: str, value: Any, where: str) -> None:
     """Raises ValueError for a lone surrogate in any text within `value`.
 
-    JSON can spell half a surrogate pair ("\\ud83d"), which no tokenizer takes.
+    JSON can hold half a surrogate pair ("\\ud83d"), which no tokenizer accepts.
     """
     if isinstance(value, str):
         try:
@@ -92,7 +102,7 @@ def _parse_message(name: str, raw: Any, where: str) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = "".join(_text_of_part(name, part, where) for part in message["content"])
     if "content" not in message and not message.get("tool_calls"):
-        # A null is an answer or a question that is missing; without the key, this is no message.
+        # A null is a missing answer or question. Without the key, this is not a message.
         raise (unusable if "content" in raw else malformed)(
             where, f"{name} to have a string `content`", _got(raw, "content")
         )
@@ -106,16 +116,16 @@ def _from_sharegpt(name: str, message: Message, where: str) -> Message:
     speaker = message.pop("from")
     if speaker == "function_call":
         return {"role": "assistant", "tool_calls": _parse_calls(name, message.pop("value", None), where), **message}
-    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    role = _SHAREGPT.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise malformed(where, f"`from` of {name} to be one of {in_words(_ROLES)}", _named(speaker))
+        raise malformed(where, f"`from` of {name} to be one of {in_words(_SHAREGPT)}", _named(speaker))
     if "value" in message:
         message["content"] = message.pop("value")
     return {"role": role, **message}
 
 
 def _parse_calls(name: str, value: Any, where: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn `function_call`: JSON of one {"name": ..., "arguments": ...}, or of a list of them."""
+    """The tool calls of a `function_call` turn: JSON of one {"name": ..., "arguments": ...} or of a list of them."""
     try:
         calls = json.loads(value)
     except (TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""One preference pair: from a raw row to a checked `PreferencePair`.
+"""Turns one raw row into a checked `PreferencePair`.
 
     explicit prompt, plain text     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
     explicit prompt, chat           {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
@@ -6,16 +6,16 @@
     implicit prompt, chat           {"chosen": [user, assistant], "rejected": [user, assistant]}
     prompt beside conversations     {"prompt": "2+2?", "chosen": [user, assistant], "rejected": [user, assistant]}
 
-where `user` and `assistant` stand for messages: {"role": ..., "content": ...}, or what `messages` lists. A single
-message may stand for a list of one. A string beside messages is a message too: of the user in `prompt`, of the
-assistant elsewhere. `formats` lists columns of other names that hold these fields. Besides, a row may have
+Here `user` and `assistant` are messages: {"role": ..., "content": ...}, or another form that `messages` lists. A single
+message may replace a list of one. A string beside messages is a message too: the user's in `prompt`, the assistant's
+elsewhere. `formats` lists the other column names that are read. A row may also have
 
     system                  the system message of a chat, or of text that is wrapped as one
-    tools                   what the chat template is given as `tools`: a list, or a JSON text of one
-    chat_template_kwargs    further arguments of the chat template: an object, or a JSON text of one
+    tools                   the variable `tools` of the chat template: a list, or a JSON text of one
+    chat_template_kwargs    other variables of the chat template: an object, or a JSON text of one
     tag                     a string that names the kind of pair, for results by kind
 
-Other columns are ignored, but not where they may hold the prompt: see `formats`.
+Other columns are ignored, unless they may hold the prompt: see `formats`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from lit_did.data.formats import read_fields
 from lit_did.data.messages import Message, check_unicode, drop_nulls, has_content, parse_messages
 from lit_did.data.prompts import (
     ASSISTANT,
+    Chats,
+    Texts,
     join_chat,
     join_text,
     num_repeats,
@@ -47,25 +49,45 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class PreferencePair(NamedTuple):
-    """A checked pair with its prompt made explicit: three strings, or three lists of messages.
-
-    `tools` and `chat_template_kwargs` are arguments of the chat template. `system` is the system message of a
-    plain-text pair; that of a chat pair is the first message of its prompt.
-    """
+    """A checked pair with an explicit prompt."""
 
     prompt: Text
+    """a string for plain text, or a list of messages for a chat; so are both completions"""
     chosen: Text
     rejected: Text
     tag: str = ""
+    """the kind of pair"""
     tools: list | None = None
+    """the variable `tools` of the chat template"""
     chat_template_kwargs: dict | None = None
+    """other variables of the chat template"""
     system: str | None = None
+    """the system message of a plain-text pair; that of a chat is the first message of its prompt"""
     holds_turns: bool = False
     """whether the completions of a plain-text pair, cut from two dialogues, hold further turns"""
 
     @property
     def is_chat(self) -> bool:
+        """Whether the pair has messages instead of plain text."""
         return not isinstance(self.prompt, str)
+
+    @property
+    def texts(self) -> Texts:
+        """The prompt and both completions of a plain-text pair."""
+        prompt, chosen, rejected = self[:3]
+        assert isinstance(prompt, str)
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        return prompt, chosen, rejected
+
+    @property
+    def chats(self) -> Chats:
+        """The prompt and both completions of a chat pair."""
+        prompt, chosen, rejected = self[:3]
+        assert isinstance(prompt, list)
+        assert isinstance(chosen, list)
+        assert isinstance(rejected, list)
+        return prompt, chosen, rejected
 
 
 def parse_pair(
@@ -73,26 +95,29 @@ def parse_pair(
 ) -> PreferencePair:
     """Checks one row and makes its prompt explicit.
 
-    An implicit prompt is what `chosen` and `rejected` share: see `split_text` for plain text; for chat the common
-    leading messages. A prompt that both completions repeat is taken off them; see `strip_text` and `strip_chat`.
+    An implicit prompt is the shared beginning of `chosen` and `rejected`: for chat the common messages, for plain text
+    see `split_text`. A prompt that both completions repeat is removed from them; see `strip_text` and `strip_chat`.
 
     Args:
-        row: a mapping in one of the formats above.
-        where: what errors call this row, such as "train.jsonl, line 3".
-        columns: for each of our column names the row's, such as {"prompt": "question"}; None leaves a column out.
+        row: A mapping in one of the formats at the top of this file.
+        where: What errors call this row, such as "train.jsonl, line 3".
+        columns: Names of the row's columns by field, such as {"prompt": "question"}. None leaves a field out.
+
+    Returns:
+        The checked pair.
 
     Raises:
-        UnusableRowError: if the row is whole but cannot be trained on, such as one with an empty answer.
-        ValueError: if the row is in none of the formats. The message starts with `where`.
+        UnusableRowError: If the row is well-formed but cannot be trained on, such as one with an empty answer.
+        ValueError: If the row is in none of the formats. The message starts with `where`.
     """
     pair = parse_row(row, where, columns)
-    return strip_repeated(pair, where, certain=not pair.is_chat and num_repeats(*pair[:3]) == 2)
+    return strip_repeated(pair, where, certain=not pair.is_chat and num_repeats(*pair.texts) == 2)
 
 
 def parse_row(row: Any, where: str, columns: Mapping[str, str | None] | None = None) -> PreferencePair:
-    """As `parse_pair`, but completions in plain text that begin with the prompt are left as they are.
+    """Like `parse_pair`, but keeps a prompt that plain-text completions begin with.
 
-    Whether they repeat it or begin so by chance is for the whole source to say: see `read_rows`.
+    Only the whole source shows whether they repeat it or begin with it by chance; see `read_rows`.
     """
     if not isinstance(row, Mapping):
         raise malformed(where, "an object with `chosen` and `rejected`", kind(row))
@@ -103,10 +128,10 @@ def parse_row(row: Any, where: str, columns: Mapping[str, str | None] | None = N
 
 
 def strip_repeated(pair: PreferencePair, where: str, certain: bool) -> PreferencePair:
-    """Takes the prompt off completions in plain text that repeat it; see `strip_text`."""
+    """Removes the prompt from plain-text completions that repeat it; see `strip_text`."""
     if pair.is_chat:
         return pair
-    prompt, chosen, rejected = strip_text(*pair[:3], where, certain)
+    prompt, chosen, rejected = strip_text(*pair.texts, where, certain)
     return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
@@ -114,38 +139,37 @@ def to_chat(pair: PreferencePair) -> PreferencePair:
     """Wraps a plain-text pair as messages: the prompt as the user's, the completions as the assistant's.
 
     A dialogue as in HH-RLHF becomes its turns, without the whitespace around each. An answer beside an explicit prompt
-    stays one message, also where it quotes a dialogue. `system` becomes the first message. Chat pairs are returned as
-    they are.
+    stays one message, even if it quotes a dialogue. `system` becomes the first message. Chat pairs are returned
+    unchanged.
 
     Raises:
-        UnusableRowError: if the prompt is empty: chat templates need a message to answer.
+        UnusableRowError: If the prompt is empty, because chat templates need a message to answer.
     """
     if pair.is_chat:
         return pair
-    if pair.prompt.endswith(ASSISTANT) and _TURN.match(pair.prompt):
-        prompt = _turns(pair.prompt)[:-1]  # the last turn is the one to complete
+    prompt, chosen, rejected = pair.texts
+    if prompt.endswith(ASSISTANT) and _TURN.match(prompt):
+        messages = _turns(prompt)[:-1]  # the last turn is the one to complete
         if pair.holds_turns:
-            chosen, rejected = (_turns(ASSISTANT + text) for text in (pair.chosen, pair.rejected))
+            sides = [_turns(ASSISTANT + text) for text in (chosen, rejected)]
         else:
-            chosen, rejected = ([_answer(text.strip())] for text in (pair.chosen, pair.rejected))
-    elif pair.prompt.strip():
-        prompt = [{"role": "user", "content": pair.prompt}]
-        chosen, rejected = ([_answer(text)] for text in (pair.chosen, pair.rejected))
+            sides = [[_answer(text.strip())] for text in (chosen, rejected)]
+    elif prompt.strip():
+        messages = [{"role": "user", "content": prompt}]
+        sides = [[_answer(text)] for text in (chosen, rejected)]
     else:
-        raise UnusableRowError(
-            f"Expected a prompt to wrap as a user message (`as_chat=True`), but got {pair.prompt!r}."
-        )
+        raise UnusableRowError(f"Expected a prompt to wrap as a user message (`as_chat=True`), but got {prompt!r}.")
     if pair.system:
-        prompt = [{"role": "system", "content": pair.system}, *prompt]
-    return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected, system=None)
+        messages = [{"role": "system", "content": pair.system}, *messages]
+    return pair._replace(prompt=messages, chosen=sides[0], rejected=sides[1], system=None)
 
 
 def prepare_pair(pair: PreferencePair, as_chat: bool) -> PreferencePair:
-    """The pair to render: with `as_chat` in messages, see `to_chat`.
+    """The pair to render. With `as_chat`, plain text becomes messages; see `to_chat`.
 
     Raises:
-        UnusableRowError: if the prompt is empty and `as_chat` needs one.
-        ValueError: for plain text beside `system`, `tools` or `chat_template_kwargs`, which need a chat template.
+        UnusableRowError: If the prompt is empty and `as_chat` needs one.
+        ValueError: For plain text beside `system`, `tools` or `chat_template_kwargs`, which need a chat template.
     """
     if as_chat:
         return to_chat(pair)
@@ -169,19 +193,18 @@ def _turns(dialogue: str) -> list[Message]:
 
 
 def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
-    texts = {name: _parse_text(name, fields[name], where) for name in ("prompt", *_SIDES) if name in fields}
-    prompt, chosen, rejected = (texts.get(name) for name in ("prompt", *_SIDES))
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        got = ", ".join(f"`{name}`: {kind(value)}" for name, value in texts.items())
-        raise malformed(where, "all strings or all lists of messages", got)
-    if isinstance(chosen, str) and not isinstance(prompt, list):
-        pair = _split_text(prompt, chosen, rejected, fields, where)
+    prompt = None if fields.get("prompt") is None else _parse_text("prompt", fields["prompt"], where)
+    chosen, rejected = (_parse_text(name, fields[name], where) for name in _SIDES)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if isinstance(prompt, list):
+            pair = _split_chat(prompt, [_answer(chosen)], [_answer(rejected)], fields["unknown"], where)
+        else:
+            pair = _split_text(prompt, chosen, rejected, fields, where)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        pair = _split_chat(prompt, chosen, rejected, fields["unknown"], where)
     else:
-        pair = PreferencePair(*_split_chat(prompt, chosen, rejected, fields["unknown"], where))
-        if not any(message.get("content", "").strip() or message.get("tool_calls") for message in pair.prompt):
-            raise unusable(where, "`prompt` to be non-empty", "messages without content")
-        for name in _SIDES:
-            _check_side(name, getattr(pair, name), where)
+        got = f"`chosen`: {kind(chosen)}, `rejected`: {kind(rejected)}"
+        raise malformed(where, "all strings or all lists of messages", got)
     return pair._replace(
         tag=_optional(fields, "tag", str, "a string", where) or "",
         tools=_read_tools(fields, where),
@@ -191,9 +214,9 @@ def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
 
 
 def _split_text(prompt: str | None, chosen: str, rejected: str, fields: dict[str, Any], where: str) -> PreferencePair:
-    parts, is_dialogue = (prompt, chosen, rejected), False
     if prompt is not None:
-        if all(_DIALOGUE.match(text) for text in (chosen, rejected)) and not num_repeats(prompt, chosen, rejected):
+        parts, is_dialogue = (prompt, chosen, rejected), False
+        if all(_DIALOGUE.match(text) for text in (chosen, rejected)) and not num_repeats(*parts):
             parts, is_dialogue = join_text(prompt, chosen, rejected, where), True
     else:
         parts, is_dialogue = split_text(chosen, rejected)
@@ -210,24 +233,29 @@ def _split_text(prompt: str | None, chosen: str, rejected: str, fields: dict[str
     return PreferencePair(*parts, holds_turns=is_dialogue and any(_TURN.search(text) for text in parts[1:]))
 
 
-def _split_chat(prompt: Text | None, chosen: Text, rejected: Text, unknown: list[str], where: str) -> tuple:
-    if isinstance(chosen, str):
-        chosen, rejected = [_answer(chosen)], [_answer(rejected)]
+def _split_chat(
+    prompt: Text | None, chosen: list[Message], rejected: list[Message], unknown: list[str], where: str
+) -> PreferencePair:
     if isinstance(prompt, str):
-        return join_chat(prompt, chosen, rejected, where)
-    if prompt is not None:
-        return strip_chat(prompt, chosen, rejected, where)
-    parts = split_chat(chosen, rejected)
-    if not parts[0]:
-        _check_unknown(unknown, where)
-        raise unusable(
-            where, "`chosen` and `rejected` to share their first message, as the prompt", "no shared message"
-        )
-    return parts
+        parts = join_chat(prompt, chosen, rejected, where)
+    elif prompt is not None:
+        parts = strip_chat(prompt, chosen, rejected, where)
+    else:
+        parts = split_chat(chosen, rejected)
+        if not parts[0]:
+            _check_unknown(unknown, where)
+            raise unusable(
+                where, "`chosen` and `rejected` to share their first message, as the prompt", "no shared message"
+            )
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in parts[0]):
+        raise unusable(where, "`prompt` to be non-empty", "messages without content")
+    for name, side in zip(_SIDES, parts[1:], strict=True):
+        _check_side(name, side, where)
+    return PreferencePair(*parts)
 
 
 def _check_unknown(unknown: list[str], where: str) -> None:
-    """Refuses a prompt that would be guessed from two answers while a column of unknown name may hold it."""
+    """Refuses to guess the prompt from two answers if a column with an unknown name may hold it."""
     if unknown:
         raise ValueError(
             f"{where}: Expected a column `prompt`, or no other text than `chosen` and `rejected`, but got "
@@ -236,10 +264,8 @@ def _check_unknown(unknown: list[str], where: str) -> None:
         )
 
 
-def _parse_text(name: str, value: Any, where: str) -> Text | None:
+def _parse_text(name: str, value: Any, where: str) -> Text:
     if value is None:
-        if name == "prompt":
-            return None
         raise unusable(where, f"`{name}` to be a string or a list of messages", "null")
     if isinstance(value, str):
         check_unicode(f"`{name}`", value, where)
@@ -257,14 +283,15 @@ def _check_side(name: str, side: list[Message], where: str) -> None:
 
 
 def _place_system(pair: PreferencePair, system: str | None, where: str) -> dict[str, Any]:
-    """Where the system message goes: to the front of a chat's prompt, or beside plain text."""
+    """The fields with the system message: the prompt of a chat, or `system` beside plain text."""
     if not system or not system.strip():
         return {}
     if not pair.is_chat:
         return {"system": system}
-    first = pair.prompt[0]
+    prompt = pair.chats[0]
+    first = prompt[0]
     if first["role"] != "system":
-        return {"prompt": [{"role": "system", "content": system}, *pair.prompt]}
+        return {"prompt": [{"role": "system", "content": system}, *prompt]}
     if first.get("content", "").strip() != system.strip():
         raise malformed(where, "one system message", "a column `system` beside another in the messages")
     return {}
@@ -273,13 +300,13 @@ def _place_system(pair: PreferencePair, system: str | None, where: str) -> dict[
 def _read_tools(fields: dict[str, Any], where: str) -> list | None:
     tools = _optional(fields, "tools", list, "a list, or a JSON text of one", where)
     for tool in tools or ():
-        if not isinstance(tool, Mapping) and not callable(tool):  # chat templates take functions too
+        if not isinstance(tool, Mapping) and not callable(tool):  # chat templates accept functions too
             raise malformed(where, "`tools` to be a list of objects", f"{kind(tool)} in it")
     return tools
 
 
 def _optional(fields: dict[str, Any], name: str, of: type, expected: str, where: str) -> Any:
-    """The value of a column that need not be there, or None where it is missing or empty."""
+    """The value of an optional column; None if it is missing or empty."""
     value = drop_nulls(fields.get(name))
     if value is None or value == of():
         return None

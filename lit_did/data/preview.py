@@ -19,9 +19,9 @@ def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: 
     """Prints a pair, part by part; in colour if rich is installed and the output is a terminal.
 
     Args:
-        where: what the pair is called.
-        whole, cut: the pair before and after truncation.
-        tokenizer: turns the ids to text.
+        where: What the pair is called.
+        whole, cut: The pair before and after truncation.
+        tokenizer: Turns the ids to text.
     """
     write = _writer()
     write(f"{where}: prompt {_count(cut.prompt_ids, whole.prompt_ids)}", "bold")

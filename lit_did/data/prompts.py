@@ -1,7 +1,7 @@
-"""Where the prompt of a pair ends and its completions begin.
+"""Finds where the prompt of a pair ends and its completions begin.
 
-Data sets spell the prompt in three ways: in a column of its own, in both completions ("implicit"), or in both places
-("repeated"). The functions here make it explicit, once.
+Data sets hold the prompt in a column of its own, in both completions ("implicit"), or in both places ("repeated"). The
+functions here return it once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ Chats = tuple[list[Message], list[Message], list[Message]]
 
 
 def split_text(chosen: str, rejected: str) -> tuple[Texts, bool]:
-    """Prompt and completions of two texts that begin alike, and whether a dialogue's marker says where they part.
+    """Splits two texts that begin alike into prompt and completions.
 
-    For dialogues as in HH-RLHF the prompt is everything up to and with the last shared "\\n\\nAssistant:"; for other
-    text the longest common prefix, cut back to the start of its last whitespace, so that no word is split and the
-    completions keep that whitespace.
+    For dialogues as in HH-RLHF, the prompt ends with the last shared "\\n\\nAssistant:". For other text, it is the
+    longest common prefix, cut back to the start of its last whitespace. So no word is split, and the completions keep
+    that whitespace.
+
+    Returns:
+        The texts, and whether they are such dialogues.
     """
     length = min(len(chosen), len(rejected))
     shared = chosen[: next((place for place in range(length) if chosen[place] != rejected[place]), length)]
@@ -31,17 +34,17 @@ def split_text(chosen: str, rejected: str) -> tuple[Texts, bool]:
     if marker >= 0:
         end = marker + len(ASSISTANT)
     else:
-        # The last whitespace that both share, from its start; never all of the shorter text: a completion would be "".
+        # The start of the last whitespace that both share, not the whole shorter text: no completion is empty.
         shared = shared[: length - 1]
         end = max((match.start() for match in re.finditer(r"\s+", shared)), default=0)
     return (chosen[:end], chosen[end:], rejected[end:]), marker >= 0
 
 
 def join_text(prompt: str, chosen: str, rejected: str, where: str) -> Texts:
-    """The pair of a prompt beside whole dialogues as in HH-RLHF, which have their prompt in what both share.
+    """The pair of a prompt beside two whole dialogues as in HH-RLHF, whose shared beginning is the full prompt.
 
     Raises:
-        UnusableRowError: if the prompt is not in what both share.
+        UnusableRowError: If the shared beginning does not contain the prompt.
     """
     texts, is_dialogue = split_text(chosen, rejected)
     if not is_dialogue or prompt.strip() not in texts[0]:
@@ -50,7 +53,7 @@ def join_text(prompt: str, chosen: str, rejected: str, where: str) -> Texts:
 
 
 def split_chat(chosen: list[Message], rejected: list[Message]) -> Chats:
-    """The messages that both conversations begin with, and what follows. A side's last message is always its own."""
+    """The messages that both conversations begin with, and what follows. The last message is never a shared one."""
     end = 0
     while end < min(len(chosen), len(rejected)) - 1 and chosen[end] == rejected[end]:
         end += 1
@@ -58,7 +61,7 @@ def split_chat(chosen: list[Message], rejected: list[Message]) -> Chats:
 
 
 def num_repeats(prompt: str, chosen: str, rejected: str) -> int:
-    """How many of two completions in plain text begin with the prompt, and do not go on in its last word: 0, 1 or 2."""
+    """How many of two plain-text completions begin with the prompt and do not continue its last word: 0, 1 or 2."""
     start = prompt.rstrip()
     if not start.strip():
         return 0
@@ -73,17 +76,17 @@ def _is_word(character: str) -> bool:
 
 
 def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: bool) -> Texts:
-    """Takes a prompt that both completions repeat off them.
+    """Removes a repeated prompt from both completions.
 
     Args:
-        prompt, chosen, rejected: plain text.
-        where: what errors call the row.
-        certain: whether the source is known to repeat its prompts. If not, what begins with the prompt is taken for an
-            answer that does so by itself ("Hi" is answered by "Hi there"), unless both do and the prompt has at least
-            four words.
+        prompt, chosen, rejected: Plain text.
+        where: What errors call the row.
+        certain: Whether the source is known to repeat its prompts. If not, a completion may begin with the prompt by
+            chance ("Hi" is answered by "Hi there"). Then the prompt is removed only if both completions begin with it
+            and it has at least four words.
 
     Raises:
-        UnusableRowError: if one completion alone begins with the prompt, or a completion is nothing but the prompt.
+        UnusableRowError: If only one completion begins with the prompt, or a completion has no other text.
     """
     repeats = num_repeats(prompt, chosen, rejected)
     if not repeats or not (certain or (repeats == 2 and len(prompt.split()) >= _LEAST_WORDS)):
@@ -91,7 +94,7 @@ def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: boo
     if repeats == 1:
         side = "chosen" if num_repeats(prompt, chosen, "") else "rejected"
         raise unusable(where, "both completions to begin with the prompt, or neither", f"it in `{side}` alone")
-    # As it is, where both have it so; else without the whitespace at its end, which belongs to the completions then.
+    # Exact if both repeat it exactly. Otherwise without the whitespace at its end, which the completions then keep.
     start = prompt if chosen.startswith(prompt) and rejected.startswith(prompt) else prompt.rstrip()
     chosen, rejected = chosen[len(start) :], rejected[len(start) :]
     for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -101,46 +104,46 @@ def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: boo
 
 
 def strip_chat(prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str) -> Chats:
-    """Takes prompt messages that both sides repeat off them; a system message may stand on one of the two alone.
+    """Removes repeated prompt messages from both sides. The system message may stand in the prompt or the sides only.
 
     Raises:
-        ValueError: if one side alone begins with the prompt, or a side begins with another message that no assistant
-            wrote: what to answer is then unclear.
+        ValueError: If only one side begins with the prompt, or a side begins with another message that is not the
+            assistant's, because it is then unclear what is answered.
     """
-    system, messages = (prompt[:1], prompt[1:]) if prompt[0]["role"] == "system" else ([], prompt)
-    if not messages:
-        system, messages = [], prompt
-    repeated = []
+    has_system = prompt[0]["role"] == "system" and len(prompt) > 1
+    system, messages = (prompt[:1], prompt[1:]) if has_system else ([], prompt)
+    repeated: list[tuple[list[Message], list[Message]] | None] = []
     for side in (chosen, rejected):
         own_system = side[:1] if side[0]["role"] == "system" and messages[0]["role"] != "system" else []
         repeats = _same(side[len(own_system) : len(own_system) + len(messages)], messages)
         fits = not own_system or not system or _same(own_system, system)
         repeated.append((own_system, side[len(own_system) + len(messages) :]) if repeats and fits else None)
-    if all(repeated):
-        (first, chosen), (second, rejected) = repeated
+    ours, theirs = repeated
+    if ours and theirs:
+        (first, chosen), (second, rejected) = ours, theirs
         if not _same(first, second):
             raise malformed(where, "the same system message in `chosen` and `rejected`", "two different ones")
         if not chosen or not rejected:
             raise unusable(where, "`chosen` and `rejected` to go on after the prompt, which they repeat", "no message")
         return (system or first) + messages, chosen, rejected
-    for name, side, whole in (("chosen", chosen, repeated[0]), ("rejected", rejected, repeated[1])):
+    for name, side, whole in (("chosen", chosen, ours), ("rejected", rejected, theirs)):
         if whole or side[0]["role"] in ("system", "user"):
             raise malformed(
                 where,
                 "both sides to repeat the prompt's messages, or to begin with the answer to them",
                 f"`{name}` beginning with a message of role '{one_line(side[0]['role'])}'"
-                + (", and the prompt in it alone" if whole else ", which is not the prompt's"),
+                + (", and only it repeats the prompt" if whole else ", which is not in the prompt"),
             )
     return prompt, chosen, rejected
 
 
 def join_chat(prompt: str, chosen: list[Message], rejected: list[Message], where: str) -> Chats:
-    """The pair of a prompt in plain text beside messages: the answers alone, or whole conversations as UltraFeedback's.
+    """The pair of a plain-text prompt beside messages: answers only, or whole conversations as in UltraFeedback.
 
-    Whole conversations have their prompt in the messages that both share; `prompt` must be among their texts.
+    The prompt of whole conversations is the messages that both share. These must contain the text of `prompt`.
 
     Raises:
-        UnusableRowError: if there is no prompt, or it is not in the messages that both sides share.
+        UnusableRowError: If there is no prompt, or the shared messages do not contain it.
     """
     begins = {side[0]["role"] in ("system", "user") for side in (chosen, rejected)}
     if begins == {False}:
@@ -160,7 +163,7 @@ def join_chat(prompt: str, chosen: list[Message], rejected: list[Message], where
 
 
 def _same(some: list[Message], others: list[Message]) -> bool:
-    """Whether messages are the same but for whitespace around their texts."""
+    """Whether messages are equal, apart from whitespace around their texts."""
     return len(some) == len(others) and all(
         a == b or {**a, "content": a.get("content", "").strip()} == {**b, "content": b.get("content", "").strip()}
         for a, b in zip(some, others, strict=True)

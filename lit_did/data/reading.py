@@ -1,16 +1,16 @@
-"""Preference pairs from files, tables, data sets of the hub or lists, each with its place for errors.
+"""Reads preference pairs from files, tables, data sets of the hub or lists, each with its place for errors.
 
 A source is one of
 
     a path            .jsonl, .ndjson, .json (one list, or lines), .csv, .tsv, each also with .gz, or .parquet
-    a folder          all such files in it and in its folders, which must belong to one split
+    a folder          all such files in it and below it, which must belong to one split
     a pattern         "data/*.jsonl"
     a list of these   one after the other
-    "org/name:split"  a data set of the Hugging Face hub, where no such path exists; also "org/name/config:split"
+    "org/name:split"  a data set of the Hugging Face hub, if no such path exists; also "org/name/config:split"
     a table           `datasets.Dataset`, `pyarrow.Table`, pandas `DataFrame`
     a list of dicts
 
-`pairs` has the formats of a row, and `formats` the names of columns.
+`pairs` lists the formats of a row, and `formats` the names of columns.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from lit_did.arguments import check_choice
 from lit_did.data import hub
-from lit_did.data.errors import unusable
+from lit_did.data.errors import in_words, one_line, unusable
 from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_table
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
+from lit_did.data.messages import KNOWN_ROLES
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
 from lit_did.data.prompts import num_repeats
 
@@ -36,19 +38,24 @@ Warn = Callable[[str], None]
 
 
 class SourceRow(NamedTuple):
-    """A pair, its row number in the source (from 0; blank lines not counted), and what errors call it."""
+    """A pair and its place."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field may hide the method of tuples
+    """row number in the source, from 0; blank lines are not counted"""
     where: str
+    """what errors call the row"""
     pair: PreferencePair
 
 
 class SkippedRow(NamedTuple):
-    """A row that was left out: its row number in the source, what errors call it, and the reason in a sentence."""
+    """A row that was left out."""
 
-    index: int
+    index: int  # type: ignore[assignment]
+    """row number in the source, as in `SourceRow`"""
     where: str
+    """what errors call the row"""
     reason: str
+    """why it was left out, in a sentence"""
 
 
 def read_pairs(
@@ -56,7 +63,24 @@ def read_pairs(
 ) -> list[SourceRow]:
     """Reads and checks all pairs of a source. One warning names the rows that were skipped.
 
-    Args, Returns, Raises: as `read_rows`, whose rows these are.
+    Args:
+        source: A path, a folder, a pattern, a list of paths, a name of the hub, a table or a list of dicts; see the top
+            of this file.
+        name: What errors call a source that is not a file.
+        columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
+            {"prompt": None} says that the prompt is in both completions.
+        on_bad_rows: What to do with rows that are well-formed but cannot be trained on: "skip" them, or "raise".
+
+    Returns:
+        The rows in the order of the source, without those that were skipped.
+
+    Raises:
+        FileNotFoundError: If there is no such file, nor a data set of the hub.
+        ConnectionError: If `source` is not a local file and the hub cannot be reached.
+        TypeError: If `source` or an argument has an unknown type.
+        ValueError: For malformed content, and for a source without pairs. The message begins with file and line (from
+            1), or source and row (from 0).
+        ImportError: For a .parquet file, if pyarrow is not installed.
     """
     rows, skipped = read_rows(source, name, columns=columns, on_bad_rows=on_bad_rows)
     if skipped:
@@ -73,27 +97,29 @@ def read_rows(
     on_bad_rows: OnBadRows = "skip",
     warn: Warn = warnings.warn,
 ) -> tuple[list[SourceRow], list[SkippedRow]]:
-    """Reads and checks all pairs of a source, and says which rows it skipped.
+    """Reads and checks all pairs of a source, and returns the rows that it skipped beside the others.
 
     Args:
-        source: see the top of this file.
-        name: what errors call a source that is not a file.
-        columns: for each of our column names the source's, such as {"prompt": "question"}. None leaves a column out;
+        source: A path, a folder, a pattern, a list of paths, a name of the hub, a table or a list of dicts; see the top
+            of this file.
+        name: What errors call a source that is not a file.
+        columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
             {"prompt": None} says that the prompt is in both completions.
-        on_bad_rows: what to do with rows that are whole but cannot be trained on (`UnusableRowError`): "skip" them, or
-            "raise". Malformed rows always raise.
-        warn: called with one text if fields are read from columns of other names without being told to.
+        on_bad_rows: What to do with rows that are well-formed but cannot be trained on (`UnusableRowError`): "skip"
+            them, or "raise". Malformed rows always raise.
+        warn: Called with a text if fields are read from columns of other names without `columns`, if no row has a
+            prompt, and if a message has an unknown role.
 
     Returns:
         The rows in the order of the source, and those that were skipped.
 
     Raises:
-        FileNotFoundError: if there is no such file, nor a data set of the hub.
-        ConnectionError: if `source` is not here and the hub cannot be reached.
-        TypeError: if `source` is none of the above, or `columns` no dict of names.
-        ValueError: for malformed content, naming file and line (from 1), or source and row (from 0), and the reason;
-            for a source without pairs.
-        ImportError: for a .parquet file, if pyarrow is not installed.
+        FileNotFoundError: If there is no such file, nor a data set of the hub.
+        ConnectionError: If `source` is not a local file and the hub cannot be reached.
+        TypeError: If `source` or an argument has an unknown type.
+        ValueError: For malformed content, and for a source without pairs. The message begins with file and line (from
+            1), or source and row (from 0).
+        ImportError: For a .parquet file, if pyarrow is not installed.
     """
     check_choice("on_bad_rows", on_bad_rows, OnBadRows)
     check_columns(columns)
@@ -118,8 +144,8 @@ def read_rows(
         missing -= row.keys()
     if missing and (rows or skipped):
         raise ValueError(f"{name}: Expected the columns that `columns` names, but no row has {sorted(missing)}.")
-    if told := "; or ".join(sorted({describe_columns(names, columns) for names in layouts} - {""})):
-        warn(f'{name}: Reads {told}. Pass `columns`, such as {{"prompt": "question"}}, to choose the columns yourself.')
+    if found := "; or ".join(sorted({describe_columns(names, columns) for names in layouts} - {""})):
+        warn(f'{name}: Reads {found}. To choose the columns, pass `columns`, such as {{"prompt": "question"}}.')
     parsed, rows = rows, []
     certain = _repeats_prompts([row.pair for row in parsed])
     for row in parsed:
@@ -128,16 +154,17 @@ def read_rows(
         except UnusableRowError as error:
             skip(row.index, row.where, error)
     rows = _with_prompts(rows, name, skip, warn)
+    _warn_of_roles(rows, warn)
     if not rows:
         if skipped:
             raise ValueError(f"{describe_skipped(name, skipped)} No row is left.")
-        raise ValueError(f"{name}: contains no preference pairs.")
+        raise ValueError(f"{name}: Expected preference pairs, but got none.")
     return rows, sorted(skipped)
 
 
 def _with_prompts(rows: list[SourceRow], name: str, skip: Callable[..., None], warn: Warn) -> list[SourceRow]:
-    """Without rows of plain text that have no prompt, where others have one; if none has, a warning says so."""
-    without = [row for row in rows if not row.pair.is_chat and not row.pair.prompt.strip()]
+    """Skips plain-text rows without a prompt if others have one. If none has, it warns."""
+    without = [row for row in rows if not row.pair.is_chat and not row.pair.texts[0].strip()]
     if len(without) == len(rows):
         if rows:
             warn(
@@ -146,20 +173,33 @@ def _with_prompts(rows: list[SourceRow], name: str, skip: Callable[..., None], w
             )
         return rows
     for row in without:
-        error = unusable(row.where, "a prompt, as other rows have one", "none, nor a beginning that both answers share")
+        error = unusable(row.where, "a prompt, as other rows have", "none, nor a beginning that both answers share")
         skip(row.index, row.where, error)
     left_out = {row.index for row in without}
     return [row for row in rows if row.index not in left_out]
 
 
+def _warn_of_roles(rows: list[SourceRow], warn: Warn) -> None:
+    """Warns of roles that chat templates seldom know. Some templates then write them out, others drop the message."""
+    for row in rows:
+        for message in chain(*row.pair.chats) if row.pair.is_chat else ():
+            if message["role"] not in KNOWN_ROLES:
+                warn(
+                    f"{row.where}: A message has the role '{one_line(message['role'])}', which is not one of "
+                    f"{in_words(KNOWN_ROLES)}. The chat template decides what becomes of such messages. Rename the "
+                    "role, or look at the text with `PreferenceDataModule.preview()`. Later rows are not checked."
+                )
+                return
+
+
 def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
-    """Whether a quarter of the pairs in plain text have a completion that begins with the prompt: no chance then."""
-    repeats = [num_repeats(*pair[:3]) > 0 for pair in pairs if not pair.is_chat]
+    """Whether a quarter of the plain-text pairs have a completion that begins with the prompt: too many for chance."""
+    repeats = [num_repeats(*pair.texts) > 0 for pair in pairs if not pair.is_chat]
     return 4 * sum(repeats) >= len(repeats) > 0
 
 
 def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
-    """One text on the rows of a source that were skipped: how many, why and where."""
+    """Says how many rows of a source were skipped, why, and where."""
     reasons = Counter(row.reason for row in skipped).most_common(3)
     lines = []
     for reason, count in reasons:
@@ -178,7 +218,7 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
 
 
 def _read(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:
-    """The raw rows of a source with what errors call each."""
+    """The raw rows of a source, each with what errors call it."""
     if isinstance(source, (str, os.PathLike)):
         return _read_path(os.fspath(source), choose)
     if isinstance(source, (list, tuple)):
@@ -229,8 +269,8 @@ def _read_paths(paths: Sequence[Any], name: str, choose: Choose) -> Iterator[tup
 
 
 def _read_dataset(dataset: Any, name: str, choose: Choose) -> Iterator[tuple[str, Any]]:
-    if dataset.column_names is not None:  # a stream may not know them
-        # Other columns (images, say) may be slow to decode, so they are left out before iterating.
+    if dataset.column_names is not None:  # a stream may not know its columns
+        # Other columns, such as images, may be slow to decode.
         dataset = dataset.select_columns(choose(dataset.column_names, name))
     for number, row in enumerate(dataset.with_format(None)):
         yield f"{name}, row {number}", row
@@ -244,7 +284,7 @@ def _read_frame(frame: Any, name: str, choose: Choose) -> Iterator[tuple[str, An
 
 
 def _plain(value: Any) -> Any:
-    """A value of a data frame in Python's own types: arrays as lists, and what stands for a missing value as None."""
+    """A value of a data frame in Python's own types: arrays become lists, and missing values None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):

@@ -71,10 +71,10 @@ class Renderer:
     """Turns pairs into text for one tokenizer.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        chat_template: a Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: variables for the template, such as {"enable_thinking": False}. A row's own go before.
-        parse_special_tokens: whether control tokens that the text of a row spells are control tokens.
+        tokenizer: A transformers tokenizer.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the template, such as {"enable_thinking": False}. A row's own go before.
+        parse_special_tokens: Whether control tokens that the text of a row spells are control tokens.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Renderer:
         """The text of `pair`.
 
         Raises:
-            UnusableRowError: for a chat pair, if the template refuses or fails on the messages, or if it renders
+            UnusableRowError: For a chat pair, if the template refuses or fails on the messages, or if it renders
                 earlier messages differently once others follow.
-            ValueError: for a chat pair, if there is no template or it is no Jinja template; for an empty prompt, see
+            ValueError: For a chat pair, if there is no template or it is no Jinja template; for an empty prompt, see
                 `first_token`.
         """
         fields = pair._asdict()
@@ -293,7 +293,7 @@ def first_token(tokenizer: Any) -> int:
     """The id that stands for an empty prompt: BOS, else EOS.
 
     Raises:
-        ValueError: if the tokenizer has neither.
+        ValueError: If the tokenizer has neither.
     """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -311,9 +311,9 @@ def _header(texts: list[str], answers: list[Message], opening: str | None) -> st
     """What the template puts before the answers, if it is more than whitespace.
 
     Args:
-        texts: the completions.
-        answers: their first messages.
-        opening: the generation prompt, if the completions do not start with it.
+        texts: The completions.
+        answers: Their first messages.
+        opening: The generation prompt, if the completions do not start with it.
     """
     started = "" if opening is None else _common_start([opening, texts[0]])
     if any(_THOUGHTS & answer.keys() for answer in answers):

@@ -80,8 +80,8 @@ def control_tokens(tokenizer: Any, turns: str = "") -> ControlTokens:
     "</think>" are markup, which an answer may hold.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        turns: a short conversation in the tokenizer's chat template.
+        tokenizer: A transformers tokenizer.
+        turns: A short conversation in the tokenizer's chat template.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     texts = {token.content for token in added}

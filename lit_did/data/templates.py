@@ -19,11 +19,11 @@ def describe_unread(
     """A warning on what the chat template is handed without effect; "" if there is nothing, or no template.
 
     Args:
-        name: what the warning calls the source.
-        pairs: its pairs.
-        tokenizer: a transformers tokenizer.
-        chat_template: a Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: variables for it beside those of the pairs.
+        name: What the warning calls the source.
+        pairs: Its pairs.
+        tokenizer: A transformers tokenizer.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for it beside those of the pairs.
     """
     given: set[str] = set(chat_template_kwargs or ())
     for pair in pairs:

@@ -24,19 +24,19 @@ class TokenBatchSampler(BatchSampler):
     next in the source, as many as fit.
 
     Args:
-        sampler: a DistributedSampler, whose `shuffle`, `seed`, `drop_last` and `epoch` make the order; it is not
+        sampler: A DistributedSampler, whose `shuffle`, `seed`, `drop_last` and `epoch` make the order; it is not
             iterated. Any other (the SequentialSampler that Lightning puts in for `overfit_batches`) stands for the
             order of the source.
         num_tokens: (pairs,) the tokens of each pair.
-        tokens_per_batch: the most tokens of a batch.
-        batch_size: the most pairs of a batch; None for no limit.
-        num_replicas, rank: how many ranks there are, and which of them this is.
+        tokens_per_batch: The most tokens of a batch.
+        batch_size: The most pairs of a batch; None for no limit.
+        num_replicas, rank: How many ranks there are, and which of them this is.
 
     Attributes:
-        start: how many of its batches the next iteration leaves out.
+        start: How many of its batches the next iteration leaves out.
 
     Raises:
-        ValueError: if a pair alone has more than `tokens_per_batch` tokens.
+        ValueError: If a pair alone has more than `tokens_per_batch` tokens.
 
     >>> list(TokenBatchSampler(range(5), num_tokens=[40, 30, 50, 20, 60], tokens_per_batch=100))
     [[0, 1], [2, 3], [4]]

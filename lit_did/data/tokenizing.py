@@ -69,19 +69,19 @@ def tokenize_pair(
     """Tokenises one pair; the rules are at the top of this file, in `lit_did.data.rendering` and in `truncate_pair`.
 
     Args:
-        row: a raw row in any of the formats of `parse_pair`, or its result.
-        tokenizer: a transformers tokenizer.
-        max_length: the most tokens that prompt and completion may have together, at least 2.
-        chat_template: a Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: variables for the template; the row's own go before.
-        as_chat: wrap plain text as messages of user and assistant, see `to_chat`.
-        parse_special_tokens: read control tokens that the row's text spells as control tokens, not as text.
-        truncation, min_completion_tokens: what loses tokens where `max_length` is exceeded, see `truncate_pair`.
+        row: A raw row in any of the formats of `parse_pair`, or its result.
+        tokenizer: A transformers tokenizer.
+        max_length: The most tokens that prompt and completion may have together, at least 2.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the template; the row's own go before.
+        as_chat: Wrap plain text as messages of user and assistant, see `to_chat`.
+        parse_special_tokens: Read control tokens that the row's text spells as control tokens, not as text.
+        truncation, min_completion_tokens: What loses tokens where `max_length` is exceeded, see `truncate_pair`.
 
     Raises:
-        UnusableRowError: if the row is whole but cannot be trained on: messages that the template refuses, or with
+        UnusableRowError: If the row is whole but cannot be trained on: messages that the template refuses, or with
             `truncation="drop"` a pair that is too long.
-        ValueError: if the row is malformed, cannot be rendered, or an argument is out of range.
+        ValueError: If the row is malformed, cannot be rendered, or an argument is out of range.
     """
     check_truncation(max_length, truncation, min_completion_tokens)
     whole = tokenize_whole(
@@ -146,19 +146,19 @@ def truncate_pair(
     <|im_start|>, known by its coming again in the prompt). Neither ever loses its last token.
 
     Args:
-        pair: what `tokenize_rendered` returns.
-        max_length: at least 2.
-        bos_token_id: the tokenizer's.
+        pair: What `tokenize_rendered` returns.
+        max_length: At least 2.
+        bos_token_id: The tokenizer's.
         truncation: "completion" cuts the completions that are too long. It cuts the prompt only where it leaves less
             than `min_completion_tokens` of a completion that has them. "prompt" cuts the prompt before it cuts a
             completion. "drop" refuses a pair that is too long.
-        min_completion_tokens: by default a quarter of `max_length`, at least 1.
+        min_completion_tokens: By default a quarter of `max_length`, at least 1.
 
     Raises:
-        TooLongError: with "drop", if the pair is too long.
-        UnusableRowError: if other turns before the first completion token fill
+        TooLongError: With "drop", if the pair is too long.
+        UnusableRowError: If other turns before the first completion token fill
             `max_length`.
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
     check_truncation(max_length, truncation, min_completion_tokens)
     prompt = pair.prompt_ids
@@ -283,9 +283,9 @@ def _completion(
     """The completion tokens, and those between them.
 
     Args:
-        pair, side: the pair and its completion.
-        prompt: the ids of the prompt.
-        joint: the ids of the prompt and the first piece of the completion.
+        pair, side: The pair and its completion.
+        prompt: The ids of the prompt.
+        joint: The ids of the prompt and the first piece of the completion.
     """
     marked = bool(pair.spelled)
     ids = _following(prompt, joint, side.pieces[0], marked, encoder)

@@ -54,8 +54,8 @@ def test_json_list(tmp_path, name, indent):
             "line 3: Expected a list of JSON objects, but got values that are nested",
         ),
         ("{\n", "line 1: Expected one list of JSON objects, or one object a line, but got invalid JSON"),
-        ("[]", "contains no preference pairs."),
-        ("", "contains no preference pairs."),
+        ("[]", "Expected preference pairs, but got none."),
+        ("", "Expected preference pairs, but got none."),
     ],
 )
 def test_malformed_json_is_named_by_line(tmp_path, text, message):
@@ -161,16 +161,48 @@ def test_csv_with_messages_numbers_and_empty_cells(tmp_path):
         ("prompt,chosen,rejected\nq,a,b\nq,a,b,c\n", "line 3: Expected 3 cells as in the header, but got 4."),
         ("prompt,chosen,chosen\nq,a,b\n", "line 1: Expected every column once, but got the header"),
         ('prompt,chosen,rejected\nq,a,b\nq,"a,b\n', "line 3: Expected CSV, but got: unexpected end of data."),
-        (b"prompt,chosen,rejected\nq,a,\xff\n", "line 2: Expected UTF-8, but got byte 0xff at byte 5 of the line."),
-        ("prompt;chosen;rejected\nq;a;b\n", "line 2: Expected the keys `chosen` and `rejected`, but got"),
-        ("", "a.csv: contains no preference pairs."),
-        ("prompt,chosen,rejected\n", "a.csv: contains no preference pairs."),
+        (
+            "prompt,chosen,rejected\nq,na\xefve,b\n".encode("latin-1"),
+            "line 2: Expected UTF-8, but got byte 0xef at byte 5 of the line. Convert the file, for example",
+        ),
+        ("prompt|chosen|rejected\nq|a|b\n", "line 2: Expected the keys `chosen` and `rejected`, but got"),
+        ("prompt,chosen;rejected\nq,a;b\n", "line 2: Expected the keys `chosen` and `rejected`, but got"),
+        (
+            "prompt,completion,label\nq,a,True\n",
+            "Rows with one `completion` and its `label`, as for KTO, are not pairs: put a good and a bad completion of",
+        ),
+        ("", "a.csv: Expected preference pairs, but got none."),
+        ("prompt,chosen,rejected\n", "a.csv: Expected preference pairs, but got none."),
     ],
 )
 def test_malformed_csv_is_named_by_line(tmp_path, text, message):
     (tmp_path / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=re.escape(message)):
         read_pairs(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_without_commas_in_its_header(tmp_path, mark):
+    lines = ["", '"prompt";chosen;rejected', 'q,1;"a; A";b', "r;c;d"]
+    text = "\n".join(lines).replace(";", mark).replace(f"a{mark}", "a;")
+    (tmp_path / "a.csv").write_text(text)
+    rows = read_pairs(tmp_path / "a.csv")
+    assert [row.pair[:3] for row in rows] == [("q,1", "a; A", "b"), ("r", "c", "d")]
+    assert rows[0].where.endswith("a.csv, line 3")
+
+
+def test_json_objects_around_and_over_lines(tmp_path):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps({"version": 1, "data": [pair]}, indent=indent))
+        message = "line 1: Expected the keys .* The pairs seem to be in `data`: pass that list instead of the object"
+        with pytest.raises(ValueError, match=message):
+            read_pairs(path)
+    path.write_text("\n" + json.dumps(pair, indent=2))
+    (row,) = read_pairs(path)
+    assert row.pair[:3] == ("q", "a", "b")
+    assert row.where.endswith("a.json, line 2")
 
 
 def test_several_files_patterns_and_folders(tmp_path):
@@ -208,7 +240,7 @@ def test_a_folder_of_several_splits_or_of_datasets_is_refused(tmp_path):
         read_pairs(tmp_path)
     assert len(read_pairs(re.search(r'"(.*)"', str(caught.value))[1])) == 2  # the pattern that it names
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(ValueError, match="that `datasets` has saved"):
+    with pytest.raises(ValueError, match="that `datasets` wrote"):
         read_pairs(tmp_path)
 
 
@@ -228,7 +260,7 @@ def test_what_is_no_file_is_named_and_never_blocks(tmp_path, monkeypatch):
             ("link.jsonl", ValueError, "but got a FIFO (named pipe) (through the link to fifo.jsonl)."),
             ("socket.jsonl", ValueError, "but got a socket."),
             ("a.jsonl", ValueError, "but got: a loop of links."),
-            ("broken.jsonl", FileNotFoundError, "broken.jsonl is a link to nowhere.jsonl, which does not exist."),
+            ("broken.jsonl", FileNotFoundError, "broken.jsonl links to nowhere.jsonl, which does not exist."),
             ("null\0.jsonl", ValueError, "Expected a file of preference pairs, but got"),
             ("x" * 300 + ".jsonl", ValueError, "but got: File name too long."),
             ("fifo.jsonl/a.jsonl", ValueError, "but got: Not a directory."),

@@ -153,7 +153,10 @@ def test_known_columns(row, pair):
             "but got `prompt`, `messages` with different texts.",
         ),
         ({"prompt": "q", "chosen": "{'role': 'assistant'}", "rejected": "b"}, "but got Python objects written as text"),
-        ({"prompt": "q", "image": "x.png", **SIDES}, "but got the column `image` too, which cannot be read."),
+        (
+            {"prompt": "q", "image": "x.png", **SIDES},
+            "content in the column `image` too. Media cannot be read: remove it.",
+        ),
         ({"prompt": "q", "system": 5, **SIDES}, "Expected `system` to be a string, but got int 5."),
         ({"prompt": "q", "system": "s", "system_prompt": "t", **SIDES}, "Expected one column with the system message"),
         ({"prompt": [_system("s"), _user("q")], "system": "t", **CHATS}, "Expected one system message, but got"),

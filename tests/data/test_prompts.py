@@ -143,7 +143,7 @@ def test_chat_that_both_repeat_is_taken_off(prompt, chosen, rejected, expected):
             [_bot("hi"), _user("q")],
             [_bot("hi"), _user("q"), _bot("a")],
             [_bot("b")],
-            "but got `chosen` beginning with a message of role 'assistant', and the prompt in it alone.",
+            "but got `chosen` beginning with a message of role 'assistant', and only it repeats the prompt.",
         ),
         (
             [_user(" ")],
@@ -152,7 +152,7 @@ def test_chat_that_both_repeat_is_taken_off(prompt, chosen, rejected, expected):
             "Expected `prompt` to be non-empty, but got messages without content.",
         ),
         ([_user("q")], [_bot("a")], [_user("q"), _bot("b")], "but got `rejected` beginning with a message of role"),
-        ([_user("q")], [_user("r"), _bot("a")], [_user("r"), _bot("b")], "'user', which is not the prompt's."),
+        ([_user("q")], [_user("r"), _bot("a")], [_user("r"), _bot("b")], "'user', which is not in the prompt."),
         ([_user("q")], [_system("s"), _bot("a")], [_bot("b")], "beginning with a message of role 'system'"),
         (
             [_user("q")],

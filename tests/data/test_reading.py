@@ -127,9 +127,9 @@ def test_malformed_rows_of_a_list_are_named():
 
 @pytest.mark.parametrize("lines", [[], ["", " "]])
 def test_empty_sources(write_jsonl, lines):
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: contains no preference pairs\."):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: Expected preference pairs, but got none\."):
         read_pairs(write_jsonl(*lines))
-    with pytest.raises(ValueError, match=r"val: contains no preference pairs\."):
+    with pytest.raises(ValueError, match=r"val: Expected preference pairs, but got none\."):
         read_pairs([], "val")
 
 
@@ -184,7 +184,7 @@ def test_rows_without_a_prompt_among_rows_with_one_are_skipped(missing, sides):
     rows, skipped = read_rows([good, bad, good])
     assert [row.index for row in rows] == [0, 2]
     assert [row.where for row in skipped] == ["source, row 1"]
-    assert "Expected a prompt, as other rows have one" in skipped[0].reason
+    assert "Expected a prompt, as other rows have" in skipped[0].reason
     with pytest.raises(UnusableRowError, match="source, row 1: Expected a prompt"):
         read_rows([good, bad, good], on_bad_rows="raise")
 
@@ -197,3 +197,15 @@ def test_a_source_without_any_prompt_is_told():
         "source: No row has a prompt, so each answer follows BOS alone. If a column holds the prompts, name it: "
         '`columns={"prompt": ...}`.'
     ]
+
+
+def test_a_role_that_templates_seldom_know_is_named_once():
+    def row(role: str) -> dict:
+        answers = ({"role": "assistant", "content": text} for text in "ab")
+        return {"prompt": [{"role": role, "content": "q"}], **dict(zip(("chosen", "rejected"), answers, strict=True))}
+
+    warned: list[str] = []
+    read_rows([row("user"), row("human"), row("critic")], "train", warn=warned.append)
+    assert len(warned) == 1
+    assert warned[0].startswith("train, row 1: A message has the role 'human', which is not one of `system`, ")
+    read_rows([row(role) for role in ("user", "developer", "tool")], warn=pytest.fail)

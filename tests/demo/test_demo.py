@@ -98,7 +98,7 @@ def test_data_that_cannot_be_used(tiny_model, tmp_path, capsys):
 
     assert "pears.jsonl does not exist" in refused(capsys, *common, tmp_path / "pears.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "empty.jsonl: contains no preference pairs" in refused(capsys, *common, tmp_path / "empty.jsonl")
+    assert "empty.jsonl: Expected preference pairs, but got none" in refused(capsys, *common, tmp_path / "empty.jsonl")
     (tmp_path / "bad.jsonl").write_text(good * 3 + '{"prompt": "a", "chosen": "b"\n' + good)
     assert "bad.jsonl, line 4: Expected one JSON object" in refused(capsys, *common, tmp_path / "bad.jsonl")
     (tmp_path / "short.jsonl").write_text(good * 3 + '{"prompt": "a", "chosen": "b"}\n')
