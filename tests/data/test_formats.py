@@ -253,7 +253,7 @@ def test_columns_that_only_some_rows_have():
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "told"),
+    ("row", "columns", "expected"),
     [
         ({"prompt": "q", **SIDES}, None, None),
         ({"prompt": [_user("q")], **CHATS, "tools": [{"x": 1}], "tag": "t"}, None, None),
@@ -269,10 +269,10 @@ def test_columns_that_only_some_rows_have():
         ),
     ],
 )
-def test_what_is_read_from_other_columns_is_told_once(row, columns, told):
+def test_what_is_read_from_other_columns_is_said_once(row, columns, expected):
     texts = []
     read_rows([row] * 3, "train", columns=columns, warn=texts.append)
-    assert [text.partition(" Pass ")[0] for text in texts] == ([told] if told else [])
+    assert [text.partition(" To choose ")[0] for text in texts] == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("name", ["system", "tools", "chat_template_kwargs"])
