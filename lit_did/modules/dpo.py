@@ -28,10 +28,8 @@ from lit_did.models import attention, forward, loading
 from lit_did.models.dropout import switch_off_dropout
 from lit_did.models.measuring import completion_statistics
 from lit_did.models.quiet import adapter_off
-from lit_did.models.reference_cache import quick_digest
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import inner, plain_name
-from lit_did.modules.cached_reference import CachedReference, cached_reference
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import (
     cache_folder,
@@ -62,6 +60,8 @@ from lit_did.modules.strategies import (
 from lit_did.modules.watch import Watch, count_bad_gradients
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import BACKENDS
+from lit_did.reference_cache.fingerprint import quick_digest
+from lit_did.reference_cache.precompute import CachedReference, cached_reference
 
 TOKENS_AT_ONCE_CPU = 2048
 TOKENS_AT_ONCE = 16_384

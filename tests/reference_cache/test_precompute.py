@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
@@ -18,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from lit_did.batches.sequences import read_sequences
 from lit_did.data import PreferenceDataModule
-from lit_did.models.reference_cache import CacheWriter, ReferenceCache
 from lit_did.models.trial import find
-from lit_did.modules.cached_reference import _date_hint, cached_reference
+from lit_did.reference_cache import storage
+from lit_did.reference_cache.precompute import _date_hint, cached_reference
+from lit_did.reference_cache.storage import CacheWriter, ReferenceCache, publish, unfinished_cache
 from tests.modules import two_processes
 from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 from tests.processes import run_program
@@ -90,6 +94,10 @@ def assert_same(one: tuple[LitDPO, Record], other: tuple[LitDPO, Record]) -> Non
             assert mine[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
     for mine, wanted in zip(module.policy.parameters(), expected_module.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, wanted, atol=tolerance, rtol=tolerance)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def shuffled(**options) -> DataLoader:
@@ -208,12 +216,13 @@ def test_a_bias_and_the_scales_of_the_output_layer_are_kept(tmp_path):
 def test_a_lora_policy_keeps_its_layers_and_shares_the_cache_of_full_fine_tuning(tmp_path):
     module = pairs_of(tmp_path, reference=None)
     fit(module, loader(TRAIN, 3))
-    (file,) = tmp_path.iterdir()
-    written = file.stat().st_mtime_ns
+    index = tmp_path / "reference" / "index.json"
+    written = index.stat().st_mtime_ns
     adapted = pairs_of(tmp_path, lora=LORA)
     before = {name: value.clone() for name, value in adapted.policy.state_dict().items()}
     fit(adapted, loader(TRAIN, 3))
-    assert [file.stat().st_mtime_ns for file in tmp_path.iterdir()] == [written]
+    assert index.stat().st_mtime_ns == written
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "reference"}
     after = adapted.policy.state_dict()
     assert after.keys() == before.keys()
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -261,7 +270,8 @@ def test_after_training_another_precision_is_refused(tmp_path):
         module = pairs_of(tmp_path / str(lora is None), lora=lora)
         fit(module, loader(TRAIN, 3))
         with pytest.raises(
-            ValueError, match="but got 0 other sequences and precision bf16-mixed" if lora is None else "stale"
+            ValueError,
+            match="but got 0 other sequences and precision bf16-mixed" if lora is None else "differs in precision",
         ):
             fit(module, loader(TRAIN, 3), precision="bf16-mixed")
 
@@ -295,20 +305,20 @@ def test_after_training_other_pairs_are_refused(tmp_path):
         module = pairs_of(tmp_path / str(lora is None), lora=lora)
         fit(module, loader(TRAIN, 3))
         for use in ("validate", "predict"):
-            with pytest.raises(ValueError, match="hold every sequence, but got 4 of 4 that the cache does not hold"):
+            with pytest.raises(ValueError, match="hold every sequence, but 4 of 4 are missing"):
                 getattr(trainer(), use)(module, others)
-        refused = "whose reference's layers have been freed, but got 8 other sequences" if lora is None else "stale"
+        refused = "layers were freed, but got 8 other sequences" if lora is None else "differs in pairs"
         with pytest.raises(ValueError, match=refused):
             fit(module, others)
 
 
-@pytest.mark.parametrize("changed", ["model", "data", "length", "precision"])
+@pytest.mark.parametrize("changed", ["reference", "pairs", "length", "precision"])
 def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed):
     make, data = text_of, partial(texts, batch_size=4)
     fit(make(tmp_path), data())
-    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    written = contents(tmp_path)
     options = {}
-    if changed == "model":
+    if changed == "reference":
 
         def make(path):
             module = text_of(path)
@@ -316,20 +326,20 @@ def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed):
                 module.reference.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
             return module
 
-    elif changed == "data":
+    elif changed == "pairs":
         data = partial(PreferenceDataModule, ROWS[1:], TOKENIZER, val=ROWS[2:3], max_length=40)
     elif changed == "length":
         data = partial(PreferenceDataModule, ROWS, TOKENIZER, val=ROWS[:3], max_length=12)
     else:
         options = {"precision": "bf16-mixed"}
-    part = changed.replace("length", "data")
-    kept = {"data": "16 of these 16", "length": "1 of these 14"}  # of 18, some are cut to the same tokens
-    common = rf"\), with {kept[changed]} sequences among its 18" if changed in kept else r"\)"
+    part = changed.replace("length", "pairs")
+    kept = {"pairs": "16 of the run's 16", "length": "1 of the run's 14"}  # of 18, some are cut to the same tokens
+    common = rf" {kept[changed]} sequences are among its 18\." if changed in kept else ""
     record = Record()
-    with pytest.raises(ValueError, match=rf"to be of this {part} \(.*{common}: it is stale, give another folder"):
+    with pytest.raises(ValueError, match=rf"differs in {part} \([^)]*\)\.{common} Pass another folder"):
         fit(make(tmp_path), data(), callbacks=[record], **options)
     assert not record.batches
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
+    assert contents(tmp_path) == written
 
 
 DATED = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
@@ -349,13 +359,15 @@ DATED_OR_GIVEN = "{% if date_string is not defined %}{% set date_string = strfti
     ],
 )
 def test_todays_date_in_a_template_is_named_as_the_cause_of_other_data(data, remedy, tmp_path):
-    writer = CacheWriter(tmp_path)
-    writer.add([bytes(16)], torch.zeros(1, 2), torch.tensor([0, 1]))
-    writer.finish({"model": "a", "data": "b"})
+    with unfinished_cache(tmp_path) as folder:
+        writer = CacheWriter(folder)
+        writer.add([bytes(16)], torch.zeros(1, 2), torch.tensor([0, 1]))
+        writer.finish()
+        publish(folder, {"reference": "a", "pairs": "b"})
     hint = _date_hint(SimpleNamespace(datamodule=SimpleNamespace(**data)))
     assert (remedy in hint) if remedy else not hint
-    for mark, named in (({"model": "a", "data": "c"}, remedy), ({"model": "c", "data": "b"}, None)):
-        with pytest.raises(ValueError, match="it is stale") as raised:
+    for mark, named in (({"reference": "a", "pairs": "c"}, remedy), ({"reference": "c", "pairs": "b"}, None)):
+        with pytest.raises(ValueError, match="it differs in") as raised:
             ReferenceCache.open(tmp_path, mark, (), hint)
         assert ("today's date" in str(raised.value)) == bool(named)
 
@@ -365,25 +377,25 @@ def test_a_dated_cache_is_refused_with_the_date(tmp_path):
         return PreferenceDataModule(ROWS[:count], TOKENIZER, max_length=40, as_chat=True, chat_template=DATED)
 
     fit(text_of(tmp_path), data(3), max_epochs=1)
-    with pytest.raises(ValueError, match=r"stale, .*today's date into every prompt \(`strftime_now`\)"):
+    with pytest.raises(ValueError, match=r"differs in pairs .*today's date into every prompt \(`strftime_now`\)"):
         fit(text_of(tmp_path), data(4))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "shard missing"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_cache_is_refused_before_any_step(tmp_path, damage):
     fit(pairs_of(tmp_path), loader(TRAIN, 3))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("reference/*.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "truncated":
         file.write_bytes(content[:-100])
     elif damage == "changed":
-        content[6000] ^= 1  # of a hidden state
+        content[len(content) // 2] ^= 1  # of a hidden state
         file.write_bytes(content)
     else:
-        file.rename(tmp_path / "reference-00001-of-00002.safetensors")
-    expected = {"truncated": "truncated or damaged", "changed": "it is damaged", "shard missing": "is missing"}
+        file.unlink()
+    expected = {"truncated": "bytes instead of", "changed": "has the checksum", "missing": "is missing"}
     record = Record()
-    with pytest.raises(ValueError, match=rf"Expected `cache_reference` .*{expected[damage]}.*[dD]elete the folder"):
+    with pytest.raises(ValueError, match=rf"Expected the cache .*{expected[damage]}.*Delete the folder"):
         fit(pairs_of(tmp_path), loader(TRAIN, 3), callbacks=[record])
     assert not record.batches
 
@@ -402,7 +414,7 @@ def test_an_interrupted_run_leaves_nothing_that_would_be_used(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         fit(module, loader(TRAIN, 3))
     assert not ReferenceCache.exists(path)
-    assert not [*path.iterdir()]
+    assert [file.name for file in path.iterdir()] == [".lock"]
     module, expected = pairs_of(path), pairs_of()
     assert_same((module, fit(module, loader(TRAIN, 3))), (expected, fit(expected, loader(TRAIN, 3))))
 
@@ -422,7 +434,7 @@ class Stream(IterableDataset):
 
 def test_what_cannot_be_cached_is_refused(tmp_path):
     refused = {
-        r"known length with `cache_reference`, but got Stream": DataLoader(Stream(), 2, collate_fn=collate),
+        r"has a known length with `cache_reference`, but got Stream": DataLoader(Stream(), 2, collate_fn=collate),
         r"Expected DataLoaders .* but got Batches": Batches([collate(TRAIN)]),
         r"`position_ids` to count from 0 in every sequence": DataLoader(TRAIN, 2, collate_fn=_later_positions),
         r"labels that are not shifted": DataLoader(TRAIN, 2, collate_fn=_unshifted),
@@ -467,8 +479,8 @@ def test_monitored(tmp_path):
 
 def test_two_processes_write_a_shard_each_and_train_as_one_without_a_cache(tmp_path):
     run_program(sys.executable, "-m", "tests.modules.two_processes", 2, "cached", tmp_path / "two")
-    files = {file.name for file in (tmp_path / "two.cache").iterdir()}
-    assert files == {f"reference-0000{shard}-of-00002.safetensors" for shard in (1, 2)}
+    files = {file.name for file in (tmp_path / "two.cache" / "reference").iterdir()}
+    assert files == {"00000-00000.safetensors", "00001-00000.safetensors", "index.json"}
     with torch.random.fork_rng():
         two_processes.main(1, "full", str(tmp_path / "one"))
     one = torch.load(tmp_path / "one.0")
@@ -482,27 +494,90 @@ def test_two_processes_write_a_shard_each_and_train_as_one_without_a_cache(tmp_p
             assert values == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_fewer_batches_than_processes(tmp_path):
-    module = pairs_of().eval()
-    model = module.reference
+class Processes:
+    """Runs `cached_reference` in threads that stand for processes: their collectives are a barrier."""
 
-    def of(rank: int, others=lambda: None) -> ReferenceCache:
-        strategy = SimpleNamespace(broadcast=lambda exists: False, barrier=others)
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.barrier, self.values = path, threading.Barrier(number), [None] * number
+        self.model = pairs_of().reference
+
+    def exchange(self, rank: int, value):
+        self.values[rank] = value
+        self.barrier.wait(60)
+        values = list(self.values)
+        self.barrier.wait(60)
+        return values
+
+    def one(self, rank: int, outputs, batch_size: int):
+        strategy = SimpleNamespace(
+            broadcast=lambda value: self.exchange(rank, value)[0],
+            reduce_boolean_decision=lambda value: all(self.exchange(rank, value)),
+        )
         fake = SimpleNamespace(
             global_rank=rank,
-            world_size=2,
+            world_size=len(self.values),
             strategy=strategy,
             precision="32-true",
             precision_plugin=trainer().precision_plugin,
             enable_validation=False,
-            train_dataloader=loader(TRAIN, 6),
+            train_dataloader=loader(TRAIN, batch_size),
             val_dataloaders=None,
             progress_bar_callback=None,
         )
-        return cached_reference(str(tmp_path), fake, model, read_sequences, module._reference_outputs, None).cache
+        try:
+            return cached_reference(
+                str(self.path), fake, self.model, read_sequences, partial(outputs, rank), None
+            ).cache
+        except Exception as error:
+            return error
 
-    assert len(of(1, others=lambda: of(0))) == 12
-    assert [file.name for file in tmp_path.iterdir()] == ["reference-00001-of-00001.safetensors"]
+    def run(self, outputs=lambda rank, sequences: ones(sequences), batch_size: int = 2) -> list:
+        with ThreadPoolExecutor(len(self.values)) as pool:
+            return list(pool.map(lambda rank: self.one(rank, outputs, batch_size), range(len(self.values))))
+
+
+def ones(sequences) -> SimpleNamespace:
+    return SimpleNamespace(hidden=torch.ones(sequences.num_labels, 4))
+
+
+def test_fewer_batches_than_processes(tmp_path):
+    for cache in Processes(tmp_path, 2).run(batch_size=6):
+        assert len(cache.keys()) == 12
+    assert {file.name for file in (tmp_path / "reference").iterdir()} == {"00000-00000.safetensors", "index.json"}
+
+
+def test_each_shard_is_verified_by_one_process_when_a_cache_is_found(tmp_path, monkeypatch):
+    verified = []
+    monkeypatch.setattr(storage, "_crc32", lambda file, crc32=storage._crc32: verified.append(file.name) or crc32(file))
+    processes = Processes(tmp_path, 3)
+    for _ in ("written", "found"):
+        assert [len(cache.keys()) for cache in processes.run()] == [12] * 3
+        assert sorted(verified) == [f"0000{rank}-00000.safetensors" for rank in range(3)]
+        verified.clear()
+
+
+def test_if_one_process_fails_all_raise(tmp_path):
+    def outputs(rank, sequences):
+        return ones(sequences) if rank != 1 else fail()
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    def refused(errors, failed: int, message: str):
+        assert isinstance(errors[failed], Exception)
+        assert message in str(errors[failed])
+        others = [str(error) for rank, error in enumerate(errors) if rank != failed]
+        assert others == ["The reference cache failed on another process, whose error names the cause."] * 2
+
+    processes = Processes(tmp_path, 3)
+    refused(processes.run(outputs), 1, "out of memory")
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+    assert not any(isinstance(cache, Exception) for cache in processes.run())
+    file = tmp_path / "reference" / "00002-00000.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    refused(processes.run(), 2, "it is damaged. Delete the folder")
 
 
 class Batches:
