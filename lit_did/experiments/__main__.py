@@ -15,7 +15,14 @@ from lit_did.experiments.reporting import Options, header, render, write
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Parses and checks the command line.
+
+    Args:
+        arguments: The arguments after the program's name. None: those of this process.
+
+    Returns:
+        The options by name.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m lit_did.experiments",
         description="Runs a controlled experiment, prints its tables and writes CSV files and a picture.",
@@ -24,17 +31,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("name", choices=EXPERIMENTS, metavar="NAME", help="the experiment, one of those below")
-    add("--quick", action="store_true", help="smaller: under half a minute on two slow cores")
+    add("name", choices=EXPERIMENTS, metavar="NAME", help="the experiment, one of the list below")
+    add("--quick", action="store_true", help="smaller: under a minute on two slow cores")
     add(
         "--output",
         type=Path,
         default=Path("experiment_output"),
-        help="folder for what is written (default: %(default)s)",
+        help="folder for the tables and the picture (default: %(default)s)",
     )
     usual = ", ".join(f"{experiment.seeds} for {name}" for name, experiment in EXPERIMENTS.items())
-    add("--seeds", type=_whole_number(2, 1000), help=f"replicates (default: {usual}; with --quick 2)")
-    add("--seed", type=_whole_number(0, 2**32 - 1), default=0, help="of the first replicate (default: %(default)s)")
+    add("--seeds", type=_whole_number(2, 1000), help=f"number of replicates (default: {usual}; with --quick 2)")
+    add("--seed", type=_whole_number(0, 2**32 - 1), default=0, help="first replicate's seed (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     parsed.seeds = parsed.seeds or (2 if parsed.quick else EXPERIMENTS[parsed.name].seeds)
     return parsed
@@ -52,7 +59,14 @@ def _whole_number(least: int, most: int):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs an experiment; the exit status is 2 where the user's input cannot be used."""
+    """Runs an experiment.
+
+    Args:
+        arguments: The arguments after the program's name. None: those of this process.
+
+    Returns:
+        The exit status: 0, 2 if the input cannot be used, 130 after an interrupt.
+    """
     parsed = parse_arguments(arguments)
     missing = [name for name in ("matplotlib", "rich") if find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""What DPO does to likelihoods and to the policy's entropy, on exact models, against the theory; and DPO-PG beside it.
+"""What DPO does to likelihoods and to the policy's entropy, on exact models, against the theory, and DPO-PG beside it.
 
 Claims: with chosen completions from rho, the chosen log-likelihood falls by KL(rho, pi*); a low-entropy DID
 concentrates the policy, a high-entropy DID spreads it (arXiv 2505.23761); DPO-PG learns a lower-entropy DID than DPO.
@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from lit_did.experiments.energy_models import Preferences, entropy, gaussian, kl, one_thread, power_law, train
-from lit_did.experiments.reporting import Options, Report, Table, curve, describe, means
+from lit_did.experiments.reporting import (
+    Options,
+    Report,
+    Table,
+    criterion,
+    describe,
+    draw_band,
+    draw_cross,
+    legend_below,
+    points,
+    sign,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,18 +81,21 @@ def run(options: Options) -> Report:
     notes = [
         f"{size} completions; preferences on the power law, exponent {BETA}. Target: pi* proportional to rho q, with q "
         "a power of rho (along), of 1 / rho (against), or unrelated to rho. DID: q's entropy, or what q is. Chosen and "
-        "rejected: the means of log pi - log rho over them. Entropy: of the policy. DID entropy: at most log N = "
-        f"{math.log(size):.3f}. Margin: chosen less rejected, here the last one of each method. Chosen from: rho, or "
-        "between rho and pi*, so that chosen and rejected completions carry half the law each.",
+        "rejected change: the means of log pi - log rho over these completions. Entropy change: of the policy's "
+        f"entropy. DID entropy: at most log N = {math.log(size):.3f}. Margin: chosen change less rejected change, here "
+        "at the end of each method. Chosen from: rho, or between rho and pi*, so that chosen and rejected completions "
+        "carry half the law each.",
         f"DPO, {STEPS} steps of Adam: {sum(error < 0.01 for error in errors)} of {len(errors)} runs end within 0.01 "
-        f"nats of these changes, the furthest within {max(errors):.2g} (where pi* needs completions that rho "
+        f"nats of these changes, the farthest within {max(errors):.2g} (where pi* needs completions that rho "
         f"almost never draws). The highest chosen change of any run at any step was {highest:.2g}.",
-        f"DPO-PG on DIDs with entropy log N - {CONCENTRATIONS[1]:g}. With a tenth of the step size it ends at "
-        f"{slower['rho']:.2f} of the margin where chosen completions come from rho: there it learns only by "
-        f"overshooting. Where they carry half the law, {slower['between']:.2f}.",
+        f"DPO-PG here takes a projection of our own (docs/losses.md), on DIDs with entropy log N - "
+        f"{CONCENTRATIONS[1]:g}. With a tenth of the step size its margin is {slower['rho']:.2f} times as large where "
+        "chosen completions come from rho: a tenth would mean that it learns only by overshooting. Where chosen "
+        f"completions carry half the law it is {slower['between']:.2f} times as large.",
         tempered.note(options),
     ]
-    return Report(tables, lambda figure: _draw(figure, tables), (15, 5), notes)
+    found = f"{_found(tables, highest)} {tempered.found(tables[-1], options)}"
+    return Report(tables, lambda figure: _draw(figure, tables), (13, 10), notes, found)
 
 
 @one_thread()
@@ -100,7 +114,7 @@ def _against_theory(cases: list[Case], seeds: range) -> list[dict[str, Any]]:
 def _against_projected(
     size: int, seeds: range, steps: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
-    """Comparisons, paths, and what a tenth of the step size leaves of DPO-PG's margin (the median)."""
+    """Comparisons, paths, and the share of DPO-PG's margin that is left at a tenth of the step size (the median)."""
     compared, path_rows, slower = [], [], {}
     for name, share in CHOSEN_FROM.items():
         cases = [case for case in make_cases(size, seeds, share) if case.about["did"] == PROJECTED]
@@ -251,30 +265,63 @@ def _labels(cases: list[Case], seeds: range) -> list[dict[str, Any]]:
     return [{**case.about, "seed": seed} for case in cases for seed in seeds]
 
 
+def _found(tables: list[Table], highest: float) -> str:
+    changed, compared, *_ = tables
+
+    def count(table: Table, value: str, wanted: int, **where: str) -> str:
+        """In how many cases of a table the mean over seeds has a sign that its interval confirms."""
+        rows = [row for row in table.rows if all(row[name] == name_wanted for name, name_wanted in where.items())]
+        cases: dict[tuple, list[float]] = {}
+        for row in rows:
+            cases.setdefault(tuple(row[name] for name in table.by), []).append(row[value])
+        return f"{sum(sign(values) == wanted for values in cases.values())} of {len(cases)}"
+
+    seeds = len({row["seed"] for row in changed.rows})
+    moved = "stayed below" if highest < 0 else "did not stay below"
+    return (
+        f"the chosen log-likelihood {moved} its start at every step of all {len(changed.rows)} runs of DPO. From rho "
+        f"to pi* the policy's entropy falls in {count(changed, 'entropy_change', -1, target='along')} cases along rho "
+        f"and rises in {count(changed, 'entropy_change', 1, target='against')} against it. At equal margins DPO-PG has "
+        "the lower DID entropy in "
+        f"{count(compared, 'did_entropy_difference', -1, chosen_from='between')} cases where chosen completions carry "
+        f"half the law and in {count(compared, 'did_entropy_difference', -1, chosen_from='rho')} where they come from "
+        f"rho. (A case counts if {criterion(seeds)}.)"
+    )
+
+
 def _draw(figure: Figure, tables: list[Table]) -> None:
     changed, _, training, _ = tables
-    entropies, likelihoods, information = figure.subplots(1, 3)
-    for i, target in enumerate(dict.fromkeys(row["target"] for row in changed.rows)):
-        for marker, reference in zip("ox", REFERENCES, strict=True):
-            rows = [row for row in changed.rows if (row["target"], row["reference"]) == (target, reference)]
-            entropies.scatter(
-                [row["did_entropy"] for row in rows],
-                [row["entropy_change"] for row in rows],
-                color=f"C{i}",
-                marker=marker,
-                label=f"{target}, {reference} rho",
-            )
+    (entropies, information), (chosen, rejected) = figure.subplots(2, 2)
+    targets = list(dict.fromkeys(row["target"] for row in changed.rows))
+    for case in dict.fromkeys(tuple(row[name] for name in changed.by) for row in changed.rows):
+        rows = [row for row in changed.rows if tuple(row[name] for name in changed.by) == case]
+        reference, target, _ = case
+        draw_cross(
+            entropies,
+            [row["did_entropy"] for row in rows],
+            [row["entropy_change"] for row in rows],
+            color=f"C{targets.index(target)}",
+            marker="ox"[REFERENCES.index(reference)],
+        )
     entropies.axhline(0, color="grey", linewidth=0.8)
-    describe(entropies, "Policy's entropy: change from rho to pi*", "DID entropy (nats)", "nats")
-    for (i, target), (style, method) in product(enumerate(("along", "against")), (("-", "DPO"), ("--", "DPO-PG"))):
+    y = "change of the policy's entropy (nats)"
+    describe(entropies, "From rho to pi*: o normal rho, x heavy-tailed rho", "DID entropy (nats)", y)
+    for target, (style, method) in product(("along", "against"), (("-", "DPO"), ("--", "DPO-PG"))):
         where = {"method": method, "reference": REFERENCES[0], "target": target, "chosen_from": "between"}
-        path = {name: means(training, name, "step", **where) for name in CHANGES}
-        for name, color in (("chosen_change", f"C{2 * i}"), ("rejected_change", f"C{2 * i + 1}")):
-            label = f"{name.removesuffix('_change')}, {target}, {method}"
-            likelihoods.plot(*curve(path[name]), style, color=color, label=label)
-        margin = [path["chosen_change"][step] - path["rejected_change"][step] for step in path["did_entropy"]]
-        information.plot(margin, path["did_entropy"].values(), style, color=f"C{i}", label=f"{target}, {method}")
-    setting = f"{REFERENCES[0]} rho, chosen between"
-    likelihoods.set_xscale("symlog", linthresh=1)
-    describe(likelihoods, f"Likelihoods, {setting}", "step of gradient descent", "log pi - log rho (nats)")
-    describe(information, f"Information learned, {setting}", "margin (nats)", "DID entropy (nats)")
+        color = f"C{targets.index(target)}"
+        for axes, name in ((chosen, "chosen_change"), (rejected, "rejected_change")):
+            draw_band(axes, points(training, name, "step", **where), style, color=color)
+        path = {name: points(training, name, "step", **where).mean for name in CHANGES}
+        margin = [a - b for a, b in zip(path["chosen_change"], path["rejected_change"], strict=True)]
+        information.plot(margin, path["did_entropy"], style, color=color)
+    for i, target in enumerate(targets):
+        chosen.plot([], [], "-", color=f"C{i}", label=f"{target} rho" if target != "independent" else target)
+    chosen.plot([], [], "-", color="grey", label="DPO")
+    chosen.plot([], [], "--", color="grey", label="DPO-PG")
+    setting = f"{REFERENCES[0]} rho, chosen between rho and pi*"
+    for axes, side in ((chosen, "chosen"), (rejected, "rejected")):
+        axes.set_xscale("symlog", linthresh=1)
+        x = "step of gradient descent"
+        describe(axes, f"Training: {side} completions ({setting})", x, f"{side}: mean of log pi - log rho (nats)")
+    describe(information, f"Training: information learned ({setting})", "margin (nats)", "DID entropy (nats)")
+    legend_below(figure, chosen, 5, len({row["seed"] for row in changed.rows}))

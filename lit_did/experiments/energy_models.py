@@ -21,7 +21,7 @@ SCALE = 1.3
 
 
 PIECE = 2**16
-"""pairs whose loss is computed at once: they stay in the processor's cache, some 4 times as fast for large N"""
+"""pairs whose loss is computed at once; they fit the processor's cache, which is about 4 times as fast for large N"""
 
 
 class Preferences(NamedTuple):
@@ -42,9 +42,9 @@ class Preferences(NamedTuple):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch, for a while: the same bits on every machine's number of cores, and no waiting.
+    """Runs torch with one thread for a while, so that results do not depend on the number of cores.
 
-    On tensors this small, a second thread gains little, and where others use the machine it costs: ten times, measured.
+    On tensors this small, a second thread gains little. On a busy machine it was ten times as slow.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 
 def gaussian(count: int, num_completions: int, seeds: Iterable[int]) -> Tensor:
-    """[count, seeds, N] independent standard normal numbers. A replicate does not depend on how many there are."""
+    """[count, seeds, N] independent standard normal numbers. A replicate depends on its own seed alone."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = [[torch.randn(num_completions, dtype=torch.float64, generator=g) for _ in range(count)] for g in generators]
     return torch.stack([torch.stack(replicate) for replicate in draws], 1)
@@ -142,7 +142,7 @@ def train(preferences: Preferences, *, steps: int, step_size: float, **loss: Any
     Args:
         preferences: [..., N].
         steps: At least 1.
-        step_size: Of the logits, times beta: by how much the first steps move beta log pi(y).
+        step_size: Adam's step size for the logits, times beta: how far the first steps move beta log pi(y).
         loss: Arguments of `preference_loss`.
 
     Returns:
@@ -162,7 +162,7 @@ def train(preferences: Preferences, *, steps: int, step_size: float, **loss: Any
 
 
 class Minimum(NamedTuple):
-    """Where a loss was least, and how sure that is. Tensors [seeds, ...]."""
+    """The minimum of a loss, and the gradient left there. Tensors [seeds, ...]."""
 
     policy: Tensor
     """[seeds, N] log pi"""
@@ -176,13 +176,13 @@ def minimise(preferences: Preferences, *, evaluations: int = 200, **loss: Any) -
     """L-BFGS with strong Wolfe line search on `population_loss`, one replicate at a time.
 
     The logits are scaled by sqrt(p_w + p_l), the probabilities of chosen and rejected, near which the smooth losses'
-    curvature is the same in all directions. It stops where no scaled derivative exceeds 1e-10, or where `evaluations`
-    are used up: `Minimum.gradient` tells. Not for losses with kinks (hinge, SLiC), whose gradient does not vanish at
-    their minimum: use `train`.
+    curvature is the same in all directions. It stops where no scaled derivative exceeds 1e-10, or after `evaluations`:
+    `Minimum.gradient` is the largest derivative left. Losses with kinks (hinge, SLiC) have a gradient at their minimum,
+    so use `train` for them.
 
     Args:
         preferences: [seeds, N].
-        evaluations: Of the loss and its gradient, at most, about.
+        evaluations: About the largest number of evaluations of the loss and its gradient.
         loss: Arguments of `preference_loss`.
     """
     found = []
@@ -208,5 +208,6 @@ def minimise(preferences: Preferences, *, evaluations: int = 200, **loss: Any) -
 
         optimizer.step(closure)
         value = closure().detach()
+        assert scaled.grad is not None  # the closure has just set it
         found.append(((scaled / scale).detach().log_softmax(-1), value, scaled.grad.abs().max()))
     return Minimum(*map(torch.stack, zip(*found, strict=True)))

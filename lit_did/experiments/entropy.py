@@ -19,7 +19,17 @@ from tqdm.auto import tqdm
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo import PAIRS
 from lit_did.experiments.language_model import NAME, QUICK_NAME, LanguageModel, load, sample, score, score_all, train
-from lit_did.experiments.reporting import Options, Report, Table, describe
+from lit_did.experiments.reporting import (
+    Options,
+    Report,
+    Table,
+    criterion,
+    describe,
+    draw_cross,
+    legend_below,
+    sign,
+    summary,
+)
 from lit_did.functional import did_entropy_over_candidates
 from lit_did.modules import LitDPO, LitDPOPG
 from lit_did.sampling import sample_did
@@ -30,21 +40,21 @@ if TYPE_CHECKING:
 KINDS = ("open-ended", "factual")
 METHODS = {"DPO": LitDPO, "DPO-PG": LitDPOPG}
 AT_THE_REFERENCE = ("token_concentration", "kl", "concentration_per_kl", "chosen_log_ratio", "margin")
-"""what is 0 by definition where the policy is its reference"""
+"""quantities that are 0 where the policy is its reference"""
 FACTS = ("factual_accuracy", "factual_margin")
 CONCENTRATION = ("concentration",)
 SMC_VALUES = ("concentration", "half_width")
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """How large the experiment is."""
 
     steps: int
     batch_size: int
     held_out: int
-    """pairs of each kind; the rest is trained on"""
+    """held-out pairs of each kind; training uses the rest"""
     scored: int
-    """of them, for the statistics of token DIDs"""
+    """held-out pairs of each kind for the statistics of token DIDs"""
     max_length: int
     """tokens of a prompt and its completion"""
     prompts: int
@@ -58,7 +68,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(16, 4, 24, 16, 80, 1, (8, 32), (32, 128), 16, 16)
-QUICK = Size(2, 2, 4, 4, 48, 1, (4, 8), (8, 16), 4, 4)
+QUICK = Size(2, 2, 4, 4, 160, 1, (4, 8), (8, 16), 4, 4)
 
 
 def run(options: Options) -> Report:
@@ -85,9 +95,7 @@ def run(options: Options) -> Report:
     for seed in options.all_seeds():
         _, held_out = split(seed, size.held_out)
         about = {"trained_on": "nothing", "method": "reference", "seed": seed}
-        unchanged = dict.fromkeys(
-            ("token_concentration", "kl", "concentration_per_kl", "chosen_log_ratio", "margin"), 0.0
-        )
+        unchanged = dict.fromkeys(AT_THE_REFERENCE, 0.0)
         rows.append(about | unchanged | abilities(language_model, language_model.model, held_out, size, seed))
     return report(QUICK_NAME if options.quick else NAME, rows, smc_rows, size)
 
@@ -96,16 +104,17 @@ def split(seed: int, held_out: int) -> tuple[dict[str, list[dict]], dict[str, li
     """The demo's pairs by kind, in an order of the seed: those to train on, and those held out."""
     every: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for row in read_pairs(PAIRS):
-        every[row.pair.tag].append(row.pair._asdict())
+        every[row.pair.tag].append({name: value for name, value in row.pair._asdict().items() if value is not None})
     for pairs in every.values():
         random.Random(seed).shuffle(pairs)
-    return tuple({k: pairs[part] for k, pairs in every.items()} for part in (slice(held_out, None), slice(held_out)))
+    train_pairs = {kind: pairs[held_out:] for kind, pairs in every.items()}
+    return train_pairs, {kind: pairs[:held_out] for kind, pairs in every.items()}
 
 
 def measurements(
     language_model: LanguageModel, policy: nn.Module, kind: str, held_out: dict[str, list[dict]], size: Size, seed: int
 ) -> dict[str, float]:
-    """Of a trained policy: its token DIDs on held-out pairs of the kind it was trained on, and its abilities."""
+    """A trained policy's token DIDs on held-out pairs of the kind that it was trained on, and its abilities."""
     pairs = answers(language_model, held_out[kind][: size.scored], size)
     statistics = score_all(policy, language_model.model, pairs)
     log_vocabulary = math.log(language_model.model.config.vocab_size)
@@ -114,7 +123,7 @@ def measurements(
     kl = float((statistics.kl * share).sum())
     chosen, rejected = statistics.log_ratio.chunk(2)
     return {
-        # How far from knowing nothing: the entropies themselves differ in the third digit.
+        # 0 where nothing was learned. The entropies themselves differ in the third digit only.
         "token_concentration": concentration,
         "kl": kl,
         "concentration_per_kl": concentration / kl if kl > 0 else math.nan,
@@ -149,7 +158,7 @@ def abilities(
 def did_rows(
     language_model: LanguageModel, policy: nn.Module, kind: str, held_out: dict[str, list[dict]], size: Size, seed: int
 ) -> list[dict[str, Any]]:
-    """The DID's entropy over K candidates, and of whole completions by SMC with K particles, a row a prompt and K."""
+    """The DID's entropy over K candidates and of whole completions by SMC with K particles: a row a prompt and K."""
     rows = []
     length = size.max_new_tokens
     for i, prompt in enumerate(prompts(language_model, held_out[kind], size)):
@@ -222,16 +231,23 @@ def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
     tables = [
         Table(
             "entropy",
-            f"Policies from {name}: at held-out pairs, and in samples of their own",
+            f"{name}: policies at held-out pairs, and in samples of their own",
             rows,
             by,
             ("token_concentration", "kl", "chosen_log_ratio", "margin", "policy_entropy", "diversity"),
         ),
         Table("entropy_facts", "Held-out factual questions", facts, by, FACTS),
-        Table("entropy_candidates", f"DID over K candidates: log K - H, {length}", candidates, by, CONCENTRATION, "K"),
+        Table(
+            "entropy_candidates",
+            f"DID over K candidates: log K - H, in nats, {length}, by K",
+            candidates,
+            by,
+            CONCENTRATION,
+            "K",
+        ),
         Table(
             "entropy_smc",
-            f"DID of completions by SMC, K particles: log of their number - H, {length}",
+            f"DID of whole completions by SMC: log of their number - H, in nats, {length}, by number of particles",
             smc,
             by,
             SMC_VALUES,
@@ -245,16 +261,42 @@ def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
     ]
     reliable = [row["reliable"] for row in did if row["estimate"] == "SMC"]
     notes = [
-        "Concentration: how far a distribution is from the uniform one, in nats; 0 where nothing was learned; high is "
-        "low entropy. Token concentration: log V - H of the token DIDs, a mean over tokens. Log-ratios and margins in "
-        "nats a completion, KL and policy entropy in nats a token, the factual margin in nats a token between two "
-        "completions.",
-        f"{size.steps} steps of {size.batch_size} pairs; {size.held_out} held-out factual pairs, of each kind "
-        f"{size.scored} for token DIDs; prompts a seed for candidates (of the reference), SMC and samples: "
-        f"{size.prompts} ({size.samples} samples; diversity: the share of different bigrams). Half width: of SMC's own "
-        f"95% interval. {sum(reliable)} of {len(reliable)} SMC estimates are called reliable.",
+        "Concentration: how far a distribution is from the uniform one, in nats: 0 where nothing was learned. A high "
+        "concentration is a low entropy. Token concentration: log V - H of the token DIDs, a mean over tokens. "
+        "Log-ratios and margins are in nats a completion, KL and policy entropy in nats a token, the factual margin in "
+        "nats a token between two completions.",
+        f"{size.steps} steps of {size.batch_size} pairs; {size.held_out} held-out factual pairs; {size.scored} pairs "
+        "of each kind for token DIDs. Prompts of each seed for candidates (drawn from the reference), SMC and samples: "
+        f"{size.prompts} ({size.samples} samples of each). Diversity: the share of different bigrams. Half width: half "
+        f"of SMC's own 95% interval. {sum(reliable)} of {len(reliable)} SMC estimates are called reliable. DPO-PG "
+        "takes a projection of our own (docs/losses.md).",
     ]
-    return Report(tables, lambda figure: _draw(figure, rows, smc, size), (15, 4.5), notes)
+    return Report(tables, lambda figure: _draw(figure, rows, smc, size), (15, 5.5), notes, _found(name, claims))
+
+
+def _found(name: str, claims: Sequence[dict]) -> str:
+    def finding(of: str, between: str, subject: str) -> str:
+        values = [row["difference"] for row in claims if (row["of"], row["between"]) == (of, between)]
+        outcome = {1: "higher", -1: "lower", 0: "not clearly different"}[sign(values)]
+        return f"{subject} {outcome} (difference {summary(values)})"
+
+    seeds = len({row["seed"] for row in claims})
+    kinds, methods = "factual, DPO - open-ended, DPO", "{0}, DPO-PG - {0}, DPO"
+    return (
+        f"{name}: after DPO on factual pairs, compared with open-ended pairs, "
+        f"{finding('token concentration', kinds, 'the concentration of the token DIDs is')} and "
+        f"{finding('SMC concentration', kinds, 'that of whole completions is')}. After DPO-PG, compared with DPO, "
+        + " and ".join(
+            finding("token concentration", methods.format(kind), f"on {kind} pairs the token DIDs' is")
+            for kind in KINDS
+        )
+        + ". Factual accuracy against the reference: "
+        + ", ".join(
+            finding("factual accuracy", f"{kind}, DPO - nothing, reference", f"after DPO on {kind} pairs")
+            for kind in KINDS
+        )
+        + f". (A difference counts if {criterion(seeds)}.)"
+    )
 
 
 def average(rows: Sequence[dict], by: Sequence[str]) -> list[dict]:
@@ -315,26 +357,25 @@ def _draw(figure: Figure, rows: Sequence[dict], smc: Sequence[dict], size: Size)
     tokens, completions, abilities_ = figure.subplots(1, 3)
     kl = {(row["trained_on"], row["method"], row["seed"]): row["kl"] for row in rows}
     largest = [row for row in smc if row["K"] == max(size.particles)]
-    for i, kind in enumerate(KINDS):
-        for marker, method in zip("ox", METHODS, strict=True):
-            style = {"color": f"C{i}", "marker": marker, "label": f"{kind}, {method}"}
-            for axes, source, x, y in (
-                (tokens, rows, "kl", "token_concentration"),
-                (completions, largest, "kl", "concentration"),
-                (abilities_, rows, "diversity", "factual_accuracy"),
-            ):
-                chosen = [row for row in source if (row["trained_on"], row["method"]) == (kind, method)]
-                at = [kl[kind, method, row["seed"]] if x == "kl" else row[x] for row in chosen]
-                axes.scatter(at, [row[y] for row in chosen], **style)
-    base = [row for row in rows if row["method"] == "reference"]
-    abilities_.scatter(
-        [row["diversity"] for row in base],
-        [row["factual_accuracy"] for row in base],
-        color="grey",
-        marker="s",
-        label="reference",
-    )
-    describe(tokens, "Token DIDs: log V - H", "KL from the reference (nats a token)", "nats a token")
-    title = f"DID of whole completions by SMC: concentration, T = {size.max_new_tokens}"
-    describe(completions, title, "KL from the reference (nats a token)", "nats")
-    describe(abilities_, "What the policies can do", "share of different bigrams", "factual accuracy")
+    policies = [(kind, method, f"C{i}") for i, kind in enumerate(KINDS) for method in METHODS]
+    for kind, method, color in (*policies, ("nothing", "reference", "grey")):
+        for axes, source, x, y in (
+            (tokens, rows, "kl", "token_concentration"),
+            (completions, largest, "kl", "concentration"),
+            (abilities_, rows, "diversity", "factual_accuracy"),
+        ):
+            chosen = [row for row in source if (row["trained_on"], row["method"]) == (kind, method)]
+            if not chosen or (kind == "nothing" and axes is not abilities_):
+                continue
+            at = [kl[kind, method, row["seed"]] if x == "kl" else row[x] for row in chosen]
+            label = method if kind == "nothing" else f"{kind}, {method}"
+            marker = {"DPO": "o", "DPO-PG": "x"}.get(method, "s")
+            draw_cross(axes, at, [row[y] for row in chosen], color=color, marker=marker, label=label)
+    for axes in (tokens, completions, abilities_):
+        axes.locator_params(nbins=5)
+    x = "KL from the reference (nats a token)"
+    describe(tokens, "Token DIDs", x, "concentration, log V - H (nats a token)")
+    title = f"DID of whole completions by SMC, T = {size.max_new_tokens}"
+    describe(completions, title, x, "concentration (nats a completion)")
+    describe(abilities_, "Abilities", "diversity (share of different bigrams)", "factual accuracy (share of questions)")
+    legend_below(figure, abilities_, 5, len({row["seed"] for row in rows}))

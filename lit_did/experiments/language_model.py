@@ -19,7 +19,7 @@ from lit_did.modules import LitDPO
 from lit_did.ops import SequenceStatistics
 
 NAME = "SmolLM2-135M-Instruct"
-QUICK_NAME = "a tiny random model, which tells nothing of the claims"
+QUICK_NAME = "A tiny random model (says nothing about the claims)"
 QUICK = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,15 +29,22 @@ QUICK = {
     "head_dim": 16,
     "initializer_range": 0.2,  # the usual leaves all log-ratios near 0
 }
-"""of a model that knows nothing"""
-HINTS = ("does not have many workers", "LeafSpec", "in eval mode", "is_gradient_checkpointing", "is zero")
-"""hints and deprecations of libraries, about which a reader of results can do nothing"""
+"""the configuration of a tiny random model"""
+HINTS = (
+    "does not have many workers",
+    "LeafSpec",
+    "in eval mode",
+    "is_gradient_checkpointing",
+    "is zero",
+    "You defined a `validation_step`",
+)
+"""hints and deprecations of libraries that a reader of results cannot act on"""
 
 
 class LanguageModel(NamedTuple):
-    """A model, never changed, and its tokenizer."""
+    """A model of transformers, which stays unchanged, and its tokenizer."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
 
     def prompt(self, text: str) -> Tensor:
@@ -48,7 +55,7 @@ class LanguageModel(NamedTuple):
 
 
 def load(quick: bool) -> LanguageModel:
-    """SmolLM2-135M-Instruct; with `quick` a tiny random model with its tokenizer: the same way, in seconds."""
+    """SmolLM2-135M-Instruct, or with `quick` a tiny random model with the same tokenizer, which takes seconds."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -75,12 +82,15 @@ def train(
     seed: int,
     beta: float = 0.1,
 ) -> nn.Module:
-    """A LoRA policy of the model, trained by `kind`, in eval mode; its base model is the reference.
+    """A LoRA policy of the model, trained by `kind`, in eval mode. Its base model is the reference.
 
     Args:
-        data: Of batches as LitDPO takes them.
-        steps: Optimiser steps of a batch.
-        seed: Of the adapter's initialisation.
+        language_model: The model to start from, which stays unchanged.
+        data: Batches as LitDPO takes them.
+        kind: The class of module.
+        steps: The number of optimiser steps, a batch each.
+        seed: The seed of the adapter's initialisation.
+        beta: DPO's beta.
     """
     lightning.seed_everything(seed, verbose=False)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -109,12 +119,13 @@ def train(
             enable_progress_bar=False,
         )
         trainer.fit(module, data)
+    assert module.policy is not None  # the trainer has set it up
     return module.policy.eval()
 
 
 @torch.no_grad()
 def sample(
-    model: nn.Module, prompt: Tensor, *, count: int, max_new_tokens: int, seed: int, temperature: float = 1.0
+    model: Any, prompt: Tensor, *, count: int, max_new_tokens: int, seed: int, temperature: float = 1.0
 ) -> Tensor:
     """[count, T] int64 completions of `prompt` [1, t] drawn from `model`, -1 after the end of each."""
     torch.manual_seed(seed)
@@ -144,9 +155,9 @@ def score(policy: nn.Module, prompt: Tensor, completions: Tensor) -> SequenceSta
 def score_all(
     policy: nn.Module, reference: nn.Module | None, sequences: Sequence[tuple[Tensor, Tensor]]
 ) -> SequenceStatistics:
-    """Statistics [n] of prompts [1, t] and completions [m]; without a reference of the policy beside itself.
+    """Statistics [n] of prompts [1, t] and completions [m]. Without a reference the policy is its own.
 
-    Those of similar lengths share a batch, so that little is computed for padding.
+    Sequences of similar lengths share a batch, so that there is little padding.
     """
     order = sorted(range(len(sequences)), key=lambda i: sum(part.numel() for part in sequences[i]))
     parts = []

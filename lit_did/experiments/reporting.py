@@ -1,15 +1,16 @@
-"""What an experiment gives back, and how it is shown and written: tables of means over seeds, CSV files, a picture."""
+"""What an experiment returns, and how it is shown and written: tables over seeds, CSV files, a picture, a finding."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,9 +19,10 @@ import lit_did
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.table import Table as RichTable
 
 CONFIDENCE = 0.95
-WIDTH = 130
+WIDTH = 150
 """characters of a line: the widest table's"""
 
 
@@ -28,29 +30,29 @@ class Options(NamedTuple):
     """What every experiment is asked for."""
 
     quick: bool = False
-    """smaller and in seconds, with the same claims"""
+    """smaller, in seconds"""
     seeds: int = 5
-    """replicates, at least 2: intervals are over them"""
+    """replicates, at least 2"""
     seed: int = 0
-    """of the first replicate; the others count on from it"""
+    """of the first replicate; the next ones follow it"""
 
     def all_seeds(self) -> range:
         return range(self.seed, self.seed + self.seeds)
 
 
 class Table(NamedTuple):
-    """Rows for a CSV file, one a replicate, and which of their columns are shown as means over replicates."""
+    """Rows for a CSV file, one a replicate, and the columns that are shown, summarised over replicates."""
 
     name: str
     """of the CSV file, without ".csv" """
     title: str
-    rows: list[dict[str, str | int | float]]
+    rows: list[dict[str, Any]]
     by: tuple[str, ...] = ()
-    """the columns that tell the shown rows apart; without any, the table is only written"""
+    """the columns that distinguish the shown rows; without any, the table is only written"""
     values: tuple[str, ...] = ()
-    """the columns whose means are shown"""
+    """the columns that are shown"""
     across: str | None = None
-    """a column each value of which is shown as columns of its own"""
+    """a column whose values get shown columns of their own"""
 
 
 class Report(NamedTuple):
@@ -63,6 +65,8 @@ class Report(NamedTuple):
     """of the picture, in inches"""
     notes: list[str]
     """sentences for below the tables: how to read them"""
+    found: str
+    """what was found, from the rows: the last sentences"""
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -83,44 +87,133 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return float(numbers.mean()), quantile * float(numbers.std()) / len(numbers) ** 0.5
 
 
-def means(table: Table, value: str, over: str, **where: str | int | float) -> dict:
-    """{value of the column `over`: mean of the column `value`} of the rows that agree with `where`."""
-    groups: dict = {}
+def summary(values: Sequence[float]) -> str:
+    """Replicates in a table's cell: the mean ± half of its 95% interval, or of two replicates the range.
+
+    Two replicates have no useful interval: Student's t multiplies their standard error by 12.7.
+
+    Example:
+        >>> summary([0.171, 0.213]), summary([0.171, 0.213, 0.18]), summary([1e-14, 3e-14, 2e-14]), summary([2.5, 2.5])
+        ('0.171 to 0.213', '0.19 ± 0.05', '(2.0 ± 2.5)e-14', '2.5')
+    """
+    low, high = min(values), max(values)
+    mean = sum(values) / len(values)
+    if f"{low:.4g}" == f"{high:.4g}" or not math.isfinite(mean):
+        return f"{mean:.4g}"
+    if len(values) == 2:
+        return _rounded([low, high], (high - low) / 5, " to ")
+    half_width = mean_and_half_width(values)[1]
+    return _rounded([mean, half_width], half_width, " ± ")
+
+
+def _rounded(numbers: Sequence[float], uncertainty: float, between: str) -> str:
+    """Two numbers, rounded to the first digit of `uncertainty`, or to its second digit if the first is 1 or 2."""
+    largest = int(f"{max(map(abs, numbers)):.0e}".split("e")[1])
+    if not -3 <= largest < 4:
+        scaled = [number / 10.0**largest for number in numbers]
+        return f"({_rounded(scaled, uncertainty / 10.0**largest, between)})e{largest:+03d}"
+    digit, exponent = f"{uncertainty:.0e}".split("e")
+    last = int(exponent) - (digit in "12")
+    return between.join(f"{round(number, -last) + 0.0:.{max(0, -last)}f}" for number in numbers)
+
+
+def sign(values: Sequence[float]) -> int:
+    """1 or -1 if the mean's 95% interval (of two replicates the range) lies above or below 0, else 0.
+
+    Example:
+        >>> sign([1.0, 1.1, 0.9]), sign([1.0, -0.2, 0.9]), sign([-1.0, -1.1])
+        (1, 0, -1)
+    """
+    if len(values) == 2:
+        low, high = min(values), max(values)
+    else:
+        mean, half_width = mean_and_half_width(values)
+        low, high = mean - half_width, mean + half_width
+    return (low > 0) - (high < 0)
+
+
+def criterion(seeds: int) -> str:
+    """What `sign` asks for, in words."""
+    return "both seeds agree in sign" if seeds == 2 else f"the 95% interval over {seeds} seeds excludes 0"
+
+
+class Points(NamedTuple):
+    """Means over replicates, with the lowest and the highest replicate."""
+
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+    @property
+    def bars(self) -> tuple[list[float], list[float]]:
+        """How far error bars go below and above the means."""
+        below = [mean - low for mean, low in zip(self.mean, self.low, strict=True)]
+        return below, [high - mean for mean, high in zip(self.mean, self.high, strict=True)]
+
+
+def points(table: Table, value: str, over: str, **where: str | int | float) -> Points:
+    """The column `value` at each value of the column `over`, of the rows that agree with `where`."""
+    groups: dict[float, list[float]] = {}
     for row in table.rows:
         if all(row[name] == wanted for name, wanted in where.items()):
-            groups.setdefault(row[over], []).append(row[value])
-    return {key: sum(values) / len(values) for key, values in groups.items()}
+            groups.setdefault(float(row[over]), []).append(float(row[value]))
+    every = groups.values()
+    return Points(
+        list(groups), [sum(values) / len(values) for values in every], list(map(min, every)), list(map(max, every))
+    )
 
 
-def curve(points: dict[float, float]) -> tuple[list[float], list[float]]:
-    """What `means` gives as x and y."""
-    return list(points), list(points.values())
+def draw_points(axes: Axes, found: Points, style: str = "o-", **options: Any) -> None:
+    """Draws means, with error bars from the lowest to the highest replicate."""
+    options = {"capsize": 2, "elinewidth": 0.8, "markersize": 4} | options
+    axes.errorbar(found.x, found.mean, yerr=found.bars, fmt=style, **options)
+
+
+def draw_band(axes: Axes, found: Points, style: str = "-", **options: Any) -> None:
+    """Draws a line of means, in a band from the lowest to the highest replicate."""
+    (line,) = axes.plot(found.x, found.mean, style, **options)
+    axes.fill_between(found.x, found.low, found.high, color=line.get_color(), alpha=0.12, linewidth=0)
+
+
+def draw_cross(axes: Axes, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
+    """Draws the means of x and of y over replicates, with error bars from the lowest to the highest replicate."""
+    at_x, at_y = (sum(values) / len(values) for values in (x, y))
+    x_bar, y_bar = [[at_x - min(x)], [max(x) - at_x]], [[at_y - min(y)], [max(y) - at_y]]
+    axes.errorbar([at_x], [at_y], yerr=y_bar, xerr=x_bar, linestyle="", capsize=2, elinewidth=0.8, **options)
 
 
 def describe(axes: Axes, title: str, x: str, y: str) -> None:
-    """Writes what is drawn on it."""
+    """Writes what the axes show."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False, fontsize=8)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int, seeds: int) -> None:
+    """Puts the legend of `axes` below all panels, off the lines, and says what the error bars are."""
+    handles, labels = axes.get_legend_handles_labels()
+    title = f"mean over {seeds} seeds; error bars and bands: lowest to highest seed"
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, title=title)
 
 
 def render(report: Report, header: str) -> str:
     """The header, the tables and the notes as text."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=WIDTH)
+    text = io.StringIO()
+    console = Console(file=text, width=WIDTH)
     console.print(header, highlight=False, markup=False, soft_wrap=True)
     for table in report.tables:
         if table.by:
             console.print()
             console.print(_shown(table))
-    for note in report.notes:
+    for note in (*report.notes, f"\nFound: {report.found}"):
         console.print(note, highlight=False, markup=False)
-    return console.file.getvalue().rstrip()
+    return text.getvalue().rstrip()
 
 
-def _shown(table: Table):
+def _shown(table: Table) -> RichTable:
     from rich.table import Table as RichTable
 
     def column(row: dict, value: str) -> str:
@@ -133,31 +226,36 @@ def _shown(table: Table):
         for value in table.values:
             group.setdefault(column(row, value), []).append(float(row[value]))
     shown = RichTable(title=table.title, title_justify="left")
-    columns = list(dict.fromkeys(name for group in cells.values() for name in group))
+    across = table.across
+    in_order = table.rows if across is None else sorted(table.rows, key=lambda row: row[across])
+    columns = list(dict.fromkeys(column(row, value) for row in in_order for value in table.values))
     for name in table.by:
-        shown.add_column(name.replace("_", " "))
+        shown.add_column(_heading(name))
     for name in columns:
-        shown.add_column(name.replace("_", " "), justify="right")
+        shown.add_column(_heading(name), justify="right")
     for key, group in cells.items():
-        shown.add_row(*key, *(_interval(group[name]) if name in group else "" for name in columns))
+        shown.add_row(*key, *(summary(group[name]) if name in group else "" for name in columns))
     return shown
 
 
-def _interval(values: list[float]) -> str:
-    mean, half_width = mean_and_half_width(values)
-    if half_width < 1e-12 * abs(mean):  # equal but for rounding
-        half_width = 0
-    return f"{mean:.3g} ± {half_width:.1g}"
+def _heading(name: str) -> str:
+    words = {"did": "DID", "dpo": "DPO", "kl": "KL"}
+    return " ".join(words.get(word, word) for word in name.split("_"))
 
 
 def header(name: str, options: Options) -> str:
     """The versions and the command that a result is cited with."""
+    shown = (
+        "the lower to the higher of 2 seeds (an interval needs at least 3)"
+        if options.seeds == 2
+        else f"mean ± half of its {CONFIDENCE:.0%} interval (Student's t) over {options.seeds} seeds"
+    )
     command = f"python -m lit_did.experiments {name}{' --quick' if options.quick else ''}"
     return (
         f"{command} --seeds {options.seeds} --seed {options.seed}\n"
         f"lit-did {lit_did.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.system()} {platform.machine()}; "
-        f"mean ± half a {CONFIDENCE:.0%} interval over {options.seeds} seeds"
+        f"{platform.system()} {platform.machine()}\n"
+        f"Numbers: {shown}"
     )
 
 

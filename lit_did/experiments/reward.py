@@ -23,7 +23,16 @@ from lit_did.experiments.energy_models import (
     random_power_law,
     train,
 )
-from lit_did.experiments.reporting import Options, Report, Table, curve, describe, means
+from lit_did.experiments.reporting import (
+    Options,
+    Report,
+    Table,
+    describe,
+    draw_band,
+    draw_points,
+    points,
+    summary,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +47,9 @@ QUICK_STEPS = 100
 """of Adam"""
 RECORDED = (0, 1, 2, 4, 8, 16, 32, 64, 100, 150, 200, 250, 300)
 """those whose divergence is written"""
-OFF_LAW = {"exponent": (0.5, 0.8, 1.0, 1.25, 2.0), "noise": (0.25, 0.5, 1.0), "curvature": (0.25, 0.5, 1.0)}
-QUICK_OFF_LAW = {"exponent": (0.5, 2.0), "noise": (0.5, 1.0), "curvature": (0.5, 1.0)}
+Sizes = dict[str, tuple[float, ...]]
+OFF_LAW: Sizes = {"exponent": (0.5, 0.8, 1.0, 1.25, 2.0), "noise": (0.25, 0.5, 1.0), "curvature": (0.25, 0.5, 1.0)}
+QUICK_OFF_LAW: Sizes = {"exponent": (0.5, 2.0), "noise": (0.5, 1.0), "curvature": (0.5, 1.0)}
 """in how many ways, and how far: see `off_the_law`"""
 
 
@@ -79,7 +89,8 @@ def run(options: Options) -> Report:
     steps = QUICK_STEPS if options.quick else STEPS
     grid, tuned = tune(preferences, seeds, steps)
     noise = gaussian(3, size, seeds)[2]  # the model took the first two
-    off_law, worst = _off_the_law(preferences, noise, tuned, seeds, steps, QUICK_OFF_LAW if options.quick else OFF_LAW)
+    sizes = QUICK_OFF_LAW if options.quick else OFF_LAW
+    off_law, worst = _off_the_law(preferences, noise, tuned, seeds, steps, sizes)
     tables = [
         _on_the_law(models, tuned, seeds, steps),
         off_law,
@@ -96,7 +107,7 @@ def run(options: Options) -> Report:
         "`size` standard deviations: with 0.5 and 1, R^2 is 0.8 and 0.5. DPO's own divergences there agree with its "
         f"closed form to {worst:.1g}.",
     ]
-    return Report(tables, lambda figure: _draw(figure, tables, size), (12, 8), notes)
+    return Report(tables, lambda figure: _draw(figure, tables, size), (15, 8), notes, _found(tables, size))
 
 
 def learn(preferences: Preferences, loss: dict[str, Any], steps: int = STEPS) -> Minimum:
@@ -111,14 +122,14 @@ def tune(preferences: Preferences, seeds: range, steps: int) -> tuple[list[dict]
     """All hyperparameters of all losses: rows for a table, and those of the least mean divergence, by loss."""
     rows, tuned = [], {}
     for contestant in CONTESTANTS:
-        divergences = {}
+        divergences: dict[int, float] = {}
         for index, loss in enumerate(contestant.grid):
             minimum = learn(preferences, loss, steps)
             divergence = jensen_shannon(minimum.policy, preferences.target)
             divergences[index] = float(divergence.mean())
             about = {"loss": contestant.title, "hyperparameters": in_words(loss)}
             rows += _rows(about, seeds, divergence=divergence, loss_value=minimum.loss, gradient=minimum.gradient)
-        tuned[contestant.title] = contestant.grid[min(divergences, key=divergences.get)]
+        tuned[contestant.title] = contestant.grid[min(divergences, key=divergences.__getitem__)]
     return rows, tuned
 
 
@@ -179,7 +190,7 @@ def _on_the_law(models: dict[int, Preferences], tuned: dict[str, dict[str, Any]]
                 about |= {"loss": contestant.title, "setting": setting, "hyperparameters": in_words(loss)}
                 divergence = jensen_shannon(minimum.policy, preferences.target)
                 rows += _rows(about, seeds, divergence=divergence, loss_value=minimum.loss, gradient=minimum.gradient)
-    title = "On the power law: divergence from the target, by number of completions"
+    title = "On the power law: divergence from the target in nats, by number of completions"
     return Table("reward", title, rows, ("loss", "setting", "hyperparameters"), ("divergence",), "completions")
 
 
@@ -189,7 +200,7 @@ def _off_the_law(
     tuned: dict[str, dict[str, Any]],
     seeds: range,
     steps: int,
-    sizes: dict[str, tuple[float, ...]],
+    sizes: Sizes,
 ) -> tuple[Table, float]:
     """The table, and by how much DPO's divergences differ from those of its closed form, at most."""
     rows, worst = [], 0.0
@@ -201,8 +212,11 @@ def _off_the_law(
             if title == "DPO":
                 theory = jensen_shannon(closed_form(preferences, loss["beta"]), preferences.target)
                 worst = max(worst, float((divergence - theory).abs().max()))
-    title = f"Off the power law, {lawful.reference.shape[-1]} completions, tuned on it: divergence from the target"
-    return Table("reward_off_law", title, rows, ("kind", "size"), ("divergence",), "loss"), worst
+    title = (
+        f"Off the power law, {lawful.reference.shape[-1]} completions, tuned on it: divergence from the target in "
+        "nats, by size"
+    )
+    return Table("reward_off_law", title, rows, ("kind", "loss"), ("divergence",), "size"), worst
 
 
 def _training(preferences: Preferences, tuned: dict[str, dict[str, Any]], seeds: range, steps: int) -> Table:
@@ -227,26 +241,63 @@ def _largest(table: Table, column: str) -> float:
     return max(row[column] for row in table.rows if row[column] == row[column])  # NaN is no number
 
 
+def _found(tables: list[Table], size: int) -> str:
+    on_law, off_law, *_ = tables
+
+    def divergences(table: Table, **where: Any) -> list[float]:
+        rows = (row for row in table.rows if all(row[name] == wanted for name, wanted in where.items()))
+        return [row["divergence"] for row in rows]
+
+    def nearest(table: Table, titles: list[str], **where: Any) -> str:
+        return min(titles, key=lambda title: sum(divergences(table, loss=title, **where)))
+
+    every = [contestant.title for contestant in CONTESTANTS]
+    tuned = {"setting": "tuned", "completions": size}
+    first = nearest(on_law, every, **tuned)
+    second = nearest(on_law, [title for title in every if title != first], **tuned)
+    off = {(row["kind"], row["size"]): None for row in off_law.rows if (row["kind"], row["size"]) != ("exponent", 1.0)}
+    wins = [nearest(off_law, every, kind=kind, size=amount) for kind, amount in off]
+    counts = ", ".join(f"{title} in {wins.count(title)}" for title in sorted(set(wins), key=wins.count, reverse=True))
+    usual = divergences(on_law, loss="DPO", setting="usual", completions=size)
+    return (
+        f"on the power law, with {size} completions, {first} ends nearest to the target, at a divergence of "
+        f"{summary(divergences(on_law, loss=first, **tuned))} nats; the next is {second} at "
+        f"{summary(divergences(on_law, loss=second, **tuned))}. DPO with its usual beta, "
+        f"{CONTESTANTS[0].usual['beta']:g}, ends at {summary(usual)}, the untrained policy is at "
+        f"{summary(divergences(on_law, loss='none', completions=size))}. Off the law, of {len(wins)} settings, the "
+        f"nearest mean is that of {counts}."
+    )
+
+
 def _draw(figure: Figure, tables: list[Table], size: int) -> None:
     on_law, off_law, training, _ = tables
-    (bars, steps), (exponent, shape) = figure.subplots(2, 2)
+    (minima, steps, legend), (exponent, noise, curvature) = figure.subplots(2, 3)
     titles = [contestant.title for contestant in CONTESTANTS]
-    for offset, setting in ((-0.2, "usual"), (0.2, "tuned")):
-        heights = means(on_law, "divergence", "loss", setting=setting, completions=size)
-        bars.bar([i + offset for i in range(len(titles))], heights.values(), width=0.38, label=setting)
-    bars.set_xticks(range(len(titles)), titles)
-    bars.set_yscale("log")
-    bars.set_ylim(top=100)  # room for the legend
     for i, title in enumerate(titles):
-        style = {"label": title, "color": f"C{i}"}
-        steps.plot(*curve(means(training, "divergence", "step", loss=title)), **style)
-        exponent.plot(*curve(means(off_law, "divergence", "size", loss=title, kind="exponent")), "o-", **style)
-        shape.plot(*curve(means(off_law, "divergence", "size", loss=title, kind="noise")), "o-", **style)
-        shape.plot(*curve(means(off_law, "divergence", "size", loss=title, kind="curvature")), "s--", color=f"C{i}")
+        color = f"C{i}"
+        for offset, setting, face in ((-0.15, "usual", "white"), (0.15, "tuned", color)):
+            found = points(on_law, "divergence", "completions", loss=title, setting=setting, completions=size)
+            style = {"color": color, "markerfacecolor": face, "markersize": 7}
+            draw_points(minima, found._replace(x=[i + offset]), "o", **style)
+        draw_band(steps, points(training, "divergence", "step", loss=title), color=color)
+        for axes, kind in ((exponent, "exponent"), (noise, "noise"), (curvature, "curvature")):
+            found = points(off_law, "divergence", "size", loss=title, kind=kind)
+            shift = 0.01 * (i - len(titles) // 2)  # so that error bars do not cover one another
+            draw_points(axes, found._replace(x=[x + shift for x in found.x]), color=color)
+        legend.plot([], [], "o-", color=color, label=title)
+    minima.set_xticks(range(len(titles)), titles)
+    minima.set_yscale("log")
     steps.set_xscale("symlog", linthresh=1)
     steps.set_yscale("log")
     y = "divergence from the target (nats)"
-    describe(bars, f"On the power law: the minimiser, {size} completions", "", y)
-    describe(steps, "Training, tuned", "step of Adam", y)
-    describe(exponent, "The law's exponent is wrong", f"exponent / {BETA}", y)
-    describe(shape, "No power law: noise (solid), quadratic term (dashed)", "size, standard deviations", y)
+    describe(minima, f"On the power law: the minimiser, {size} completions", "", y)
+    describe(steps, "On the power law: training, tuned losses", "step of Adam", y)
+    describe(exponent, "Off the law: its exponent is wrong", f"exponent / {BETA}", y)
+    describe(noise, "Off the law: noise", "size (standard deviations of the log-ratio)", y)
+    describe(curvature, "Off the law: a quadratic term", "size (standard deviations of the log-ratio)", y)
+    legend.axis("off")
+    legend.plot([], [], "o", color="grey", markerfacecolor="white", label="usual hyperparameters")
+    legend.plot([], [], "o", color="grey", label="tuned hyperparameters")
+    seeds = len({row["seed"] for row in training.rows})
+    title = f"means over {seeds} seeds\nbars and bands: lowest to highest seed"
+    legend.legend(loc="center", frameon=False, title=title)

@@ -10,7 +10,7 @@ from scipy import stats
 from lit_did.command_line import InputError
 from lit_did.experiments import EXPERIMENTS, dynamics, tempered
 from lit_did.experiments import __main__ as command
-from lit_did.experiments.reporting import Options, Report, Table, mean_and_half_width, means, render
+from lit_did.experiments.reporting import Options, Report, Table, mean_and_half_width, points, render, sign, summary
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_prints_and_overwrites(small, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "python -m lit_did.experiments dynamics --quick --seeds 2 --seed 0" in printed
     assert "log pi - log rho" in printed
+    assert "Numbers: the lower to the higher of 2 seeds" in printed
+    assert "Found: the chosen log-likelihood stayed below its start at every step of all 32 runs" in printed
     assert str(output / "dynamics.csv") in printed
     assert list(output.parent.iterdir()) == [output]  # no working folder is left
 
@@ -119,7 +121,33 @@ def test_intervals_are_scipys():
     assert (mean - half_width, mean + half_width) == pytest.approx(expected, rel=1e-12)
 
 
-def test_tables_show_means_over_replicates():
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.15, 0.19], "0.150 to 0.190"),  # no mean ± 0.25, the interval of two
+        ([-10.0, 30.0], "-10 to 30"),
+        ([-0.001, 0.2], "0.00 to 0.20"),  # no -0.00
+        ([2.5, 2.5, 2.5], "2.5"),
+        ([0.5, 0.7, 0.6], "0.60 ± 0.25"),
+        ([-50.0, 20.0, 100.0], "20 ± 190"),  # not 1.9e+02
+        ([7.1e-14, 7.2e-14, 7.3e-14], "(7.20 ± 0.25)e-14"),
+        ([0.0961, 0.1, 0.1039], "0.100 ± 0.010"),  # 0.0097, which rounds up
+        ([12300.0, 12400.0, 12350.0], "(1.235 ± 0.012)e+04"),
+        ([float("nan"), 1.0, 2.0], "nan"),
+        ([float("inf"), 1.0, 2.0], "inf"),
+    ],
+)
+def test_replicates_in_a_cell(values, shown):
+    assert summary(values) == shown
+
+
+def test_signs():
+    assert [sign(values) for values in ([1.0, 2.0], [-1.0, 2.0], [-1.0, -2.0])] == [1, 0, -1]
+    # Student's t with two degrees of freedom: half of the interval is 4.3 standard errors, 2.48 here.
+    assert [sign([x - 1, x, x + 1]) for x in (2.4, 2.5, -2.5)] == [0, 1, -1]
+
+
+def test_tables_show_all_replicates():
     rows = [
         {"loss": loss, "size": size, "seed": seed, "js": size * seed + (loss == "b")}
         for loss in "ab"
@@ -128,18 +156,19 @@ def test_tables_show_means_over_replicates():
     ]
     table = Table("x", "A title", rows, ("loss",), ("js",), "size")
     hidden = Table("y", "Only written", rows)
-    text = render(Report([table, hidden], lambda figure: None, (1, 1), ["E_rho[log pi]"]), "the header")
+    report = Report([table, hidden], lambda figure: None, (1, 1), ["E_rho[log pi]"], "that b is larger.")
+    text = render(report, "the header")
     assert text.startswith("the header\n")
     assert "A title" in text
     assert "Only written" not in text
-    assert text.endswith("E_rho[log pi]")
+    assert text.endswith("E_rho[log pi]\n\nFound: that b is larger.")
     lines = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
-    # 12.706 standard errors of 1 with one degree of freedom
     assert [[cell.strip() for cell in line] for line in lines] == [
-        ["a", "2 ± 1e+01", "4 ± 3e+01"],
-        ["b", "3 ± 1e+01", "5 ± 3e+01"],
+        ["a", "1.0 to 3.0", "2.0 to 6.0"],
+        ["b", "2.0 to 4.0", "3.0 to 7.0"],
     ]
-    assert means(table, "js", "size", loss="b") == {1: 3.0, 2: 5.0}
+    assert points(table, "js", "size", loss="b") == ([1.0, 2.0], [3.0, 5.0], [2.0, 3.0], [4.0, 7.0])
+    assert points(table, "js", "size", loss="b").bars == ([1.0, 2.0], [1.0, 2.0])
 
 
 def test_seeds_count_on():
