@@ -9,11 +9,20 @@ import argparse
 import logging
 import os
 import sys
-import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from lit_did.demo import PAIRS
+from lit_did.demo.model import SMOLLM2
+
+Number = TypeVar("Number", int, float)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,19 +30,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lit_did.demo",
         description="Trains a LoRA policy with DPO, logs its DID, and compares held-out pairs before and after.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
-    add("--model", help="a transformers causal language model: hub name or folder (default: SmolLM2-135M-Instruct)")
+    add("--model", default=SMOLLM2, help="a transformers causal language model: hub name or folder")
     add("--data", type=Path, default=PAIRS, help="preference pairs: .jsonl, .jsonl.gz or .parquet; `tag` is optional")
     add("--output", type=Path, default=Path("demo_output"), help="folder for metrics.csv and the pictures")
+    add("--save", type=Path, help="new or empty folder for the policy: its LoRA adapter and its tokenizer")
     add("--max-steps", type=_positive(int), default=32, help="optimiser steps")
     add("--batch-size", type=_positive(int), default=4, help="pairs a micro-batch")
     add("--accumulate", type=_positive(int), default=1, help="micro-batches an optimiser step")
-    add("--max-pairs", type=_positive(int), default=None, help="use only the first pairs of the data")
-    add("--max-length", type=_positive(int), default=256, help="tokens a prompt and completion, at most")
-    add("--val-fraction", type=_share, default=0.2, help="share of the pairs held out: the last ones")
-    add("--val-every", type=_positive(int), default=None, help="also logs the held-out pairs every so many steps")
+    add("--max-pairs", type=_positive(int), help="use only the first pairs of the data (default: all)")
+    add("--max-length", type=_positive(int), default=256, help="most tokens of a prompt and its completion together")
+    add("--val-fraction", type=_share, default=0.2, help="share of the pairs to hold out: the last ones")
+    add(
+        "--val-every",
+        type=_positive(int),
+        help="optimiser steps from one measurement of the held-out pairs to the next (default: a quarter of all)",
+    )
     add("--learning-rate", type=_positive(float), default=2e-4, help="AdamW's, after 10%% warmup, then linear decay")
     add("--beta", type=_positive(float), default=0.1, help="DPO's inverse temperature")
     add("--loss", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="preference loss")
@@ -42,8 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _positive(kind: type):
-    def parse(text: str):
+def _positive(kind: type[Number]) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         value = kind(text)
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError(f"expected a number above 0, but got {text}")
@@ -68,7 +82,7 @@ def _share(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo; the exit status is 2 where the user's input cannot be used, or training diverged."""
+    """Runs the demo; the exit status is 2 if the input cannot be used or training diverges."""
     options = parse_arguments(arguments)
     missing = [name for name in ("gguf", "matplotlib", "peft", "rich") if find_spec(name) is None]
     if missing:
@@ -94,12 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quieten() -> None:
-    """Leaves the progress bar and the results on the screen: hints and deprecations of libraries are not the user's."""
+    """Keeps the libraries' own progress bars and hints off the screen."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for message in (".*does not have many workers", ".*LeafSpec", ".*is_gradient_checkpointing", ".*in eval mode"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":

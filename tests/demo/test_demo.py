@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_did import LitDPO
 from lit_did.data import read_pairs
 from lit_did.demo import __main__ as demo
-from lit_did.demo.model import smollm2
+from lit_did.demo.model import load_model, smollm2
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,26 +39,45 @@ def test_shipped_pairs():
     assert 0.3 < longer < 0.7  # length is not the signal
 
 
-def test_trains_and_writes(tiny_model, tmp_path, capsys):
-    output = tmp_path / "new" / "out"
+def test_trains_writes_and_saves(tiny_model, tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.setenv("COLUMNS", "80")
+    output, saved = tmp_path / "new" / "out", tmp_path / "saved"
     status = run(
-        "--model", tiny_model, "--output", output, "--max-steps", 6, "--max-pairs", 30, "--learning-rate", 0.02
+        "--model", tiny_model, "--output", output, "--save", saved, "--max-steps", 6, "--val-every", 4,
+        "--max-pairs", 30, "--max-length", 512, "--learning-rate", 0.02,
     )  # fmt: skip
     assert status == 0
     printed = capsys.readouterr().out
-    assert "Held-out pairs" in printed
-    assert "factual (3)" in printed
-    assert "open-ended (3)" in printed
+    assert not [text for text in map(str, recwarn) if "are longer than max_length" not in text]
+    bars = [line for line in re.split(r"[\r\n]", printed) if line.startswith(("Training ", "Held-out pairs "))]
+    assert any(re.search(r"Training 6/6 \|.*/s, 00:00 left, loss \d\.\d{3}", bar) for bar in bars)
+    assert max(map(len, bars)) <= 80
+    assert re.search(r"pairs +│ +3 │ +3 │ +6 │", printed)
     assert "0.693 → " in printed
+    assert "After 6 steps " in printed
     assert str(output / "metrics.csv") in printed.replace("\n", "")
+    assert f"Saved: {saved}, a LoRA adapter with its tokenizer" in printed
     assert sorted(p.name for p in output.iterdir()) == ["held_out.png", "metrics.csv", "training.png"]
     assert list(output.parent.iterdir()) == [output]  # no working folder is left
+    assert sorted(tmp_path.iterdir()) == [output.parent, saved]
     rows = list(csv.DictReader((output / "metrics.csv").open()))
-    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
-    assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-4)
-    assert all(float(row["train/token_did_entropy"]) > 0 for row in rows)
+    training = [row for row in rows if row["train/loss"]]
+    assert [int(row["step"]) for row in training] == list(range(6))
+    assert float(training[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-4)
+    assert len([row for row in rows if row["val/loss"]]) == 3  # before, after 4 steps, after all
     for name in ("training.png", "held_out.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+    tokens = AutoTokenizer.from_pretrained(saved)("What is new?", return_tensors="pt")
+    before, after = (AutoModelForCausalLM.from_pretrained(path)(**tokens).logits for path in (tiny_model, saved))
+    assert not torch.equal(before, after)
+
+
+def test_a_folder_with_files_is_not_saved_to(tiny_model, tmp_path, capsys):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    message = refused(capsys, "--model", tiny_model, "--output", tmp_path / "out", "--save", tmp_path / "saved")
+    assert "--save to be a new or empty folder" in message
 
 
 def test_untagged_pairs_plain_loop_and_second_run_overwrites(tiny_model, tmp_path, capsys):
@@ -64,7 +87,7 @@ def test_untagged_pairs_plain_loop_and_second_run_overwrites(tiny_model, tmp_pat
     )
     for _ in range(2):
         assert run("--model", tiny_model, "--data", data, "--output", tmp_path / "out", "--max-steps", 1) == 0
-    assert "all pairs (1)" in capsys.readouterr().out
+    assert "all pairs" in capsys.readouterr().out
 
 
 def test_real_model_on_real_pairs(real_data, tmp_path, capsys):
@@ -75,9 +98,10 @@ def test_real_model_on_real_pairs(real_data, tmp_path, capsys):
         pytest.skip(str(error))
     arguments = ["--data", data, "--max-pairs", 8, "--max-steps", 3, "--batch-size", 2, "--max-length", 128]
     assert run(*arguments, "--output", tmp_path / "out") == 0
-    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
+    metrics = csv.DictReader((tmp_path / "out" / "metrics.csv").open())
+    rows = [row for row in metrics if row["train/loss"]]
     assert float(rows[0]["train/loss"]) == pytest.approx(0.6931, abs=1e-3)
-    # the entropy of a language model's text, not of noise: far below log V = 10.8, above 0
+    # The entropy of a language model's text, not of noise: far below log V = 10.8, above 0.
     assert 0.5 < float(rows[0]["train/policy_entropy"]) < 5
     assert 10 < float(rows[-1]["train/token_did_entropy"]) < 10.81
 
@@ -129,7 +153,7 @@ def test_more_tokens_than_positions_and_folders_that_cannot_be_made(tiny_model, 
         run("--seed", 2**32)
 
 
-def test_a_run_that_diverges_is_told_in_one_line(tiny_model, tmp_path, capsys):
+def test_a_run_that_diverges_ends_with_one_line(tiny_model, tmp_path, capsys):
     arguments = ["--max-pairs", 10, "--max-steps", 3, "--learning-rate", 1e30]
     assert run("--model", tiny_model, "--output", tmp_path / "out", *arguments) == 2
     assert "error: Expected a finite loss in every optimiser step" in capsys.readouterr().err
@@ -146,15 +170,27 @@ def test_ctrl_c_leaves_nothing_behind(tiny_model, tmp_path, capsys, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hub_name_without_a_network():
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+def test_hub_that_cannot_be_reached_is_asked_once(tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "lit_did.demo", "--model", "some-org/some-model"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert result.returncode == 2
-    assert "Expected --model some-org/some-model to be a folder on this machine or a model on the Hugging Face hub" in (
-        result.stderr
+    assert result.stderr.startswith(
+        "error: Expected --model some-org/some-model to be a folder on this machine or a model on the Hugging Face hub."
     )
-    assert "Traceback" not in result.stderr
+    assert "refused" in result.stderr
+    assert result.stderr.count("\n") == 1  # the hub's client prints a line for every retry
+
+
+def test_a_model_in_the_hub_client_cache_needs_no_hub(tiny_model, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some-org--some-model" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_model, snapshot)
+    (tmp_path / "models--some-org--some-model" / "refs").mkdir()
+    (tmp_path / "models--some-org--some-model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    _, model = load_model("some-org/some-model")
+    assert model.num_parameters() > 0
 
 
 def test_wheel_that_cannot_be_fetched(tmp_path, monkeypatch):
