@@ -1,4 +1,4 @@
-"""What is checked of a batch that LitDPO is given, so that nothing trains on other tokens than were meant."""
+"""Checks of the batches that LitDPO trains on: wrong labels, masks or orders would train on other tokens, silently."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def check_pair_values(batch: Mapping[str, Any], name: str, pairs: int) -> None:
 
 
 def _check_form(batch: Mapping[str, Tensor]) -> int:
-    """How many sequences there are.
+    """The number of sequences.
 
     Raises:
-        TypeError, ValueError: Something that LitDPO reads of every batch is not there, or does not fit.
+        TypeError, ValueError: A tensor is missing, or has a wrong type, dtype or shape.
     """
     if not isinstance(batch, Mapping):
-        raise TypeError(f"Expected the batch to be a dict of tensors, but got {type(batch).__name__}.")
+        raise TypeError(f"Expected the batch to be a mapping of tensors, but got {type(batch).__name__}.")
     packed = "cu_seqlens" in batch
     alike = ("input_ids", "labels") if packed else ("input_ids", "labels", "attention_mask")
     for name in alike:
@@ -93,7 +93,7 @@ def _check_form(batch: Mapping[str, Tensor]) -> int:
             )
     if "position_ids" in batch and tuple(batch["position_ids"].shape) not in (shape, (1, shape[1]), shape[1:]):
         raise ValueError(
-            f"Expected `position_ids` to have the shape of `input_ids`, {shape}, or of a row, but got "
+            f"Expected `position_ids` to have the shape of `input_ids`, {shape}, or of one row, but got "
             f"{tuple(batch['position_ids'].shape)}."
         )
     if packed:
@@ -102,14 +102,14 @@ def _check_form(batch: Mapping[str, Tensor]) -> int:
     if sequences % 2:
         got = f"`cu_seqlens` with {sequences + 1} entries" if packed else f"`input_ids` of the shape {shape}"
         raise ValueError(
-            "Expected an even number of sequences, the chosen ones and then as many rejected ones, but got "
+            "Expected an even number of sequences, the chosen ones first and then as many rejected ones, but got "
             f"{sequences}: {got}."
         )
     return sequences
 
 
 def _check_labels(batch: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless labels are the next tokens of their sequences."""
+    """Raises ValueError unless every label is the next token of its sequence."""
     labels, input_ids = batch["labels"], batch["input_ids"]
     labelled = labels != IGNORE_INDEX
     if "cu_seqlens" in batch:
@@ -124,7 +124,7 @@ def _check_labels(batch: Mapping[str, Tensor]) -> None:
         return
     row, position = wrong.nonzero()[0].tolist()
     if (labels == input_ids)[labelled].all():
-        got = "labels that are not shifted: use labels = input_ids.roll(-1, 1) with -100 outside completions"
+        got = "labels that are not shifted. Use input_ids.roll(-1, 1), with -100 outside completions, as labels"
     else:
         ends = position in last.remainder(labels.shape[1])
         next_token = "no token follows" if ends else f"{following[row, position]} follows"
@@ -136,7 +136,7 @@ def _check_labels(batch: Mapping[str, Tensor]) -> None:
 
 
 def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
-    """Raises ValueError unless every sequence that counts has completion tokens."""
+    """Raises ValueError unless every sequence of a pair with a `weight` above 0 has completion tokens."""
     before = np.concatenate([[0], (sequences.labels != IGNORE_INDEX).cumsum()])
     counts = np.diff(before[sequences.cu_seqlens])
     if weight is not None:
@@ -144,9 +144,9 @@ def _check_counts(sequences: Sequences, weight: Tensor | None) -> None:
     (empty,) = (counts == 0).nonzero()
     if len(empty):
         raise ValueError(
-            f"Expected every sequence to have completion tokens, but got {len(empty)} of "
-            f"{sequences.num_sequences} whose labels are all -100 (or where `attention_mask` is 0). The first is "
-            f"sequence {empty[0]}."
+            f"Expected every sequence to have completion tokens, but {len(empty)} of {sequences.num_sequences} "
+            "sequences have none: all their labels are -100, or `attention_mask` is 0 there. The first is sequence "
+            f"{empty[0]}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Batches of other trainers: which tokens are completions, whatever a batch calls them."""
+"""One reading for the batches of every trainer: which tokens are completions, and what predicts them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from lit_did.batches.checks import check_bounds
 
 
 def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and shifted `labels` [sequences, T] of a batch of a causal language model.
+    """Reads a batch of a causal language model in any of the forms that trainers use.
 
     Args:
-        batch: A mapping in one of these forms, tensors [sequences, T]:
-            - `input_ids` and `labels`, as transformers wants them (`labels[:, t]` is `input_ids[:, t]`, or -100) or
-              shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]`, or -100). Where both readings fit,
-              which takes a batch of repeated tokens, the first is meant;
-            - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them, 1 on completion tokens;
-            - both kinds of keys with `chosen_` and `rejected_` before them;
-            - the first two with `cu_seqlens` [sequences + 1] and tensors [1, tokens]: sequences end to end. In place of
-              `cu_seqlens`, transformers' `cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again, say where.
-            `attention_mask` (without it, all tokens count) and `position_ids` are kept. `weight` [pairs] of 0, as
-            `PreferenceDataModule` gives the pairs that only fill a batch, leaves a pair without labels.
-        ignore_index: What stands for -100 in the batch's labels.
+        batch: A mapping in one of these forms, with tensors [sequences, T]:
+            - `input_ids` and `labels`, as transformers wants them (`labels[:, t]` is `input_ids[:, t]` or -100), or
+              shifted, as lit_did does (`labels[:, t]` is `input_ids[:, t + 1]` or -100). If both readings fit, the
+              labels are read as transformers'. This takes a batch of repeated tokens.
+            - `input_ids` and `completion_mask`, as TRL's DPOTrainer makes them. The mask is 1 on completion tokens.
+            - Either of these with `chosen_` and `rejected_` before each key.
+            - The first two with `cu_seqlens` [sequences + 1] and tensors [1, tokens]: sequences end to end. Instead of
+              `cu_seqlens`, transformers' `cu_seq_lens_q`, `seq_idx` or restarting `position_ids` may mark them.
+            `attention_mask` and `position_ids` are optional. Without `attention_mask`, every token counts. A `weight`
+            [pairs] of 0 removes a pair's labels. `PreferenceDataModule` gives it to pairs that only fill a batch.
+        ignore_index: The label of tokens that are not part of a completion.
 
     Returns:
-        A dict with `labels[:, t]` the completion token that position t predicts, or -100, padded on the right where the
-        batch was not. Of the `chosen_` form, the chosen sequences come first, then the rejected ones.
+        `input_ids`, `attention_mask` and `labels` [sequences, T], and `position_ids` if the batch has them.
+        `labels[:, t]` is the completion token that position t predicts, or -100. Packed sequences are padded on the
+        right. Of a batch with `chosen_` keys, the chosen sequences come first, then the rejected ones.
 
     Raises:
-        TypeError: The batch is no mapping of tensors.
-        ValueError: It is in no such form, its labels are neither of both, or it holds images.
+        TypeError: The batch is not a mapping, or one of these keys is not a tensor.
+        ValueError: The batch has none of these forms, its labels fit neither reading, or it holds images.
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "completion_mask": torch.tensor([[0, 1, 1]])}
@@ -44,8 +45,8 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"Expected the batch to be a mapping, but got {type(batch).__name__}: where completions are "
-            "generated during training (GRPO, RLOO, online DPO), the batch holds none that could be measured."
+            f"Expected the batch to be a mapping, but got {type(batch).__name__}. Trainers that generate completions "
+            "during training (GRPO, RLOO, online DPO) have none in their batches, so they cannot be measured."
         )
     if "chosen_input_ids" in batch and "rejected_input_ids" in batch:
         return _stack(*(_read(_without_prefix(batch, side), ignore_index) for side in ("chosen_", "rejected_")))
@@ -55,11 +56,11 @@ def read_batch(batch: Any, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor
 def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
     if "input_ids" not in batch or not ("labels" in batch or "completion_mask" in batch):
         raise ValueError(
-            "Expected the batch to hold `input_ids` and `labels` or `completion_mask`, perhaps with `chosen_` and "
-            f"`rejected_` before them, but got {', '.join(map(str, batch)) or 'nothing'}."
+            "Expected the batch to hold `input_ids` and `labels` or `completion_mask`, each perhaps with `chosen_` and "
+            f"`rejected_` before it, but got {', '.join(map(str, batch)) or 'nothing'}."
         )
     if "pixel_values" in batch:
-        raise ValueError("Expected a batch of text alone, but got one with `pixel_values`.")
+        raise ValueError("Expected a batch of text only, but got one with `pixel_values`.")
     input_ids = batch["input_ids"]
     for name in ("input_ids", "labels", "completion_mask", "attention_mask"):
         if name in batch and not isinstance(batch[name], Tensor):
@@ -80,12 +81,12 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
         labelled = labels != ignore_index
         if (labels == input_ids)[labelled].all():
             labels = _shift(input_ids, labelled)
-        elif (labels[:, :-1] == input_ids[:, 1:])[labelled[:, :-1]].all():  # the last one follows the last input
+        elif (labels[:, :-1] == input_ids[:, 1:])[labelled[:, :-1]].all():  # a last label may follow the last input
             labels = torch.where(labelled, labels, IGNORE_INDEX)
         else:
             raise ValueError(
-                f"Expected `labels` to be `input_ids` where they are not {ignore_index}, shifted by one position or "
-                "not, but got others: give `logits_fn` where labels are something else."
+                f"Expected `labels` to be {ignore_index} or the tokens of `input_ids`, shifted by one position or "
+                "not, but got other values. Pass `logits_fn` if the labels are something else."
             )
     if "weight" in batch:
         kept_rows = (batch["weight"] > 0).repeat(input_ids.shape[0] // batch["weight"].shape[0])
@@ -97,7 +98,7 @@ def _read(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Tensor]:
 
 
 def _packed_bounds(batch: Mapping[str, Any]) -> Tensor | None:
-    """`cu_seqlens` of sequences end to end, also where transformers' keys for them say where they begin, or None."""
+    """`cu_seqlens` [sequences + 1] if a row holds several sequences, marked in any of transformers' ways, else None."""
     for name in ("cu_seqlens", "cu_seq_lens_q"):
         if name in batch:
             return batch[name]
@@ -113,15 +114,22 @@ def _packed_bounds(batch: Mapping[str, Any]) -> Tensor | None:
         return None
     if len(input_ids) > 1 or not both.all():
         raise ValueError(
-            "Expected one sequence a row, or one row of sequences end to end, but got several rows of which one holds "
-            "several sequences: its `position_ids` or `seq_idx` begin again within it."
+            "Expected one sequence in each row, or a single row of sequences end to end, but got several rows, one of "
+            "which holds several sequences: its `position_ids` or `seq_idx` restart within it."
         )
     ends = input_ids.new_tensor([0, input_ids.shape[1]])
     return torch.cat([ends[:1], begins[0].nonzero()[:, 0] + 1, ends[1:]])
 
 
 def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
-    """A batch [1, tokens] of sequences end to end, with `cu_seqlens` [sequences + 1], as rows padded on the right.
+    """Gives every sequence of a packed batch a row of its own, padded on the right.
+
+    Args:
+        batch: Tensors [1, tokens] of sequences end to end, and `cu_seqlens` [sequences + 1].
+        ignore_index: The label of padding.
+
+    Returns:
+        The batch without `cu_seqlens`, its tensors [sequences, T], with an `attention_mask`.
 
     Raises:
         ValueError: `cu_seqlens` does not rise from 0 to the number of tokens.
@@ -136,7 +144,7 @@ def padded(batch: Mapping[str, Any], ignore_index: int = IGNORE_INDEX) -> dict[s
 
 
 def _shift(input_ids: Tensor, counts: Tensor) -> Tensor:
-    """labels[:, t] = input_ids[:, t + 1] where that counts, else -100; nothing follows the last token."""
+    """labels[:, t] is input_ids[:, t + 1] where `counts` holds for that, else -100. Nothing follows the last token."""
     labels = torch.where(counts, input_ids, IGNORE_INDEX).roll(-1, 1)
     labels[:, -1:] = IGNORE_INDEX
     return labels

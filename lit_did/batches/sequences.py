@@ -1,4 +1,4 @@
-"""The sequences of a batch, as NumPy arrays on the CPU: read from its tensors, selected, split by tokens."""
+"""The sequences of a batch as NumPy arrays on the CPU: read from its tensors, selected, split into micro-batches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from lit_did.batches import IGNORE_INDEX
 
 
 class Sequences(NamedTuple):
-    """The sequences of a batch on the CPU, without padding and without what follows their last completion token.
+    """The sequences of a batch, without padding and without what follows the last completion token of each.
 
-    Arrays [tokens] int64, sequence i from `cu_seqlens[i]` to `cu_seqlens[i + 1]`; `labels[t]` is the token that
-    position t predicts, or -100.
+    Sequence i has the tokens from `cu_seqlens[i]` to `cu_seqlens[i + 1]`.
     """
 
     input_ids: np.ndarray
+    """[tokens] int64"""
     position_ids: np.ndarray
+    """[tokens] int64"""
     labels: np.ndarray
+    """[tokens] int64: `labels[t]` is the completion token that position t predicts, or -100"""
     cu_seqlens: np.ndarray
+    """[sequences + 1] int64"""
     rests: tuple[np.ndarray, ...] = ()
-    """[2, n] int64 a sequence: the ids and positions of what follows, the last completion token and what is after it.
-    For models whose answers depend on how many tokens a sequence has. (): nothing follows."""
+    """For each sequence, [2, n] int64: the ids and positions of its last completion token and of what follows it. Only
+    models whose results depend on the number of tokens in a sequence need them. Empty if nothing follows."""
 
     @property
     def num_sequences(self) -> int:
-        """How many."""
+        """The number of sequences."""
         return len(self.cu_seqlens) - 1
 
     @property
@@ -42,14 +45,15 @@ class Sequences(NamedTuple):
 
     @property
     def num_labels(self) -> int:
-        """How many completion tokens."""
+        """The number of completion tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @torch.compiler.disable  # NumPy on the CPU: nothing to compile
     def mean_chosen_labels(self, counted: Tensor | None = None) -> float:
-        """How many completion tokens a chosen sequence, one of the first half, has on average.
+        """The mean number of completion tokens of the chosen sequences, which are the first half.
 
-        `counted`: [pairs] bool, the pairs that count; None: all.
+        Args:
+            counted: [pairs] bool, the pairs that count. None: all pairs.
         """
         before = np.concatenate([[0], (self.labels != IGNORE_INDEX).astype(np.int64).cumsum()])
         chosen = np.diff(before[self.cu_seqlens])[: self.num_sequences // 2]
@@ -57,30 +61,40 @@ class Sequences(NamedTuple):
         return float(chosen.mean()) if len(chosen) else 0.0
 
     def slice(self, index: int) -> slice:
-        """Where sequence `index` lies."""
+        """The place of sequence `index` in the arrays."""
         return slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))
 
     def select(self, indices: Sequence[int]) -> Sequences:
-        """Some of them, in the order of `indices`."""
+        """Some of the sequences, in the order of `indices`."""
         slices = [self.slice(i) for i in indices]
-        lengths = [s.stop - s.start for s in slices]
-        arrays = (np.concatenate([a[s] for s in slices] or [a[:0]]) for a in self[:3])
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Sequences(*arrays, cu_seqlens, tuple(self.rests[i] for i in indices if self.rests))
+
+        def chosen(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array[s] for s in slices] or [array[:0]])
+
+        return Sequences(
+            input_ids=chosen(self.input_ids),
+            position_ids=chosen(self.position_ids),
+            labels=chosen(self.labels),
+            cu_seqlens=_offsets([s.stop - s.start for s in slices]),
+            rests=tuple(self.rests[i] for i in indices if self.rests),
+        )
 
     def whole(self) -> Sequences:
-        """The same with `rests`, without labels there, appended to each sequence."""
+        """The same sequences with `rests` appended, which have no labels."""
         if not self.rests:
             return self
-        parts: list[list[np.ndarray]] = [[], [], []]
-        for index, (ids, positions) in enumerate(self.rests):
-            own = self.slice(index)
-            nothing = np.full(len(ids), IGNORE_INDEX)
-            for values, array, rest in zip(parts, self[:3], (ids, positions, nothing), strict=True):
-                values += [array[own], rest]
-        added = np.array([rest.shape[1] for rest in self.rests]).cumsum()
-        cu_seqlens = self.cu_seqlens + np.concatenate([[0], added])
-        return Sequences(*map(np.concatenate, parts), cu_seqlens)
+
+        def appended(array: np.ndarray, rests: Sequence[np.ndarray]) -> np.ndarray:
+            parts = ((array[self.slice(i)], rest) for i, rest in enumerate(rests))
+            return np.concatenate([part for pair in parts for part in pair])
+
+        ids, positions = ([rest[row] for rest in self.rests] for row in (0, 1))
+        return Sequences(
+            input_ids=appended(self.input_ids, ids),
+            position_ids=appended(self.position_ids, positions),
+            labels=appended(self.labels, [np.full(len(rest), IGNORE_INDEX) for rest in ids]),
+            cu_seqlens=self.cu_seqlens + _offsets([len(rest) for rest in ids]),
+        )
 
 
 @torch.compiler.disable  # NumPy on the CPU, of other lengths in every batch: nothing to compile
@@ -88,43 +102,47 @@ def read_sequences(batch: Mapping[str, Tensor]) -> Sequences:
     """The sequences of a batch.
 
     Args:
-        batch: `input_ids`, `labels` and `attention_mask` [sequences, T], padded on either side; or `input_ids` and
-            `labels` [1, tokens] with `cu_seqlens` [sequences + 1], end to end. `position_ids` of the same shape may be
-            absent: they count from 0 in every sequence.
+        batch: `input_ids`, `labels` and `attention_mask` [sequences, T], padded on either side. Or `input_ids` and
+            `labels` [1, tokens] with `cu_seqlens` [sequences + 1], end to end. `position_ids` of the same shape are
+            optional. Without them, positions count from 0 in every sequence.
     """
     arrays = {n: batch[n].cpu().numpy() for n in ("input_ids", "labels", "position_ids") if n in batch}
     shape = arrays["input_ids"].shape
     flat = {name: np.broadcast_to(array, shape).reshape(-1) for name, array in arrays.items()}
     if "cu_seqlens" in batch:
-        bounds = batch["cu_seqlens"].tolist()
-        places = [np.arange(start, stop) for start, stop in pairwise(bounds)]
+        places = [np.arange(start, stop) for start, stop in pairwise(batch["cu_seqlens"].tolist())]
     else:
         present = (batch["attention_mask"] != 0).cpu().numpy()  # NumPy has no bfloat16
         places = [row * shape[1] + present[row].nonzero()[0] for row in range(shape[0])]
-    kept, rest = [], []
+    kept, following = [], []
     for place in places:
         labelled = (flat["labels"][place] != IGNORE_INDEX).nonzero()[0]
-        # Nothing is asked of what follows the last labelled position. A sequence without labels keeps one token.
+        # Nothing after the last labelled position is needed. A sequence without labels keeps one token.
         end = labelled[-1] + 1 if len(labelled) else 1
         kept.append(place[:end])
-        rest.append(place[end:] if len(labelled) else place[:0])
-    lengths = np.array([len(place) for place in kept], dtype=np.int64)
-    place = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
-    cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+        following.append(place[end:] if len(labelled) else place[:0])
     if "position_ids" not in flat:
         positions = np.zeros(flat["input_ids"].shape, dtype=np.int64)
         for own in places:
             positions[own] = np.arange(len(own))
         flat["position_ids"] = positions
-    rests = tuple(np.stack([flat[name][own] for name in ("input_ids", "position_ids")]) for own in rest)
-    return Sequences(*(flat[name][place] for name in ("input_ids", "position_ids", "labels")), cu_seqlens, rests)
+    place = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+    return Sequences(
+        input_ids=flat["input_ids"][place],
+        position_ids=flat["position_ids"][place],
+        labels=flat["labels"][place],
+        cu_seqlens=_offsets([len(own) for own in kept]),
+        rests=tuple(np.stack([flat["input_ids"][own], flat["position_ids"][own]]) for own in following),
+    )
 
 
 @torch.compiler.disable
 def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
-    """Pairs (sequence i and the one half of all after it) in as few parts of at most so many tokens as can be.
+    """Splits pairs into the fewest micro-batches of at most `tokens` tokens, of even sizes, in the order of the pairs.
 
-    The largest is then as small as it can be; a part has a pair at least.
+    Args:
+        sequences: The chosen sequences, then the rejected ones in the same order.
+        tokens: The limit. A pair that has more tokens is a micro-batch of its own.
     """
     pairs = sequences.num_sequences // 2
     lengths = np.diff(sequences.cu_seqlens)
@@ -149,3 +167,8 @@ def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
             break
         parts = evener
     return [sequences.select([*part, *(pairs + pair for pair in part)]) for part in parts]
+
+
+def _offsets(lengths: Sequence[int]) -> np.ndarray:
+    """[n + 1] int64: 0 and the cumulative sums."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

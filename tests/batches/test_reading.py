@@ -96,7 +96,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"input_ids": IDS, "x": 1}, ValueError, "but got input_ids, x"),
         ({"input_ids": IDS, "labels": IDS[0]}, ValueError, r"`labels` to have the shape .*\(1, 3\), but got \(3,\)"),
         ({"input_ids": IDS, "labels": torch.tensor([[7, 7, 7]])}, ValueError, "shifted by one position or not, but"),
-        ({"input_ids": IDS, "labels": IDS, "pixel_values": IDS}, ValueError, "text alone"),
+        ({"input_ids": IDS, "labels": IDS, "pixel_values": IDS}, ValueError, "text only"),
         ({"input_ids": IDS, "labels": IDS, "cu_seqlens": IDS[0]}, ValueError, "`cu_seqlens` to rise from 0"),
     ],
 )
@@ -134,5 +134,5 @@ def test_positions_that_do_not_begin_again_are_no_ends():
     positions = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "completion_mask": mask}
     assert read_batch(batch)["input_ids"].shape == (2, 5)
-    with pytest.raises(ValueError, match="several rows of which one holds several sequences"):
+    with pytest.raises(ValueError, match="several rows, one of which holds several sequences"):
         read_batch(batch | {"position_ids": torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 0, 1]])})

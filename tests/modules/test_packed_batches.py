@@ -7,7 +7,7 @@ import torch
 
 from lit_did.data.collating import collate_packed
 from tests.modules.steps import PLAIN, assert_same, examples, loader, make, train
-from tests.modules.tiny import VOCABULARY, trainer
+from tests.modules.tiny import trainer
 
 
 @pytest.mark.parametrize("switches", [PLAIN, {}])
@@ -29,51 +29,11 @@ def test_packed_batches_are_what_padded_ones_are(switches, recwarn):
     assert not [w for w in recwarn if "batch_size" in str(w.message) and "ambiguous" in str(w.message)]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda b: b.pop("labels"), "hold `labels`, but got"),
-        (
-            lambda b: b.update(labels=b["labels"][0]),
-            r"`labels` to have the shape of `input_ids`, \(1, \d+\), but got \(\d+,\)",
-        ),
-        (lambda b: b.update({k: b[k].repeat(2, 1) for k in ("input_ids", "labels")}), r"shape \[1, tokens\] with"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][None]), "`cu_seqlens` to rise from 0 to the number of tokens"),
-        (lambda b: b["labels"][0, -1:].fill_(42), "but got 42 where no token follows, in row 0 at position"),
-        (
-            lambda b: b.update(cu_seqlens=b["cu_seqlens"] - (b["cu_seqlens"] == b["cu_seqlens"][-1]).long()),
-            "`cu_seqlens` to rise from 0 to the number of tokens",
-        ),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 3, 4]]), "even number of .* 3: `cu_seqlens` with 4"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"][[0, 2, 1, 3, 4]]), "`cu_seqlens` to rise"),
-        (lambda b: b.update(cu_seqlens=b["cu_seqlens"] + 1), "`cu_seqlens` to rise from 0"),
-        (lambda b: b.update(labels=b["labels"].roll(1, 1)), "`labels.*that are not shifted"),
-        (
-            lambda b: b["labels"][0, b["cu_seqlens"][1] - 1].copy_(b["input_ids"][0, b["cu_seqlens"][1]]),
-            "no token",
-        ),
-        (lambda b: b["labels"][0, : b["cu_seqlens"][1]].fill_(-100), "sequence to have completion tokens"),
-        (lambda b: b["input_ids"].fill_(VOCABULARY), f"where {VOCABULARY} follows, in row 0"),
-    ],
-)
-def test_packed_batches_in_another_layout_are_refused(spoil, message):
-    batch = collate_packed(examples(2))
-    spoil(batch)
-    with pytest.raises(ValueError, match=message):
-        make().pair_statistics(batch)
-
-
 def test_packed_batches_have_no_use_for_a_mask():
     batch, module = collate_packed(examples(2)), make()
     expected = module.pair_statistics(batch).loss
     for mask in (torch.zeros_like(batch["input_ids"]), torch.ones(1, 1, 5, 5)):
         assert torch.equal(module.pair_statistics(batch | {"attention_mask": mask}).loss, expected)
-
-
-def test_offsets_are_integers():
-    batch = collate_packed(examples(2))
-    with pytest.raises(TypeError, match=r"`cu_seqlens` of the batch to hold signed integers, but got torch\.float32"):
-        make().pair_statistics(batch | {"cu_seqlens": batch["cu_seqlens"].float()})
 
 
 @pytest.mark.parametrize(
