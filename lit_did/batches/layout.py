@@ -1,8 +1,8 @@
-"""How the sequences of a batch lie in what a model is given: end to end without padding, common beginnings once."""
+"""A model's arguments for the sequences of a batch: padded rows, or one row end to end with common beginnings once."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,31 +11,40 @@ from torch import Tensor
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.sequences import Sequences
 
-SHORTEST_SHARED = 8  # tokens: attending to a shared beginning costs more than encoding so few again
+SHORTEST_SHARED = 8  # tokens: encoding fewer twice costs less than attending to a shared beginning
+
+Kind = Literal["packed", "padded", "alone"]
+Packing = Literal["segments", "blocks", "positions"]
 
 
 class Layout(NamedTuple):
-    """What a model is given, and where in it are the positions that predict completion tokens."""
+    """A model's arguments, and the positions in them that predict completion tokens."""
 
     inputs: dict[str, Any]
-    """the model's arguments: `input_ids` [rows, T] int64, `position_ids`, `attention_mask`"""
+    """The arguments: `input_ids` [rows, T] int64, `position_ids`, `attention_mask`."""
     rows: Tensor
-    """[completion tokens] int64: the position in [rows * T] that predicts each, sequence after sequence. A shared
-    position, such as a prompt's last, stands once for each sequence."""
+    """[completion tokens] int64: for each token, the position in [rows * T] that predicts it, sequence by sequence.
+    A position that several sequences share, such as the last one of a prompt, is listed once for each."""
     labels: Tensor
-    """[completion tokens] int64: the tokens"""
+    """[completion tokens] int64: the completion tokens."""
     cu_labels: Tensor
-    """[sequences + 1] int64: where each sequence's begin and end"""
-    kind: str = "padded"
-    """"packed", "padded", or "alone": rows as in "padded", but each is given to the model by itself, without padding"""
-    packing: str | None = None
-    """how a packed row's sequences are kept apart, see `lit_did.models.attention.packings`"""
+    """[sequences + 1] int64: sequence i has the completion tokens from `cu_labels[i]` to `cu_labels[i + 1]`."""
+    kind: Kind = "padded"
+    """"packed": one row end to end. "padded": one row for each sequence. "alone": the same rows, but each is a forward
+    pass of its own, without padding."""
+    packing: Packing | None = None
+    """How the model keeps the sequences of a packed row apart, see `lit_did.models.attention.packings`."""
     forgets: bool = False
-    """whether one token is given to the model before each row, so that it forgets the row before"""
+    """Whether a forward pass over one token precedes each row, because the model keeps state between passes."""
 
 
 def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
-    """A row a sequence, padded on the right."""
+    """One row for each sequence, padded on the right.
+
+    Args:
+        sequences: The sequences.
+        device: Where the model is.
+    """
     lengths = np.diff(sequences.cu_seqlens)
     shape = (sequences.num_sequences, int(lengths.max(initial=1)))
     present = np.arange(shape[1]) < lengths[:, None]  # row after row: the order of the tokens
@@ -47,11 +56,11 @@ def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
 
     labels = padded(sequences.labels, IGNORE_INDEX)
     inputs = {
-        # Any id will do: nothing attends to it. The sequence's own are in the vocabulary.
+        # Padding may be any id of the vocabulary, because nothing attends to it.
         "input_ids": _tensor(padded(sequences.input_ids, int(sequences.input_ids[:1].sum())), device),
         "attention_mask": _tensor(present, device),
     }
-    if not sequences.positions_count_from_zero:  # else models count for themselves
+    if not sequences.positions_count_from_zero:  # otherwise models count themselves
         inputs["position_ids"] = _tensor(padded(sequences.position_ids, 0), device)
     labelled = labels != IGNORE_INDEX
     return Layout(
@@ -63,18 +72,21 @@ def padded_layout(sequences: Sequences, device: torch.device) -> Layout:
 
 
 def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) -> Layout:
-    """All sequences end to end in one row; `attention_mask` holds the segments, [1, 1, segments, 2] int64 on the CPU.
+    """All sequences end to end in one row of segments, which `attention_mask` describes.
 
-    A segment is what lies between two of its boundaries: its length, and the segment before it that it continues, or
-    -1. `lit_did.models.attention` reads them.
+    A segment is a whole sequence, a beginning that a pair shares, or what follows such a beginning. `attention_mask` is
+    [1, 1, segments, 2] int64 on the CPU: the length of each segment, and the number of the segment that it continues,
+    or -1. `lit_did.models.attention` reads it.
 
     Args:
-        share: What sequence i and the one half of all sequences after it begin with in common (a pair's prompt, and
-            as much of its completions) is laid down once, and continued by both.
+        sequences: The sequences. If `share`, the chosen ones first, then the rejected ones in the same order.
+        device: Where the model is.
+        share: Whether the beginning that the two sequences of a pair share (the prompt, perhaps more) is in the row
+            only once. Both sequences continue it.
     """
-    pieces: list[slice] = []  # of the sequences' tokens: a segment each
+    pieces: list[slice] = []  # the tokens of each segment
     continues: list[int] = []
-    parts_of: list[list[int]] = [[] for _ in range(sequences.num_sequences)]  # the segments that make each sequence
+    parts_of: list[list[int]] = [[] for _ in range(sequences.num_sequences)]  # the segments of each sequence
 
     def lay(start: int, stop: int, before: int, of: tuple[int, ...]) -> None:
         if stop > start:
@@ -100,10 +112,10 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
     places = np.split(np.arange(len(order)), lengths.cumsum()[:-1])
     rows, labels = [], []
     for sequence, parts in enumerate(parts_of):
-        own = sequences.labels[sequences.slice(sequence)]
-        labels.append(own[own != IGNORE_INDEX])
-        of_sequence = [places[part] for part in parts] or [order[:0]]  # none of one without tokens
-        rows.append(np.concatenate(of_sequence)[own != IGNORE_INDEX])
+        of_tokens = sequences.labels[sequences.slice(sequence)]
+        labelled = of_tokens != IGNORE_INDEX
+        labels.append(of_tokens[labelled])
+        rows.append(np.concatenate([places[part] for part in parts] or [order[:0]])[labelled])
     segments = np.stack([lengths, np.array(continues, dtype=np.int64)], axis=1)
     inputs = {
         "input_ids": _tensor(sequences.input_ids[order], device)[None],
@@ -122,7 +134,7 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
 
 
 def _common_beginning(sequences: Sequences, one: slice, other: slice) -> int:
-    """How many tokens, at the same positions, both begin with; 0 if too few to pay."""
+    """The number of tokens, at the same positions, that both sequences begin with. 0 if they are too few to share."""
     length = min(one.stop - one.start, other.stop - other.start)
     differ = np.zeros(length, dtype=bool)
     for array in (sequences.input_ids, sequences.position_ids):

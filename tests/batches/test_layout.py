@@ -226,7 +226,7 @@ def test_padded():
     assert layout.cu_labels.tolist() == [0, *np.cumsum([len(c) for _, c in examples()])]
 
 
-def test_padded_tells_positions_that_a_model_would_not_count():
+def test_padded_gives_positions_that_a_model_would_not_count():
     batch = padded_batch(examples(), "left")
     positions = 5 + torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     sequences = read_sequences(batch | {"position_ids": positions})
