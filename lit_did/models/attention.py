@@ -1,11 +1,11 @@
-"""Attention that stays inside each segment of a packed row: torch's or a model's own, one segment at a time.
+"""Attention within the segments of a packed row: torch's or a model's own attention, one segment at a time.
 
-transformers' own masks for packed rows are [tokens, tokens], and what they mask is computed all the same. Here every
-segment (`lit_did.batches.layout`) attends to itself and to the segment that it continues, so the work is that of the
-sequences alone. The functions are registered with transformers' `AttentionInterface` under names of their own, and
+transformers' own masks for packed rows are [tokens, tokens], and masked entries cost as much as others. Here each
+segment (see `lit_did.batches.layout`) attends to itself and to the segment that it continues, so the cost is that of
+the sequences. The functions are registered with transformers' `AttentionInterface` under their own names, and
 `model.set_attn_implementation` selects them. Without segments they do what the model's own attention does.
 
-Nothing here decides whether a model may use them: `lit_did.models.trial` compares it with the untouched model first.
+`lit_did.models.trial` decides whether a model may use them: it compares the results with the unchanged model's.
 """
 
 from __future__ import annotations
@@ -21,34 +21,41 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-SERVED = ("sdpa", "eager")
+from lit_did.batches.layout import Packing
+
+SUPPORTED = ("sdpa", "eager")
 PREFIX = "lit_did_"
-_OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # what transformers' sdpa takes besides
+_OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # other arguments of transformers' sdpa
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Of each batch's segments, the masks that its layers share; they go when the batch goes."""
+"""By the segments of a batch: the masks that all layers share. They are freed with the batch."""
 
 
 def implementation(model: nn.Module) -> str | None:
-    """The attention that `model` uses, as transformers names it."""
+    """The name that transformers gives to the attention of `model`."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return name if name is None else name.removeprefix(PREFIX)
 
 
-def packings(model: nn.Module) -> tuple[str, ...]:
-    """The ways in which `model`, of transformers, may keep the sequences of a row apart, best first.
+def packings(model: nn.Module) -> tuple[Packing, ...]:
+    """The ways in which a model of transformers may keep the sequences of a packed row apart, the fastest first.
 
-    "segments": it takes them as its `attention_mask`. "blocks": it takes what `block_mask` makes of them. "positions":
-    it tells sequences apart by `position_ids` that restart, as with flash attention.
+    "segments": its `attention_mask` holds the segments. "blocks": its `attention_mask` is the `block_mask` of the
+    segments. "positions": `position_ids` restart with every sequence, as flash attention needs it.
     """
     if not getattr(model, "_supports_attention_backend", False):
         return ("positions",)
     if implementation(model) == "flex_attention":
         return ("blocks", "positions")
-    return ("segments", "positions") if implementation(model) in SERVED else ("positions",)
+    return ("segments", "positions") if implementation(model) in SUPPORTED else ("positions",)
 
 
 def block_mask(segments: Tensor, device: torch.device) -> Any:
-    """The segments as flex attention takes them: a `BlockMask` that skips the blocks between them."""
+    """The `BlockMask` of flex attention for some segments. It skips the blocks between them.
+
+    Args:
+        segments: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`.
+        device: Where the model is.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     lengths, continues = segments[0, 0].T
@@ -63,9 +70,9 @@ def block_mask(segments: Tensor, device: torch.device) -> Any:
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Lets `model`, of transformers, take segments as its `attention_mask`."""
+    """Makes a model of transformers take segments as its `attention_mask`."""
     _register()
-    _rename(model, lambda name: PREFIX + name if name in SERVED else name)
+    _rename(model, lambda name: PREFIX + name if name in SUPPORTED else name)
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -80,9 +87,9 @@ def uses_packed_attention(model: nn.Module) -> bool:
 
 @contextmanager
 def packed_attention(model: nn.Module, packed: bool = True) -> Iterator[None]:
-    """`use_packed_attention`, or with `packed=False` `use_own_attention`, for a while.
+    """`use_packed_attention` within a block, or `use_own_attention` if `packed` is False.
 
-    Not enough where activations are recomputed in a later backward pass.
+    With gradient checkpointing the attention must stay for the backward pass, which runs layers again.
     """
     before = uses_packed_attention(model)
     try:
@@ -98,11 +105,12 @@ def _rename(model: nn.Module, rename: Callable[[str], str]) -> None:
         return
     names = _names(config, rename)
     if names != _names(config, lambda name: name):
-        model.set_attn_implementation(names)
+        transformers_model: Any = model
+        transformers_model.set_attn_implementation(names)
 
 
 def _names(config: Any, rename: Callable[[str], str]) -> dict[str, Any]:
-    """The attention of a configuration and of those within it, in the form that transformers sets them."""
+    """The attention of a configuration and its sub-configurations, as `set_attn_implementation` takes it."""
     within = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {}}
     own = getattr(config, "_attn_implementation", None)
     named = {key: _names(sub, rename) for key, sub in within.items() if sub is not None}
@@ -114,7 +122,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    for name in SERVED:
+    for name in SUPPORTED:
         AttentionInterface.register(PREFIX + name, _by_segments(name))
         AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
@@ -125,10 +133,11 @@ def _by_segments(name: str) -> Callable:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        inner = _eager(type(module)) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        kind: Any = type(module)
+        inner = _eager(kind) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         if attention_mask is None or attention_mask.dtype != torch.int64:
             return inner(module, query, key, value, attention_mask, **kwargs)
-        # Elsewhere not every kernel of sdpa takes expanded views.
+        # On other devices some sdpa kernels do not take expanded views.
         if name == "sdpa" and query.device.type == "cpu" and all(kwargs.get(x) is None for x in _OF_FEW_MODELS):
             inner = _sdpa
         return _attend_by_segments(inner, name == "eager", module, query, key, value, attention_mask, **kwargs)
@@ -138,15 +147,17 @@ def _by_segments(name: str) -> Callable:
 
 @lru_cache(maxsize=64)
 def _eager(kind: type[nn.Module]) -> Callable:
-    """The eager attention of a class of modules: a function of that name in the file of the class, or of its base."""
+    """The eager attention of a class of modules: `eager_attention_forward` in the file of the class or of a base."""
     for base in inspect.getmro(kind):
         found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         if found is not None:
             return found
-    raise TypeError(f"Expected eager_attention_forward beside {kind.__name__}, but {kind.__module__} has none.")
+    raise TypeError(
+        f"Expected the file of {kind.__name__} to define eager_attention_forward, but {kind.__module__} does not."
+    )
 
 
-@torch.compiler.disable  # its lengths differ with every batch
+@torch.compiler.disable  # lengths differ with every batch
 def _attend_by_segments(
     inner: Callable,
     explicit: bool,
@@ -158,7 +169,7 @@ def _attend_by_segments(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` wants a mask where it is causal too."""
+    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` needs a mask even if it is causal."""
     lengths, continues = segments[0, 0].T.tolist()
     masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -189,15 +200,17 @@ def _sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa_attention_forward` of one sequence.
+    """transformers' `sdpa_attention_forward` for one sequence.
 
-    Keys and values are not copied for every query head that shares them: heads are [keys' heads, query heads of each],
-    and those of keys and values expanded views.
+    Query heads are [key heads, query heads for each key head]. Keys and values are expanded views, so that they are not
+    copied for every query head.
     """
     heads = key.shape[1]
+    keys, values = (x[0][:, None].expand(-1, query.shape[1] // heads, -1, -1) for x in (key, value))
     output = nn.functional.scaled_dot_product_attention(
         query[0].unflatten(0, (heads, -1)),
-        *(x[0][:, None].expand(-1, query.shape[1] // heads, -1, -1) for x in (key, value)),
+        keys,
+        values,
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
@@ -207,7 +220,7 @@ def _sdpa(
 
 
 def _mask(queries: int, keys: int, sliding_window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, queries, keys]: 0 where a query, one of the last positions, attends; elsewhere the least of `dtype`."""
+    """[1, 1, queries, keys]: 0 where a query attends, else the least of `dtype`. Queries are the last positions."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]

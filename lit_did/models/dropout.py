@@ -1,6 +1,6 @@
-"""What a model draws at random in training mode: switching it off, and finding what is left.
+"""Dropout and other random numbers in training mode: they are switched off, and what is left of them is found.
 
-The log-ratio compares two models, not two draws of noise.
+Otherwise a log-ratio would compare two draws of noise, not two models.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _PROBE_TOKENS = 8
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Sets every probability of dropping something, and every noise, to 0: of modules and of their configurations."""
+    """Sets every dropout probability and every noise of the modules and their configurations to 0."""
     for owner, name, _ in _probabilities(model):
         setattr(owner, name, 0.0)
 
 
 def active_dropout(model: nn.Module) -> list[str]:
-    """Names of the modules that would drop something in a training forward pass."""
+    """Names of the modules with active dropout."""
     return [
         name
         for name, module in model.named_modules()
@@ -36,13 +36,13 @@ def active_dropout(model: nn.Module) -> list[str]:
 
 @torch.compiler.disable  # hooks, and passes that are not compiled
 def random_modules(model: nn.Module, input_ids: Tensor) -> list[str]:
-    """Names of the innermost modules that draw random numbers in training mode, or answer differently in two passes.
+    """Names of the innermost modules that draw random numbers, or whose outputs differ between two equal passes.
 
-    Some draw numbers that change gradients alone, such as routers that estimate theirs.
+    Some draw numbers that change gradients only, such as routers that estimate their gradients.
 
     Args:
-        model: A causal language model, in the mode that it is trained in.
-        input_ids: [1, T] int64; a few of them are enough.
+        model: A causal language model, in the mode in which it is trained.
+        input_ids: [1, T] int64. The first few are used.
     """
     with random_numbers_kept(input_ids.device), torch.no_grad():
         one, other = (_record(model, input_ids[:, :_PROBE_TOKENS], seed) for seed in (0, 1))
@@ -59,11 +59,11 @@ class _Call(NamedTuple):
     inputs: list[Tensor]
     outputs: list[Tensor]
     drew: bool
-    """whether torch's random numbers went on"""
+    """Whether the state of torch's random numbers changed."""
 
 
 def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, _Call]:
-    """Every module's first call."""
+    """The first call of every module in a forward pass that starts from `seed`."""
     torch.default_generator.manual_seed(seed)
     if input_ids.device.type == "cuda":
         with torch.cuda.device(input_ids.device):
@@ -82,15 +82,15 @@ def _record(model: nn.Module, input_ids: Tensor, seed: int) -> dict[str, _Call]:
             states.setdefault(name, state())
 
         def after(_: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-            if name not in record:  # copies: what a module is given may be changed in place later
-                tensors = ([t.clone() for t in _tensors(values)] for values in ((args, kwargs), output))
-                record[name] = _Call(*tensors, drew=not torch.equal(state(), states[name]))
+            if name not in record:  # copies, because the tensors may be changed in place later
+                inputs, outputs = ([t.clone() for t in _tensors(values)] for values in ((args, kwargs), output))
+                record[name] = _Call(inputs, outputs, drew=not torch.equal(state(), states[name]))
 
         handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with torch.compiler.set_stance("force_eager"):
-            # Not every model can make a cache.
+            # Some models fail to make a cache.
             options = {"use_cache": False} if "use_cache" in inspect.signature(inner(model).forward).parameters else {}
             model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
     finally:
@@ -111,7 +111,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _same(tensors: list[Tensor], others: list[Tensor]) -> bool:
-    """Up to rounding: some kernels of a GPU add in an order of their own."""
+    """Whether the tensors are the same up to rounding. Some GPU kernels add in a different order in each run."""
     return len(tensors) == len(others) and all(
         a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
         for a, b in zip(tensors, others, strict=True)
@@ -123,7 +123,7 @@ def _within(name: str, outer: str) -> bool:
 
 
 def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[tuple[Any, str, float]]:
-    """Owner, attribute and value of all that is above 0."""
+    """Owner, attribute and value of every probability above 0."""
     seen = set()
     for module in model.modules() if deep else [model]:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -134,14 +134,14 @@ def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[tuple[Any, s
                 continue
             seen.add(id(owner))
             for name, value in list(vars(owner).items()):
-                # PhiMoE's routers use theirs in eval mode too: that one may not change.
+                # PhiMoE's routers also use their jitter in eval mode, so it is part of the model.
                 used = "jitter" in name and type(owner).__name__.startswith("Phimoe")
                 if type(value) is float and value > 0 and any(mark in name for mark in _MARKS) and not used:
                     yield owner, name, value
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those within it."""
+    """A configuration and its sub-configurations."""
     if config is None or not _is_config(config):
         return
     yield config

@@ -1,4 +1,4 @@
-"""Which part of somebody's module is the policy, and which its reference."""
+"""Finds the policy and its reference among the children of any module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 
 def find_policy(module: nn.Module, name: str | None) -> nn.Module:
-    """The policy of `module`: the attribute `name`, or its one child that is a causal language model and trains.
+    """The policy of `module`.
+
+    Args:
+        module: Any module, such as another LightningModule.
+        name: The policy's attribute, such as "net.lm". None: the one child that is a causal language model with
+            trainable parameters.
 
     Raises:
         ValueError: There is no such attribute, or not exactly one such child.
@@ -31,13 +36,13 @@ def find_policy(module: nn.Module, name: str | None) -> nn.Module:
     if len(found) != 1:
         raise ValueError(
             f"Expected one child of {type(module).__name__} to be a causal language model that trains, but got "
-            f"{len(found)}{_names(module)}: name it with `policy`, freeze the reference, or give `logits_fn`."
+            f"{len(found)}{_names(module)}. Name it with `policy`, freeze the reference, or pass `logits_fn`."
         )
     return found[0]
 
 
 def find_attribute(module: nn.Module, name: str) -> nn.Module | None:
-    """The part of `module` that `name` names, such as "net.lm"; None if there is none."""
+    """The submodule with the attribute `name`, such as "net.lm". None: there is none."""
     try:
         found = attrgetter(name)(module)
     except AttributeError:
@@ -46,12 +51,18 @@ def find_attribute(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
-    """The reference beside `policy`: the one child that is a causal language model without parameters that train.
+    """The reference of `policy`: the other child that is a causal language model, without trainable parameters.
 
-    None stands for the policy, a PeftModel, with its adapter off.
+    Args:
+        module: The module that holds both.
+        policy: The policy.
+
+    Returns:
+        The reference. None: there is none, and the policy is a PeftModel, whose reference is itself with its adapter
+        off.
 
     Raises:
-        ValueError: There is not exactly one, and the policy is no PeftModel whose adapter can be switched off.
+        ValueError: There is not exactly one, and the policy is not a PeftModel, or trains more than its adapter.
     """
     found = [child for child in _language_models(module).values() if child is not policy and not _trains(child)]
     if len(found) == 1:
@@ -59,15 +70,15 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
     if not found and is_peft(unwrapped(policy)):
         check_adapter_is_all_that_trains(unwrapped(policy))
         return None
-    hint = "give `reference` or `logits_fn`"
+    hint = "Pass `reference` or `logits_fn`."
     if getattr(getattr(module, "hparams", None), "cache_reference", None) is not None:
         hint = (
-            "with `cache_reference` the reference's layers are freed. LitDPO logs these metrics itself; for a callback "
-            "beside it, give `logits_fn=lambda module, batch: module(batch)`"
+            "With `cache_reference` the reference's layers are freed. LitDPO logs these metrics itself. For a callback "
+            "beside it, pass `logits_fn=lambda module, batch: module(batch)`."
         )
     raise ValueError(
         f"Expected one child of {type(module).__name__} to be a causal language model that does not train, or the "
-        f"policy to be a PeftModel, but got {len(found)}{_names(module)}: {hint}."
+        f"policy to be a PeftModel, but got {len(found)}{_names(module)}. {hint}"
     )
 
 

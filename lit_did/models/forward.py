@@ -1,4 +1,4 @@
-"""What a language model says at completion tokens: last hidden states and the output layer, or logits."""
+"""The outputs of a language model at completion tokens: last hidden states with the output layer, or logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_did.models.wrappers import compiled_like, inner, unwrapped
 
 
 class OutputLayer(NamedTuple):
-    """logits = scale (hidden weight^T + bias), and with a softcap: softcap tanh(logits / softcap)."""
+    """logits = scale (hidden weight^T + bias). With a softcap, logits are softcap tanh(logits / softcap)."""
 
     weight: Tensor
     """[V, H]"""
@@ -26,13 +26,13 @@ class OutputLayer(NamedTuple):
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of `hidden` [..., H]."""
+        """The logits [..., V] of last hidden states [..., H]."""
         logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class Outputs(NamedTuple):
-    """What one model says at completion tokens: last hidden states with their output layer, or else logits."""
+    """One model's outputs at completion tokens: last hidden states and the output layer, or else logits."""
 
     hidden: Tensor | None
     """[completion tokens, H]"""
@@ -40,7 +40,7 @@ class Outputs(NamedTuple):
     logits: Tensor | None
     """[completion tokens, V]"""
     auxiliary_loss: Tensor | None = None
-    """of a mixture of experts, if its configuration asks for it: times its coefficient, as transformers adds it"""
+    """The load-balancing loss of a mixture of experts times its coefficient, if the configuration asks for it."""
 
     def to(self, device: torch.device) -> Outputs:
         """The same, on `device`."""
@@ -60,14 +60,15 @@ class Outputs(NamedTuple):
 
 
 def completion_outputs(model: nn.Module, layout: Layout, body: nn.Module | None) -> Outputs:
-    """What `model` says at the completion tokens of `layout`.
+    """The outputs of `model` at the completion tokens of `layout`.
 
     Args:
-        layout: One that `model` takes (`lit_did.models.trial.layout_of`).
-        body: The model without its output layer, of which the logits are a linear layer's; None: it has none such.
+        model: A causal language model.
+        layout: A layout that the model takes, see `lit_did.models.trial.layout_of`.
+        body: The model without its output layer, see `find_body`. None: the outputs are logits.
 
     Raises:
-        TypeError: The model is no causal language model.
+        TypeError: The model is not a causal language model.
     """
     if body is not None:
         return Outputs(completion_hidden(model, layout, body), output_layer(model), None)
@@ -76,7 +77,7 @@ def completion_outputs(model: nn.Module, layout: Layout, body: nn.Module | None)
 
 
 def completion_hidden(model: nn.Module, layout: Layout, body: nn.Module) -> Tensor:
-    """The last hidden states [completion tokens, H] that predict each."""
+    """The last hidden states [completion tokens, H] that predict the completion tokens."""
     parameters = inspect.signature(unwrapped(body).forward).parameters
     options = {"use_cache": False} if "use_cache" in parameters else {}
     with attention_for(model, layout):
@@ -88,15 +89,17 @@ def completion_hidden(model: nn.Module, layout: Layout, body: nn.Module) -> Tens
 
 
 def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The logits [completion tokens, V] that predict each, from the model's own forward pass, and its auxiliary loss.
+    """The logits [completion tokens, V] of the model's own forward pass, and its auxiliary loss.
 
-    Models that can, skip the output layer where no sequence has a completion token.
+    A model that takes `logits_to_keep` skips the output layer at positions that predict no completion token.
     """
-    parameters = inspect.signature(inner(model).forward).parameters
+    parameters, name = inspect.signature(inner(model).forward).parameters, type(inner(model)).__name__
     options = {"use_cache": False} if "use_cache" in parameters else {}
     takes = "input_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {type(model).__name__}.")
+        raise TypeError(
+            f"Expected a causal language model that takes `input_ids`, but got {type(inner(model)).__name__}."
+        )
     results, auxiliary = [], []
     with attention_for(model, layout):
         for inputs, rows in _passes(layout, _forgetting(model, layout, options)):
@@ -107,10 +110,10 @@ def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor 
             logits = getattr(output, "logits", None)
             shape = (len(inputs["input_ids"]), length if kept is None else len(kept))
             if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != shape:
-                got = "nothing of that name" if logits is None else f"the shape {tuple(logits.shape)}"
+                got = f"`logits` of the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no `logits`"
                 raise TypeError(
-                    "Expected a causal language model, which returns `logits` [sequences, T, V], but "
-                    f"{type(inner(model)).__name__} returned {got}."
+                    "Expected a causal language model that returns `logits` [sequences, T, V], but "
+                    f"{name} returned {got}."
                 )
             results.append(logits.flatten(0, 1)[rows] if kept is None else logits[rows // length, column])
             if adds_auxiliary_loss(model):
@@ -120,7 +123,7 @@ def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor 
 
 
 def output_layer(model: nn.Module) -> OutputLayer:
-    """The layer that turns what `completion_hidden` returns into logits."""
+    """The layer that turns last hidden states into logits."""
     layer, config = inner(model).get_output_embeddings(), text_config(model)
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere's
@@ -131,18 +134,20 @@ def output_layer(model: nn.Module) -> OutputLayer:
 
 
 def find_body(model: nn.Module) -> nn.Module | None:
-    """The model without its output layer, where that is a plain linear layer of last hidden states; else None.
+    """The model without its output layer, if the output layer is a plain linear one. Otherwise None.
 
-    What the layer and its configuration do not show is for a trial to find (`lit_did.models.trial`).
+    The logits may still not be the layer's outputs for the last hidden states. A trial finds that out, see
+    `lit_did.models.trial`.
     """
     base = inner(model)
     body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
     layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    # No subclass: an adapter or a quantised weight would be passed by. No shards: they are whole inside a forward pass.
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dim() == 2
-    if body is None or not plain or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+    # No subclass: an adapter or a quantised weight would be left out. No shards: they are whole only in forward passes.
+    if body is None or type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return None
-    if _manages(model, layer) or adds_auxiliary_loss(model):  # the model's own forward pass does what is needed
+    if layer.weight.dim() != 2 or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return None
+    if _manages(model, layer) or adds_auxiliary_loss(model):  # only the model's own forward pass does what is needed
         return None
     known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
@@ -151,7 +156,7 @@ def find_body(model: nn.Module) -> nn.Module | None:
 
 
 def _manages(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` manages the layer; between passes its weight may look whole."""
+    """Whether `torch.distributed.fsdp.fully_shard` manages the layer. Its weight may look whole between passes."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -160,7 +165,7 @@ def _manages(model: nn.Module, layer: nn.Module) -> bool:
 
 
 def adds_auxiliary_loss(model: nn.Module) -> bool:
-    """Whether `model` is a mixture of experts whose configuration asks for its load-balancing loss."""
+    """Whether `model` is a mixture of experts whose configuration asks for the load-balancing loss."""
     return bool(getattr(text_config(model), "output_router_logits", False)) and bool(_auxiliary_coefficient(model))
 
 
@@ -169,7 +174,7 @@ def _auxiliary_coefficient(model: nn.Module) -> float:
 
 
 def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
-    """The attention that `layout` needs, while the model runs; nothing changes where it is in effect already."""
+    """Switches `model` to the attention that `layout` needs, while it runs."""
     packed = layout.packing == "segments"
     if packed == attention.uses_packed_attention(inner(model)):
         return nullcontext()
@@ -177,13 +182,16 @@ def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, which one of text and images has within its own; None: there is none."""
-    config = getattr(inner(model), "config", None)
+    """The configuration of the language model, which is a part of the configuration of a model for text and images.
+
+    None: the model has no configuration.
+    """
+    config: Any = getattr(inner(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def num_embeddings(model: nn.Module) -> int | None:
-    """The number of the model's input embeddings: its vocabulary, perhaps padded. None: the model does not show it."""
+    """The number of the model's input embeddings: its vocabulary, perhaps padded. None: it cannot be read."""
     embeddings = input_embeddings(model)
     weight = getattr(embeddings, "weight", None)
     rows = None if weight is None or weight.dim() != 2 else weight.shape[0]
@@ -191,19 +199,19 @@ def num_embeddings(model: nn.Module) -> int | None:
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's input embeddings. None: the model does not show them."""
+    """The model's input embeddings. None: the model has no method that returns them."""
     base = inner(model)
     return base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
 
 
 def num_positions(model: nn.Module) -> float:
-    """How many positions the configuration speaks of; infinity: of none."""
+    """The number of positions in the configuration. Infinity: the configuration does not limit them."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else float("inf")
 
 
-def _forgetting(model: Callable, layout: Layout, options: dict[str, Any]) -> Callable[[], None]:
-    """What makes the model forget the row before: a forward pass over one token."""
+def _forgetting(model: nn.Module, layout: Layout, options: dict[str, Any]) -> Callable[[], None]:
+    """A function that makes the model forget the previous row, by a forward pass over one token."""
 
     def reset() -> None:
         if layout.forgets:
@@ -214,7 +222,7 @@ def _forgetting(model: Callable, layout: Layout, options: dict[str, Any]) -> Cal
 
 
 def _passes(layout: Layout, reset: Callable[[], None]) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """The arguments of every forward pass, and the positions [completion tokens] in [rows * T] of its results."""
+    """The arguments of every forward pass, and the positions in [rows * T] of its outputs that are needed."""
     if layout.kind != "alone":
         yield layout.inputs, layout.rows
         return

@@ -1,52 +1,61 @@
-"""Forward passes that leave a model, and torch's random numbers, as they were."""
+"""Context managers for forward passes without side effects on a model or on torch's random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, without gradients.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into eval mode.
 
-    Every submodule has its own mode back afterwards: some may be in eval mode on purpose.
+    Afterwards every submodule has its own mode again, because some may be in eval mode on purpose.
     """
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into eval mode and switches gradients off."""
+    with eval_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
 def adapter_off(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
-    """`model`, a PeftModel, as its own reference: without its adapter, in eval mode, without gradients.
+    """Makes a PeftModel its own reference: without its adapter, in eval mode, without gradients.
 
     Args:
-        adapter: The name of an adapter that is put in its place, such as a frozen copy of its start.
+        model: The PeftModel.
+        adapter: The name of the adapter to use instead, such as a frozen copy of the first one's start. None: none.
     """
-    # peft makes every parameter of an adapter trainable when it puts it back.
+    peft: Any = model
+    active = peft.active_adapter
+    # peft makes every parameter of an adapter trainable when it activates the adapter again.
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = model.active_adapter
     try:
         with evaluating(model):
             if adapter is None:
-                with model.disable_adapter():
+                with peft.disable_adapter():
                     yield
             else:
                 try:
-                    model.set_adapter(adapter)
+                    peft.set_adapter(adapter)
                     yield
                 finally:
-                    model.set_adapter(active)
+                    peft.set_adapter(active)
     finally:
         for parameter, requires_grad in trains:
             parameter.requires_grad_(requires_grad)
@@ -54,7 +63,7 @@ def adapter_off(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Whatever random numbers are drawn, those after it are the same as without."""
+    """Restores the state of torch's random numbers, so that later draws are the same as without the block."""
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         yield

@@ -1,24 +1,24 @@
-"""What layout of a batch a model takes, found by comparing it with the untouched model.
+"""Finds the fastest layout of a batch in which a model gives right results, by a trial of the model.
 
-A model gives the same answers however its sequences lie, or it does not: some let packed sequences see each other, some
-depend on the position in the row, some on the longest sequence beside them. So each model is tried on sequences as long
-as the batch's, made of the batch's own tokens. The truth is the model as it is, given one sequence at a time: its
-logits, and where it is trained its gradients. The first layout that agrees is used, in this order:
+Some models let packed sequences see each other. Some depend on the position in the row, some on the longest sequence of
+the batch. So each model is tried on sequences as long as the batch's, made of the batch's own tokens. The truth is the
+unchanged model on one sequence at a time: its logits, and its gradients if it is trained. The first layout that agrees
+with the truth is used, in this order:
 
-    packed, with the beginning that a pair shares laid down once
+    packed, with the beginning that a pair shares in the row only once
     packed
     padded
     alone: one sequence at a time
 
-Where the fastest one that was asked for does not agree, one warning says so. A model in which a later token changes an
-earlier logit is refused.
+One warning reports that a slower layout is used than was asked for. A model in which a later token changes an earlier
+logit is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.batches import IGNORE_INDEX
-from lit_did.batches.layout import SHORTEST_SHARED, Layout, packed_layout, padded_layout
+from lit_did.batches.layout import SHORTEST_SHARED, Kind, Layout, Packing, packed_layout, padded_layout
 from lit_did.batches.sequences import Sequences
 from lit_did.models import attention
 from lit_did.models.forward import (
@@ -45,48 +45,47 @@ from lit_did.models.forward import (
     text_config,
 )
 from lit_did.models.loading import is_sharded
-from lit_did.models.quiet import random_numbers_kept
+from lit_did.models.quiet import eval_mode, random_numbers_kept
 from lit_did.models.wrappers import inner
 
-LEAST_LENGTH = 32  # tokens of the shortest trial: shorter batches are common, and not worth a trial each
-MOST_ROOM = 8192  # tokens of the rows that are tried beyond what a batch needs
-COMPARED = 32  # tokens of a sequence whose logits are compared: [32, V] is small beside a step's
-# Far above rounding, and below what another sequence's tokens change.
+LEAST_LENGTH = 32  # tokens: trials are at least this long, so that not every short batch needs a trial of its own
+MOST_ROOM = 8192  # tokens: up to here, rows are tried with more tokens than the batch needs
+COMPARED = 32  # tokens of a sequence whose logits are compared: [32, V] is small beside the logits of a step
+# Far above rounding, and far below the effect of another sequence's tokens.
 TOLERANCE = 1e-4  # of the largest logit
 CAUSAL_TOLERANCE = 1e-5
 HALF_TOLERANCE = 0.1  # of the logits' norm, in bfloat16 and float16
-DISTINCT = 8  # different tokens that a trial has at least, where the vocabulary has as many
+DISTINCT = 8  # a trial has at least this many different tokens, if the vocabulary has
 SHORT = SHORTEST_SHARED + 5  # tokens of the short sequence beside the long one
 MAX_GRADIENT_ELEMENTS = 2**24  # of the parameters whose gradients are compared, the smallest first: 64 MiB
 
 
 class Found(NamedTuple):
-    """What a model takes, tried on sequences of up to `length` tokens and rows of up to `row` tokens."""
+    """The fastest layout in which a model was right, for sequences of up to `length` and rows of up to `row` tokens."""
 
     key: tuple
-    """what else it depends on: whether packing was tried, the weights' dtype, autocast, the attention"""
+    """What else it depends on: whether packing was tried, the weights' dtype, autocast, the attention."""
     length: int
     row: int
     gradients: bool
-    """whether they were compared too"""
-    kind: str
-    """"packed", "padded" or "alone": see `Layout`"""
-    packing: str | None
+    """Whether gradients were compared too."""
+    kind: Kind
+    packing: Packing | None
     share: bool
-    """whether what pairs begin with in common may be laid down once"""
+    """Whether the beginning that a pair shares may be in the row only once."""
     forgets: bool
-    """whether the model keeps something of one forward pass for the next, until it is given one token"""
+    """Whether the model keeps state from one forward pass to the next, until it is given one token."""
 
 
 class _Model:
-    """What is known of one model."""
+    """What earlier trials of one model have found."""
 
     def __init__(self) -> None:
-        self.body: Callable | None = None
+        self.body: nn.Module | None = None
         self.body_tried: set[bool] = set()  # without and with gradients
         self.found: list[Found] = []
         self.warned: set[str] = set()
-        self.raised = ""  # by the last layout that it does not take
+        self.raised = ""  # by the last layout that the model does not take
 
 
 _known: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
@@ -101,27 +100,29 @@ def layout_of(
     share: bool = True,
     batch: Sequences | None = None,
 ) -> Layout:
-    """The sequences in the fastest layout in which `model` is right, on its device.
+    """The sequences in the fastest layout in which `model` gives right results, on its device.
 
     Args:
-        padding_free: End to end in one row, if the model is right then.
-        share: What pairs begin with in common once, if the model is right then.
-        batch: All sequences of which these are some, if all parts are to have one kind of layout.
+        model: A causal language model.
+        sequences: The sequences. With `share`, the chosen ones first, then the rejected ones in the same order.
+        padding_free: Whether to try the sequences end to end in one row.
+        share: Whether to try the beginning that a pair shares in the row only once.
+        batch: All sequences of the batch, if `sequences` are a micro-batch. All micro-batches get one kind of layout.
 
     Raises:
-        TypeError: The model is no causal language model.
+        TypeError: The model is not a causal language model.
         ValueError: The sequences are longer than the model has positions.
     """
     device = next(model.parameters()).device
-    if adds_auxiliary_loss(model):  # what follows the last label counts
+    if adds_auxiliary_loss(model):  # tokens after the last label count
         sequences, batch = sequences.whole(), None if batch is None else batch.whole()
     tried = sequences if batch is None else batch
     found = find(model, tried, padding_free=padding_free)
-    if found.packing == "positions" and not tried.positions_count_from_zero:  # they do not restart in every sequence
+    if found.packing == "positions" and not tried.positions_count_from_zero:  # so they do not mark the sequences
         found = find(model, tried, padding_free=False)
-    if found.kind == "packed":
+    if found.packing is not None:
         return _packed(sequences, device, found.packing, share and found.share)
-    if found.kind == "alone":  # what follows the last label may count
+    if found.kind == "alone":  # tokens after the last label may count
         sequences = sequences.whole()
         _check_positions(model, int(np.diff(sequences.cu_seqlens).max(initial=1)))
     return padded_layout(sequences, device)._replace(kind=found.kind, forgets=found.forgets)
@@ -129,12 +130,12 @@ def layout_of(
 
 @torch.compiler.disable
 def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
-    """What `model` says at the completion tokens of `layout`, which `layout_of` made for it."""
+    """The outputs of `model` at the completion tokens of `layout`, which `layout_of` returned for this model."""
     return completion_outputs(model, layout, _known[model].body)
 
 
 def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -> Found:
-    """What `model` takes of sequences such as these; tried where that is not known yet."""
+    """The fastest layout of such sequences in which `model` is right. If it is not known yet, a trial finds it."""
     known, sharded = _known.setdefault(model, _Model()), is_sharded(model)
     gradients = not sharded and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     lengths = np.diff(sequences.cu_seqlens)
@@ -143,20 +144,26 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -
     autocast = _is_wrapped(model) and torch.is_autocast_enabled(parameter.device.type)
     key = (padding_free, parameter.dtype, autocast, attention.implementation(inner(model)))
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
-    # What is right of longer ones is right of shorter ones. What is wrong of longer ones may be right of these.
+    # A layout that is right for longer sequences is right for these. One that is wrong for longer ones may be right.
     for found in tried:
         fastest = found.kind == ("packed" if padding_free else "padded") and not found.forgets
         if found.length >= length and found.row >= row and fastest:
             return found
     _check_positions(model, length)
     wanted = _bounds(model, length, row)
-    # What was wrong of a shorter row is wrong of a longer one, and the others take no rows.
+    # A layout that was wrong for a shorter row is wrong for a longer one. The other layouts have no long rows.
     failed = [found for found in tried if found.kind != "packed" and found.length <= wanted[0] and found.row <= row]
     for found in tried:
         if (found.length, found.row) == wanted or (found in failed and found.length == wanted[0]):
             return found
     if sharded and tried:  # a trial is a forward pass, which needs all processes at the same time
-        _warn(known, "longer", f"{_name(model)} is sharded and was tried on shorter sequences than {length} tokens.")
+        _warn(
+            known,
+            "longer",
+            f"{_name(model)} is sharded, so how it takes a batch was tried only once, on sequences of at most "
+            f"{max(found.length for found in tried)} tokens. This batch has sequences of {length} tokens, and its "
+            "results have not been checked. Put a batch with the longest sequences first.",
+        )
         return tried[0]
     if sharded:
         wanted, sequences = _agreed(model, wanted, sequences)
@@ -178,15 +185,15 @@ def _check_positions(model: nn.Module, length: int) -> None:
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     if any(limit <= table.num_embeddings <= limit + 8 for table in tables):
         raise ValueError(
-            f"Expected sequences of at most {limit} tokens, which {_name(model)} has positions for, but got {length}. "
+            f"Expected sequences of at most {limit} tokens, for which {_name(model)} has positions, but got {length}. "
             "Lower `max_length`."
         )
 
 
 def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
-    """Tokens of the trial's longest sequence and of its row, so that trials are few.
+    """The number of tokens of the trial's longest sequence and of its row: more than needed, so that trials are few.
 
-    Up to the next power of two; rows, whose depth takes a forward pass without gradients only, up to the one after it.
+    Sequences get the next power of two. Rows, which cost only a forward pass without gradients, get twice that.
     """
     limit = num_positions(model)
     longest = max(LEAST_LENGTH, 2 ** (length - 1).bit_length())
@@ -196,10 +203,10 @@ def _bounds(model: nn.Module, length: int, row: int) -> tuple[int, int]:
 
 
 def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tuple[tuple[int, int], Sequences]:
-    """The largest bounds of all processes, doubled, and the first one's sequences.
+    """The largest bounds of all processes, doubled, and the sequences of the first process.
 
-    Later batches may be longer, and there is one trial only. All processes try the same tokens, so that none stops
-    making forward passes while another goes on.
+    There is only one trial, and later batches may be longer. All processes try the same tokens, so that all make the
+    same number of forward passes.
     """
     length, row = wanted
     if torch.distributed.is_initialized():
@@ -214,7 +221,7 @@ def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tupl
 
 
 def _all_agree(model: nn.Module, right: bool) -> bool:
-    """Whether it is so on all processes that a sharded model's forward passes need."""
+    """Whether `right` holds on all processes that take part in the forward passes of a sharded model."""
     if not is_sharded(model) or not torch.distributed.is_initialized():
         return right
     verdict = torch.tensor(int(right), device=next(model.parameters()).device)
@@ -248,7 +255,7 @@ def _try(
     try:
         truth = _answer(model, None, alone, parameters)
     except AssertionError as error:
-        raise TypeError(f"Expected a model that gives gradients in eval mode, but {name} raised: {error}") from error
+        raise TypeError(f"Expected a model that has gradients in eval mode, but {name} raised: {error}") from error
     if gradients not in known.body_tried:
         known.body = find_body(model) if known.body is not None or not known.body_tried else None
         known.body_tried.add(gradients)
@@ -264,12 +271,12 @@ def _try(
             )
 
     def right(values: list[Layout], of_gradients: Layout) -> bool:
-        """Whether logits agree in some layouts, which may be long, and gradients in one, which is not."""
+        """Whether logits agree in some layouts, which may be long, and gradients in one, which is short."""
         try:
             agrees = all(_close(_answer(model, known.body, v, None).logits, truth.logits) for v in values) and (
                 parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
             )
-        except Exception as error:  # of a model that was given what it does not know, or more than fits
+        except Exception as error:  # the model does not know this layout, or it does not fit into memory
             known.raised = f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0][:200]}"
             agrees = False
         return _all_agree(model, agrees)
@@ -282,7 +289,7 @@ def _try(
         for share in (True, False) if packing != "positions" else (False,):
             if not _takes_positions(model):
                 continue
-            # Where beginnings are shared, the plain kind has to be right too: `share_prompts=False` takes it.
+            # With shared beginnings, the plain layout has to be right too, because `share_prompts=False` uses it.
             kinds = [(deep, share), (shallow, False)] if share else [(deep, False)]
             values = [_packed(some, device, packing, shared) for some, shared in kinds]
             if right(values, _packed(shallow, device, packing, share)):
@@ -292,7 +299,7 @@ def _try(
 
 
 def _warn_of(model: nn.Module, known: _Model, found: Found, padding_free: bool) -> None:
-    """Warns once where a model is not given the fastest layout that was asked for."""
+    """Warns once if the model does not get the fastest layout that was asked for."""
     name, kept = _name(model), _kept_tokens(model)
     effect = "Results are right, but training is slower."
     raised = f" (it raised {known.raised})" if known.raised else ""
@@ -302,57 +309,58 @@ def _warn_of(model: nn.Module, known: _Model, found: Found, padding_free: bool) 
         _warn(
             known,
             "alone",
-            f"{name} attends to the {kept} tokens of the highest scores. Equal scores, such as those of tokens that "
-            "come again, are ordered by their place in the row. So batches with longer sequences are given to it one "
-            f"sequence at a time. {effect}",
+            f"{name} attends to the {kept} tokens with the highest scores. The place in the row decides between equal "
+            "scores, such as those of repeated tokens. So batches with longer sequences run one sequence at a time. "
+            f"{effect}",
         )
     elif found.kind == "alone":
         _warn(
             known,
             "alone",
-            f"{name} gives other results when sequences of {found.length} tokens and of {SHORT} are padded to one "
+            f"{name} gives different results when sequences of {found.length} and of {SHORT} tokens are padded to one "
             f"length, or when tokens after the last label are left out{raised}. So batches with sequences this long "
-            f"are given to it one sequence at a time. {effect}",
+            f"run one sequence at a time. {effect}",
         )
     elif padding_free:
         _warn(
             known,
             "padded",
-            f"{name} gives other results when sequences lie end to end in one row (attention "
+            f"{name} gives different results when sequences lie end to end in one row (attention "
             f"{attention.implementation(inner(model))!r}){raised}, so they are padded instead. {effect}",
         )
 
 
 def _kept_tokens(model: nn.Module) -> float:
-    """How many tokens attention selects by their scores; infinity: it selects none."""
+    """The number of tokens that attention selects by their scores. Infinity: it attends to all."""
     config = text_config(model)
     kept = [getattr(config, name, None) for name in ("index_topk", "keep_window_size", "indexer_budget")]
     return min((k for k in kept if isinstance(k, int)), default=float("inf"))
 
 
 def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, name: str) -> bool:
-    """Whether the model must be made to forget between sequences.
+    """Whether the model keeps state between sequences, which a pass over one token removes.
 
     Raises:
-        TypeError: A later token changes an earlier logit.
-        ValueError: What one forward pass leaves for the next cannot be undone.
+        TypeError: A later token changes an earlier logit, or the logits are not of the vocabulary.
+        ValueError: The model keeps state, and a pass over one token does not remove it.
     """
     long, short = compared.select([0]), compared.select([1])
     half = len(long.input_ids) // 2
     other = long.input_ids.copy()
-    # One token again and again: what is merely put in another order hardly changes what weak attention sees.
+    # One token repeated: the same tokens in another order hardly change the result of weak attention.
     others = np.unique(long.input_ids)
     other[half:] = others[others != long.input_ids[half]][:1] if len(others) > 1 else short.input_ids[0]
-    # The last positions before it, which a window would show it, and some of all.
+    # The last positions before the change, which a window would show, and some of all positions.
     places = np.unique(
         np.concatenate([np.linspace(0, half - 1, COMPARED), np.arange(half - COMPARED, half)]).astype(int)
     )
     early = np.full(len(other), IGNORE_INDEX)
     early[places[places >= 0]] = 0
-    # Three quarters as long: what stretches its positions for the longest sequence may keep that for shorter ones.
+    # Three quarters as long: a model that stretches its positions for a long sequence may keep that for shorter ones.
     size = max(len(short.input_ids), 3 * len(long.input_ids) // 4)
-    middle = Sequences(*(array[:size] for array in long[:3]), np.array([0, size]))
-    middle = middle._replace(labels=np.where(np.arange(size) == size - 1, middle.input_ids, IGNORE_INDEX))
+    ids = long.input_ids[:size]
+    last = np.where(np.arange(size) == size - 1, ids, IGNORE_INDEX)
+    middle = Sequences(ids, long.position_ids[:size], last, np.array([0, size]))
 
     def logits(sequences: Sequences, forgets: bool = False) -> Tensor:
         layout = padded_layout(sequences, device)._replace(kind="alone", forgets=forgets)
@@ -362,17 +370,17 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     first = logits(middle, forgets=True)
     if first.shape[1] <= int(compared.input_ids.max(initial=0)):
         raise TypeError(
-            f"Expected a causal language model, but the logits of {name} are of {first.shape[1]} classes, fewer than "
-            "its input has tokens."
+            f"Expected a causal language model, but the logits of {name} have {first.shape[1]} classes, fewer than "
+            "the tokens of the batch need."
         )
     if len(other) > 3:
         expected = logits(long._replace(labels=early))
-        # The same shapes: only a kernel that groups tokens, such as experts', may round otherwise.
+        # The shapes are the same, so only a kernel that groups tokens, such as experts', may round differently.
         if not _close(logits(long._replace(input_ids=other, labels=early)), expected, CAUSAL_TOLERANCE):
             raise TypeError(
-                f"Expected a causal language model, but in {name} a later token changes an earlier logit, so it would "
-                "see the tokens that it is to predict. Pass a decoder; some encoders become one with `is_decoder=True` "
-                "in their configuration."
+                f"Expected a causal language model, but in {name} a later token changes an earlier logit. It would "
+                "see the tokens that it has to predict. Pass a decoder. Some encoders become one with "
+                "`is_decoder=True` in their configuration."
             )
     logits(long)
     if _close(logits(middle), first):
@@ -380,36 +388,36 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     logits(long)
     if not _close(logits(middle, forgets=True), first):
         raise ValueError(
-            f"Expected a model whose forward pass depends on its arguments alone, but {name} answered differently "
-            "after another sequence."
+            f"Expected a model whose outputs depend on its arguments only, but {name} returned different logits for "
+            "the same sequence after another one."
         )
     return True
 
 
 def _trial_sequences(batch: Sequences, longest: int, row: int, vocabulary: int) -> Sequences:
-    """Pairs with a beginning in common, of the batch's tokens; of the last pair, a long and a short one, some labelled.
+    """Pairs made of the batch's tokens. The last pair, a long and a short sequence, has a common beginning and labels.
 
-    The pairs before it fill the row, so that the last one lies deep in it.
+    The pairs before it fill the row, so that the last pair lies deep in it.
     """
     tokens = batch.input_ids
-    if len(np.unique(tokens)) < DISTINCT:  # attention over equal values is the same whatever it attends to
+    if len(np.unique(tokens)) < DISTINCT:  # attention over equal values does not depend on what it attends to
         tokens = np.concatenate([tokens[:DISTINCT], np.arange(min(vocabulary, 2 * DISTINCT))])
     tokens = np.resize(tokens, 2 * longest + SHORT)
     long = tokens[:longest]
-    # Another continuation than the long one's, where the batch has two different tokens.
+    # Its continuation differs from the long one's.
     short = np.concatenate([long[:SHORTEST_SHARED], long[SHORTEST_SHARED : SHORT + 1][::-1][: SHORT - SHORTEST_SHARED]])
     fill = max(0, row - (longest - 1) - (SHORT - 1))
-    # No longer than `row` in all: some models have no room for more.
+    # At most `row` tokens in all, because some models have no positions for more.
     lengths = [longest] * (fill // longest) + [fill % longest] * (fill % longest > 0)
     if len(lengths) % 2:  # a pair each
         last = lengths.pop()
         lengths += [last - last // 2, last // 2] if last > 1 else []
-    # Each begins elsewhere in the tokens, so that they share no beginning.
+    # Each starts at another of the tokens, so that they have no common beginning.
     fillers = [np.roll(tokens, -1 - i)[:length] for i, length in enumerate(lengths or [SHORT, SHORT])]
     half = len(fillers) // 2
     ids = [*fillers[:half], long, *fillers[half:], short]
-    # Of the last pair, the last token is only predicted. A model whose answers depend on the number of tokens is given
-    # it all the same.
+    # The last token of the last pair's sequences is predicted, but it is no input. Models whose outputs depend on the
+    # number of tokens get it anyway.
     rests = [np.empty((2, 0), dtype=np.int64)] * len(ids)
     for at in (half, 2 * half + 1):
         if len(ids[at]) > 1:
@@ -417,7 +425,7 @@ def _trial_sequences(batch: Sequences, longest: int, row: int, vocabulary: int) 
             ids[at] = ids[at][:-1]
     labels = [np.full(len(i), IGNORE_INDEX) for i in ids]
     for at in (half, 2 * half + 1):
-        # The label is the token itself, any token will do; the last ones are as far from the beginning as can be.
+        # Any token can be the label, so it is the input token. Places are spread over the whole sequence.
         places = np.unique(np.linspace(0, len(ids[at]) - 1, min(COMPARED, len(ids[at]))).astype(int))
         labels[at][places] = ids[at][places]
     cu_seqlens = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
@@ -425,7 +433,7 @@ def _trial_sequences(batch: Sequences, longest: int, row: int, vocabulary: int) 
     return Sequences(np.concatenate(ids), positions, np.concatenate(labels), cu_seqlens, tuple(rests))
 
 
-def _answer(model: nn.Module, body: Callable | None, layout: Layout, parameters: list[Tensor] | None) -> _Answer:
+def _answer(model: nn.Module, body: nn.Module | None, layout: Layout, parameters: list[Tensor] | None) -> _Answer:
     with torch.set_grad_enabled(parameters is not None):
         if body is None:
             logits = completion_logits(model, layout)[0]
@@ -443,10 +451,11 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
         return False
     if truth.gradients is None:
         return True
+    assert answer.gradients is not None
     autocast = torch.is_autocast_enabled(truth.logits.device.type)
     half = autocast or _is_half(truth.logits) or _is_half(truth.gradients[0])
     tolerance = 2 * HALF_TOLERANCE if half else 1e-3
-    # A gradient of nearly 0, such as of a bias that the softmax cancels, is rounding: it counts beside the others.
+    # A gradient near 0, such as that of a bias that the softmax cancels, is rounding. It is compared with the others.
     norms = [gradient.float().norm() for gradient in truth.gradients]
     least = 1e-2 * torch.stack(norms).norm()
     return all(
@@ -456,10 +465,10 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
 
 
 def _close(logits: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether they differ by rounding alone; NaN equals NaN, so that broken weights are no inability."""
+    """Whether they differ by rounding only. NaN equals NaN, so that broken weights do not change the layout."""
     half = _is_half(expected) or torch.is_autocast_enabled(expected.device.type)
     logits, expected = logits.float(), expected.float()
-    if half:  # as a whole: single logits may be off by much in deep models
+    if half:  # compared as a whole, because single logits may differ a lot in deep models
         same = torch.isfinite(logits) == torch.isfinite(expected)
         logits, expected = (x.nan_to_num(0, 0, 0) for x in (logits, expected))
         centred = expected - expected.mean(-1, keepdim=True)  # what the softmax sees
@@ -469,7 +478,7 @@ def _close(logits: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bo
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    """Whether somebody has put another forward pass in the place of the class's."""
+    """Whether another function has replaced the forward method of the model's class."""
     return any("forward" in vars(part) for part in (model, inner(model)))
 
 
@@ -478,8 +487,9 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def _some_parameters(model: nn.Module) -> list[Tensor]:
-    """Trained parameters, the smallest first: some of every layer, whose gradients depend on all layers above."""
-    chosen, left = [], MAX_GRADIENT_ELEMENTS
+    """The smallest trained parameters. They are in every layer, and their gradients depend on all layers above."""
+    chosen: list[Tensor] = []
+    left = MAX_GRADIENT_ELEMENTS
     for parameter in sorted((p for p in model.parameters() if p.requires_grad), key=Tensor.numel):
         if chosen and parameter.numel() > left:
             break
@@ -490,25 +500,19 @@ def _some_parameters(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, without autocast, not compiled, with its own attention; random numbers as without."""
-    training = [module for module in model.modules() if module.training]
+    """Runs `model` in eval mode, with its own attention, without autocast or compilation. Restores random numbers."""
     with (
+        eval_mode(model),
         random_numbers_kept(next(model.parameters()).device),
         attention.packed_attention(inner(model), packed=False),
-        # In the precision of the weights. A forward pass that somebody wrapped, such as accelerate, may bring autocast.
+        # In the precision of the weights. A replaced forward method, such as accelerate's, may bring its own autocast.
         nullcontext() if _is_wrapped(model) else torch.autocast(next(model.parameters()).device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
-def _packed(sequences: Sequences, device: torch.device, packing: str, share: bool) -> Layout:
+def _packed(sequences: Sequences, device: torch.device, packing: Packing, share: bool) -> Layout:
     layout = packed_layout(sequences, device, share=share)._replace(packing=packing)
     if packing == "segments":
         return layout

@@ -43,10 +43,9 @@ def compiled_like(model: nn.Module, part: nn.Module) -> nn.Module:
         part: A module inside it.
     """
     whole: Any = model
-    if hasattr(whole, "dynamo_ctx"):  # torch.compile(model, ...) keeps its options there
-        return whole.dynamo_ctx(part)
-    compiled = any(m._compiled_call_impl is not None for m in (model, inner(model)))  # by model.compile()
-    return torch.compile(part) if compiled else part
+    compiler: Any = getattr(whole, "dynamo_ctx", torch.compile)  # torch.compile(model, ...) keeps its options there
+    in_place = any(m._compiled_call_impl is not None for m in (model, inner(model)))  # by model.compile()
+    return compiler(part) if in_place or hasattr(whole, "dynamo_ctx") else part
 
 
 def adapter_marks(model: nn.Module) -> tuple[str, ...]:

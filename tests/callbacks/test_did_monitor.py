@@ -470,7 +470,7 @@ class Two(Own):
     ("module", "options", "message"),
     [
         (lambda: Two(), {}, r"one child of Two to be a causal language model that trains, but got 2 \(.*net, frozen"),
-        (lambda: Own(tiny_llama(0)), {}, "policy to be a PeftModel, but got 0 .*: give `reference` or `logits_fn`"),
+        (lambda: Own(tiny_llama(0)), {}, "policy to be a PeftModel, but got 0 .*. Pass `reference` or `logits_fn`"),
         (lambda: Two(), {"policy": "nett"}, "`policy` to be an attribute of Two, but got 'nett'"),
         (lambda: Two(), {"policy": "training"}, r"`policy` \('training'\) to be a module, but got bool"),
         (

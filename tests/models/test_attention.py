@@ -180,7 +180,7 @@ def test_eager_attention_is_that_of_the_class_or_of_its_base():
 
     assert attention._eager(Mine) is attention._eager(modeling_llama.LlamaAttention)
     assert attention._eager(Mine) is modeling_llama.eager_attention_forward
-    with pytest.raises(TypeError, match=r"Expected eager_attention_forward beside Linear"):
+    with pytest.raises(TypeError, match="Expected the file of Linear to define eager_attention_forward"):
         attention._eager(torch.nn.Linear)
 
 

@@ -238,7 +238,7 @@ def test_what_a_layout_raised_is_told():
 
     model = of_class(Fussy)
     model.lm_head.register_forward_hook(lambda m, i, o: o)  # the whole model is called, not its body
-    with pytest.warns(UserWarning, match=r"gives other results .*raised RuntimeError: one sequence, please"):
+    with pytest.warns(UserWarning, match=r"gives different results .*raised RuntimeError: one sequence, please"):
         assert layout_of(model, of_lengths(20, 15)).kind == "alone"
 
 
@@ -299,7 +299,7 @@ def test_positions_beyond_the_model(name):
     more = {"word_embed_proj_dim": 32, "ffn_dim": 48} if name == "OPT" else {}
     model = build(name, max_position_embeddings=48, **more)
     assert assert_right_on(model, of_lengths(48, 20)) in ("packed", "padded")
-    with pytest.raises(ValueError, match=rf"at most 48 tokens, which {name}.* has positions for, but got 49"):
+    with pytest.raises(ValueError, match=rf"at most 48 tokens, for which {name}.* has positions, but got 49"):
         layout_of(model, of_lengths(49, 20))
 
 
@@ -310,20 +310,20 @@ def test_positions_beyond_the_model(name):
         (lambda: transformers.BertForMaskedLM(_bert()), "in BertForMaskedLM a later token changes an earlier logit"),
         (
             lambda: transformers.LlamaForSequenceClassification(build("Llama").config),
-            "which returns `logits`.*LlamaForSequenceClassification returned the shape",
+            "that returns `logits`.*LlamaForSequenceClassification returned `logits` of the shape",
         ),
         (
             lambda: transformers.LlamaForTokenClassification(build("Llama").config),
-            "logits of LlamaForTokenClassification are of 2 classes",
+            "logits of LlamaForTokenClassification have 2 classes",
         ),
         (
             lambda: transformers.LlamaForQuestionAnswering(build("Llama").config),
-            "which returns `logits`.*LlamaForQuestionAnswering returned nothing",
+            "that returns `logits`.*LlamaForQuestionAnswering returned no `logits`",
         ),
     ],
 )
 def test_models_that_are_no_causal_language_models(make, message):
-    with pytest.raises(TypeError, match=f"Expected a causal language model, .*{message}"):
+    with pytest.raises(TypeError, match=f"Expected a causal language model.*{message}"):
         layout_of(make().eval(), of_lengths(20, 15))
 
 

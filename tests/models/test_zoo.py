@@ -228,7 +228,7 @@ def check_sampling(policy: nn.Module, reference: nn.Module) -> bool:
             max_new_tokens=10,  # beyond windows and chunks
             eos_token_id=None,
             num_samples=8,
-            islands=4,
+            num_islands=4,
             ess_threshold=1.0,
             progress=False,
         )

@@ -461,7 +461,7 @@ def test_monitored(tmp_path):
     """The monitor runs models itself: of a reference without layers it tells, and takes what LitDPO says instead."""
     with pytest.raises(
         ValueError,
-        match=r"with `cache_reference` the reference's layers are freed.* `logits_fn=lambda module, batch: mod",
+        match=r"With `cache_reference` the reference's layers are freed.* `logits_fn=lambda module, batch: mod",
     ):
         fit(pairs_of(tmp_path / "bare"), loader(TRAIN, 3), callbacks=[DIDMonitor(every_n_steps=1)])
     for lora, monitor in (
