@@ -1,1 +1,1 @@
-"""Other trainers: `lit_did.integrations.trl`, for TRL's DPOTrainer and the Trainer of transformers."""
+"""Callbacks for other trainers: `lit_did.integrations.trl` for TRL and the Trainer of transformers."""

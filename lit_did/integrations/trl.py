@@ -1,4 +1,4 @@
-"""DIDCallback: logs the DID's metrics from TRL's DPOTrainer, or any transformers Trainer with a preference batch."""
+"""DIDCallback: logs the DID's metrics from TRL's DPOTrainer, or from any transformers Trainer of preference pairs."""
 
 from __future__ import annotations
 
@@ -25,37 +25,46 @@ from lit_did.ops import SequenceStatistics
 
 
 class DIDCallback(TrainerCallback):
-    """Logs `lit_did.metrics.DIDMetrics` through the trainer's own `log`, so to whatever its `report_to` names.
+    """Logs the metrics of `lit_did.metrics.DIDMetrics` through the trainer's own `log`.
 
-    Training: `did/...` every `every_n_steps` steps, over all micro-batches of that step and all processes, measured
-    before the step, with the weights that its loss is of. Evaluation: `eval_did/...` over the whole data set, among the
-    metrics that `trainer.evaluate()` logs and returns, so that `metric_for_best_model="eval_did/reward_accuracy"` and
-    early stopping work; `trainer.predict()` returns `test_did/...`.
+    They go wherever the trainer's `report_to` sends its metrics.
 
-    It measures with forward passes of its own, in eval mode and without gradients, and leaves modes, gradients and
-    random numbers as they were, and the trainer's own metrics in their own log entries: training is the same to the bit
-    with and without it. A measured batch costs two more forward passes.
+    - In training it logs `did/...` every `every_n_steps` steps, over all micro-batches of the step and all processes.
+      It measures before the step, with the weights that the step's loss is computed with.
+    - In evaluation it adds `eval_did/...` over the whole data set to the metrics that `trainer.evaluate()` logs and
+      returns. `metric_for_best_model="eval_did/reward_accuracy"` and early stopping work with them.
+      `trainer.predict()` returns `test_did/...`.
+
+    The callback runs its own forward passes, in eval mode and without gradients: two for every batch that is measured.
+    It leaves modes, gradients, random numbers and the trainer's own log entries unchanged. Training gives the same bits
+    with and without it.
 
     Args:
-        trainer: The trainer, which the callback is then added to: `trainer.add_callback(DIDCallback(trainer))`. Its
-            batches are read as `lit_did.batches.reading.read_batch` tells.
-        reference: A model, or the name or path of one. None: the trainer's `ref_model`; without one, of a PeftModel,
-            its adapter "ref" where TRL has made one, else itself with its adapter off.
+        trainer: The trainer. Add the callback to the same trainer: `trainer.add_callback(DIDCallback(trainer))`.
+            `lit_did.batches.reading.read_batch` describes the batches that can be read.
+        reference: A model, or the name or path of one. None: the trainer's `ref_model`. If it has none and its model is
+            a PeftModel, the reference is the adapter "ref" if TRL made one, and otherwise the model with its adapter
+            off.
         beta: DPO's inverse temperature. None: the trainer's `beta`, or 0.1.
-        every_n_steps: Steps from one measurement in training to the next; 0: none. None: as the trainer logs, with
-            `logging_strategy="steps"` at its `logging_steps` and `logging_first_step`, otherwise not at all.
-        pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
-            order, as DPOTrainer has them; batches that hold none are refused. False leaves out the metrics of pairs.
-            None: False for TRL's trainers whose batches are not pairs, such as KTOTrainer and SFTTrainer, else True.
-        metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`.
+        every_n_steps: Steps between two measurements in training. 0: none. None: with `logging_strategy="steps"`, the
+            trainer's `logging_steps` and `logging_first_step`, and otherwise none.
+        pairs: Whether a batch holds pairs: first the chosen sequences, then the rejected ones in the same order, as
+            DPOTrainer has them. Batches without pairs are then refused. False leaves out the metrics of pairs. None:
+            False for TRL's trainers whose batches are not pairs, such as KTOTrainer and SFTTrainer, and otherwise True.
+        unit: "nats" or "bits", of entropies and divergences.
+        num_bins: Bins of `calibration_error`.
+        ignore_index: The label of tokens that are not scored.
+        temperature: Both models' logits are divided by it.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Raises:
-        TypeError, ValueError: An argument is out of range, or nothing can be the reference; from the first batch on,
-            what is missing in it.
+        TypeError: An argument has the wrong type. In a step: a batch is not a mapping of tensors.
+        ValueError: An argument is out of range, or there is no reference. In a step: a batch cannot be read, or holds
+            no pairs.
 
     Example:
         >>> from lit_did.integrations.trl import DIDCallback
-        >>> def train(trainer):  # a trl.DPOTrainer
+        >>> def train(trainer):  # A trl.DPOTrainer.
         ...     trainer.add_callback(DIDCallback(trainer, every_n_steps=10))
         ...     trainer.train()
     """
@@ -68,21 +77,34 @@ class DIDCallback(TrainerCallback):
         beta: float | None = None,
         every_n_steps: int | None = None,
         pairs: bool | None = None,
-        **metrics: Any,
+        unit: str = "nats",
+        num_bins: int = 10,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        backend: str = "auto",
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"Expected `trainer` to be a transformers.Trainer, but got {type(trainer).__name__}.")
         check_every_n_steps(every_n_steps)
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self._reference = self._find_reference(reference)
-        beta = (getattr(trainer, "beta", None) or 0.1) if beta is None else beta  # GRPO's may be 0, for no KL
+        beta = (getattr(trainer, "beta", None) or 0.1) if beta is None else beta  # GRPO's may be 0: no KL term
         self._pairs = pairs = _trains_on_pairs(trainer) if pairs is None else pairs
         self._metrics = {
-            stage: DIDMetrics(beta=beta, pairs=pairs, **metrics).to(trainer.args.device) for stage in ("train", "eval")
+            stage: DIDMetrics(
+                beta=beta,
+                pairs=pairs,
+                unit=unit,
+                num_bins=num_bins,
+                ignore_index=ignore_index,
+                temperature=temperature,
+                backend=backend,
+            ).to(trainer.args.device)
+            for stage in ("train", "eval")
         }
         self._measured = dict.fromkeys(self._metrics, False)
         self._every, self._first = 0, False
-        # What the trainer tells its callbacks holds no batches.
+        # The Trainer passes no batches to its callbacks.
         self._watch("training_step", self._training_step)
         self._watch("prediction_step", self._prediction_step)
         self._watch("evaluation_loop", self._evaluation_loop)
@@ -104,7 +126,7 @@ class DIDCallback(TrainerCallback):
     # -----------------------------------------------------------------------------------------------------------
 
     def _watch(self, name: str, instead: Callable) -> None:
-        """Puts `instead(original, ...)` in the place of a method of the trainer, as long as the callback is there."""
+        """Replaces a method of the trainer by `instead(original, ...)` while the callback is one of the trainer's."""
         original = getattr(self.trainer, name)
 
         @functools.wraps(original)
@@ -123,12 +145,12 @@ class DIDCallback(TrainerCallback):
 
     def _prediction_step(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         statistics = self._measure(model, inputs)
-        sequences_a_row = 2 if self._pairs else 1  # of the data set
+        sequences_a_row = 2 if self._pairs else 1  # A row of the data set.
         self._update("eval", _without_repeats(statistics, sequences_a_row, self.trainer.accelerator))
         return original(model, inputs, *args, **kwargs)
 
     def _evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._reset("eval")  # an interrupted evaluation may have left something
+        self._reset("eval")  # An interrupted evaluation may have left updates.
         output = original(*args, **kwargs)
         if self._measured["eval"]:
             prefix = inspect.signature(original).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
@@ -162,7 +184,7 @@ class DIDCallback(TrainerCallback):
             check_pairs(inputs, batch)
         reference = None if self._reference is None else self._reference.to(device)
         adapter = "ref" if reference is None and _has_reference_adapter(unwrapped(model)) else None
-        # A context of its own: were it the loss's, autocast would reuse weights that were cast without gradients.
+        # In the loss's own autocast context, the loss would reuse weights that were cast here without gradients.
         with self.trainer.accelerator.autocast():
             return measure(
                 model,
@@ -174,7 +196,8 @@ class DIDCallback(TrainerCallback):
             )
 
     def _find_reference(self, given: str | os.PathLike | nn.Module | None) -> nn.Module | None:
-        """The reference, or None for the policy with another adapter, or none."""
+        """The reference. None: the policy with the adapter "ref", or with its adapter off."""
+        assert self.trainer.model is not None  # A Trainer without a model raises itself.
         policy = unwrapped(self.trainer.model)
         if given is not None:
             return load_reference(given, policy)
@@ -183,42 +206,44 @@ class DIDCallback(TrainerCallback):
             return reference
         if not is_peft(policy):
             raise ValueError(
-                "Expected `reference`, because the trainer has no `ref_model` (with precomputed log-probabilities it "
-                "keeps none) and its model is no PeftModel, but got None."
+                "Expected `reference` to be a model, but got None, and the trainer has none either: its `ref_model` is "
+                "None (as with precomputed log-probabilities) and its model is not a PeftModel. Pass the model that "
+                "the policy started from."
             )
         check_adapter_is_all_that_trains(policy)
         return None
 
 
 def _trains_on_pairs(trainer: Trainer) -> bool:
-    """Whether it is one of TRL's trainers of pairs, or none of TRL's."""
+    """Whether `trainer` is one of TRL's trainers of pairs, or not TRL's."""
     of_trl = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.partition(".")[0] == "trl"}
     return not of_trl or not of_trl.isdisjoint({"DPOTrainer", "CPOTrainer", "ORPOTrainer"})
 
 
 def _has_reference_adapter(policy: nn.Module) -> bool:
-    """Whether TRL has kept a copy of the adapter that the policy started with."""
-    return is_peft(policy) and "ref" in policy.peft_config
+    """Whether TRL kept a copy of the adapter that the policy started with."""
+    return is_peft(policy) and "ref" in getattr(policy, "peft_config", {})
 
 
 @contextmanager
 def _own_log_entry(trainer: Trainer) -> Iterator[None]:
-    """What is logged here is an entry beside the trainer's own, which come when and as they would have come."""
-    should_log = trainer.control.should_log  # any `log` takes it back
-    # TRL's `log` adds what it has gathered for its next entry, and forgets it.
-    gathered = getattr(trainer, "_metrics", None)
+    """Logs in an entry of its own. The trainer's own entries keep their steps and values."""
+    should_log = trainer.control.should_log  # Every `log` resets it.
+    # TRL's `log` adds the metrics that TRL gathered for its next entry, and clears them.
+    trl: Any = trainer
+    gathered = getattr(trl, "_metrics", None)
     if isinstance(gathered, dict):
-        trainer._metrics = {stage: defaultdict(list) for stage in gathered}
+        trl._metrics = {stage: defaultdict(list) for stage in gathered}
     try:
         yield
     finally:
         trainer.control.should_log = should_log
         if isinstance(gathered, dict):
-            trainer._metrics = gathered
+            trl._metrics = gathered
 
 
 def _without_repeats(statistics: SequenceStatistics, sequences_a_row: int, accelerator: Any) -> SequenceStatistics:
-    """Without the rows that accelerate repeats to give all processes a full last batch: they have no tokens then."""
+    """Without the tokens of rows that accelerate repeats to fill the last batch of every process."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return statistics

@@ -30,7 +30,7 @@ class QuietStart(Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._filtered.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        if isinstance(trainer.datamodule, PreferenceDataModule):
+        if isinstance(getattr(trainer, "datamodule", None), PreferenceDataModule):
             warnings.filterwarnings("ignore", message=".*does not have many workers")
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
