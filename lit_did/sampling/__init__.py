@@ -1,4 +1,4 @@
-"""Drawing completions: from token DIDs and from DPO's target with transformers' `generate`, from the DID by SMC."""
+"""Drawing completions: from token DIDs and towards DPO's target with transformers' `generate`, from the DID by SMC."""
 
 from lit_did.sampling.processors import DIDLogitsProcessor, TargetLogitsProcessor
 from lit_did.sampling.sequential import DIDSamples, sample_did

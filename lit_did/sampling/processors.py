@@ -113,7 +113,7 @@ class _SecondModelProcessor(LogitsProcessor):
             self._look_for_padding(input_ids)
             return None
         mask, (rows, length) = self._attention_mask, input_ids.shape
-        if mask.dim() != 2 or mask.shape[1] > length or rows % mask.shape[0]:
+        if mask.shape[1] > length or rows % mask.shape[0]:
             raise ValueError(
                 f"Expected `attention_mask` to be the mask of these prompts, [prompts, {length}], where the number of "
                 f"prompts divides {rows} rows, but got {tuple(mask.shape)}."

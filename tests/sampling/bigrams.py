@@ -18,7 +18,7 @@ def bigrams(vocab_size: int, scale: float, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 def as_function(logits: Tensor):
-    """Row 0 serves the first token: nothing follows the end."""
+    """The model as a function of prefixes. Row 0 is for the first token, since nothing follows the end."""
     return lambda prefixes: logits[prefixes[:, -1] if prefixes.shape[1] else torch.zeros(len(prefixes)).long()]
 
 

@@ -109,7 +109,7 @@ def test_beams_take_their_caches_along():
 
 
 def test_equal_rows_of_unequal_padding_keep_their_own_cache():
-    # To the processor these rows look the same; only the mask tells that the first row's 0 is padding.
+    # To the processor these rows look the same. Only the mask shows that the first row's 0 is padding.
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     inputs = {"input_ids": torch.tensor([[0, 7], [0, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
     processor = DIDLogitsProcessor(policy, reference, attention_mask=inputs["attention_mask"])
@@ -121,7 +121,7 @@ def test_equal_rows_of_unequal_padding_keep_their_own_cache():
         assert float(output.sequences_scores[row]) == pytest.approx(float(expected), abs=TOLERANCE)
 
 
-def test_one_processor_serves_several_calls():
+def test_one_processor_for_several_calls():
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
     processor = DIDLogitsProcessor(policy, reference)
     for prompt in ([5, 6, 7], [5, 6, 7], [9, 8]):
