@@ -1,4 +1,4 @@
-"""From B examples to one batch of 2B sequences with shifted labels: right-padded, or laid end to end."""
+"""Collates pairs into one batch of sequences with shifted labels: padded on the right, or laid end to end."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_did.data.dataset import Example
-from lit_did.data.tokenizing import Context
+from lit_did.data.dataset import ContextArrays, Example
 
 IGNORE_INDEX = -100
 
 
 def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Collates B pairs; the chosen sequences come first, then the rejected ones in the same order.
+    """Collates pairs with padding. The chosen sequences come first, then the rejected ones in the same order.
 
-    Padding is on the right and known by length alone, so that `pad_token_id` may equal EOS. With causal attention the
-    logits of a sequence then do not depend on the batch around it.
+    Padding is on the right, and the lengths alone say where it is, so `pad_token_id` may equal EOS. With causal
+    attention, the logits of a sequence do not depend on the other sequences of the batch.
 
     Args:
-        examples: B examples.
+        examples: The pairs.
         pad_token_id: The id that fills `input_ids` where `attention_mask` is 0.
 
     Returns:
-        input_ids: (2B, T) int64, T the longest prompt + completion of the batch.
-        attention_mask: (2B, T) int64, 1 on tokens and 0 on padding.
-        labels: (2B, T) int64, already shifted: `labels[i, t]` is the token that position t predicts, which is
-            `input_ids[i, t + 1]`, where that is a completion token, else -100. Other turns within a completion of
-            several turns (`Context`) are in `input_ids` and have no labels.
-        index: (B,) int64, the rows' numbers in their source.
-        weight: (B,) float32, 1, or 0 for a row that only fills a rank's last batch in distributed evaluation.
+        A batch with these tensors, where T is the length of the longest prompt with its completion:
+
+        - `input_ids`: [2 * pairs, T] int64.
+        - `attention_mask`: [2 * pairs, T] int64, 1 on tokens and 0 on padding.
+        - `labels`: [2 * pairs, T] int64, already shifted. `labels[i, t]` is the token that position t predicts,
+          `input_ids[i, t + 1]`, if that is a completion token, and -100 otherwise. Other turns within a completion of
+          several turns are in `input_ids` and have no labels.
+        - `index`: [pairs] int64, row numbers in the source.
+        - `weight`: [pairs] float32, 1, or 0 for a row that only fills a rank's last batch in distributed evaluation.
     """
     sequences = _sequences(examples)
     shape = (len(sequences), max(len(prompt) + len(completion) for prompt, completion, _ in sequences))
@@ -48,26 +49,31 @@ def collate_pairs(examples: Sequence[Example], pad_token_id: int) -> dict[str, T
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Collates B pairs without padding: their 2B sequences end to end, the chosen ones first, as in `collate_pairs`.
+    """Collates pairs without padding: all sequences end to end, the chosen ones first, then the rejected ones.
 
     Args:
-        examples: B examples.
+        examples: The pairs.
 
     Returns:
-        input_ids: (1, tokens) int64.
-        position_ids: (1, tokens) int64, from 0 in each sequence.
-        labels: (1, tokens) int64, already shifted as in `collate_pairs`: a sequence's last position predicts nothing.
-        cu_seqlens: (2B + 1,) int32; sequence i has the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1]`.
-        index, weight: (B,), as in `collate_pairs`.
+        A batch with these tensors:
 
-    >>> import numpy as np
-    >>> from lit_did.data.dataset import Example
-    >>> ids = [np.array(ids) for ids in ([5, 6], [7, 8], [9])]
-    >>> batch = collate_packed([Example(*ids, index=0, weight=1.0)])
-    >>> batch["input_ids"].tolist(), batch["cu_seqlens"].tolist()
-    ([[5, 6, 7, 8, 5, 6, 9]], [0, 4, 7])
-    >>> batch["labels"].tolist()
-    [[-100, 7, 8, -100, -100, 9, -100]]
+        - `input_ids`: [1, tokens] int64.
+        - `position_ids`: [1, tokens] int64, from 0 in each sequence.
+        - `labels`: [1, tokens] int64, already shifted. `labels[0, t]` is the token that position t predicts if that is
+          a completion token, and -100 otherwise. The last position of a sequence predicts nothing.
+        - `cu_seqlens`: [2 * pairs + 1] int32. Sequence i has the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1]`.
+        - `index`: [pairs] int64, row numbers in the source.
+        - `weight`: [pairs] float32, 1, or 0 for a row that only fills a rank's last batch in distributed evaluation.
+
+    Example:
+        >>> import numpy as np
+        >>> from lit_did.data.dataset import Example
+        >>> ids = [np.array(ids) for ids in ([5, 6], [7, 8], [9])]
+        >>> batch = collate_packed([Example(*ids, index=0, weight=1.0)])
+        >>> batch["input_ids"].tolist(), batch["cu_seqlens"].tolist()
+        ([[5, 6, 7, 8, 5, 6, 9]], [0, 4, 7])
+        >>> batch["labels"].tolist()
+        [[-100, 7, 8, -100, -100, 9, -100]]
     """
     sequences = _sequences(examples)
     ends = np.cumsum([0, *(len(prompt) + len(completion) for prompt, completion, _ in sequences)])
@@ -86,15 +92,15 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def _sequences(examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each sequence the prompt, what follows it, and the labels of that."""
+    """The prompt of each sequence, the tokens that follow it, and the labels of these."""
     chosen = [(e.prompt_ids, *_with_context(e.chosen_ids, e.chosen_context)) for e in examples]
     return chosen + [(e.prompt_ids, *_with_context(e.rejected_ids, e.rejected_context)) for e in examples]
 
 
-def _with_context(ids: np.ndarray, context: Context | None) -> tuple[np.ndarray, np.ndarray]:
+def _with_context(ids: np.ndarray, context: ContextArrays | None) -> tuple[np.ndarray, np.ndarray]:
     if context is None:
         return ids, ids
-    return tuple(np.insert(ids, context.places, between) for between in (context.ids, IGNORE_INDEX))
+    return np.insert(ids, context.places, context.ids), np.insert(ids, context.places, IGNORE_INDEX)
 
 
 def _rows(examples: Sequence[Example]) -> dict[str, Tensor]:

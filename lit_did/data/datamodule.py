@@ -1,4 +1,4 @@
-"""`PreferenceDataModule`: preference pairs from files or memory to batches, on any number of ranks."""
+"""`PreferenceDataModule`: from preference pairs in files or memory to batches, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lit_did.arguments import check_bools, check_choice, check_integer, check_na
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
-from lit_did.data.pairs import UnusableRowError
+from lit_did.data.pairs import UnusableRowError, prepare_pair
 from lit_did.data.preview import print_pair
 from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns, read_rows
-from lit_did.data.rendering import check_template_kwargs
+from lit_did.data.rendering import Renderer, check_template_kwargs
 from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
-from lit_did.data.tokenizing import Truncation, check_truncation, tokenize_whole, truncate_pair
+from lit_did.data.tokenizing import Truncation, check_tokens, check_truncation, tokenize_rendered, truncate_pair
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
 
@@ -29,54 +29,58 @@ Rows = tuple[list[SourceRow], list[SkippedRow]]
 class PreferenceDataModule(LightningDataModule):
     """Reads, checks, tokenises and batches preference pairs; `collate_pairs` and `collate_packed` describe a batch.
 
-    Training order is a function of `seed` and the epoch; a run resumed from a checkpoint (`trainer.fit(...,
-    ckpt_path=...)`) continues with the batch that would have come next, also in the middle of an epoch. Evaluation
-    keeps the order of the source; see `EvaluationSampler` for several ranks.
+    The training order depends on `seed` and the epoch only. A run that is resumed from a checkpoint
+    (`trainer.fit(..., ckpt_path=...)`) continues with the next batch, even in the middle of an epoch. Evaluation keeps
+    the order of the source.
 
     Args:
-        train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts;
-            docs/data.md says what is read, mapped, skipped and refused. None to only evaluate.
-        tokenizer: A transformers tokenizer, or the name or path of one, loaded when first needed.
+        train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts.
+            docs/data.md says what is read, mapped, skipped and refused. None if you only evaluate.
+        tokenizer: A transformers tokenizer, or the name or path of one, which is loaded on first use.
         val: Pairs to validate on.
-        val_fraction: Without `val`, the share of the rows of `train` to hold out, in [0, 1): always its last rows,
-            rounded to the nearest number, at least one. Files sorted by topic should be shuffled before.
+        val_fraction: Without `val`, the share of the rows of `train` to hold out, in [0, 1). These are always its last
+            rows: shuffle files that are sorted by topic. Above 0, at least one row is held out.
         predict: Pairs for `trainer.predict`; by default those of validation.
-        columns: For each of our column names the sources' own, such as {"prompt": "question"}; see `read_rows`.
-        on_bad_rows: "skip" leaves out rows that are whole but cannot be trained on, such as an empty answer, with one
-            warning a source. "raise" stops at the first. Malformed rows always raise.
-        batch_size: Pairs per batch and rank, 8 by default. A batch has twice as many sequences. With
+        columns: Names of the sources' columns by field, such as {"prompt": "question"}. None leaves a field out.
+        on_bad_rows: "skip" leaves out rows that are well-formed but cannot be trained on, such as an empty answer, with
+            one warning a source. "raise" stops at the first. Malformed rows always raise.
+        batch_size: Pairs per batch and rank, 8 by default. A batch has two sequences for each pair. With
             `tokens_per_batch`, the most pairs of a batch, by default without limit.
-        eval_batch_size: Pairs per batch and rank in validation and prediction, also with `tokens_per_batch`; by
+        eval_batch_size: Pairs per batch and rank in validation and prediction, also with `tokens_per_batch`. By
             default `batch_size`, or 8.
-        max_length: The most tokens of a prompt and its completion together.
+        max_length: The most tokens of a prompt and its completion together, at least 2.
         truncation: What loses tokens in longer pairs. "completion": the completions that are too long, and the prompt
-            only where it leaves less than `min_completion_tokens`. "prompt": the prompt before a completion. "drop":
-            such pairs are left out. See `truncate_pair`.
-        min_completion_tokens: By default a quarter of `max_length`.
+            only if a completion would keep less than `min_completion_tokens`. "prompt": the prompt before a completion.
+            "drop": the pair is left out.
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some, with
+            `truncation="completion"`; by default a quarter of `max_length`.
         chat_template: A Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: Variables for the chat template, such as {"enable_thinking": False}. Those of a row's
-            column `chat_template_kwargs` go before.
-        parse_special_tokens: Read control tokens that the text of rows spells, such as "<|im_end|>", as control tokens
-            (for text that a chat template made already). By default they are text, and rows that hold some counted.
-        as_chat: Wrap plain text as messages of user and assistant; HH-RLHF dialogues become their turns.
-        tokens_per_batch: The most tokens of a training batch, both prompts and both completions of its pairs counted:
-            as many pairs as fit, of similar length, equally many on every rank; see `TokenBatchSampler`. All batches
-            then lie end to end instead of padded, see `collate_packed`.
+        chat_template_kwargs: Variables for the chat template, such as {"enable_thinking": False}. A row's column
+            `chat_template_kwargs` overrides them.
+        parse_special_tokens: Whether to read control tokens that the text of rows spells, such as "<|im_end|>", as
+            control tokens, for text that a chat template made before. By default they stay text, and a warning counts
+            the rows that spell some.
+        as_chat: Whether to wrap plain text as messages of user and assistant. HH-RLHF dialogues become their turns.
+        tokens_per_batch: The most tokens of a training batch; both prompts and both completions of a pair count. A
+            batch then has as many pairs of similar length as fit, the same number on every rank, and all batches lie
+            end to end instead of padded; see `collate_packed`. At least 2 * max_length, which one pair may need.
         num_workers: Processes per loader that collate. Tokenising is done before, so 0 is often fastest.
-        shuffle: Whether to reorder the training rows, anew for every epoch.
-        drop_last: Leave out the rows that do not fill a last training batch (with `tokens_per_batch`: that do not
-            divide by the ranks). Otherwise, with several ranks, the first rows of the order are repeated until all
-            ranks have equally many.
-        seed: Of the training order.
+        shuffle: Whether to reorder the training rows in every epoch.
+        drop_last: Whether to leave out the rows that do not fill a last training batch; with `tokens_per_batch`, the
+            rows that are left when all ranks get the same number. If False, several ranks repeat the first rows of the
+            order until all have the same number.
+        seed: Seed of the training order, at least 0.
 
     Attributes:
-        train_dataset, val_dataset, predict_dataset: `PreferenceDataset` or None, with counts of dropped, identical
-            and truncated pairs. Made in `setup`, each once.
+        train_dataset: The `PreferenceDataset` of `train`, with counts of dropped, identical and truncated pairs. None
+            before `setup` and without `train`.
+        val_dataset: As `train_dataset`, for validation.
+        predict_dataset: As `train_dataset`, for prediction.
 
     Raises:
-        TypeError: For an argument of another type.
-        ValueError: For an argument out of range (`tokens_per_batch`: from 2 * max_length, what one pair can need),
-            or `val` together with `val_fraction`. Malformed data raises in `setup`; see `read_pairs`.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or both `val` and `val_fraction` are given. Malformed data raises in
+            `setup`; see `read_pairs`.
     """
 
     def __init__(
@@ -114,8 +118,8 @@ class PreferenceDataModule(LightningDataModule):
             raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
         if chat_template is not None and "{" not in chat_template:
             raise ValueError(
-                f"Expected `chat_template` to be a Jinja template, but got {chat_template[:100]!r}, which holds no "
-                "expression. If it is a file's name, pass the text in it."
+                f"Expected `chat_template` to be a Jinja template, but got {chat_template[:100]!r}, which has no "
+                "expression. Pass the text of the template, not the name of a file."
             )
         check_template_kwargs(chat_template_kwargs)
         check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
@@ -158,7 +162,7 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded on first use if a name or path was given."""
+        """The tokenizer. A name or path is loaded on first use."""
         if isinstance(self._tokenizer, str | os.PathLike):
             check_name("tokenizer", self._tokenizer)
             from transformers import AutoTokenizer
@@ -167,7 +171,10 @@ class PreferenceDataModule(LightningDataModule):
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises what `stage` needs ("fit", "validate", "predict"; None: all), on every rank, once.
+        """Reads and tokenises the pairs of a stage, on every rank, once.
+
+        Args:
+            stage: "fit", "validate", "predict", or None for all.
 
         Raises:
             ValueError: If the stage's pairs were not given, or are malformed.
@@ -204,14 +211,15 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: If `drop_last` leaves no batch.
         """
         if self.train_dataset is None:
-            raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing has been read yet.")
+            raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing was read yet.")
         replicas = self._replicas()
         sampler = ResumableSampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
         )
         if self.tokens_per_batch is None:
+            assert self.batch_size is not None  # the default without `tokens_per_batch` is 8
             least, name = self.batch_size, "batch_size * ranks"
-            batching = {"batch_size": self.batch_size, "sampler": sampler, "drop_last": self.drop_last}
+            batching: dict[str, Any] = {"batch_size": least, "sampler": sampler, "drop_last": self.drop_last}
         else:
             least, name = 1, "ranks"
             num_tokens = self.train_dataset.num_tokens
@@ -227,13 +235,21 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of this rank's validation rows in order; an empty list, for no validation, if there are none."""
+        """Batches of this rank's validation rows in order. Without any, an empty list, so that nothing is validated."""
         if self.val_dataset is None:
             return NoValidation()
         return self._evaluation_loader(self.val_dataset)
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of this rank's rows for prediction, in order."""
+        """Batches of this rank's rows for prediction, in order.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if self.predict_dataset is None:
+            raise RuntimeError(
+                "Expected `setup('predict')` before `predict_dataloader`, but nothing has been read yet."
+            )
         return self._evaluation_loader(self.predict_dataset)
 
     def _evaluation_loader(self, dataset: PreferenceDataset) -> DataLoader:
@@ -248,25 +264,25 @@ class PreferenceDataModule(LightningDataModule):
     def _collate(self) -> Any:
         if self.tokens_per_batch is not None:
             return collate_packed
-        # Padding is masked by length, so that any id in the vocabulary will do.
+        # Padding is masked by length, so any id in the vocabulary works.
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return partial(collate_pairs, pad_token_id=next(token for token in candidates if token is not None))
 
     def _replicas(self) -> dict[str, int]:
-        """The ranks to divide the data among: the Trainer's data-parallel ones, all without tensor parallelism."""
+        """The number of data-parallel ranks, and this one's. Ranks of one tensor-parallel group read the same data."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def _read(self, name: str) -> Rows:
-        options = {"columns": self.columns, "on_bad_rows": self.on_bad_rows, "warn": rank_zero_warn}
-        rows, skipped = read_rows(getattr(self, name), name, **options)
+        source, warn = getattr(self, name), rank_zero_warn
+        rows, skipped = read_rows(source, name, columns=self.columns, on_bad_rows=self.on_bad_rows, warn=warn)
         template = self.tokenizer, self.chat_template, self.chat_template_kwargs
         if unread := describe_unread(name, (row.pair for row in rows), *template):
             rank_zero_warn(unread)
         return rows, skipped
 
     def _split_train(self) -> tuple[Rows, Rows]:
-        """The rows of `train` to train on and those held out, each with those skipped among them."""
+        """The rows of `train` to train on and those held out, each with the skipped rows among them."""
         rows, skipped = self._read("train")
         held_out = max(1, round(len(rows) * self.val_fraction)) if self.val_fraction else 0
         if held_out >= len(rows):
@@ -281,10 +297,20 @@ class PreferenceDataModule(LightningDataModule):
 
     def _tokenize(self, name: str, rows: list[SourceRow], skipped: list[SkippedRow]) -> PreferenceDataset:
         dataset = PreferenceDataset(
-            rows, self.tokenizer, self.max_length, skipped=skipped, on_bad_rows=self.on_bad_rows, **self._options()
+            rows,
+            self.tokenizer,
+            self.max_length,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            as_chat=self.as_chat,
+            parse_special_tokens=self.parse_special_tokens,
+            truncation=self.truncation,
+            min_completion_tokens=self.min_completion_tokens,
+            skipped=skipped,
+            on_bad_rows=self.on_bad_rows,
         )
         for kind, text in dataset.warnings(name).items():
-            if kind not in self._warned or kind not in ("turns", "header"):  # those are of all splits
+            if kind not in self._warned or kind not in ("turns", "header"):  # these hold for all splits
                 rank_zero_warn(text)
             self._warned.add(kind)
         log = rank_zero_warn if dataset.num_identical else rank_zero_info
@@ -292,29 +318,52 @@ class PreferenceDataModule(LightningDataModule):
         return dataset
 
     def preview(self, n: int = 3) -> None:
-        """Prints the first `n` pairs of `train` (else of `val`, else of `predict`) as they are scored.
+        """Prints the first `n` pairs of `train` (or else of `val` or `predict`) as they are scored.
 
-        It shows prompts, completions, turns that are only read, and what `max_length` cuts, in colour if rich is
-        installed. It reads the source again and needs no `setup`.
+        It shows prompts, completions, turns that are not scored, and what `max_length` cuts, in colour if rich is
+        installed. It marks control tokens that the text of a row spells, and says why rows are left out. It reads the
+        source again and needs no `setup`.
+
+        Args:
+            n: The number of pairs.
 
         Raises:
+            TypeError: If `n` is not an integer.
             ValueError: If `n` is below 1, no source was given, or the source is malformed.
         """
         check_integer("n", n, 1)
         name = next((name for name in ("train", "val", "predict") if getattr(self, name) is not None), None)
         if name is None:
             raise ValueError("Expected `train`, `val` or `predict` to preview, but got none of them.")
-        options = self._options()
-        truncation = {name: options.pop(name) for name in ("truncation", "min_completion_tokens")}
-        rows = iter(self._read(name)[0])
-        while n and (row := next(rows, None)):
+        rows, skipped = self._read(name)
+        renderer = Renderer(
+            self.tokenizer,
+            self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            parse_special_tokens=self.parse_special_tokens,
+        )
+        both: list[SourceRow | SkippedRow] = [*rows, *skipped]
+        for row in sorted(both, key=lambda row: row.index):
+            if n == 0:
+                return
+            if isinstance(row, SkippedRow):
+                print(f"{row.where} is left out: {row.reason}")
+                continue
             try:
-                whole = tokenize_whole(row.pair, self.tokenizer, **options)
-                cut = truncate_pair(whole, self.max_length, self.tokenizer.bos_token_id, **truncation)
+                rendered = renderer(prepare_pair(row.pair, self.as_chat))
+                (whole,) = tokenize_rendered([rendered], self.tokenizer)
+                check_tokens(whole)
+                cut = truncate_pair(
+                    whole,
+                    self.max_length,
+                    self.tokenizer.bos_token_id,
+                    truncation=self.truncation,
+                    min_completion_tokens=self.min_completion_tokens,
+                )
             except UnusableRowError as error:
                 print(f"{row.where} is left out: {error}")
                 continue
-            print_pair(row.where, whole, cut, self.tokenizer)
+            print_pair(row.where, whole, cut, self.tokenizer, renderer.control if rendered.spelled else None)
             n -= 1
 
     def __repr__(self) -> str:
@@ -331,12 +380,7 @@ class PreferenceDataModule(LightningDataModule):
         parts += [f"tokenizer={str(named)!r}", *(f"{name}={value}" for name, value in options.items())]
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    __str__ = __repr__  # Lightning's asks for all data loaders
-
-    def _options(self) -> dict[str, Any]:
-        """How pairs become tokens: arguments of `tokenize_pair`."""
-        names = "chat_template chat_template_kwargs as_chat parse_special_tokens truncation min_completion_tokens"
-        return {name: getattr(self, name) for name in names.split()}
+    __str__ = __repr__  # Lightning's makes all data loaders
 
 
 def _describe_source(source: Any) -> str:

@@ -1,4 +1,4 @@
-"""All pairs of one split, tokenised once and kept in memory, with the counts of what tokenising changed."""
+"""Tokenises all pairs of one split once, keeps them in memory, and counts what tokenising changed."""
 
 from __future__ import annotations
 
@@ -13,42 +13,74 @@ from lit_did.arguments import check_choice
 from lit_did.data.pairs import UnusableRowError, prepare_pair
 from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, describe_skipped
 from lit_did.data.rendering import RenderedPair, Renderer
-from lit_did.data.tokenizing import Context, TokenizedPair, TooLongError, Truncation, tokenize_rendered, truncate_pair
+from lit_did.data.tokenizing import (
+    TokenizedPair,
+    TooLongError,
+    Truncation,
+    check_tokens,
+    tokenize_rendered,
+    truncate_pair,
+)
 
-_CHUNK = 1024  # rows a tokenizer call: enough for its threads, little enough text in memory
-_MANY = 0.05  # of the pairs: so many too long are a warning
+_CHUNK = 1024  # rows a tokenizer call: enough for its threads, with little text in memory
+_MANY = 0.05  # if more than this share of the pairs is too long, there is a warning
+
+
+class ContextArrays(NamedTuple):
+    """A `Context` as int32 arrays."""
+
+    ids: np.ndarray
+    places: np.ndarray
 
 
 class Example(NamedTuple):
-    """One pair as the collate function takes it: int32 ids, the row's number in its source, and its weight.
-
-    The fields of a `TokenizedPair`, as arrays.
-    """
+    """One pair as the collate functions take it: the ids of a `TokenizedPair` as int32 arrays."""
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
-    index: int
+    index: int  # type: ignore[assignment]  # a field may hide the method of tuples
+    """row number in the source"""
     weight: float
-    chosen_context: Context | None = None
-    rejected_context: Context | None = None
+    """1, or 0 for a row that only fills a batch"""
+    chosen_context: ContextArrays | None = None
+    rejected_context: ContextArrays | None = None
 
 
 class PreferenceDataset(Dataset):
-    """Tokenised pairs.
+    """Tokenised pairs, see `tokenize_pair`.
 
-    Positions from `len(dataset)` on are valid too: they repeat the rows with weight 0. `EvaluationSampler` hands them
-    out so that all ranks get equally many rows.
+    Positions from `len(dataset)` on are valid too: they repeat the rows with weight 0. `EvaluationSampler` uses them so
+    that all ranks get the same number of rows.
+
+    Args:
+        rows: The pairs, from `read_rows`.
+        tokenizer: A transformers tokenizer.
+        max_length: The most tokens of a prompt and its completion together, at least 2.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the template. A row's own override them.
+        as_chat: Whether to wrap plain text as messages of user and assistant.
+        parse_special_tokens: Whether to read control tokens that the text of rows spells as control tokens.
+        truncation: What loses tokens in pairs that are too long: "completion", "prompt" or "drop"; see `truncate_pair`.
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some, with "completion"; by
+            default a quarter of `max_length`.
+        skipped: The skipped rows from `read_rows`. They are counted in `num_rows` and `num_dropped`.
+        on_bad_rows: What to do with rows that tokenising shows to be unusable: "skip" or "raise".
 
     Attributes:
         num_rows: Rows before skipping.
-        skipped: The rows left out because they cannot be trained on, those that the reader skipped among them.
+        skipped: All rows left out because they cannot be trained on, with those that the reader skipped.
         num_too_long: Rows left out by `truncation="drop"`.
-        num_identical: Rows kept although chosen and rejected have the same token ids, and so carry no preference.
+        num_identical: Rows kept although chosen and rejected have the same token ids, so that they carry no preference.
         num_truncated: Rows kept that lost tokens to `max_length`.
-        num_cut_prompts, num_cut_completions: Those whose prompt, and those of which at least one completion, lost some.
+        num_cut_prompts: Those of them whose prompt lost tokens.
+        num_cut_completions: Those of them of which at least one completion lost tokens.
         num_spelling_control: Rows kept whose text spells control tokens, which are encoded as text.
         num_with_context: Rows kept with turns within a completion that are not scored.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, a row cannot be rendered (the message names it), or no row is left.
     """
 
     def __init__(
@@ -66,20 +98,12 @@ class PreferenceDataset(Dataset):
         skipped: Sequence[SkippedRow] = (),
         on_bad_rows: OnBadRows = "skip",
     ) -> None:
-        """Tokenises `rows` by the rules of `tokenize_pair`; its arguments are explained there.
-
-        Args:
-            rows, skipped: What `read_rows` returns. `skipped` is counted in `num_rows` and `num_dropped`.
-            on_bad_rows: "skip" or "raise", for rows that only now turn out to be unusable.
-
-        Raises:
-            ValueError: If a row cannot be rendered (naming it), or if no row is left.
-        """
         check_choice("on_bad_rows", on_bad_rows, OnBadRows)
         self.max_length = max_length
         self.num_rows = len(rows) + len(skipped)
         self.skipped = list(skipped)
         self.num_too_long = self.num_identical = self.num_spelling_control = self.num_with_context = 0
+        self._num_chats = 0
         self.num_truncated = self.num_cut_prompts = self.num_cut_completions = 0
         self._examples: list[Example] = []
         self._headers: Counter[str] = Counter()
@@ -100,6 +124,7 @@ class PreferenceDataset(Dataset):
                     self._skip(row, error, on_bad_rows)
             for row, pair, whole in zip(chunk, rendered, tokenize_rendered(rendered, tokenizer), strict=True):
                 try:
+                    check_tokens(whole)
                     cut = truncate_pair(
                         whole,
                         max_length,
@@ -116,17 +141,16 @@ class PreferenceDataset(Dataset):
             raise ValueError(
                 f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows."
                 + (f" {describe_skipped('Skipped', self.skipped)}" if self.skipped else "")
-                + (f" {self.num_too_long} are longer than max_length={max_length}." if self.num_too_long else "")
+                + (f" {self._describe_length()}" if self.num_too_long else "")
             )
         header, self.num_with_header = next(iter(self._headers.most_common(1)), ("", 0))
         self._header = (header, tokenizer.tokenize(header)) if header else None
-        plain = not any(pair.is_chat for pair in rendered) if rendered else False
         rendered_before = parse_special_tokens or 2 * self.num_spelling_control > len(self)
-        self._lacks_turns = plain and renderer.has_template and not rendered_before
+        self._lacks_turns = not self._num_chats and renderer.has_template and not rendered_before
 
     @property
     def num_dropped(self) -> int:
-        """Rows left out: those skipped and those too long."""
+        """Rows left out, because they were skipped or too long."""
         return len(self.skipped) + self.num_too_long
 
     def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: OnBadRows) -> None:
@@ -136,26 +160,21 @@ class PreferenceDataset(Dataset):
         self.skipped.append(SkippedRow(row.index, row.where, reason))
 
     def _add(self, row: SourceRow, rendered: RenderedPair, whole: TokenizedPair, pair: TokenizedPair) -> None:
-        for name in ("chosen", "rejected"):
-            if not getattr(pair, f"{name}_ids"):
-                raise UnusableRowError(f"Expected `{name}` to have tokens, but got none.")
+        self._num_chats += rendered.is_chat
         self.num_identical += pair.chosen_ids == pair.rejected_ids
         self.num_truncated += pair != whole
         self.num_cut_prompts += pair.prompt_ids != whole.prompt_ids
         self.num_cut_completions += pair[1:] != whole[1:]
-        contexts = pair[3:]
-        self.num_with_context += any(context is not None for context in contexts)
+        contexts = (pair.chosen_context, pair.rejected_context)
+        self.num_with_context += contexts != (None, None)
         if rendered.spelled:
             self.num_spelling_control += 1
             self._first_spelled = self._first_spelled or f"{rendered.spelled!r} in {row.where}"
         if rendered.header:
             self._headers[rendered.header] += 1
-        # Arrays take 4 bytes a token where lists of int take up to 36, and move to worker processes as they are.
-        ids = (np.array(ids, dtype=np.int32) for ids in pair[:3])
-        contexts = (
-            None if c is None else Context(*(np.array(values, dtype=np.int32) for values in c)) for c in contexts
-        )
-        self._examples.append(Example(*ids, row.index, 1.0, *contexts))
+        prompt, chosen, rejected = map(_array, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        arrays = (None if c is None else ContextArrays(_array(c.ids), _array(c.places)) for c in contexts)
+        self._examples.append(Example(prompt, chosen, rejected, row.index, 1.0, *arrays))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -166,11 +185,11 @@ class PreferenceDataset(Dataset):
         return self._examples[position % len(self)]._replace(weight=0.0)
 
     def __iter__(self) -> Iterator[Example]:
-        return iter(self._examples)  # without this, Python would ask for positions past the end for ever
+        return iter(self._examples)  # without this, Python would iterate past the end for ever
 
     @property
     def num_tokens(self) -> np.ndarray:
-        """The tokens of each pair, (pairs,) int64: its prompt twice and both completions."""
+        """The number of tokens of each pair, [pairs] int64: its prompt twice and both completions."""
         counts = [
             2 * len(e.prompt_ids)
             + sum(map(len, (e.chosen_ids, e.rejected_ids)))
@@ -180,7 +199,7 @@ class PreferenceDataset(Dataset):
         return np.array(counts, dtype=np.int64)
 
     def summary(self) -> str:
-        """The counts in one line."""
+        """The counts, in one line."""
         too_long = f"{self.num_too_long} dropped as too long, " if self.num_too_long else ""
         return (
             f"{len(self)} pairs of {self.num_rows} rows: {len(self.skipped)} skipped, {too_long}"
@@ -191,7 +210,14 @@ class PreferenceDataset(Dataset):
         return f"{type(self).__name__}({self.summary()} to max_length={self.max_length})"
 
     def warnings(self, name: str = "pairs") -> dict[str, str]:
-        """What a user should know of the pairs, by kind: sentences that name cause, effect and remedy."""
+        """What a user should know about the pairs.
+
+        Args:
+            name: What the warnings call the pairs.
+
+        Returns:
+            Warnings by kind. Each names cause, effect and remedy.
+        """
         texts = {}
         if self.skipped:
             texts["skipped"] = describe_skipped(name, self.skipped, self.num_rows)
@@ -199,22 +225,22 @@ class PreferenceDataset(Dataset):
             texts["length"] = f"{name}: {self._describe_length()}"
         if self._lacks_turns:
             texts["turns"] = (
-                f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was tuned on "
+                f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was trained on "
                 "chats then sees text without turns. Pass `as_chat=True` to wrap prompts and answers as messages."
             )
         if self._header:
             header, tokens = self._header
             texts["header"] = (
                 f"{name}: The chat template starts the answers of {self.num_with_header} pairs with {header!r}, "
-                f"which its generation prompt does not include. Its tokens {tokens} are scored as a part of the "
+                f"which its generation prompt does not include. So its tokens {tokens} are scored as a part of the "
                 'completions. To leave them out, pass `chat_template_kwargs`, such as {"enable_thinking": False}, or a '
                 "`chat_template` whose generation prompt ends where the answers start."
             )
         if self.num_spelling_control:
             texts["control"] = (
                 f"{name}: The text of {self.num_spelling_control} of {len(self)} pairs spells control tokens of the "
-                f"tokenizer ({self._first_spelled} the first). They are encoded as text. If a chat template made the "
-                "text, pass `parse_special_tokens=True`, or the messages instead of the text."
+                f"tokenizer (the first is {self._first_spelled}). They are encoded as text. If a chat template made "
+                "the text, pass `parse_special_tokens=True`, or the messages instead of the text."
             )
         return texts
 
@@ -227,8 +253,13 @@ class PreferenceDataset(Dataset):
         return (
             f"{self.num_truncated} of {len(self)} pairs are longer than max_length={self.max_length}: "
             f"{self.num_cut_prompts} lost the start of their prompt, {self.num_cut_completions} the end of a "
-            "completion. Raise `max_length`, or choose with `truncation` and `min_completion_tokens` what is cut."
+            "completion. Raise `max_length`, or choose what is cut with `truncation` and `min_completion_tokens`."
         )
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    """int32: 4 bytes a token, where a list takes up to 36, and quick to copy to worker processes."""
+    return np.array(ids, dtype=np.int32)
 
 
 def _render(row: SourceRow, renderer: Renderer, as_chat: bool) -> RenderedPair:

@@ -1,4 +1,4 @@
-"""Samplers and a DataLoader whose order is a function of (seed, epoch), can be resumed, and is right on many ranks."""
+"""Samplers and a DataLoader with an order that depends on seed and epoch only, and that a run can resume."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lit_did.data.token_batches import TokenBatchSampler
 class ResumableSampler(DistributedSampler):
     """A DistributedSampler that can leave out the first rows of its rank.
 
-    It is one even for a single process: Lightning replaces other samplers in distributed runs.
+    A single process uses it too, because Lightning replaces other samplers in distributed runs. Its arguments are those
+    of `torch.utils.data.DistributedSampler`.
 
     Attributes:
-        start: How many of this rank's rows the next iteration leaves out. `len()` counts them all the same, because
-            Lightning compares it with the batches done in the epoch, including those before resuming.
-        epoch_skew: By how much the epochs given to `set_epoch` are ahead of those done; see `ResumableDataLoader`.
+        start: The number of this rank's rows that the next iteration leaves out. `len()` still counts them, because
+            Lightning compares it with all batches of the epoch, including those before resuming.
+        epoch_skew: The number of epochs by which `set_epoch` is ahead of those done; see `ResumableDataLoader`.
     """
 
     start: int = 0
@@ -35,11 +36,16 @@ class ResumableSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """Every row once, in order, dealt out to the ranks one by one.
+    """Every row once, in order: row i goes to rank i modulo the number of ranks.
 
-    Where the rows do not divide by the ranks, the last ranks get positions past the end of the dataset, which
-    `PreferenceDataset` answers with rows of weight 0. So all ranks have equally many batches, and weighted means are
-    exact. (Repeated rows of weight 1, as DistributedSampler gives, would bias them.)
+    If the number of rows is not divisible by the number of ranks, the last ranks get positions past the end of the
+    dataset. For these, `PreferenceDataset` returns rows of weight 0. So all ranks have the same number of batches, and
+    weighted means are exact. DistributedSampler repeats rows with weight 1 instead, which would bias them.
+
+    Args:
+        dataset: A dataset with a length.
+        num_replicas: The number of ranks.
+        rank: The number of this rank, from 0.
     """
 
     def __init__(self, dataset: Any, num_replicas: int, rank: int) -> None:
@@ -50,66 +56,68 @@ class EvaluationSampler(DistributedSampler):
 
 
 class NoValidation(list):
-    """No loaders. Lightning warns that the length of this class is zero, so its name says what that means."""
+    """No loaders. Lightning's warning about its length shows the name of this class, which explains it."""
 
 
 class ResumableDataLoader(DataLoader):
     """A DataLoader that Lightning saves in checkpoints and resumes in the middle of an epoch.
 
-    Its state is the epoch and the number of batches handed out, not fetched ahead by workers. The epoch is its
-    sampler's, set by `set_epoch`, which the Trainer calls before each epoch; in a plain loop, the user does.
+    Its arguments are those of `torch.utils.data.DataLoader`. Its state is the epoch and the number of batches that were
+    returned; batches that workers fetched ahead do not count. The epoch is the sampler's. The Trainer sets it with
+    `set_epoch` before each epoch; in a plain loop, you do.
 
-    A loaded state applies to the next iteration: over the same epoch, it continues after the batches handed out
-    (after a finished epoch, it starts again); over a later one, it starts at the first batch of the epoch after the
-    state's. That can be an earlier epoch than `set_epoch` said: resuming from a checkpoint saved at the end of an
-    epoch, a Trainer with `max_steps` counts that epoch a second time.
+    A loaded state applies to the next iteration. In the same epoch, the iteration continues after the batches that were
+    returned, or starts again if the epoch was finished. In a later epoch, it starts at the first batch of the epoch
+    after the state's. That can be an earlier epoch than `set_epoch` said, because a Trainer with `max_steps` counts an
+    epoch twice when it resumes from a checkpoint saved at its end.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if isinstance(self.batch_sampler, TokenBatchSampler):
-            # Beside a batch sampler, DataLoader keeps a SequentialSampler, which Lightning would replace on several
-            # ranks; and it forbids to set another one in the usual way.
+            # With a batch sampler, DataLoader keeps a SequentialSampler, which Lightning would replace on several
+            # ranks. DataLoader does not allow an ordinary assignment.
             object.__setattr__(self, "sampler", self.batch_sampler.sampler)
         self._progress = {"epoch": 0, "batches": 0}
         self._resume: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The progress, and what the order depends on: plain numbers only, as `torch.load(weights_only=True)` wants."""
+        """The progress, and the settings that the order depends on, as plain numbers for `weights_only=True`."""
         if self._resume is not None:
             return self._resume
         skew = getattr(self.sampler, "epoch_skew", 0)
         return {**self._progress, "num_batches": len(self), "epoch_skew": skew, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next iteration continue from `state_dict`, a result of `state_dict()`."""
+        """Makes the next iteration continue from a result of `state_dict()`."""
         self._resume = dict(state_dict)
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.epoch = state_dict["epoch"]
             self.sampler.epoch_skew = state_dict["epoch_skew"]
 
-    def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing happens before the first batch is asked for. The Trainer calls iter() before it sets the
-        # epoch, and workers would start on the wrong one.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator starts with the first batch. The Trainer calls iter() before it sets the epoch, and workers would
+        # start on the wrong one.
         start = self._claim_start()
         self._progress = {"epoch": getattr(self.sampler, "epoch", 0), "batches": start}
         if isinstance(self.batch_sampler, TokenBatchSampler):
             self.batch_sampler.start = start
-            batches = super().__iter__()
+            batches: Iterator[Any] = super().__iter__()
         elif isinstance(self.sampler, ResumableSampler):
+            assert self.batch_size is not None  # without a batch sampler, there is one
             self.sampler.start = start * self.batch_size
             batches = super().__iter__()
-        else:  # the Trainer has put in another sampler, as it does for `overfit_batches`
+        else:  # the Trainer has set another sampler, as for `overfit_batches`
             batches = islice(super().__iter__(), start, None)
         for batch in batches:
             self._progress["batches"] += 1
             yield batch
 
     def _claim_start(self) -> int:
-        """The number of batches to leave out. Uses up a loaded state.
+        """The number of batches to leave out. Clears the loaded state.
 
         Raises:
-            ValueError: If the state belongs to another order, so that its next batch is not the one that was to come.
+            ValueError: If the state belongs to another order, so that the next batch would be another one.
         """
         resume, self._resume = self._resume, None
         if resume is None:
@@ -121,11 +129,10 @@ class ResumableDataLoader(DataLoader):
                 self.sampler.epoch_skew += epoch - expected
                 self.sampler.epoch = expected
             return 0
-        if not 0 < resume["batches"] < resume["num_batches"]:  # nothing to leave out: the settings may be others
+        if not 0 < resume["batches"] < resume["num_batches"]:  # nothing to leave out: the settings may differ
             return 0
         was, now = resume["order"], self._order()
-        # A state of before there were token budgets has no key for them.
-        changed = [f"{key}={was.get(key)} (now {now[key]})" for key in now if now[key] != was.get(key)]
+        changed = [f"{key}={was[key]} (now {now[key]})" for key in now if now[key] != was[key]]
         if changed:
             raise ValueError(
                 f"Expected to resume epoch {epoch} after batch {resume['batches']} with the data settings it was "
@@ -139,7 +146,7 @@ class ResumableDataLoader(DataLoader):
         batches = self.batch_sampler if isinstance(self.batch_sampler, TokenBatchSampler) else self
         num_tokens = getattr(batches, "num_tokens", None)
         return {
-            "rows": len(self.dataset),
+            "rows": len(self.dataset),  # type: ignore[arg-type]  # a Dataset need not have a length; ours does
             "batch_size": batches.batch_size,
             "drop_last": batches.drop_last,
             "tokens_per_batch": getattr(batches, "tokens_per_batch", None),

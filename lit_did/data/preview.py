@@ -1,4 +1,4 @@
-"""Shows pairs as they are scored: prompt, completions, turns that are only read, and what `max_length` cuts."""
+"""Prints pairs as they are scored: prompt, completions, turns that are not scored, and what `max_length` cuts."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+from lit_did.data.special_tokens import ControlTokens
 from lit_did.data.tokenizing import Context, TokenizedPair
 
 _STYLES = {"prompt": "cyan", "scored": "green", "not scored": "bright_black", "cut": "red strike"}
-_LONGEST = 1000  # characters of a part: what is between its first and last ones is left out
+_LONGEST = 1000  # characters of a part; of longer ones, the middle is left out
 
 Part = tuple[str, list[int]]
-"""what its tokens are, a key of `_STYLES`, and their ids"""
+"""a key of `_STYLES`, and ids of tokens"""
 
 
-def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any) -> None:
-    """Prints a pair, part by part; in colour if rich is installed and the output is a terminal.
+def print_pair(
+    where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any, control: ControlTokens | None = None
+) -> None:
+    """Prints a pair, part by part, in colour if rich is installed and the output is a terminal.
 
     Args:
         where: What the pair is called.
         whole, cut: The pair before and after truncation.
         tokenizer: Turns the ids to text.
+        control: The tokenizer's control tokens, if the pair spells some as text. These are then marked.
     """
     write = _writer()
     write(f"{where}: prompt {_count(cut.prompt_ids, whole.prompt_ids)}", "bold")
     prompt = _prompt(whole.prompt_ids, cut.prompt_ids)
-    _print_parts(prompt, [], tokenizer, write)
+    _print_parts(prompt, [], tokenizer, control, write)
     for side in ("chosen", "rejected"):
         ids, context = getattr(whole, f"{side}_ids"), getattr(whole, f"{side}_context")
         kept = getattr(cut, f"{side}_ids")
         write(f"{side}: {_count(kept, ids)} scored", "bold")
         parts = _completion(ids, context, len(kept))
-        _print_parts(parts, whole.prompt_ids, tokenizer, write)
+        _print_parts(parts, whole.prompt_ids, tokenizer, control, write)
 
 
 def _count(kept: list[int], whole: list[int]) -> str:
@@ -47,7 +51,7 @@ def _prompt(whole: list[int], kept: list[int]) -> list[Part]:
 
 
 def _completion(ids: list[int], context: Context | None, num_kept: int) -> list[Part]:
-    """The completion tokens and those between them in order; after the first `num_kept`, they are cut."""
+    """The completion tokens and those between them, in order. All after the first `num_kept` are cut."""
     tokens = []
     between = list(zip(context.places, context.ids, strict=True)) if context else []
     for place, token in enumerate(ids):
@@ -57,15 +61,26 @@ def _completion(ids: list[int], context: Context | None, num_kept: int) -> list[
     return [(kind, [token for _, token in group]) for kind, group in groupby(tokens, key=lambda item: item[0])]
 
 
-def _print_parts(parts: list[Part], before: list[int], tokenizer: Any, write: Callable[[str, str], None]) -> None:
+def _print_parts(
+    parts: list[Part],
+    before: list[int],
+    tokenizer: Any,
+    control: ControlTokens | None,
+    write: Callable[[str, str], None],
+) -> None:
     ids = list(before)
+    control_ids = control.ids(tokenizer) if control else frozenset()
     for kind, part in parts:
         if not part:
             continue
-        # As it reads after what comes before: alone, SentencePiece leaves out the first space.
-        start, whole = tokenizer.decode(ids), tokenizer.decode(ids + part)
-        text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(part)
-        ids += part
+        text = ""
+        for is_control, group in groupby(part, key=control_ids.__contains__):
+            run = list(group)
+            # After the tokens before it, because SentencePiece drops the first space of a text.
+            start, whole = tokenizer.decode(ids), tokenizer.decode(ids + run)
+            piece = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(run)
+            text += control.show(piece) if control and not is_control else piece
+            ids += run
         if len(text) > _LONGEST:
             left_out = len(text) - _LONGEST
             text = f"{text[: _LONGEST // 2]} ...{left_out:,} characters... {text[-_LONGEST // 2 :]}"
@@ -75,7 +90,7 @@ def _print_parts(parts: list[Part], before: list[int], tokenizer: Any, write: Ca
 
 
 def _writer() -> Callable[[str, str], None]:
-    """Prints a line in a style, if that can be."""
+    """A function that prints a line, in a style if rich is installed."""
     try:
         from rich.console import Console
     except ImportError:

@@ -1,15 +1,13 @@
-"""The text of a pair before tokenising: plain text as it is, chat through the tokenizer's template.
+"""Renders a pair as text before tokenising: plain text stays unchanged, chats go through the tokenizer's template.
 
-What a completion is:
-
-- Of a chat pair: what the template adds to the prompt when the completion's messages follow it. The prompt is rendered
-  with the generation prompt (the header of the assistant's turn) or, where a completion is not rendered to start with
-  that, without.
-- The assistant's turns are scored. What stands between them (messages of users and tools, headers) is only read.
-- A template's own end of turn ends the completion: the whitespace after it is dropped and nothing is added. EOS is
-  added later only where a template has none, and for plain text.
-- Control tokens that the text of a row spells are marked, see `lit_did.data.special_tokens`. Two exceptions, because
-  they change nothing: BOS that begins plain text where the tokenizer adds it, and EOS that ends it, are dropped.
+- The completion of a chat is what the template adds to the prompt when the completion's messages follow. The prompt is
+  rendered with the generation prompt (the header of the assistant's turn), or without it if the completions do not
+  start with it.
+- Only the assistant's turns are scored, not the text between them (messages of users and tools, headers).
+- The template's own end of turn ends the completion. The whitespace after it is dropped, and nothing is added. EOS is
+  added later if the template has no end of turn, and for plain text.
+- Control tokens that the text of a row spells are marked; see `lit_did.data.special_tokens`. Two are dropped instead,
+  because tokenising adds them anyway: a BOS before plain text if the tokenizer adds BOS, and an EOS at its end.
 """
 
 from __future__ import annotations
@@ -40,21 +38,23 @@ _TAKEN = frozenset(
         "truncation",
     ]
 )
-"""arguments of `apply_chat_template` that are no variables of a template"""
+"""arguments of `apply_chat_template` that are not variables of a template"""
 _THOUGHTS = frozenset(["reasoning", "reasoning_content", "thinking", "tool_calls"])
-"""what templates put before the content of a message"""
+"""keys whose values templates put before the content of a message"""
 _OTHER_TURNS = re.compile(r"(\n\nHuman:.*?(?:\n\nAssistant:|\Z))", re.DOTALL)
 
 
 class RenderedCompletion(NamedTuple):
-    """`pieces` of text in turn scored and not scored, the first scored; `ended` if EOS is not to be added."""
+    """A completion as text."""
 
     pieces: tuple[str, ...]
+    """text that is scored, text that is not, text that is scored, ..."""
     ended: bool
+    """whether it has its own end, so that no EOS is added"""
 
 
 class RenderedPair(NamedTuple):
-    """Prompt and completions as text, such that prompt + pieces is the whole."""
+    """Prompt and completions as text. The prompt followed by the pieces of a completion is the whole text."""
 
     prompt: str
     chosen: RenderedCompletion
@@ -62,9 +62,9 @@ class RenderedPair(NamedTuple):
     is_chat: bool
     """whether a template made it"""
     spelled: str = ""
-    """a control token that the row spells, if one is; all are then marked as text"""
+    """the first control token that the row spells, or ""; all are then marked as text"""
     header: str = ""
-    """what the template puts before the answer, and so counts as a part of the completion"""
+    """what the template puts before the answer, which is then a part of the completion"""
 
 
 class Renderer:
@@ -73,8 +73,8 @@ class Renderer:
     Args:
         tokenizer: A transformers tokenizer.
         chat_template: A Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: Variables for the template, such as {"enable_thinking": False}. A row's own go before.
-        parse_special_tokens: Whether control tokens that the text of a row spells are control tokens.
+        chat_template_kwargs: Variables for the template, such as {"enable_thinking": False}. A row's own override them.
+        parse_special_tokens: Whether to read control tokens that the text of a row spells as control tokens.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Renderer:
         self._closing, self._in_parts, turns = "", False, ""
         if self.has_template:
             self._try_template()
-            with suppress(UnusableRowError):  # a template that wants other messages: special tokens have to do
+            with suppress(UnusableRowError):  # a template for other messages: special tokens must suffice
                 turns = self._apply([_say("user", "a"), _say("assistant", "b"), _say("user", "c")], False, {})
         self.control = control_tokens(tokenizer, turns)
 
@@ -103,15 +103,13 @@ class Renderer:
         """The text of `pair`.
 
         Raises:
-            UnusableRowError: For a chat pair, if the template refuses or fails on the messages, or if it renders
-                earlier messages differently once others follow.
-            ValueError: For a chat pair, if there is no template or it is no Jinja template; for an empty prompt, see
-                `first_token`.
+            UnusableRowError: If the template refuses or fails on the messages of a chat, or renders earlier messages
+                differently when others follow.
+            ValueError: For a chat, if there is no template or its Jinja is invalid. For an empty prompt, if the
+                tokenizer has neither BOS nor EOS.
         """
-        fields = pair._asdict()
-        texts = [fields[name] for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")]
-        if not pair.is_chat:
-            texts[:3] = self._bare(*texts[:3])
+        texts: list[Any] = [*(pair.chats if pair.is_chat else self._bare(*pair.texts))]
+        texts += [pair.tools, pair.chat_template_kwargs]
         spelled = "" if self.parse_special_tokens else self.control.first(texts)
         prompt, chosen, rejected, tools, kwargs = self.control.mark(texts) if spelled else texts
         if pair.is_chat:
@@ -121,14 +119,14 @@ class Renderer:
                 options["tools"] = tools
             return self._chat(prompt, chosen, rejected, options)._replace(spelled=spelled)
         if not prompt:
-            first_token(self.tokenizer)  # raises where nothing can stand for the empty prompt
+            first_token(self.tokenizer)  # raises if no token can replace the empty prompt
         # Two whole dialogues as in HH-RLHF may differ before their last turn.
-        sides = (_OTHER_TURNS.split(text) if pair.holds_turns else [text] for text in (chosen, rejected))
-        chosen, rejected = (RenderedCompletion(tuple(pieces), ended=False) for pieces in sides)
-        return RenderedPair(prompt, chosen, rejected, is_chat=False, spelled=spelled)
+        sides = [_OTHER_TURNS.split(text) if pair.holds_turns else [text] for text in (chosen, rejected)]
+        first, second = (RenderedCompletion(tuple(pieces), ended=False) for pieces in sides)
+        return RenderedPair(prompt, first, second, is_chat=False, spelled=spelled)
 
     def _bare(self, prompt: str, chosen: str, rejected: str) -> list[str]:
-        """Plain text without BOS where the tokenizer adds it, and completions without the EOS that they end in."""
+        """Plain text without a BOS that the tokenizer adds, and completions without the EOS at their end."""
         texts = [prompt, *(_without_eos(text, self.tokenizer.eos_token) for text in (chosen, rejected))]
         return [text.removeprefix(self.tokenizer.bos_token) for text in texts] if self.adds_bos else texts
 
@@ -138,24 +136,22 @@ class Renderer:
         sides = (chosen, rejected)
         whole = [self._apply(prompt + side, False, options) for side in sides]
         answers = all(side[0]["role"] == "assistant" for side in sides)
-        opening = self._apply(prompt, True, options) if answers else None
-        start = opening
-        if start is None or not all(text.startswith(start) for text in whole):
-            start = self._apply(prompt, False, options)
+        start = self._apply(prompt, answers, options)
+        unused = None  # what the generation prompt adds, if the completions do not start with it
+        if answers and not all(text.startswith(start) for text in whole):
+            opening, start = start, self._apply(prompt, False, options)
+            unused = opening[len(start) :]
         if not all(text.startswith(start) for text in whole):
             raise UnusableRowError(
-                "Expected a chat template that leaves the prompt as it is when a completion follows, but the prompt "
+                "Expected a chat template that keeps the text of the prompt when a completion follows, but the prompt "
                 f"{unmark(start)!r} became {unmark(whole[0][: len(start)])!r}. Pass another to `chat_template`."
             )
-        header = ""
-        if answers:
-            unused = opening[len(start) :] if start is not opening else None
-            header = _header([text[len(start) :] for text in whole], [side[0] for side in sides], unused)
-        chosen, rejected = (
+        header = _header([text[len(start) :] for text in whole], [side[0] for side in sides], unused) if answers else ""
+        first, second = (
             self._completion(prompt, side, text, len(start), answers, options)
             for side, text in zip(sides, whole, strict=True)
         )
-        return RenderedPair(start, chosen, rejected, is_chat=True, header=header)
+        return RenderedPair(start, first, second, is_chat=True, header=header)
 
     def _completion(
         self,
@@ -166,7 +162,7 @@ class Renderer:
         answers: bool,
         options: Mapping[str, Any],
     ) -> RenderedCompletion:
-        """What follows `position` in `whole`, in pieces scored and not scored."""
+        """What follows `position` in `whole`, in pieces that are scored and pieces that are not."""
         pieces: list[str] = []
         ended = True
         for number, message in enumerate(side):
@@ -196,12 +192,12 @@ class Renderer:
         text = self._apply(messages, False, options)
         if whole.startswith(text):
             return len(text)
-        # Some close every conversation with EOS, or leave thoughts out of all turns but the last: look for the answer.
+        # Some templates end every conversation with EOS, or drop the thoughts of earlier turns: find the answer itself.
         content = _content(messages[-1]).strip()
         place = whole.find(content or self._closing, start) if content or self._closing else -1
         if place < 0 or is_marked(whole, place):
             raise _rewritten(text, whole)
-        if not content:  # calls of tools
+        if not content:  # tool calls
             return place + len(self._closing)
         stop = place + len(content)
         blank = len(whole) - stop - len(whole[stop:].lstrip())
@@ -209,7 +205,7 @@ class Renderer:
         return stop + blank + len(token) if token else stop
 
     def _ending(self, text: str) -> tuple[str, bool]:
-        """An answer up to the template's own end of turn; and whether it has one."""
+        """An answer up to and including the template's own end of turn, and whether it has one."""
         tail, eos = text.rstrip(), self.tokenizer.eos_token
         token = self.control.end(tail)
         if token == eos and eos:
@@ -221,9 +217,9 @@ class Renderer:
         return text, False
 
     def _try_template(self) -> None:
-        """Finds what the template puts after an answer, and whether it takes content as text or as a list of parts."""
+        """Finds what the template puts after an answer, and whether it expects content as text or as parts."""
         answer = "An answer."
-        for self._in_parts in (False, True):  # templates for images too leave out content that is text
+        for self._in_parts in (False, True):  # templates that also take images drop content that is text
             with suppress(UnusableRowError):
                 text = self._apply([_say("user", "A question."), _say("assistant", answer)], False, {})
                 if answer in text:
@@ -239,7 +235,7 @@ class Renderer:
                 f"{getattr(tokenizer, 'name_or_path', '')!r} has none. Pass one to `chat_template`, or use the "
                 "tokenizer of an instruction-tuned model."
             )
-        from jinja2 import TemplateError, TemplateSyntaxError  # transformers needs jinja2 only for templates
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         if self._in_parts:
             messages = [
@@ -262,19 +258,14 @@ class Renderer:
             raise ValueError(
                 f"Expected the chat template to be valid Jinja, but got an error in its line {error.lineno}: {error}."
             ) from error
-        except Exception as error:  # a template is a program: anything can go wrong in it
+        except Exception as error:  # a template is a program and can raise anything
             roles = ", ".join(str(message["role"]) for message in messages)
             reason = str(error) if type(error) is TemplateError else f"{type(error).__name__}: {error}"
             if "content" in reason and any("content" not in message for message in messages):
-                reason += ". It cannot render a message without content: pass another to `chat_template`"
+                reason += ". The template cannot render a message without content: pass another to `chat_template`"
             raise UnusableRowError(
                 f"Expected messages that the chat template takes, but it raised for the roles {roles}: {reason}"
             ) from error
-
-
-def render_pair(pair: PreferencePair, tokenizer: Any, chat_template: str | None = None, **options: Any) -> RenderedPair:
-    """Turns one pair into text; arguments and errors are those of `Renderer`."""
-    return Renderer(tokenizer, chat_template, **options)(pair)
 
 
 def check_template_kwargs(kwargs: Any) -> None:
@@ -290,7 +281,7 @@ def check_template_kwargs(kwargs: Any) -> None:
 
 
 def first_token(tokenizer: Any) -> int:
-    """The id that stands for an empty prompt: BOS, else EOS.
+    """The id that replaces an empty prompt: BOS, or EOS if there is no BOS.
 
     Raises:
         ValueError: If the tokenizer has neither.
@@ -298,17 +289,17 @@ def first_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise ValueError("Expected a prompt, or a tokenizer with a BOS or EOS token to stand for it, but got neither.")
+    raise ValueError("Expected a prompt, or a tokenizer with a BOS or EOS token to replace it, but got neither.")
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS before a text by itself (not only: whether it has a BOS token)."""
+    """Whether the tokenizer puts BOS before every text. It may have a BOS token and not do so."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
 
 
 def _header(texts: list[str], answers: list[Message], opening: str | None) -> str:
-    """What the template puts before the answers, if it is more than whitespace.
+    """What the template puts before the answers; "" if that is only whitespace.
 
     Args:
         texts: The completions.
@@ -317,7 +308,7 @@ def _header(texts: list[str], answers: list[Message], opening: str | None) -> st
     """
     started = "" if opening is None else _common_start([opening, texts[0]])
     if any(_THOUGHTS & answer.keys() for answer in answers):
-        return started  # what follows is the row's own
+        return started  # the rest is the row's own
     stripped = [_content(answer).strip() for answer in answers]
     for contents in ([_content(answer) for answer in answers], stripped):  # some templates strip answers
         shared = [_common_start(texts), _common_start(contents)]
@@ -342,7 +333,7 @@ def _content(message: Message) -> str:
 
 
 def _without_eos(text: str, eos: str | None) -> str:
-    """`text` without the EOS tokens that it ends in, and the whitespace around them."""
+    """`text` without the EOS tokens at its end and the whitespace around them."""
     while eos and text.rstrip().endswith(eos):
         text = text.rstrip().removesuffix(eos)
     return text
@@ -351,7 +342,7 @@ def _without_eos(text: str, eos: str | None) -> str:
 def _rewritten(text: str, whole: str) -> UnusableRowError:
     shared = len(_common_start([text, whole]))
     return UnusableRowError(
-        "Expected a chat template that leaves earlier messages as they are when others follow, which a completion of "
-        f"several messages needs, but {unmark(text[shared : shared + 80])!r} became "
+        "Expected a chat template that keeps the text of earlier messages when others follow, because a completion has "
+        f"several messages, but {unmark(text[shared : shared + 80])!r} became "
         f"{unmark(whole[shared : shared + 80])!r}. Pass another to `chat_template`."
     )

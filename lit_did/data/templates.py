@@ -1,4 +1,4 @@
-"""Variables that a chat template is given but does not use: it would ignore them without a word."""
+"""Finds variables that a chat template is given but does not use. Templates ignore them silently."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def describe_unread(
     chat_template: str | None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """A warning on what the chat template is handed without effect; "" if there is nothing, or no template.
+    """A warning that names the variables without effect on the chat template; "" if there are none, or no template.
 
     Args:
         name: What the warning calls the source.
-        pairs: Its pairs.
+        pairs: The pairs of the source.
         tokenizer: A transformers tokenizer.
         chat_template: A Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: Variables for it beside those of the pairs.
+        chat_template_kwargs: Variables for the template, besides those of the pairs.
     """
     given: set[str] = set(chat_template_kwargs or ())
     for pair in pairs:
         given.update(pair.chat_template_kwargs or (), ("tools",) if pair.tools else ())
-        if pair.is_chat and any(m.get("tool_calls") for side in pair[:3] for m in side):
+        if pair.is_chat and any(message.get("tool_calls") for side in pair.chats for message in side):
             given.add("tool_calls")
     templates = chat_template or getattr(tokenizer, "chat_template", None)
     if not given or not templates:
@@ -40,7 +40,7 @@ def describe_unread(
         return ""
     names = ", ".join(f"`{variable}`" for variable in unread)
     return (
-        f"{name}: The chat template does not use {names}, so what the rows or `chat_template_kwargs` have for it "
-        'changes nothing. Pass another `chat_template`, or leave it out: rows\' with `columns={"tools": None}` or '
-        '`columns={"chat_template_kwargs": None}`.'
+        f"{name}: The chat template does not use {names}, so their values in the rows or in `chat_template_kwargs` "
+        "have no effect. Pass another `chat_template`, or leave them out; columns of the rows with "
+        '`columns={"tools": None}` or `columns={"chat_template_kwargs": None}`.'
     )

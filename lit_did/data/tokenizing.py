@@ -1,16 +1,13 @@
-"""The tokens of a pair: one shared prompt, two completions, each with its end, within a budget.
+"""Tokenises a pair: one shared prompt and two completions, each with its end, within `max_length`.
 
-Where a rule has a reason:
-
-- Completion tokens are those that follow the prompt's in the joint tokenisation of prompt + completion: that is how
-  the whole text reads. But where joint tokenisation merges across the boundary ("foo" + "bar" read as "fo" + "obar"),
-  the prompt would no longer be the same for chosen and rejected, nor what a model sees when it generates; there the
-  completion is tokenised by itself, as the continuation of a text: without the space that SentencePiece puts before
-  the first word of a text. Prompt and completion together always decode to the whole text.
-- Control tokens that a row spells are tokenised as text, see `lit_did.data.special_tokens`.
-- BOS comes first once: from the template for chat, else from us where the tokenizer adds it by itself.
-- An empty prompt becomes BOS (else EOS), because the first completion token needs a position that predicts it.
-- EOS comes last once, where the template does not end the answer itself, see `lit_did.data.rendering`.
+- Completion tokens are those that follow the prompt's in the joint tokenisation of prompt + completion. If a token
+  spans the boundary ("foo" + "bar" become "fo" + "obar"), the completion is tokenised by itself instead. Otherwise the
+  prompt would differ between chosen and rejected, and from what a model sees when it generates. SentencePiece's space
+  before the first word of a text is left out then, so prompt and completion together always decode to the whole text.
+- Control tokens that a row spells are tokenised as text; see `lit_did.data.special_tokens`.
+- BOS comes first, once. In a chat the template adds it. In plain text we add it if the tokenizer does so.
+- An empty prompt becomes BOS (or EOS), because a position must predict the first completion token.
+- EOS comes last, once, unless the template ends the answer itself; see `lit_did.data.rendering`.
 """
 
 from __future__ import annotations
@@ -26,32 +23,35 @@ from lit_did.data.rendering import RenderedCompletion, RenderedPair, Renderer, a
 from lit_did.data.special_tokens import split_marked
 
 Truncation = Literal["completion", "prompt", "drop"]
-_BEFORE = ("\n", "-", "a")  # texts to continue, to see how a completion reads in the middle of a text
+_BEFORE = ("\n", "-", "a")  # texts to continue, which shows the tokens of a completion in the middle of a text
 
 
 class Context(NamedTuple):
-    """Tokens between a completion's: `ids[i]` stands before completion token `places[i]`; read, but not scored."""
+    """Tokens between the completion tokens, which the model reads but which are not scored: other turns, headers."""
 
     ids: list[int]
+    """token ids"""
     places: list[int]
+    """`ids[i]` stands before the completion token with the number `places[i]`"""
 
 
 class TooLongError(UnusableRowError):
-    """A pair longer than `max_length` where `truncation="drop"`."""
+    """A pair longer than `max_length` with `truncation="drop"`."""
 
 
 class TokenizedPair(NamedTuple):
-    """Token ids; `prompt_ids` belongs to both completions. An empty completion stays empty, without EOS.
-
-    `chosen_ids` and `rejected_ids` are the completion tokens, those that are scored. A completion of several turns
-    has a `Context`, the tokens between them.
-    """
+    """The token ids of a pair."""
 
     prompt_ids: list[int]
+    """the prompt of both completions"""
     chosen_ids: list[int]
+    """the completion tokens, which are scored; an empty completion stays empty, without EOS"""
     rejected_ids: list[int]
+    """as `chosen_ids`"""
     chosen_context: Context | None = None
+    """the tokens between those of `chosen_ids`, if it has several turns"""
     rejected_context: Context | None = None
+    """as `chosen_context`"""
 
 
 def tokenize_pair(
@@ -66,50 +66,44 @@ def tokenize_pair(
     truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
 ) -> TokenizedPair:
-    """Tokenises one pair; the rules are at the top of this file, in `lit_did.data.rendering` and in `truncate_pair`.
+    """Tokenises one pair. docs/data.md says which tokens count as a completion's.
 
     Args:
         row: A raw row in any of the formats of `parse_pair`, or its result.
         tokenizer: A transformers tokenizer.
         max_length: The most tokens that prompt and completion may have together, at least 2.
         chat_template: A Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: Variables for the template; the row's own go before.
-        as_chat: Wrap plain text as messages of user and assistant, see `to_chat`.
-        parse_special_tokens: Read control tokens that the row's text spells as control tokens, not as text.
-        truncation, min_completion_tokens: What loses tokens where `max_length` is exceeded, see `truncate_pair`.
+        chat_template_kwargs: Variables for the template. The row's own override them.
+        as_chat: Whether to wrap plain text as messages of user and assistant.
+        parse_special_tokens: Whether to read control tokens that the row's text spells as control tokens, not as text.
+        truncation: What loses tokens in a pair that is too long: "completion", "prompt" or "drop"; see `truncate_pair`.
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some, with "completion"; by
+            default a quarter of `max_length`.
+
+    Returns:
+        The tokens of the pair.
 
     Raises:
-        UnusableRowError: If the row is whole but cannot be trained on: messages that the template refuses, or with
-            `truncation="drop"` a pair that is too long.
+        UnusableRowError: If the row is well-formed but cannot be trained on: messages that the template refuses, or
+            with `truncation="drop"` a pair that is too long.
+        TypeError: If an argument has the wrong type.
         ValueError: If the row is malformed, cannot be rendered, or an argument is out of range.
     """
     check_truncation(max_length, truncation, min_completion_tokens)
-    whole = tokenize_whole(
-        row,
-        tokenizer,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        as_chat=as_chat,
-        parse_special_tokens=parse_special_tokens,
+    pair = row if isinstance(row, PreferencePair) else parse_pair(row)
+    renderer = Renderer(
+        tokenizer, chat_template, chat_template_kwargs=chat_template_kwargs, parse_special_tokens=parse_special_tokens
     )
+    (whole,) = tokenize_rendered([renderer(prepare_pair(pair, as_chat))], tokenizer)
     return truncate_pair(
         whole, max_length, tokenizer.bos_token_id, truncation=truncation, min_completion_tokens=min_completion_tokens
     )
 
 
-def tokenize_whole(
-    row: Mapping[str, Any] | PreferencePair, tokenizer: Any, *, as_chat: bool = False, **options: Any
-) -> TokenizedPair:
-    """As `tokenize_pair`, without truncation."""
-    pair = row if isinstance(row, PreferencePair) else parse_pair(row)
-    renderer = Renderer(tokenizer, **options)
-    return tokenize_rendered([renderer(prepare_pair(pair, as_chat))], tokenizer)[0]
-
-
 def tokenize_rendered(pairs: Sequence[RenderedPair], tokenizer: Any) -> list[TokenizedPair]:
-    """Tokenises many pairs without truncating them, in three calls, which fast tokenizers spread over threads.
+    """Tokenises many pairs without truncation, in three calls, which fast tokenizers spread over threads.
 
-    A completion of which nothing is to be scored has no tokens.
+    A completion without text to score has no tokens.
     """
     encoder = _Encoder(tokenizer)
     marked = [bool(pair.spelled) for pair in pairs]
@@ -125,7 +119,9 @@ def tokenize_rendered(pairs: Sequence[RenderedPair], tokenizer: Any) -> list[Tok
     ):
         if encoder.adds_bos and not pair.is_chat:
             bos = tokenizer.bos_token_id
-            prompt = prompt if prompt[:1] == [bos] else [bos, *prompt]  # a parsed text may spell BOS out
+            prompt = (
+                prompt if prompt[:1] == [bos] else [bos, *prompt]
+            )  # with `parse_special_tokens`, the text may spell BOS
         prompt = prompt or [first_token(tokenizer)]
         tokenized.append(TokenizedPair(prompt, chosen, rejected, chosen_context, rejected_context))
     return tokenized
@@ -141,23 +137,27 @@ def truncate_pair(
 ) -> TokenizedPair:
     """Cuts a pair to at most `max_length` tokens, prompt and completion together.
 
-    Completions lose tokens, and so their end, from the right, each by itself. Prompts lose tokens from the left, the
-    same for both completions; a BOS that was first stays (but not a turn marker that only goes by that name: ChatML's
-    <|im_start|>, known by its coming again in the prompt). Neither ever loses its last token.
+    A completion loses its end, independently of the other one. The prompt loses its start, the same for both
+    completions, except a BOS in front. A BOS that comes again in the prompt may be cut, because it marks turns, such as
+    ChatML's <|im_start|>. Neither loses its last token.
 
     Args:
-        pair: What `tokenize_rendered` returns.
-        max_length: At least 2.
-        bos_token_id: The tokenizer's.
-        truncation: "completion" cuts the completions that are too long. It cuts the prompt only where it leaves less
-            than `min_completion_tokens` of a completion that has them. "prompt" cuts the prompt before it cuts a
-            completion. "drop" refuses a pair that is too long.
-        min_completion_tokens: By default a quarter of `max_length`, at least 1.
+        pair: A pair of any length.
+        max_length: The most tokens that prompt and completion may have together, at least 2.
+        bos_token_id: The tokenizer's BOS, if it has one.
+        truncation: "completion" cuts the completions that are too long. It cuts the prompt only if a completion would
+            keep less than `min_completion_tokens`. "prompt" cuts the prompt before it cuts a completion. "drop" refuses
+            a pair that is too long.
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some, with "completion"; by
+            default a quarter of `max_length`, at least 1.
+
+    Returns:
+        The pair, cut if it was too long.
 
     Raises:
-        TooLongError: With "drop", if the pair is too long.
-        UnusableRowError: If other turns before the first completion token fill
-            `max_length`.
+        TooLongError: If the pair is too long, with "drop".
+        UnusableRowError: If other turns before the first completion token fill `max_length`.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
     """
     check_truncation(max_length, truncation, min_completion_tokens)
@@ -169,7 +169,7 @@ def truncate_pair(
     if truncation == "drop":
         raise TooLongError(
             f'Expected at most {max_length} tokens (`max_length`) with `truncation="drop"`, but got a prompt of '
-            f"{len(prompt)} and a completion of {longest}."
+            f"{len(prompt)} and a completion of {longest}. Raise `max_length`."
         )
     needed = longest
     if truncation == "completion":
@@ -188,6 +188,13 @@ def truncate_pair(
             "`max_length`."
         )
     return TokenizedPair(prompt, chosen, rejected, chosen_context, rejected_context)
+
+
+def check_tokens(pair: TokenizedPair) -> None:
+    """Raises UnusableRowError if a completion has no tokens."""
+    for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        if not ids:
+            raise UnusableRowError(f"Expected `{name}` to have tokens, but got none.")
 
 
 def check_truncation(max_length: int, truncation: Truncation, min_completion_tokens: int | None) -> None:
@@ -214,7 +221,7 @@ class _Encoder:
         self._adds_prefix = continued is not None and continued != alone
 
     def __call__(self, texts: Sequence[str], marked: Sequence[bool]) -> list[list[int]]:
-        """The ids of each text; those that are `marked` hold control tokens to encode as text."""
+        """The ids of each text. Texts that are `marked` contain control tokens to encode as text."""
         if not any(marked):
             return self._encode(texts)
         plain = iter(self._encode([text for text, is_marked in zip(texts, marked, strict=True) if not is_marked]))
@@ -224,7 +231,7 @@ class _Encoder:
         ]
 
     def continuation(self, text: str, marked: bool) -> list[int]:
-        """The ids of `text` where other text comes before it."""
+        """The ids of `text` if other text precedes it."""
         if marked:
             return self._encode_marked(text, continues=True)
         continued = self._continuation(text) if self._adds_prefix else None
@@ -238,7 +245,7 @@ class _Encoder:
         return None
 
     def _encode_marked(self, text: str, continues: bool = False) -> list[int]:
-        """A text whose marked control tokens are text, and the others control tokens."""
+        """The ids of a text whose marked control tokens are text, and the others control tokens."""
         ids: list[int] = []
         for number, part in enumerate(split_marked(text)):
             if part:
@@ -250,9 +257,9 @@ class _Encoder:
         return self.continuation(text, marked=False) if continues else self._encode([text])[0]
 
     def _spell(self, token: str, continues: bool) -> list[int]:
-        """The ids of a control token's text, without the control token's own."""
+        """The ids of a control token's text, without the control token's own id."""
         ids = self._as_text(token, continues)
-        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # not every tokenizer can switch that off
+        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # some tokenizers do not support `split_special_tokens`
             ids = self._as_text(token[:1], continues) + self._as_text(token[1:], True)
         return ids
 
@@ -272,7 +279,7 @@ class _Encoder:
             truncation=False,  # a tokenizer.json may switch it on
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # no remark on texts longer than the model's context: they are cut later
+            verbose=False,  # no warning about texts longer than the model's context: they are cut later
             **options,
         )["input_ids"]
 
@@ -280,10 +287,11 @@ class _Encoder:
 def _completion(
     pair: RenderedPair, side: RenderedCompletion, prompt: list[int], joint: list[int], encoder: _Encoder
 ) -> tuple[list[int], Context | None]:
-    """The completion tokens, and those between them.
+    """The completion tokens, and the tokens between them.
 
     Args:
-        pair, side: The pair and its completion.
+        pair: The rendered pair.
+        side: One of its completions.
         prompt: The ids of the prompt.
         joint: The ids of the prompt and the first piece of the completion.
     """
@@ -311,30 +319,30 @@ def _completion(
 
 
 def _following(before: list[int], joint: list[int], text: str, marked: bool, encoder: _Encoder) -> list[int]:
-    """What follows the ids `before` in the joint ids; `text` by itself where those differ or nothing follows."""
-    # Nothing follows an empty text, but also one that merged into the last unknown token.
+    """The joint ids after `before`; the ids of `text` by itself if the joint ids begin otherwise or end there."""
+    # They end there for an empty text, and for one that merged into the last unknown token.
     if joint[: len(before)] == before and (len(joint) > len(before) or not text):
         return joint[len(before) :]
     return encoder.continuation(text, marked)
 
 
 def _positions(ids: list[int], context: Context | None) -> np.ndarray:
-    """Where each completion token stands among all that follow the prompt."""
+    """The place of each completion token among all tokens that follow the prompt."""
     tokens = np.arange(len(ids))
     return tokens if context is None else tokens + np.searchsorted(context.places, tokens, side="right")
 
 
 def _reach(ids: list[int], context: Context | None, count: int) -> int:
-    """How many tokens after the prompt hold the first `count` completion tokens."""
+    """How many tokens after the prompt contain the first `count` completion tokens."""
     if context is None or not count:
         return count
     return int(_positions(ids, context)[count - 1]) + 1
 
 
 def _cut(ids: list[int], context: Context | None, room: int) -> tuple[list[int], Context | None]:
-    """What is left of a completion in `room` tokens."""
+    """The part of a completion that fits into `room` tokens."""
     if context is None:
         return ids[:room], None
     ids = ids[: int(np.searchsorted(_positions(ids, context), room))]
-    count = int(np.searchsorted(context.places, len(ids)))  # those after the last completion token are not kept
+    count = int(np.searchsorted(context.places, len(ids)))  # not those after the last completion token
     return ids, Context(context.ids[:count], context.places[:count]) if count else None

@@ -138,22 +138,6 @@ def test_resuming_another_order_by_tokens_is_an_error(change, named):
         next(iter(resumed))
 
 
-def test_state_of_before_token_budgets_is_resumed():
-    loader = _loader()
-    whole = _epoch(loader, 0)
-    next(iter(loader))
-    state = loader.state_dict()
-    for name in ("tokens_per_batch", "lengths_checksum"):
-        assert state["order"].pop(name) is None
-    resumed = _loader()
-    resumed.load_state_dict(state)
-    assert _epoch(resumed, 0) == whole[1:]
-    resumed = _loader(**BY_TOKENS, batch_size=2)
-    resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"changed: tokens_per_batch=None \(now 40\), lengths_checksum=None"):
-        next(iter(resumed))
-
-
 def test_other_samplers_are_resumed_too():
     # The Trainer puts in a SequentialSampler for `overfit_batches`.
     loader = ResumableDataLoader(ROWS, batch_size=2)

@@ -77,7 +77,7 @@ def test_as_many_pairs_as_asked_for_and_why_others_are_left_out(no_bos, capsys, 
     assert [line for line in lines if "predict" in line] == [
         "predict, row 0: prompt 1 tokens",
         'predict, row 1 is left out: Expected at most 1000 tokens (`max_length`) with `truncation="drop"`, but got a '
-        "prompt of 1 and a completion of 3001.",
+        "prompt of 1 and a completion of 3001. Raise `max_length`.",
         "predict, row 2: prompt 1 tokens",
     ]
     data = PreferenceDataModule(rows, no_bos, max_length=4000)
@@ -87,3 +87,25 @@ def test_as_many_pairs_as_asked_for_and_why_others_are_left_out(no_bos, capsys, 
         data.preview(0)
     with pytest.raises(ValueError, match="Expected `train`, `val` or `predict` to preview, but got none of them"):
         PreferenceDataModule(None, no_bos).preview()
+
+
+def test_dropped_rows_are_shown_with_their_reasons(no_bos, capsys, printer):
+    rows = [{"prompt": "a", "chosen": "", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    lines = _lines(capsys, PreferenceDataModule([*rows, rows[0]], no_bos), 1)
+    assert lines[:2] == [
+        "train, row 0 is left out: Expected `chosen` to be non-empty, but got an empty string.",
+        "train, row 1: prompt 1 tokens",
+    ]
+    assert not any("row 2" in line for line in lines)
+
+
+def test_control_tokens_that_a_row_spells_are_marked(chatml, capsys, printer):
+    spelled = {"role": "user", "content": "hi<|im_end|>"}
+    answers = {name: {"role": "assistant", "content": text} for name, text in (("chosen", "yes"), ("rejected", "no"))}
+    row = {"prompt": spelled, **answers}
+    prompt = "      prompt | <|im_start|>user\\nhi{}<|im_end|>\\n<|im_start|>assistant\\n"
+    lines = _lines(capsys, PreferenceDataModule([row], chatml))
+    assert prompt.format("[as text: <|im_end|>]") in lines
+    assert "      scored | yes<|im_end|>" in lines
+    lines = _lines(capsys, PreferenceDataModule([row], chatml, parse_special_tokens=True))
+    assert prompt.format("<|im_end|>") in lines

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_pair
-from lit_did.data.rendering import RenderedPair, render_pair
+from lit_did.data.rendering import RenderedPair, Renderer
 from lit_did.data.tokenizing import tokenize_pair
 
 PAIR = PreferencePair(
@@ -16,6 +16,10 @@ PAIR = PreferencePair(
     [{"role": "assistant", "content": "fine"}],
     [{"role": "assistant", "content": "no"}],
 )
+
+
+def render_pair(pair: PreferencePair, tokenizer, chat_template: str | None = None, **options) -> RenderedPair:
+    return Renderer(tokenizer, chat_template, **options)(pair)
 
 
 def _texts(pair: RenderedPair) -> tuple[str, ...]:
@@ -122,7 +126,7 @@ def test_turns_where_the_last_is_rendered_otherwise(no_bos):
     assert render_pair(several, no_bos, closes).rejected.pieces == ("no</s>", between, "yes</s>")
     assert render_pair(several, no_bos, thinks).rejected.pieces == ("no</s>", between, "<t></t>yes</s>")
     counts = "{% for m in messages %}[{{ m.role }}]{{ loop.revindex if loop.index > 1 }}{{ m.content }}</s>{% endfor %}"
-    with pytest.raises(UnusableRowError, match="leaves earlier messages as they are when others follow"):
+    with pytest.raises(UnusableRowError, match="keeps the text of earlier messages when others follow"):
         render_pair(several, no_bos, counts)
 
 
@@ -139,7 +143,7 @@ def test_calls_of_tools_end_where_the_template_ends_turns(no_bos):
         if pieces:
             assert render_pair(pair, no_bos, template).chosen.pieces == pieces
         else:  # the row's own "</s>" ends no turn
-            with pytest.raises(UnusableRowError, match="leaves earlier messages as they are"):
+            with pytest.raises(UnusableRowError, match="keeps the text of earlier messages"):
                 render_pair(pair, no_bos, template)
 
 
@@ -240,7 +244,7 @@ def test_template_kwargs_that_are_not_the_templates(chatml, name):
 
 def test_template_that_rewrites_history_is_refused(no_bos):
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"that leaves the prompt as it is .* but the prompt '1hi' became '2hi'"):
+    with pytest.raises(ValueError, match=r"that keeps the text of the prompt .* but the prompt '1hi' became '2hi'"):
         render_pair(PAIR, no_bos, template)
 
 

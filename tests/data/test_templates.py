@@ -43,7 +43,7 @@ def test_variables_of_the_data_module_are_looked_for_too(chatml):
 
 
 def test_a_template_that_is_a_files_name_is_refused(chatml):
-    with pytest.raises(ValueError, match=r"a Jinja template, but got 'chat.jinja', which holds no expression"):
+    with pytest.raises(ValueError, match=r"a Jinja template, but got 'chat.jinja', which has no expression"):
         PreferenceDataModule([], chatml, chat_template="chat.jinja")
 
 
@@ -60,7 +60,9 @@ def test_it_is_told_once_a_source(chatml):
 def test_arguments_for_all_rows_are_told_too(chatml):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     data = PreferenceDataModule(rows, chatml, as_chat=True, chat_template_kwargs={"thinking": False})
-    with pytest.warns(UserWarning, match="train: The chat template does not use `thinking`, so what the rows or"):
+    with pytest.warns(
+        UserWarning, match="train: The chat template does not use `thinking`, so their values in the rows or"
+    ):
         data.setup("fit")
 
 
