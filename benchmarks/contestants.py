@@ -6,6 +6,7 @@ A contestant takes (policy_logits, reference_logits, labels) and returns tensors
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,7 @@ class Contestant:
 
 
 def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
-    """The eight quantities as one would write them in torch: no ignored rows, no infinities."""
+    """The nine quantities as one would write them in torch: no ignored rows, no infinities."""
     real = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     z, r = policy_logits.to(real), reference_logits.to(real)
     a, b = z.logsumexp(-1, keepdim=True), r.logsumexp(-1, keepdim=True)
@@ -55,6 +56,7 @@ def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> To
         policy_logprob=log_pi.gather(-1, labels[:, None])[:, 0],
         reference_logprob=log_rho.gather(-1, labels[:, None])[:, 0],
         token_did_entropy=-(q * log_q).sum(-1),
+        token_did_concentration=math.log(z.shape[-1]) + (q * log_q).sum(-1),
         token_did_log_partition=(c - a + b)[:, 0],
         policy_entropy=-(pi * log_pi).sum(-1),
         reference_entropy=-(rho * log_rho).sum(-1),

@@ -16,8 +16,8 @@ TORCH_LIBRARY(lit_did, m) {
   m.def(
       "token_statistics(Tensor policy_logits, Tensor reference_logits, Tensor labels, int ignore_index, "
       "float temperature, bool inplace_backward=False) -> (Tensor policy_logprob, Tensor reference_logprob, Tensor "
-      "token_did_entropy, "
-      "Tensor token_did_log_partition, Tensor policy_entropy, Tensor reference_entropy, Tensor kl, Tensor reverse_kl, "
+      "token_did_entropy, Tensor token_did_concentration, Tensor token_did_log_partition, Tensor policy_entropy, "
+      "Tensor reference_entropy, Tensor kl, Tensor reverse_kl, "
       "Tensor normalizers)");
   m.def(
       "token_statistics_backward(Tensor?[] grads, Tensor policy_logits, Tensor reference_logits, Tensor labels, "
@@ -30,7 +30,8 @@ TORCH_LIBRARY(lit_did, m) {
   m.def(
       "sequence_reduction(Tensor[] statistics, Tensor labels, Tensor? cu_seqlens, int ignore_index) -> "
       "(Tensor policy_logprob, Tensor reference_logprob, Tensor log_ratio, Tensor token_did_entropy, "
-      "Tensor policy_entropy, Tensor reference_entropy, Tensor kl, Tensor reverse_kl, Tensor token_did_log_partition, "
+      "Tensor token_did_concentration, Tensor policy_entropy, Tensor reference_entropy, Tensor kl, Tensor reverse_kl, "
+      "Tensor token_did_log_partition, "
       "Tensor num_tokens)");
 }
 

@@ -5,9 +5,9 @@
 // Everything runs in base 2: scale = log2(e) / temperature, so that 2^(scale * z) = e^(z / temperature),
 // and d = z - r. Sums are kept relative to the running maxima of scale * z, scale * r and scale * d.
 //
-// Support. An entry that is -inf on both sides is skipped. -inf in the policy alone has weight 0 and makes
-// KL(reference, policy) infinite; -inf in the reference alone makes KL(policy, reference) and the DID's
-// log-partition infinite and the DID's entropy NaN. NaN or +inf anywhere, or a side without any finite
+// Support. An entry that is -inf on both sides is outside the support: it is skipped and counted. -inf in the policy
+// alone has weight 0 and makes KL(reference, policy) infinite; -inf in the reference alone makes KL(policy, reference)
+// and the DID's log-partition infinite and the DID's entropy NaN. NaN or +inf anywhere, or a side without any finite
 // entry, makes every statistic of the row NaN. Logits that are beyond kLargestLogit once divided by the temperature
 // count as infinite: masks such as -1e9 or finfo.min mean -inf, and float has no digits left for their differences.
 #pragma once
@@ -30,20 +30,22 @@ namespace lit_did {
 template <typename Real>
 struct TokenStatistics {
   Real policy_logprob, reference_logprob;
-  Real token_did_entropy, token_did_log_partition;
+  Real token_did_entropy, token_did_concentration, token_did_log_partition;
   Real policy_entropy, reference_entropy, kl, reverse_kl;
 };
 
-constexpr int kNumStatistics = 8;
+constexpr int kNumStatistics = 9;
 
-// What the backward needs of the forward besides the statistics: log2-sum-exp2 of the three rows, and
-// whether the row holds infinities (RowFlag). Doubles, because their rounding would scale a whole row's gradient.
+// What the backward needs of the forward besides the statistics: log2-sum-exp2 of the three rows, and whether the row
+// holds infinities (RowFlag). Doubles, because their rounding would scale a whole row's gradient. `support` is the
+// number of entries in the support, which slices of a vocabulary need to merge.
 struct RowNormalizers {
   double policy, reference, difference;
   double flags;
+  double support;
 };
 
-constexpr int kNumNormalizers = 4;
+constexpr int kNumNormalizers = 5;
 
 enum RowFlag : int {
   kPolicyHole = 1,     // an entry is -inf in the policy only
@@ -73,7 +75,7 @@ LIT_DID_INLINE Real origin(Real maximum) {
   return maximum == minus_infinity<Real>() ? Real(0) : maximum;
 }
 
-// Running maxima and eight sums. `Real` is the arithmetic of an entry, `Sum` that of the sums.
+// Running maxima, eight sums and a count. `Real` is the arithmetic of an entry, `Sum` that of the sums.
 template <typename Real, typename Sum>
 struct RowStatistics {
   // Maxima of scale * z, scale * r and scale * d.
@@ -89,6 +91,7 @@ struct RowStatistics {
   Sum reference_log_ratio = 0;  // sum of w_r * x
   Sum difference_weight = 0;    // sum of w_d
   Sum difference_log = 0;       // sum of w_d * (scale d - difference_max)
+  Sum outside = 0;              // entries outside the support
   int flags = 0;
 
   LIT_DID_INLINE Real log_ratio_origin() const { return origin(policy_max) - origin(reference_max); }
@@ -117,20 +120,22 @@ struct RowStatistics {
     reference_log_ratio += other.reference_log_ratio;
     difference_weight += other.difference_weight;
     difference_log += other.difference_log;
+    outside += other.outside;
     flags |= other.flags;
   }
 
   // True where the row defines no distribution: NaN, +inf, or nothing but -inf on one side.
   LIT_DID_INLINE bool invalid() const { return !(policy_weight > 0) || !(reference_weight > 0); }
 
-  // The row's statistics, given the label's two logits times scale.
-  LIT_DID_INLINE TokenStatistics<Real> finish(Sum policy_label, Sum reference_label,
+  // The statistics of a row of `vocabulary` entries, given the label's two logits times scale.
+  LIT_DID_INLINE TokenStatistics<Real> finish(int64_t vocabulary, Sum policy_label, Sum reference_label,
                                               RowNormalizers* normalizers) const {
     const Real nan = std::numeric_limits<Real>::quiet_NaN();
     const Real infinity = std::numeric_limits<Real>::infinity();
+    const Sum support = Sum(vocabulary) - outside;
     if (invalid()) {
-      *normalizers = {nan, nan, nan, double(kInfinite)};
-      return {nan, nan, nan, nan, nan, nan, nan, nan};
+      *normalizers = {nan, nan, nan, double(kInfinite), double(support)};
+      return {nan, nan, nan, nan, nan, nan, nan, nan, nan};
     }
     const Sum log_policy = std::log2(policy_weight);
     const Sum log_reference = std::log2(reference_weight);
@@ -144,19 +149,22 @@ struct RowStatistics {
     TokenStatistics<Real> s;
     s.policy_logprob = Real(ln2 * (policy_label - a));
     s.reference_logprob = Real(ln2 * (reference_label - b));
-    s.token_did_entropy = Real(ln2 * (log_difference - difference_log / difference_weight));
+    const Sum entropy = log_difference - difference_log / difference_weight;
+    const Sum concentration = std::log2(support) - entropy;
+    s.token_did_entropy = Real(ln2 * entropy);
+    s.token_did_concentration = concentration <= 0 ? Real(0) : Real(ln2 * concentration);  // below 0 by rounding alone
     s.token_did_log_partition = Real(ln2 * (c - a + b));
     s.policy_entropy = Real(ln2 * (log_policy - policy_log / policy_weight));
     s.reference_entropy = Real(ln2 * (log_reference - reference_log / reference_weight));
     s.kl = Real(ln2 * (policy_log_ratio / policy_weight + x0 - a + b));
     s.reverse_kl = Real(ln2 * (a - b - x0 - reference_log_ratio / reference_weight));
     if (flags & kReferenceHole) {
-      s.token_did_entropy = nan;
+      s.token_did_entropy = s.token_did_concentration = nan;
       s.token_did_log_partition = infinity;
       s.kl = infinity;
     }
     if (flags & kPolicyHole) s.reverse_kl = infinity;
-    *normalizers = {double(a), double(b), double(c), double(flags)};
+    *normalizers = {double(a), double(b), double(c), double(flags), double(support)};
     return s;
   }
 
@@ -199,12 +207,13 @@ LIT_DID_INLINE double rounding(double exact, Real rounded) {
   return exact == minus_infinity<double>() ? 0.0 : exact - double(rounded);
 }
 
-// From the gradients `g` of the eight statistics (0 where a statistic was not used). A statistic that is
+// From the gradients `g` of the statistics (0 where a statistic was not used). A statistic that is
 // not finite because the supports differ passes no gradient.
 template <typename Real>
 LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<Real> g, TokenStatistics<Real> value,
                                                                 const RowNormalizers& n, double temperature) {
   const int flags = static_cast<int>(n.flags);
+  g.token_did_entropy -= g.token_did_concentration;  // their sum is the logarithm of the support's size
   if (flags & kReferenceHole) {
     g.token_did_entropy = g.token_did_log_partition = g.kl = 0;
     value.token_did_entropy = value.kl = 0;

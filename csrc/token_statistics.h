@@ -14,9 +14,9 @@
 
 namespace lit_did {
 
-// Eight statistics and the normalizers [..., 4] that the backward reads.
+// Nine statistics and the normalizers [..., 5] that the backward reads.
 using TokenTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                at::Tensor, at::Tensor>;
+                                at::Tensor, at::Tensor, at::Tensor>;
 
 // policy_logits, reference_logits [..., V], contiguous in V; labels [...] int64. `inplace_backward` is for autograd,
 // which keeps it for the backward; the forward does the same either way.
@@ -24,7 +24,7 @@ TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Ten
                                   const at::Tensor& labels, int64_t ignore_index, double temperature,
                                   bool inplace_backward);
 
-// grads, statistics: eight tensors [...], an absent gradient for a statistic that was not used. Returns the
+// grads, statistics: nine tensors [...], an absent gradient for a statistic that was not used. Returns the
 // gradients in the logits' dtypes; an empty tensor for a side that needs none.
 std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,
                                                                  const at::Tensor& policy_logits,

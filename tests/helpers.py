@@ -7,6 +7,7 @@ platform has it). None of them shares code with another.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ FIELDS = (
     "policy_logprob",
     "reference_logprob",
     "token_did_entropy",
+    "token_did_concentration",
     "token_did_log_partition",
     "policy_entropy",
     "reference_entropy",
@@ -38,7 +40,7 @@ def simd_level() -> str:
 
 
 class Truth(NamedTuple):
-    """Values [8, rows] and gradients [rows, V], each with the size of the terms that it is a sum of.
+    """Values [9, rows] and gradients [rows, V], each with the size of the terms that it is a sum of.
 
     Terms are what rounding errors are proportional to: a difference of two large terms may be as wrong as they are.
     """
@@ -52,7 +54,7 @@ class Truth(NamedTuple):
 
 
 def truth(policy: Tensor, reference: Tensor, labels: Tensor, upstream: Tensor, temperature: float = 1.0) -> Truth:
-    """The tables of docs/theory.md, "One token", for finite logits [rows, V], labels [rows] and upstream [8, rows].
+    """The tables of docs/theory.md, "One token", for finite logits [rows, V], labels [rows] and upstream [9, rows].
 
     The logits are brought to a maximum of 0 first, which changes no statistic; the policy's and the reference's maxima
     come back in the terms, because z - r is rounded before they can cancel.
@@ -79,12 +81,14 @@ def truth(policy: Tensor, reference: Tensor, labels: Tensor, upstream: Tensor, t
     log_ratio = d - a[:, None] + b[:, None]
     h_q, h_pi, h_rho = c - (q * d).sum(-1), a - (pi * z).sum(-1), b - (rho * r).sum(-1)
     kl, reverse_kl = (pi * d).sum(-1) - a + b, a - b - (rho * d).sum(-1)
-    values = np.stack([log_pi[rows, y], log_rho[rows, y], h_q, c - a + b, h_pi, h_rho, kl, reverse_kl])
+    concentration = np.log(precision(z.shape[-1])) - h_q
+    values = np.stack([log_pi[rows, y], log_rho[rows, y], h_q, concentration, c - a + b, h_pi, h_rho, kl, reverse_kl])
     value_terms = 1 + np.abs(values) + size
     value_terms[2] += (q * np.abs(log_q + h_q[:, None]) * rounded).sum(-1)
-    value_terms[3] += np.abs(c) + a + b + np.abs(offset) + (q * rounded).sum(-1)
-    value_terms[6] += (pi * (np.abs(log_ratio) + rounded)).sum(-1)
-    value_terms[7] += (rho * (np.abs(log_ratio) + rounded)).sum(-1)
+    value_terms[3] += h_q + value_terms[2]
+    value_terms[4] += np.abs(c) + a + b + np.abs(offset) + (q * rounded).sum(-1)
+    value_terms[7] += (pi * (np.abs(log_ratio) + rounded)).sum(-1)
+    value_terms[8] += (rho * (np.abs(log_ratio) + rounded)).sum(-1)
 
     g = as_array(upstream, precision)[:, :, None]
     label = np.zeros_like(z)
@@ -92,46 +96,46 @@ def truth(policy: Tensor, reference: Tensor, labels: Tensor, upstream: Tensor, t
     h_q, h_pi, h_rho, kl, reverse_kl = (x[:, None] for x in (h_q, h_pi, h_rho, kl, reverse_kl))
     policy_grad = (
         g[0] * (label - pi)
-        - g[2] * q * (log_q + h_q)
-        + g[3] * (q - pi)
-        - g[4] * pi * (log_pi + h_pi)
-        + g[6] * pi * (log_ratio - kl)
-        + g[7] * (pi - rho)
+        - (g[2] - g[3]) * q * (log_q + h_q)
+        + g[4] * (q - pi)
+        - g[5] * pi * (log_pi + h_pi)
+        + g[7] * pi * (log_ratio - kl)
+        + g[8] * (pi - rho)
     )
     reference_grad = (
         g[1] * (label - rho)
-        + g[2] * q * (log_q + h_q)
-        + g[3] * (rho - q)
-        - g[5] * rho * (log_rho + h_rho)
-        + g[6] * (rho - pi)
-        + g[7] * rho * (-log_ratio - reverse_kl)
+        + (g[2] - g[3]) * q * (log_q + h_q)
+        + g[4] * (rho - q)
+        - g[6] * rho * (log_rho + h_rho)
+        + g[7] * (rho - pi)
+        + g[8] * rho * (-log_ratio - reverse_kl)
     )
     # An exponent is rounded relative to its size, so a probability to eps * (1 + |log p|).
     g, size = np.abs(g), size[:, None]
     pi, rho, q = pi * (1 - log_pi + size), rho * (1 - log_rho + size), q * (1 - log_q + rounded + size)
-    from_q = g[2] * q * (h_q - log_q) + g[3] * q
+    from_q = (g[2] + g[3]) * q * (h_q - log_q) + g[4] * q
     ratio = np.abs(log_ratio) + rounded + size
     policy_terms = (
         g[0] * (label + pi)
         + from_q
-        + g[3] * pi
-        + g[4] * pi * (h_pi - log_pi)
-        + g[6] * pi * (ratio + kl)
-        + g[7] * (pi + rho)
+        + g[4] * pi
+        + g[5] * pi * (h_pi - log_pi)
+        + g[7] * pi * (ratio + kl)
+        + g[8] * (pi + rho)
     )
     reference_terms = (
         g[1] * (label + rho)
         + from_q
-        + g[3] * rho
-        + g[5] * rho * (h_rho - log_rho)
-        + g[6] * (rho + pi)
-        + g[7] * rho * (ratio + reverse_kl)
+        + g[4] * rho
+        + g[6] * rho * (h_rho - log_rho)
+        + g[7] * (rho + pi)
+        + g[8] * rho * (ratio + reverse_kl)
     )
     return Truth(values, policy_grad / t, reference_grad / t, value_terms, policy_terms / t, reference_terms / t)
 
 
 def naive(policy: Tensor, reference: Tensor, labels: Tensor, temperature: float = 1.0) -> list[Tensor]:
-    """The eight statistics as plain torch, in float32 (float64 if either input is), differentiable."""
+    """The nine statistics as plain torch, in float32 (float64 if either input is), differentiable."""
     double = torch.float64 in (policy.dtype, reference.dtype)
     z, r = ((x.double() if double else x.float()) / temperature for x in (policy, reference))
     log_pi, log_rho, log_q = z.log_softmax(-1), r.log_softmax(-1), (z - r).log_softmax(-1)
@@ -140,6 +144,7 @@ def naive(policy: Tensor, reference: Tensor, labels: Tensor, temperature: float 
         log_pi.gather(-1, pick)[:, 0],
         log_rho.gather(-1, pick)[:, 0],
         -(log_q.exp() * log_q).sum(-1),
+        math.log(z.shape[-1]) + (log_q.exp() * log_q).sum(-1),
         (z - r).logsumexp(-1) - z.logsumexp(-1) + r.logsumexp(-1),
         -(log_pi.exp() * log_pi).sum(-1),
         -(log_rho.exp() * log_rho).sum(-1),

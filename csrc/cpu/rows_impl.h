@@ -84,6 +84,7 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
       difference_weight{}, difference_log{};
   V highest{}, lowest{};
   decltype(V{} == V{}) policy_holes{}, reference_holes{};
+  V outside{};
   const auto add = [&](V z, V r) __attribute__((always_inline)) {
     if constexpr (kCareful) {
       z = effective(z, limit);
@@ -110,6 +111,7 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
       x = d_hole ? V{} : x;
       policy_holes |= z_hole & ~r_hole;
       reference_holes |= r_hole & ~z_hole;
+      outside += (z_hole & r_hole) ? broadcast<V>(Real(1)) : V{};
     } else {
       highest = maximum(highest, maximum(maximum(log_z, log_r), log_d));
       lowest = minimum(lowest, minimum(z, r));
@@ -134,6 +136,7 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
   }
   if constexpr (kCareful) {
     row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
+    row.outside += lane_sum(outside);
   } else {
     // NaN may vanish from `highest` and take what was there along, but shows in the weights as NaN or infinity, or
     // comes of two -inf.
@@ -210,6 +213,7 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
     rebase_to_block(m, scale, row);
     add_block<Real, true>(z, r, kPair<Real>, scale, limit, row);
     if (finite) row.flags = flags;
+    row.outside -= whole + kPair<Real> - size;  // entries that are no part of the row
   }
   *static_cast<RowStatistics<Real, double>*>(statistics) = row;
 }

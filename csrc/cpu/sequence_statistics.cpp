@@ -1,6 +1,6 @@
 // sequence_reduction on the CPU.
 //
-// Computes   nine sums or means and a count a sequence, of eight statistics a token.
+// Computes   ten sums or means and a count a sequence, of nine statistics a token.
 // Reads      labels and statistics once, tokens in their order; statistics of ignored tokens not at all.
 // Threads    none: a token here costs nanoseconds, its two rows of logits before that microseconds.
 #include "../sequence_statistics.h"
@@ -26,8 +26,8 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
             const std::array<at::Tensor, kNumSequenceStatistics>& outputs, const at::Tensor& num_tokens) {
   std::array<const Real*, kNumTokenStatistics> at;
   for (int i = 0; i < kNumTokenStatistics; ++i) at[i] = statistics[i].const_data_ptr<Real>();
-  const auto& [policy_logprob, reference_logprob, token_did_entropy, token_did_log_partition, policy_entropy,
-               reference_entropy, kl, reverse_kl] = at;
+  const auto& [policy_logprob, reference_logprob, token_did_entropy, token_did_concentration, token_did_log_partition,
+               policy_entropy, reference_entropy, kl, reverse_kl] = at;
   std::array<Real*, kNumSequenceStatistics> output;
   for (int i = 0; i < kNumSequenceStatistics; ++i) output[i] = outputs[i].data_ptr<Real>();
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -43,6 +43,7 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
                               reference,
                               policy - reference,
                               token_did_entropy[t],
+                              token_did_concentration[t],
                               policy_entropy[t],
                               reference_entropy[t],
                               kl[t],
@@ -53,7 +54,7 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
     }
     counts[s] = count;
     for (int i = 0; i < kNumSequenceStatistics; ++i) {
-      const bool is_mean = i >= 3 && i <= 7;
+      const bool is_mean = i >= 3 && i <= 8;
       output[i][s] = static_cast<Real>(is_mean ? sum[i] / std::max<int64_t>(count, 1) : sum[i]);
     }
   }
@@ -85,7 +86,7 @@ SequenceTensors sequence_reduction_cpu(at::TensorList statistics_, const at::Ten
   for (auto& tensor : out) tensor = at::empty(sizes, options);
   const auto run = options.dtype() == at::kDouble ? reduce<double, decltype(first)> : reduce<float, decltype(first)>;
   run(statistics, labels, ignore_index, num_tokens.numel(), first, out, num_tokens);
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], num_tokens};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9], num_tokens};
 }
 
 }  // namespace lit_did

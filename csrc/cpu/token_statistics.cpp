@@ -1,8 +1,8 @@
 // token_statistics and its backward on the CPU.
 //
-// Computes   eight statistics a row of two [V] logits rows, and the gradient of all of them.
+// Computes   nine statistics a row of two [V] logits rows, and the gradient of all of them.
 // Reads      both rows once from memory, forward and backward; ignored rows not at all.
-// Keeps      four numbers a row; never anything of size [rows, V] but the gradient itself.
+// Keeps      five numbers a row; never anything of size [rows, V] but the gradient itself.
 // Threads    take a row at a time (backward: a split of a row) until none is left, so that ignored rows, wherever they
 //            lie, leave no thread idle; with few rows they share the splits of each. A row's bits depend on V alone.
 #include "../token_statistics.h"
@@ -103,10 +103,11 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
     const double at_policy = effective_logit(value_at(policy.row(row), label[row], policy_kind), limit) * scale;
     const double at_reference =
         effective_logit(value_at(reference.row(row), label[row], reference_kind), limit) * scale;
-    const TokenStatistics<Real> s = statistics.finish(at_policy, at_reference, &normalizer[row]);
+    const TokenStatistics<Real> s = statistics.finish(vocabulary, at_policy, at_reference, &normalizer[row]);
     const Real values[] = {s.policy_logprob,
                            s.reference_logprob,
                            s.token_did_entropy,
+                           s.token_did_concentration,
                            s.token_did_log_partition,
                            s.policy_entropy,
                            s.reference_entropy,
@@ -212,7 +213,7 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
   }
   const auto gather = [](const std::array<const Real*, kNumStatistics>& from, int64_t row) {
     const auto at = [&](int i) { return from[i] ? from[i][row] : Real(0); };
-    return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+    return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
   };
 
   const bool to_policy = grad_policy.tensor.defined(), to_reference = grad_reference.tensor.defined();
@@ -272,7 +273,7 @@ TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Ten
     forward<double>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
   else
     forward<float>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], normalizers};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], normalizers};
 }
 
 std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,

@@ -1,4 +1,4 @@
-// The backward: the gradient of a function of the eight statistics, in the logits of either side or both.
+// The backward: the gradient of a function of the nine statistics, in the logits of either side or both.
 //
 // Computes   what row_statistics.h says below GradientCoefficients, entry by entry.
 // Reads      the rows once (of the log-probabilities' gradient alone: one side's row for that side's gradient).
@@ -136,7 +136,7 @@ __device__ __forceinline__ void fill(T* grad, int offset, int size, Real value) 
 template <typename Real>
 __device__ __forceinline__ TokenStatistics<Real> statistics_at(const void* const (&from)[kNumStatistics], int64_t row) {
   const auto at = [&](int i) { return from[i] ? static_cast<const Real*>(from[i])[row] : Real(0); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
 }
 
 // The coefficients of a row. By the first thread; the barrier lets the others see them.
@@ -177,7 +177,7 @@ __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretche
   return t;
 }
 
-// The gradient of all eight statistics, in one side's logits or both's. One block a stretch: row * stretches + stretch.
+// The gradient of all statistics, in one side's logits or both's. One block a stretch: row * stretches + stretch.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<P>::type>)
     backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, int stretches) {

@@ -1,8 +1,8 @@
-// The forward: eight statistics of every row, in one pass over both rows.
+// The forward: nine statistics of every row, in one pass over both rows.
 //
 // Computes   lit_did::RowStatistics of two [V] rows and what follows from it (row_statistics.h).
 // Reads      every entry of both rows once; nothing of a row whose label is ignored.
-// Writes     one RowStatistics a split; then eight statistics and four normalizers a row.
+// Writes     one RowStatistics a split; then nine statistics and five normalizers a row.
 // Threads    one block a split of a row. A thread adds its chunks to sums of its own, whose origins its warp moves. In
 //            the end a warp adds its lanes' sums by shuffles, and one merge in shared memory makes the split's. Then a
 //            thread a row.
@@ -119,6 +119,7 @@ struct Accumulator {
       const Real d = d_inside ? z - r : Real(0), x = multiply_add(d, by.scale, -x0);
       if (i < entries && !d_inside)
         sums.flags |= kInfinite | (r_inside ? kPolicyHole : 0) | (z_inside ? kReferenceHole : 0);
+      if (i < entries && !z_inside && !r_inside) sums.outside += 1;
       if (z_inside) {
         const Real log_z = multiply_add(z, by.scale, -z0), w_z = fast_exp2(log_z);
         sums.policy_weight += w_z;
@@ -152,6 +153,7 @@ __device__ __forceinline__ RowStatistics<Real, Real> warp_merge(RowStatistics<Re
   sums.reference_log_ratio = warp_sum(sums.reference_log_ratio);
   sums.difference_weight = warp_sum(sums.difference_weight);
   sums.difference_log = warp_sum(sums.difference_log);
+  sums.outside = warp_sum(sums.outside);
   sums.flags = warp_or(sums.flags);
   return sums;
 }
@@ -216,6 +218,7 @@ __device__ __forceinline__ RowStatistics<Real, double> to_double(const RowStatis
   result.reference_log_ratio = sums.reference_log_ratio;
   result.difference_weight = sums.difference_weight;
   result.difference_log = sums.difference_log;
+  result.outside = sums.outside;
   result.flags = sums.flags;
   return result;
 }
@@ -226,6 +229,7 @@ __device__ __forceinline__ void write_statistics(const ForwardArguments& a, int6
   const Real values[kNumStatistics] = {s.policy_logprob,
                                        s.reference_logprob,
                                        s.token_did_entropy,
+                                       s.token_did_concentration,
                                        s.token_did_log_partition,
                                        s.policy_entropy,
                                        s.reference_entropy,
@@ -246,7 +250,7 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int64_t ro
     at_reference = effective_logit<Real>(load_entry(reference + label), by.limit) * double(by.scale);
   }
   RowNormalizers normalizers;
-  write_statistics<Real>(a, row, sums.finish(at_policy, at_reference, &normalizers));
+  write_statistics<Real>(a, row, sums.finish(a.problem.vocabulary, at_policy, at_reference, &normalizers));
   a.normalizers[row] = normalizers;
 }
 

@@ -41,7 +41,7 @@ struct Problem {
   double temperature;
 };
 
-// The eight statistics [rows] in the order of lit_did.TokenStatistics: float, or double where the logits are.
+// The statistics [rows] in the order of lit_did.TokenStatistics: float, or double where the logits are.
 struct ForwardArguments {
   Problem problem;
   void* statistics[kNumStatistics];
@@ -49,7 +49,7 @@ struct ForwardArguments {
   void* workspace;              // forward_workspace_bytes(problem), aligned to 8 bytes
 };
 
-// Bytes that `forward` needs besides its outputs: some 50 (float64: 96) for every kEntriesABlock of a row.
+// Bytes that `forward` needs besides its outputs: 52 (float64: 104) for every kEntriesABlock of a row.
 int64_t forward_workspace_bytes(const Problem& problem);
 
 cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream);
@@ -66,7 +66,7 @@ struct BackwardArguments {
 cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream);
 
 // Sums and means over each sequence's labelled tokens, in the order of lit_did.SequenceStatistics.
-constexpr int kNumSequenceStatistics = 9;  // and the number of tokens
+constexpr int kNumSequenceStatistics = 10;  // and the number of tokens
 struct SequenceArguments {
   const void* statistics[kNumStatistics];  // [tokens]
   ScalarKind kind;                         // kFloat or kDouble: of `statistics` and `outputs`

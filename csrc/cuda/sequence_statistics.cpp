@@ -48,7 +48,7 @@ SequenceTensors sequence_reduction_cuda(at::TensorList statistics_, const at::Te
                     arguments.sequences, ".");
   arguments.num_tokens = num_tokens.mutable_data_ptr<int64_t>();
   C10_CUDA_CHECK(cuda::reduce_sequences(arguments, c10::cuda::getCurrentCUDAStream()));
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], num_tokens};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9], num_tokens};
 }
 
 }  // namespace

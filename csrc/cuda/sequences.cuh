@@ -1,7 +1,7 @@
 // The per-sequence reduction: sums and means of the token statistics over each sequence's labelled tokens.
 //
-// Reads      eight numbers and the label of every token once.
-// Writes     nine numbers and a count a sequence.
+// Reads      nine numbers and the label of every token once.
+// Writes     ten numbers and a count a sequence.
 // Threads    one block a sequence; sums in double, added in an order that follows from the sequence's length alone.
 #pragma once
 
@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kSequenceThreads) sequence_kernel(const Sequen
   write(1, total(1));
   write(2, total(kNumStatistics));
   write(3, total(2) / divisor);
-  write(4, total(4) / divisor);
+  write(4, total(3) / divisor);
   write(5, total(5) / divisor);
   write(6, total(6) / divisor);
   write(7, total(7) / divisor);
-  write(8, total(3));
+  write(8, total(8) / divisor);
+  write(9, total(4));
   a.num_tokens[sequence] = static_cast<int64_t>(tokens);
 }
 

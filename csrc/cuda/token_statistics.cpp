@@ -75,7 +75,7 @@ TokenTensors token_statistics_cuda(const at::Tensor& policy_logits, const at::Te
   arguments.normalizers = reinterpret_cast<RowNormalizers*>(address);
   arguments.workspace = address + count;
   C10_CUDA_CHECK(cuda::forward(arguments, c10::cuda::getCurrentCUDAStream()));
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], normalizers};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], normalizers};
 }
 
 // An undefined tensor for a side that needs no gradient. A gradient may be its side's logits.

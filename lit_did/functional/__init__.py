@@ -2,7 +2,13 @@
 
 from lit_did.functional.did_entropy import DIDEntropyEstimate, did_entropy_over_candidates, estimate_did_entropy
 from lit_did.functional.enumeration import EnumeratedDID, enumerate_did
-from lit_did.functional.information import policy_entropy, policy_kl, token_did_entropy, token_did_log_partition
+from lit_did.functional.information import (
+    policy_entropy,
+    policy_kl,
+    token_did_concentration,
+    token_did_entropy,
+    token_did_log_partition,
+)
 from lit_did.functional.inputs import as_sequences
 from lit_did.functional.power_law import PowerLawFit, fit_power_law
 from lit_did.functional.preference import (
@@ -41,6 +47,7 @@ __all__ = [
     "reward_accuracy",
     "reward_calibration",
     "reward_margin",
+    "token_did_concentration",
     "token_did_entropy",
     "token_did_log_partition",
 ]

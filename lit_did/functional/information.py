@@ -1,20 +1,21 @@
-"""Means over tokens of what the token statistics tell of information: DID entropy, log-partition, entropy, KL.
+"""Means over tokens of what the token statistics say about information: DID entropy and concentration, KL and others.
 
-Each function is the twin of a metric in `lit_did.metrics.information`, which adds up what `token_sums` returns.
+Each function has a metric of the same name in `lit_did.metrics.information`, which adds up what `token_sums` returns.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_did.functional.inputs import Statistics, as_sequences
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
-UNITS = ("nats", "bits")
+Unit = Literal["nats", "bits"]
 
 
 def token_did_entropy(
@@ -22,31 +23,108 @@ def token_did_entropy(
     reference_logits: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    unit: str = "nats",
-    **options: Any,
+    unit: Unit = "nats",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Mean over tokens of the entropy of the token DID, q = softmax(policy_logits - reference_logits).
 
-    In [0, log V]; log V where the policy is its reference. Not the entropy of the DID of completions: docs/theory.md.
+    It is in [0, log V], and log V where the policy is its reference. It is an average of the entropies of single
+    tokens' DIDs, not the entropy of the DID of whole completions: that is `lit_did.functional.estimate_did_entropy`.
 
     Args:
-        policy_logits: Logits [..., T, V] with `reference_logits` and `labels`, `TokenStatistics` with `labels`, or
-            `SequenceStatistics`: see `lit_did.functional.as_sequences`.
-        reference_logits, labels: As there.
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
         unit: "nats" or "bits".
-        options: `cu_seqlens`, `ignore_index`, `temperature`, `backend`, as there.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
-        A float64 scalar, differentiable in what was given; NaN without labelled tokens.
+        A float64 scalar, differentiable in the logits or statistics. NaN without labelled tokens.
 
     Raises:
-        TypeError, ValueError, RuntimeError: An argument has the wrong type, dtype, shape or device, or is out of range.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> token_did_entropy(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), unit="bits")
         tensor(2.0000, dtype=torch.float64)
     """
-    return _mean_over_tokens("token_did_entropy", unit, policy_logits, reference_logits, labels, options)
+    check_unit(unit)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return _mean_over_tokens(statistics, "token_did_entropy", unit)
+
+
+def token_did_concentration(
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    unit: Unit = "nats",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean over tokens of log V less the entropy of the token DID: how far the policy has moved from its reference.
+
+    It is in [0, log V], and 0 where the policy is its reference. V counts the support: vocabulary entries that are -inf
+    in both models do not count. It is an average over tokens, not the concentration of the DID of whole completions.
+
+    Args:
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        unit: "nats" or "bits".
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+
+    Returns:
+        A float64 scalar, differentiable in the logits or statistics. NaN without labelled tokens.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0, 2.0, 0.0]]])
+        >>> token_did_concentration(logits, torch.zeros(1, 1, 4), torch.tensor([[1]]), unit="bits")
+        tensor(0.5050, dtype=torch.float64)
+    """
+    check_unit(unit)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return _mean_over_tokens(statistics, "token_did_concentration", unit)
 
 
 def token_did_log_partition(
@@ -54,20 +132,54 @@ def token_did_log_partition(
     reference_logits: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    unit: str = "nats",
-    **options: Any,
+    unit: Unit = "nats",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Mean over tokens of log Z = log sum_v pi_v / rho_v: what a log-ratio must exceed for its token to gain weight.
+    """Mean over tokens of log Z, where Z = sum_v pi_v / rho_v.
 
-    At least 0, without an upper bound; log V where the policy is its reference.
-    Arguments, result and errors: as `token_did_entropy`.
+    A token gains weight in the DID if its log-ratio exceeds log Z less log V. log Z is at least 0 and has no upper
+    bound. It is log V where the policy is its reference.
+
+    Args:
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        unit: "nats" or "bits".
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+
+    Returns:
+        A float64 scalar, differentiable in the logits or statistics. NaN without labelled tokens.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> logits = torch.zeros(1, 3, 4)
         >>> token_did_log_partition(logits, logits, torch.tensor([[1, 2, -100]]), unit="bits")
         tensor(2.0000, dtype=torch.float64)
     """
-    return _mean_over_tokens("token_did_log_partition", unit, policy_logits, reference_logits, labels, options)
+    check_unit(unit)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return _mean_over_tokens(statistics, "token_did_log_partition", unit)
 
 
 def policy_entropy(
@@ -75,18 +187,50 @@ def policy_entropy(
     reference_logits: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    unit: str = "nats",
-    **options: Any,
+    unit: Unit = "nats",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Mean over tokens of the policy's entropy over the next token, in [0, log V].
 
-    Arguments, result and errors: as `token_did_entropy`.
+    Args:
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        unit: "nats" or "bits".
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+
+    Returns:
+        A float64 scalar, differentiable in the logits or statistics. NaN without labelled tokens.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy_entropy(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), unit="bits")
         tensor(2.0000, dtype=torch.float64)
     """
-    return _mean_over_tokens("policy_entropy", unit, policy_logits, reference_logits, labels, options)
+    check_unit(unit)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return _mean_over_tokens(statistics, "policy_entropy", unit)
 
 
 def policy_kl(
@@ -95,24 +239,58 @@ def policy_kl(
     labels: Tensor | None = None,
     *,
     reverse: bool = False,
-    unit: str = "nats",
-    **options: Any,
+    unit: Unit = "nats",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Mean over tokens of KL(pi, rho) over the next token, or with `reverse` of KL(rho, pi). At least 0.
+    """Mean over tokens of KL(pi, rho) over the next token, pi being the policy and rho the reference. At least 0.
 
-    Exact over the vocabulary at the data's prefixes; not the divergence of whole completions, nor an estimate from
-    samples. Other arguments, result and errors: as `token_did_entropy`.
+    It is exact: a sum over the vocabulary at the data's prefixes. It is neither the divergence of whole completions nor
+    an estimate from samples.
+
+    Args:
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        reverse: KL(rho, pi) instead of KL(pi, rho).
+        unit: "nats" or "bits".
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+
+    Returns:
+        A float64 scalar, differentiable in the logits or statistics. NaN without labelled tokens.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy_kl(torch.tensor([[[0.0, 2.0]]]), torch.zeros(1, 1, 2), torch.tensor([[1]]))
         tensor(0.3278, dtype=torch.float64)
     """
-    quantity = "reverse_kl" if reverse else "kl"
-    return _mean_over_tokens(quantity, unit, policy_logits, reference_logits, labels, options)
+    check_unit(unit)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return _mean_over_tokens(statistics, "reverse_kl" if reverse else "kl", unit)
 
 
 def token_sums(statistics: SequenceStatistics, quantity: str) -> tuple[Tensor, Tensor]:
-    """The sum of a quantity over all tokens, float64, and the tokens, int64: what a mean over tokens needs."""
+    """The sum of a field of the statistics over all tokens, float64, and the number of tokens, int64."""
     values = getattr(statistics, quantity).double()
     if quantity != "token_did_log_partition":  # all others are means over a sequence's tokens
         values = values * statistics.num_tokens
@@ -120,20 +298,17 @@ def token_sums(statistics: SequenceStatistics, quantity: str) -> tuple[Tensor, T
     return torch.where(statistics.num_tokens > 0, values, 0).sum(), statistics.num_tokens.sum()
 
 
-def in_unit(value: Tensor, unit: str) -> Tensor:
+def in_unit(value: Tensor, unit: Unit) -> Tensor:
     """`value`, given in nats, in `unit`."""
     return value / math.log(2) if unit == "bits" else value
 
 
-def check_unit(unit: str) -> None:
-    """Raises ValueError unless `unit` is one of `UNITS`."""
-    if unit not in UNITS:
+def check_unit(unit: Unit) -> None:
+    """Raises ValueError unless `unit` is "nats" or "bits"."""
+    if unit not in get_args(Unit):
         raise ValueError(f"Expected `unit` to be 'nats' or 'bits', but got {unit!r}.")
 
 
-def _mean_over_tokens(
-    quantity: str, unit: str, policy_logits: Any, reference_logits: Any, labels: Any, options: dict[str, Any]
-) -> Tensor:
-    check_unit(unit)
-    total, tokens = token_sums(as_sequences(policy_logits, reference_logits, labels, **options), quantity)
+def _mean_over_tokens(statistics: SequenceStatistics, quantity: str, unit: Unit) -> Tensor:
+    total, tokens = token_sums(statistics, quantity)
     return in_unit(total / tokens, unit)

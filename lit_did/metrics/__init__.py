@@ -2,7 +2,13 @@
 
 from lit_did.metrics.collection import DIDMetrics
 from lit_did.metrics.did_entropy import DIDEntropy
-from lit_did.metrics.information import PolicyEntropy, PolicyKL, TokenDIDEntropy, TokenDIDLogPartition
+from lit_did.metrics.information import (
+    PolicyEntropy,
+    PolicyKL,
+    TokenDIDConcentration,
+    TokenDIDEntropy,
+    TokenDIDLogPartition,
+)
 from lit_did.metrics.power_law import PowerLawExponent
 from lit_did.metrics.rewards import (
     LikelihoodDisplacement,
@@ -25,6 +31,7 @@ __all__ = [
     "RewardAccuracy",
     "RewardCalibration",
     "RewardMargin",
+    "TokenDIDConcentration",
     "TokenDIDEntropy",
     "TokenDIDLogPartition",
 ]

@@ -13,7 +13,13 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lit_did.functional.inputs import Statistics, as_sequences
 from lit_did.functional.rewards import DISPLACEMENTS
 from lit_did.metrics.base import StatisticsMetric
-from lit_did.metrics.information import PolicyEntropy, PolicyKL, TokenDIDEntropy, TokenDIDLogPartition
+from lit_did.metrics.information import (
+    PolicyEntropy,
+    PolicyKL,
+    TokenDIDConcentration,
+    TokenDIDEntropy,
+    TokenDIDLogPartition,
+)
 from lit_did.metrics.rewards import (
     LikelihoodDisplacement,
     LogRatioReward,
@@ -27,7 +33,8 @@ from lit_did.ops import SequenceStatistics
 class DIDMetrics(MetricCollection):
     """A `torchmetrics.MetricCollection` of all metrics, each a float64 scalar, with one pass over the logits an update.
 
-    - of tokens: `token_did_entropy`, `token_did_log_partition`, `policy_entropy`, `kl`, `reverse_kl`
+    - of tokens: `token_did_entropy`, `token_did_concentration`, `token_did_log_partition`, `policy_entropy`, `kl`,
+      `reverse_kl`
     - of sequences: `reward` (a sequence), `reward_per_token`
     - of pairs: `reward_margin`, `reward_accuracy`, `chosen_log_ratio`, `rejected_log_ratio`, `chosen_fell`,
       `calibration_error`
@@ -79,6 +86,7 @@ class DIDMetrics(MetricCollection):
         common = {**self.options, **kwargs}
         metrics: dict[str, Metric] = {
             "token_did_entropy": TokenDIDEntropy(unit=unit, **common),
+            "token_did_concentration": TokenDIDConcentration(unit=unit, **common),
             "token_did_log_partition": TokenDIDLogPartition(unit=unit, **common),
             "policy_entropy": PolicyEntropy(unit=unit, **common),
             "kl": PolicyKL(unit=unit, **common),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ REBUILD = (
     if (_CLONE / "setup.py").is_file()
     else "pip install --no-build-isolation --no-deps --force-reinstall . (in a clone of lit-did)"
 )
-BACKENDS = ("auto", "fused", "reference")
+Backend = Literal["auto", "fused", "reference"]
+BACKENDS = get_args(Backend)
 
 
 class Extension(NamedTuple):

@@ -12,7 +12,7 @@ from lit_did.ops.checks import check_not_leaves
 from lit_did.ops.extension import check_gradients
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 
-NUM_NORMALIZERS = 4  # log2-sum-exp2 of the three rows and their flags: csrc/row_statistics.h
+NUM_NORMALIZERS = 5  # log2-sum-exp2 of the three rows, flags, size of the support: csrc/row_statistics.h
 
 
 def token_statistics(
@@ -169,6 +169,7 @@ def _reduction_backward(ctx, *grads):
         policy_logprob=added(of.policy_logprob, of.log_ratio),
         reference_logprob=added(of.reference_logprob, None if of.log_ratio is None else -of.log_ratio),
         token_did_entropy=of_mean(of.token_did_entropy),
+        token_did_concentration=of_mean(of.token_did_concentration),
         token_did_log_partition=of.token_did_log_partition,
         policy_entropy=of_mean(of.policy_entropy),
         reference_entropy=of_mean(of.reference_entropy),

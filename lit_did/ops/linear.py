@@ -79,7 +79,7 @@ def linear_token_statistics(
             logits of all tokens.
 
     Returns:
-        TokenStatistics: eight tensors [...], in nats, float32 (float64 if anything is float64, all then computed so),
+        TokenStatistics: nine tensors [...], in nats, float32 (float64 if anything is float64, all then computed so),
         differentiable once (any number of times with the reference) in hidden states, weights and biases. What needs no
         gradient costs nothing: a frozen weight no product, a frozen reference with a loss of log-probabilities alone
         nothing in the backward.

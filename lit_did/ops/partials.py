@@ -9,6 +9,9 @@ slice s in pi, rho and q:
     H(pi) = sum_s w_s (H(pi_s) - log w_s)        and so H(rho), H(q)
     KL(pi, rho) = sum_s w_s (KL(pi_s, rho_s) + log w_s - log v_s)    and so KL(rho, pi)
     log Z = C - A + B                            of the log-sum-exps of the policy, the reference and their difference
+
+With S_s the size of the slice's support and S their sum, the concentration is a KL, too: of q from the uniform
+distribution over the support, log S - H(q) = sum_s u_s (log S_s - H(q_s) + log u_s - log (S_s / S)).
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ from lit_did.ops.statistics import TokenStatistics
     POLICY_ENTROPY,
     REFERENCE_ENTROPY,
     TOKEN_DID_ENTROPY,
+    TOKEN_DID_CONCENTRATION,
     KL,
     REVERSE_KL,
+    SUPPORT_SIZE,
     HOLDS_LABEL,  # from here on 0 or 1
     POLICY_HOLE,
     REFERENCE_HOLE,
     INFINITE,
-) = range(14)
-NUM_PARTIALS = 14
+) = range(16)
+NUM_PARTIALS = 16
 NO_LABEL = torch.iinfo(torch.int64).min  # for `ignore_index` where every label counts
 
 
@@ -61,7 +66,7 @@ def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tens
     )
     s = TokenStatistics(*(value.double() for value in outputs))
     a, b, c = normalizers[:, :3].unbind(-1)
-    flags = normalizers[:, 3].long()
+    flags, support_size = normalizers[:, 3].long(), normalizers[:, 4]
     policy_hole, reference_hole = (flags & 1).bool(), (flags & 2).bool()
     policy = s.policy_logprob, s.policy_entropy, a
     reference = s.reference_logprob, s.reference_entropy, b
@@ -85,7 +90,8 @@ def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tens
         [
             *(torch.where(inside, side[0], 0) for side in (policy, reference)),
             *(a, b, c, policy[1], reference[1]),
-            *(finite(value) for value in (s.token_did_entropy, s.kl, s.reverse_kl)),
+            *(finite(value) for value in (s.token_did_entropy, s.token_did_concentration, s.kl, s.reverse_kl)),
+            support_size,
             *(flag.double() for flag in (inside, policy_hole, reference_hole, (flags & 4).bool())),
         ]
     )
@@ -119,6 +125,9 @@ def merge_partials(slices: Tensor) -> Tensor:
     a, w, log_w = shares(POLICY_LSE)
     b, v, log_v = shares(REFERENCE_LSE)
     c, u, log_u = shares(DIFFERENCE_LSE)
+    support_size = slices[:, SUPPORT_SIZE]
+    total_size = support_size.sum(0)
+    log_uniform = (support_size / total_size).log().masked_fill(u == 0, 0)
     held = slices[:, HOLDS_LABEL]
     return torch.stack(
         [
@@ -128,8 +137,10 @@ def merge_partials(slices: Tensor) -> Tensor:
             (w * (slices[:, POLICY_ENTROPY] - log_w)).sum(0),
             (v * (slices[:, REFERENCE_ENTROPY] - log_v)).sum(0),
             (u * (slices[:, TOKEN_DID_ENTROPY] - log_u)).sum(0),
+            (u * (slices[:, TOKEN_DID_CONCENTRATION] + log_u - log_uniform)).sum(0),
             (w * (slices[:, KL] + log_w - log_v)).sum(0),
             (v * (slices[:, REVERSE_KL] + log_v - log_w)).sum(0),
+            total_size,
             *slices[:, HOLDS_LABEL:].amax(0),
         ]
     )
@@ -139,9 +150,9 @@ def finish_partials(partials: Tensor, dtype: torch.dtype) -> tuple[TokenStatisti
     """What the whole vocabulary's partial statistics [NUM_PARTIALS, N] say.
 
     Returns:
-        TokenStatistics: eight tensors [N] of `dtype`, as the fused operator would return them; log-probabilities of
+        TokenStatistics: nine tensors [N] of `dtype`, as the fused operator would return them; log-probabilities of
         labels that no slice holds are NaN.
-        normalizers: [N, 4] float64, as `torch.ops.lit_did.token_statistics_backward` reads them.
+        normalizers: [N, 5] float64, as `torch.ops.lit_did.token_statistics_backward` reads them.
     """
     a, b, c = partials[POLICY_LSE : DIFFERENCE_LSE + 1]
     held, policy_hole, reference_hole, infinite = partials[HOLDS_LABEL:].bool()
@@ -150,16 +161,17 @@ def finish_partials(partials: Tensor, dtype: torch.dtype) -> tuple[TokenStatisti
         policy_logprob=partials[POLICY_LOGPROB].masked_fill(~held, torch.nan),
         reference_logprob=partials[REFERENCE_LOGPROB].masked_fill(~held, torch.nan),
         token_did_entropy=partials[TOKEN_DID_ENTROPY].masked_fill(reference_hole, torch.nan),
+        token_did_concentration=partials[TOKEN_DID_CONCENTRATION].clamp(min=0).masked_fill(reference_hole, torch.nan),
         token_did_log_partition=(math.log(2) * (c - a + b)).masked_fill(reference_hole, torch.inf),
         policy_entropy=partials[POLICY_ENTROPY],
         reference_entropy=partials[REFERENCE_ENTROPY],
         kl=partials[KL].masked_fill(reference_hole, torch.inf),
         reverse_kl=partials[REVERSE_KL].masked_fill(policy_hole, torch.inf),
     )
-    flags = policy_hole.double() + 2 * reference_hole.double() + 4 * infinite.double()
-    normalizers = torch.stack([a, b, c, flags], -1)
-    of_invalid = normalizers.new_tensor([torch.nan, torch.nan, torch.nan, 4])
+    flags = (policy_hole.double() + 2 * reference_hole.double() + 4 * infinite.double()).masked_fill(invalid, 4)
+    log_sum_exps = (value.masked_fill(invalid, torch.nan) for value in (a, b, c))
+    normalizers = torch.stack([*log_sum_exps, flags, partials[SUPPORT_SIZE]], -1)
     return (
         TokenStatistics(*(value.masked_fill(invalid, torch.nan).to(dtype) for value in statistics)),
-        torch.where(invalid[:, None], of_invalid, normalizers),
+        normalizers,
     )

@@ -44,11 +44,16 @@ def token_statistics(
     def entropy(p: Tensor, log_p: Tensor, hole: Tensor) -> Tensor:
         return -(p * log_p.masked_fill(hole, 0)).sum(-1)
 
+    token_did_entropy = entropy(q, log_q, no_ratio)
+    support_size = (~(z_hole & r_hole)).sum(-1).to(z.dtype)
+    concentration = support_size.log() - token_did_entropy
+    concentration = concentration - concentration.detach().clamp(max=0)  # below 0 by rounding alone
     log_partition = d.logsumexp(-1) - z.logsumexp(-1) + r.logsumexp(-1)
     statistics = TokenStatistics(
         policy_logprob=log_pi.gather(-1, y)[..., 0],
         reference_logprob=log_rho.gather(-1, y)[..., 0],
-        token_did_entropy=entropy(q, log_q, no_ratio).masked_fill(reference_hole, torch.nan),
+        token_did_entropy=token_did_entropy.masked_fill(reference_hole, torch.nan),
+        token_did_concentration=concentration.masked_fill(reference_hole, torch.nan),
         token_did_log_partition=log_partition.masked_fill(reference_hole, torch.inf),
         policy_entropy=entropy(pi, log_pi, z_hole),
         reference_entropy=entropy(rho, log_rho, r_hole),

@@ -85,7 +85,7 @@ def sequence_reduction(
     """What `sequence_statistics` returns, from what `token_statistics` returned.
 
     Args:
-        tokens: Eight tensors [..., T] float32 or float64, or [tokens] with `cu_seqlens`, in nats.
+        tokens: Nine tensors [..., T] float32 or float64, or [tokens] with `cu_seqlens`, in nats.
         labels: The same shape, integers: those that the tokens' statistics were made with.
         cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end, as in `sequence_statistics`.
         ignore_index: Tokens with this label count nothing.
@@ -146,6 +146,7 @@ def _reference_reduction(
         reference_logprob=summed(tokens.reference_logprob),
         log_ratio=summed(tokens.policy_logprob.double() - tokens.reference_logprob.double()),
         token_did_entropy=mean(tokens.token_did_entropy),
+        token_did_concentration=mean(tokens.token_did_concentration),
         policy_entropy=mean(tokens.policy_entropy),
         reference_entropy=mean(tokens.reference_entropy),
         kl=mean(tokens.kl),

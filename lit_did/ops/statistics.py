@@ -23,6 +23,9 @@ class TokenStatistics(NamedTuple):
     """log rho(y)"""
     token_did_entropy: Tensor
     """H(q) = -sum_v q_v log q_v, in [0, log V]; log V where pi = rho"""
+    token_did_concentration: Tensor
+    """log V - H(q) = KL(q, uniform), in [0, log V]; 0 where pi = rho. V counts the entries of the support: those that
+    are not -inf on both sides"""
     token_did_log_partition: Tensor
     """log Z = log sum_v pi_v / rho_v; log V where pi = rho. log q(y) = log_ratio - log Z"""
     policy_entropy: Tensor
@@ -56,6 +59,8 @@ class SequenceStatistics(NamedTuple):
     """sum_t log pi(y_t) - log rho(y_t): DPO's reward divided by beta"""
     token_did_entropy: Tensor
     """mean over t of the token DID's entropy. Not the entropy of the sequence's DID: see docs/theory.md"""
+    token_did_concentration: Tensor
+    """mean over t of the token DID's concentration"""
     policy_entropy: Tensor
     """mean over t of H(pi_t)"""
     reference_entropy: Tensor

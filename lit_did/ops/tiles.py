@@ -1,7 +1,7 @@
 """The fused linear token statistics: output layers and statistics a tile of logits at a time, and their gradient.
 
 A tile is some tokens by a block of the vocabulary. What the tiles of a token say merges (`lit_did.ops.partials`), and
-the gradient of a tile's logits needs twelve numbers a token of the whole vocabulary, so no [tokens, V] tensor is ever
+the gradient of a tile's logits needs some numbers a token of the whole vocabulary, so no [tokens, V] tensor is ever
 needed: the backward computes a tile's logits again, or finds them where the forward left them.
 """
 

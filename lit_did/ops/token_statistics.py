@@ -48,7 +48,7 @@ def token_statistics(
             memory. See below.
 
     Returns:
-        TokenStatistics: eight tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
+        TokenStatistics: nine tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
         number of times with the reference) in both logits. No rows give empty tensors. Infinite and NaN logits: see
         `lit_did.ops.reference`.
 

@@ -25,7 +25,7 @@ SPLIT = constant("kernels.h", "kEntriesABlock")
 def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32"), seed: int = 0, **more) -> TokenCase:
     """Logits as in the operators' tests, with a gradient for each statistic."""
     policy, reference, labels = random_logits(rows, vocabulary, DTYPES[pair[0]], DTYPES[pair[1]], seed)
-    upstream = list(torch.randn(8, rows, generator=torch.Generator().manual_seed(seed)))
+    upstream = list(torch.randn(9, rows, generator=torch.Generator().manual_seed(seed)))
     return TokenCase(policy, reference, labels, **{"upstream": upstream, "seed": seed + 1} | more)
 
 
@@ -47,7 +47,7 @@ def assert_right(case: TokenCase, result: TokenResult) -> None:
     """Values and gradients against truth, with naive as the measure. For finite logits and labels in range."""
     vocabulary = case.policy.shape[-1]
     kept = (case.labels != case.ignore_index).flatten()
-    statistics = result.statistics.view(8, -1)
+    statistics = result.statistics.view(9, -1)
     grads = [None if g is None else g.reshape(-1, vocabulary) for g in (result.policy_grad, result.reference_grad)]
     assert (statistics[:, ~kept] == 0).all()
     assert all((g[~kept] == 0).all() for g in grads if g is not None)
@@ -56,7 +56,7 @@ def assert_right(case: TokenCase, result: TokenResult) -> None:
     policy, reference = (x.reshape(-1, vocabulary)[kept].requires_grad_() for x in (case.policy, case.reference))
     labels = case.labels.flatten()[kept]
     given = [
-        torch.zeros_like(case.labels, dtype=torch.float32) if u is None else u for u in case.upstream or [None] * 8
+        torch.zeros_like(case.labels, dtype=torch.float32) if u is None else u for u in case.upstream or [None] * 9
     ]
     upstream = torch.stack([u.flatten()[kept] for u in given])
     expected = truth(policy, reference, labels, upstream, case.temperature)

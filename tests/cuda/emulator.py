@@ -74,7 +74,7 @@ class TokenCase:
     temperature: float = 1.0
     layouts: tuple[Layout, Layout] = (Layout(), Layout())
     upstream: list[Tensor | None] | None = None
-    """gradients of the eight statistics, shaped like labels; None: no backward"""
+    """gradients of the nine statistics, shaped like labels; None: no backward"""
     grads: tuple[str, str] = ("apart", "apart")
     """each side's gradient: "apart", "in place" of its logits, or "none" """
     grad_layouts: tuple[Layout, Layout] = (Layout(), Layout())
@@ -85,7 +85,7 @@ class TokenCase:
 
 class TokenResult(NamedTuple):
     statistics: Tensor
-    """[8, ...]"""
+    """[9, ...]"""
     policy_grad: Tensor | None
     reference_grad: Tensor | None
 
@@ -93,7 +93,7 @@ class TokenResult(NamedTuple):
 @dataclass
 class SequenceCase:
     statistics: Tensor
-    """[8, tokens]"""
+    """[9, tokens]"""
     labels: Tensor
     cu_seqlens: Tensor | None = None
     length: int = 0
@@ -103,7 +103,7 @@ class SequenceCase:
 
 class SequenceResult(NamedTuple):
     statistics: Tensor
-    """[9, sequences]"""
+    """[10, sequences]"""
     num_tokens: Tensor
 
 
@@ -204,9 +204,9 @@ class _Tokens:
             self.sides.append(_Rows(logits, layout, everything if grad == "in place" else kept))
             self.sides[-1].write(out)
         out.buffer(labels)
-        for _ in range(8):
+        for _ in range(9):
             out.expect(labels.numel(), self.real)
-        out.expect(4 * labels.numel(), torch.float64)
+        out.expect(5 * labels.numel(), torch.float64)
         out.integers(int(case.upstream is not None))
         self.grads = [None, None]
         if case.upstream is not None:
@@ -230,8 +230,8 @@ class _Tokens:
         assert not any(errors), f"cudaError_t {errors}"
         after = [results.memory(memory.numel()) for memory in self.memories]
         shape = self.case.labels.shape
-        statistics = torch.stack([memory.view(self.real).view(shape) for memory in after[3:11]])
-        outputs = {*range(3, 12)}
+        statistics = torch.stack([memory.view(self.real).view(shape) for memory in after[3:12]])
+        outputs = {*range(3, 13)}
         grads = [None, None]
         apart = len(after) - sum(rows is not None for rows in self.grads)
         for i, rows in enumerate(self.grads):
@@ -261,7 +261,7 @@ class _Sequences:
         if case.cu_seqlens is not None:
             out.buffer(case.cu_seqlens)
         self.inputs = len(out.memories)
-        for _ in range(9):
+        for _ in range(10):
             out.expect(self.sequences, self.dtype)
         out.expect(self.sequences, torch.int64)
         self.memories = out.memories

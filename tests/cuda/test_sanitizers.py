@@ -13,7 +13,7 @@ from tests.cuda.emulator import SequenceCase
 
 def sequence_cases():
     generator = torch.Generator().manual_seed(0)
-    statistics, labels = torch.randn(8, 170, generator=generator), torch.ones(170, dtype=torch.int64)
+    statistics, labels = torch.randn(9, 170, generator=generator), torch.ones(170, dtype=torch.int64)
     return [
         SequenceCase(statistics, labels, torch.tensor([0, 0, 140, 170])),
         SequenceCase(statistics.double(), labels, length=85),

@@ -13,7 +13,7 @@ from tests.helpers import FIELDS
 THREADS = 128
 # The fields of lit_did.SequenceStatistics; all but the first three and the last are means.
 SUMS = ("policy_logprob", "reference_logprob", "log_ratio")
-MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+MEANS = ("token_did_entropy", "token_did_concentration", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 
 
 def packed_case(lengths, dtype=torch.float32, ignore_index=-100, seed=0):
@@ -21,7 +21,7 @@ def packed_case(lengths, dtype=torch.float32, ignore_index=-100, seed=0):
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     tokens = int(offsets[-1])
-    statistics = 5 * torch.randn(8, tokens, generator=generator, dtype=torch.float64).to(dtype)
+    statistics = 5 * torch.randn(9, tokens, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(1, 100, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < 0.2] = ignore_index
     statistics[:, labels == ignore_index] = torch.nan
@@ -74,9 +74,9 @@ def test_only_ignored_tokens(emulator):
 
 
 def test_no_sequences(emulator):
-    case = SequenceCase(torch.zeros(8, 0), torch.zeros(0, dtype=torch.int64), torch.tensor([0]))
+    case = SequenceCase(torch.zeros(9, 0), torch.zeros(0, dtype=torch.int64), torch.tensor([0]))
     (result,) = emulator.run([case])
-    assert result.statistics.shape == (9, 0)
+    assert result.statistics.shape == (10, 0)
 
 
 def test_offsets_beyond_the_tokens(emulator):

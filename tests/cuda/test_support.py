@@ -77,7 +77,7 @@ def test_as_the_specification(place, pair, emulator):
     vocabulary, entries = PLACES[place]
     values = VALUES if vocabulary < SPLIT else VALUES[:8]
     policy, reference, labels, changed = rows_of(vocabulary, entries, values, pair)
-    upstream = list(torch.randn(8, len(labels), generator=torch.Generator().manual_seed(4)))
+    upstream = list(torch.randn(9, len(labels), generator=torch.Generator().manual_seed(4)))
     case = TokenCase(policy, reference, labels, upstream=upstream, layouts=(Layout(0), Layout(1)))
     (result,) = emulator.run([case])
     assert_as_specified(case, result)
@@ -98,7 +98,7 @@ def test_sides_without_support(pair, emulator):
     for vocabulary in (1, 5, 530, SPLIT + 5):
         policy, reference, labels, _ = rows_of(vocabulary, [0], [(None, None)] * 3, pair)
         policy[1], reference[2], policy[3], reference[3] = -INF, -INF, -INF, -INF
-        upstream = list(torch.randn(8, len(labels), generator=torch.Generator().manual_seed(4)))
+        upstream = list(torch.randn(9, len(labels), generator=torch.Generator().manual_seed(4)))
         cases.append(TokenCase(policy, reference, labels, upstream=upstream))
         if vocabulary > 1:
             half = vocabulary // 2
@@ -115,8 +115,8 @@ def test_the_limit_is_divided_by_the_temperature(temperature, infinite, finite, 
     values = [(infinite, None), (infinite, infinite), (finite, None)]
     policy, reference, labels, _ = rows_of(530, [0, 17, 529], values, ("f32", "f32"))
     (result,) = emulator.run([TokenCase(policy, reference, labels, temperature=temperature)])
-    assert result.statistics[7, 1] == INF
-    assert result.statistics[7, [2, 3]].isfinite().all()
+    assert result.statistics[8, 1] == INF
+    assert result.statistics[8, [2, 3]].isfinite().all()
     rows = [0, 1, 2]  # in row 3 float32 has few digits left
     exact = tuple(x[rows].double() for x in (policy, reference))
     expected = torch.stack(specification.token_statistics(*exact, labels[rows], -100, temperature))

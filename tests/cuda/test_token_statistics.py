@@ -74,7 +74,7 @@ def test_labels_out_of_range(emulator):
 def test_gradient_of_labels_out_of_range(kind, emulator):
     """NaN as its log-probabilities are; where those are not used, the label does not count."""
     case = random_case(3, 37)
-    used = {"all": range(8), "log-probabilities": range(2), "others": range(2, 8)}[kind]
+    used = {"all": range(9), "log-probabilities": range(2), "others": range(2, 9)}[kind]
     case.upstream = [u if i in used else None for i, u in enumerate(case.upstream)]
     case.labels = torch.tensor([37, -1, 5])
     (result,) = emulator.run([case])
@@ -124,7 +124,7 @@ def test_rising_logits(emulator):
     for slope in (0.01, -0.01, 0.3):
         policy, reference, labels = random_logits(2, 4099, torch.float32, torch.float32)
         rise = slope * torch.arange(4099)
-        upstream = list(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
+        upstream = list(torch.randn(9, 2, generator=torch.Generator().manual_seed(0)))
         cases.append(TokenCase(policy + rise, reference - 0.5 * rise, labels, upstream=upstream))
     run_and_check(emulator, cases)
 
@@ -203,7 +203,7 @@ def test_nothing_to_do(rows, emulator):
     case = random_case(rows, 20)
     case.labels[:] = -100
     (result,) = run_and_check(emulator, [case])
-    assert result.statistics.shape == (8, rows)
+    assert result.statistics.shape == (9, rows)
     assert result.policy_grad.shape == (rows, 20)
 
 
@@ -229,7 +229,7 @@ def test_shapes_and_strides(shape, pair, emulator):
 # What the loss uses, and which gradients are needed: both decide which kernel runs
 # ----------------------------------------------------------------------------------------------------------
 
-USES = [*((i,) for i in range(8)), (0, 1), (0, 1, 2), (2, 6), (4, 5)]
+USES = [*((i,) for i in range(9)), (0, 1), (0, 1, 2), (2, 7), (5, 6)]
 
 
 @pytest.mark.parametrize("grads", [("apart", "none"), ("none", "apart"), ("apart", "apart")], ids="-".join)
@@ -245,7 +245,7 @@ def test_used_statistics_and_needed_gradients(grads, emulator):
 @pytest.mark.parametrize(
     "pair", [("f32", "f32"), ("bf16", "bf16"), ("f32", "f16"), ("bf16", "f32"), ("f64", "f64")], ids="-".join
 )
-@pytest.mark.parametrize("used", [range(8), (0, 1)], ids=["all", "logprobs"])
+@pytest.mark.parametrize("used", [range(9), (0, 1)], ids=["all", "logprobs"])
 def test_in_place(used, pair, emulator):
     """The gradient where the logits lay, at every address: bit for bit the gradient written elsewhere."""
     for grads in [("in place", "in place"), ("in place", "apart"), ("apart", "in place"), ("none", "in place")]:

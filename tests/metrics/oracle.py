@@ -21,6 +21,7 @@ def sequences(policy: Tensor, reference: Tensor, labels: Tensor, ignore_index: i
             for name in (
                 "log_ratio",
                 "token_did_entropy",
+                "token_did_concentration",
                 "token_did_log_partition",
                 "policy_entropy",
                 "kl",
@@ -37,6 +38,7 @@ def sequences(policy: Tensor, reference: Tensor, labels: Tensor, ignore_index: i
             q /= partition
             tokens["log_ratio"].append(log_pi[label] - log_rho[label])
             tokens["token_did_entropy"].append(-(q * np.log(q)).sum())
+            tokens["token_did_concentration"].append((q * np.log(q * len(q))).sum())
             tokens["token_did_log_partition"].append(np.log(partition))
             tokens["policy_entropy"].append(-(np.exp(log_pi) * log_pi).sum())
             tokens["kl"].append((np.exp(log_pi) * (log_pi - log_rho)).sum())
@@ -61,7 +63,14 @@ def expected(
     scale = 1 / np.log(2) if unit == "bits" else 1
     values = {
         name: scale * np.mean([value for tokens in alone for value in tokens[name]])
-        for name in ("token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl")
+        for name in (
+            "token_did_entropy",
+            "token_did_concentration",
+            "token_did_log_partition",
+            "policy_entropy",
+            "kl",
+            "reverse_kl",
+        )
     }
     log_ratios = [value for tokens in alone for value in tokens["log_ratio"]]
     values["reward"] = beta * np.mean([sum(tokens["log_ratio"]) for tokens in alone])

@@ -44,7 +44,7 @@ def test_the_operator_is_called_once_an_update(monkeypatch):
     metrics.update(*batches[0])
     metrics(*batches[1])
     assert len(calls) == 2
-    assert len(metrics) == 13
+    assert len(metrics) == 14
 
 
 def test_statistics_at_hand():
@@ -63,8 +63,8 @@ def test_sequences_that_are_no_pairs():
     metrics.update(policy[:3], reference[:3], labels[:3])  # an odd number
     values = metrics.compute()
     assert set(values) == {
-        "token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl", "reward",
-        "reward_per_token",
+        "token_did_entropy", "token_did_concentration", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl",
+        "reward", "reward_per_token",
     }  # fmt: skip
     assert values["kl"] > 0
 

@@ -32,6 +32,7 @@ def mean_loss(*arguments, beta: float, **options) -> torch.Tensor:
 # name in the oracle: (class, its arguments, functional twin, its arguments)
 CASES = {
     "token_did_entropy": (M.TokenDIDEntropy, {}, F.token_did_entropy, {}),
+    "token_did_concentration": (M.TokenDIDConcentration, {}, F.token_did_concentration, {}),
     "token_did_log_partition": (M.TokenDIDLogPartition, {}, F.token_did_log_partition, {}),
     "policy_entropy": (M.PolicyEntropy, {}, F.policy_entropy, {}),
     "kl": (M.PolicyKL, {}, F.policy_kl, {}),
@@ -56,7 +57,14 @@ CASES = {
 }  # fmt: skip
 ORACLE = functools.partial(expected, beta=0.7, num_bins=4, loss=True)
 each = pytest.mark.parametrize("name", CASES)
-INFORMATION = ("token_did_entropy", "token_did_log_partition", "policy_entropy", "kl", "reverse_kl")
+INFORMATION = (
+    "token_did_entropy",
+    "token_did_concentration",
+    "token_did_log_partition",
+    "policy_entropy",
+    "kl",
+    "reverse_kl",
+)
 
 
 def make(name: str, **options):

@@ -40,12 +40,12 @@ def test_opcheck_forward(sample):
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("used", [(0, 1), (2,), range(8)], ids=["logprobs", "entropy", "all"])
+@pytest.mark.parametrize("used", [(0, 1), (2,), range(9)], ids=["logprobs", "entropy", "all"])
 def test_opcheck_backward(used, needs):
     policy, reference, labels, ignore_index, temperature = next(sample_inputs())
     policy, reference = policy.detach(), reference.detach()
     *statistics, normalizers = torch.ops.lit_did.token_statistics(policy, reference, labels, ignore_index, temperature)
-    grads = [torch.randn(5) if i in used else None for i in range(8)]
+    grads = [torch.randn(5) if i in used else None for i in range(9)]
     arguments = (grads, policy, reference, labels, statistics, normalizers, ignore_index, temperature, *needs)
     torch.library.opcheck(torch.ops.lit_did.token_statistics_backward.default, arguments, test_utils=OPCHECKS)
 

@@ -106,7 +106,7 @@ def batch_on_device(rows=6, vocabulary=1030, dtype="f32", seed=0, device=None):
 
 
 def bits(policy, reference, labels, **options):
-    """The statistics [8, rows] and both gradients. Gradients for all statistics, or the two log-probabilities'."""
+    """The statistics [9, rows] and both gradients. Gradients for all statistics, or the two log-probabilities'."""
     inputs = (policy.detach().requires_grad_(), reference.detach().requires_grad_())
     statistics = token_statistics(*inputs, labels, backend="fused", **options)
     return torch.stack(statistics).detach(), *torch.autograd.grad([s.sum() for s in statistics], inputs)

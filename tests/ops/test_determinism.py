@@ -29,7 +29,7 @@ def threads(number):
 
 
 def call(policy, reference, labels):
-    """The statistics [8, rows] and both gradients, as bits."""
+    """The statistics [9, rows] and both gradients, as bits."""
     inputs = (policy.detach().requires_grad_(), reference.detach().requires_grad_())
     statistics = token_statistics(*inputs, labels, backend="fused")
     return torch.stack(statistics).detach(), *torch.autograd.grad([s.sum() for s in statistics], inputs)

@@ -186,7 +186,7 @@ def test_bad_operator_call(changed, error, message):
 def raw_backward(changed):
     *statistics, normalizers = raw()
     arguments = {
-        "grads": [torch.ones(2, 3)] * 8,
+        "grads": [torch.ones(2, 3)] * 9,
         "policy_logits": LOGITS,
         "reference_logits": LOGITS,
         "labels": LABELS,
@@ -203,13 +203,13 @@ def raw_backward(changed):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"grads": [torch.ones(2, 3)] * 7}, ValueError, "8 gradients and statistics, but got 7 and 8"),
-        ({"grads": [torch.ones(2)] * 8}, ValueError, "`grads` to have shape"),
-        ({"grads": [torch.ones(2, 3).double()] * 8}, RuntimeError, "Float"),
-        ({"statistics": [torch.ones(2, 3)] * 9}, ValueError, "but got 8 and 9"),
-        ({"statistics": [torch.ones(0)] * 8}, ValueError, "`statistics` to have shape"),
+        ({"grads": [torch.ones(2, 3)] * 8}, ValueError, "9 gradients and statistics, but got 8 and 9"),
+        ({"grads": [torch.ones(2)] * 9}, ValueError, "`grads` to have shape"),
+        ({"grads": [torch.ones(2, 3).double()] * 9}, RuntimeError, "Float"),
+        ({"statistics": [torch.ones(2, 3)] * 10}, ValueError, "but got 9 and 10"),
+        ({"statistics": [torch.ones(0)] * 9}, ValueError, "`statistics` to have shape"),
         ({"normalizers": torch.ones(2, 3, 3).double()}, ValueError, "`normalizers` to have shape"),
-        ({"normalizers": torch.ones(2, 3, 4)}, RuntimeError, "Double"),
+        ({"normalizers": torch.ones(2, 3, 5)}, RuntimeError, "Double"),
         ({"labels": LABELS[:, :2]}, ValueError, "`labels` to have shape"),
         ({"reference_logits": LOGITS[..., 1:]}, ValueError, "`reference_logits` to have the shape"),
     ],

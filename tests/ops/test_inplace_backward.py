@@ -10,7 +10,7 @@ from lit_did.ops import extension
 from tests.helpers import DTYPES, random_logits
 
 ROWS, VOCABULARY = 6, 530  # vectors, a block and a tail
-USED = {"logprobs": (0, 1), "entropy": (2,), "all": range(8)}
+USED = {"logprobs": (0, 1), "entropy": (2,), "all": range(9)}
 
 
 def batch(policy_dtype="f32", reference_dtype="f32"):
@@ -23,12 +23,12 @@ def batch(policy_dtype="f32", reference_dtype="f32"):
     return policy, reference, labels
 
 
-def operator_arguments(policy, reference, labels, used=range(8)):
+def operator_arguments(policy, reference, labels, used=range(9)):
     *statistics, normalizers = torch.ops.lit_did.token_statistics(policy, reference, labels, -100, 0.9)
     generator = torch.Generator().manual_seed(1)
     grads = [
         torch.randn(labels.shape, generator=generator, dtype=statistics[0].dtype) if i in used else None
-        for i in range(8)
+        for i in range(9)
     ]
     return grads, policy, reference, labels, statistics, normalizers, -100, 0.9
 

@@ -54,7 +54,7 @@ def with_values(values, entries, pair):
 def test_values(pair, cuts):
     policy, reference, labels = random_logits(9, VOCABULARY, *(DTYPES[name] for name in pair))
     statistics, normalizers = finished(sliced(policy, reference, labels, CUTS[cuts], 1.3), policy)
-    expected = truth(policy, reference, labels, torch.zeros(8, 9), 1.3)
+    expected = truth(policy, reference, labels, torch.zeros(9, 9), 1.3)
     for i, (ours, plain) in enumerate(zip(statistics, naive(policy, reference, labels, 1.3), strict=True)):
         assert_no_worse_than(ours, plain, expected.values[i], expected.value_terms[i], FIELDS[i])
     _, of_whole = fused(policy, reference, labels, 1.3)

@@ -17,7 +17,7 @@ from tests.helpers import DTYPES, random_logits
 
 OFFSETS = [0, 0, 5, 5, 6, 11, 24]  # empty sequences first and within, one token, and more
 TOKENS = OFFSETS[-1]
-MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+MEANS = ("token_did_entropy", "token_did_concentration", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 
 
 def fused_reduction(statistics, labels, cu_seqlens=None, ignore_index=-100):
@@ -25,10 +25,10 @@ def fused_reduction(statistics, labels, cu_seqlens=None, ignore_index=-100):
 
 
 def random_statistics(shape=(TOKENS,), dtype=torch.float32, seed=0):
-    """Eight statistics of sizes from 1e-3 to 1e3, and labels; a third ignored, all of the tokens 6 to 10 included."""
+    """Nine statistics of sizes from 1e-3 to 1e3, and labels; a third ignored, all of the tokens 6 to 10 included."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = 10 ** torch.empty(8, *shape, dtype=torch.float64).uniform_(-3, 3, generator=generator)
-    statistics = (sizes * torch.randn(8, *shape, generator=generator, dtype=torch.float64)).to(dtype)
+    sizes = 10 ** torch.empty(9, *shape, dtype=torch.float64).uniform_(-3, 3, generator=generator)
+    statistics = (sizes * torch.randn(9, *shape, generator=generator, dtype=torch.float64)).to(dtype)
     labels = torch.randint(50, shape, generator=generator)
     labels.view(-1)[::3] = -100
     labels.view(-1)[6:11] = -100
@@ -103,7 +103,7 @@ def test_layouts_have_the_same_bits(dtype):
     longest = max(b - a for a, b in itertools.pairwise(OFFSETS))
     for left in (False, True):
         rows = torch.full((len(OFFSETS) - 1, longest), -100)
-        padded = torch.full((8, *rows.shape), torch.nan, dtype=dtype)
+        padded = torch.full((9, *rows.shape), torch.nan, dtype=dtype)
         for i, (a, b) in enumerate(itertools.pairwise(OFFSETS)):
             where = slice(longest - (b - a), longest) if left else slice(b - a)
             rows[i, where] = labels[a:b]
@@ -137,7 +137,7 @@ def layouts():
     return {"packed": ((TOKENS,), torch.tensor(OFFSETS)), "padded": ((4, 6), None), "one": ((TOKENS,), None)}
 
 
-@pytest.mark.parametrize("used", [range(9), (2,), (0, 2), (1,), (3, 8), (4, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize("used", [range(10), (2,), (0, 2), (1,), (3, 9), (4, 5, 6, 7, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", layouts())
 def test_gradients(layout, dtype, used):
@@ -186,13 +186,13 @@ def test_differentiable_again():
 # ----------------------------------------------------------------------------------------------------------
 
 LABELS = torch.zeros(6, dtype=torch.long)
-VALUES = [torch.zeros(6)] * 8
+VALUES = [torch.zeros(6)] * 9
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"statistics": VALUES[1:]}, ValueError, "8 `statistics`, but got 7"),
+        ({"statistics": VALUES[1:]}, ValueError, "9 `statistics`, but got 8"),
         ({"statistics": [x.bfloat16() for x in VALUES]}, TypeError, "`statistics` to be float32 or float64"),
         ({"statistics": [*VALUES[1:], VALUES[0].double()]}, TypeError, "`statistics` of one dtype"),
         ({"statistics": [*VALUES[1:], VALUES[0][:5]]}, ValueError, "`statistics` to have the shape of `labels`"),
@@ -221,7 +221,7 @@ def test_bad_operator_call(changed, error, message):
         torch.ops.lit_did.sequence_reduction(**good | changed)
 
 
-@pytest.mark.parametrize("needs", [range(8), (0, 1), ()], ids=["all", "logprobs", "none"])
+@pytest.mark.parametrize("needs", [range(9), (0, 1), ()], ids=["all", "logprobs", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", layouts())
 def test_opcheck(layout, dtype, needs):

@@ -66,7 +66,7 @@ def without(upstream, *names):
     return upstream
 
 
-UPSTREAM = torch.randn(8, 3, generator=torch.Generator().manual_seed(4))
+UPSTREAM = torch.randn(9, 3, generator=torch.Generator().manual_seed(4))
 
 
 @with_backends
