@@ -19,7 +19,7 @@ def _results():
     pairs = PairStatistics(numbers, statistics, statistics, statistics.kl, statistics.log_ratio, statistics.kl)
     yield "TokenStatistics", token_statistics(*logits, labels), "kl=float32[40, 50] "
     yield "SequenceStatistics", statistics, "num_tokens=int64[40] 50 to 50"
-    yield "PairStatistics", pairs, "index=int64[40] 0 to 39, chosen=SequenceStatistics(10 fields)"
+    yield "PairStatistics", pairs, "index=int64[40] 0 to 39, chosen=SequenceStatistics(11 fields)"
     yield "DIDEntropyEstimate", estimate_did_entropy(*samples), "num_distinct="
     yield "PowerLawFit", fit_power_law(samples[0], samples[1]), "num_samples=2000"
 

@@ -90,7 +90,7 @@ def test_somebodys_module_is_validated_as_litdpo_is():
     del expected["loss"]
     seen = of(run.callback_metrics, "did/val/")
     assert seen == pytest.approx(expected, rel=1e-4, abs=1e-6)  # the batches are others: float32 logits differ
-    assert len(seen) == 13
+    assert len(seen) == 14
     assert seen["kl"] > 0.1  # the premise: two different models
 
 

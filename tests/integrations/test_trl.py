@@ -100,7 +100,7 @@ def test_evaluation_by_hand(tmp_path, kind):
     expected = own_metrics(run, run.model, reference or start, run.eval_dataset)
     seen = {n.removeprefix("eval_did/"): v for n, v in returned.items() if n.startswith("eval_did/")}
     assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert len(seen) == 13
+    assert len(seen) == 14
     assert seen["kl"] > 1e-3  # the premise: it has moved
     last = run.state.log_history[-1]
     assert {n.removeprefix("eval_did/"): v for n, v in last.items() if n.startswith("eval_did/")} == seen
@@ -386,7 +386,7 @@ def test_packed_sequences_are_measured_one_by_one(tmp_path):
         measured.append({name: value for name, value in run.evaluate().items() if "did/" in name})
     plain, packed = measured
     assert packed == pytest.approx(plain, rel=1e-4, abs=1e-5)
-    assert len(plain) == 7
+    assert len(plain) == 8
 
 
 def test_batches_without_completions_are_refused(tmp_path):

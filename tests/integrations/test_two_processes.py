@@ -25,7 +25,7 @@ def values(history: list[dict]) -> dict[str, float]:
 def test_two_processes_equal_one(tmp_path):
     (one,) = histories(tmp_path, 1)
     expected = values(one)
-    assert len(expected) == 13 * (3 + 1)
+    assert len(expected) == 14 * (3 + 1)
     for history in histories(tmp_path, 2):
         # float32 sums in another order, through three steps
         assert values(history) == pytest.approx(expected, rel=1e-3, abs=1e-4)

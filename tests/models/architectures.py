@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import transformers
@@ -160,6 +161,8 @@ def true_statistics(policy: nn.Module, reference: nn.Module, sequences: Sequence
         log_probs = [x.gather(1, labels).sum() for x in (log_pi, log_rho)]
         entropies = [-(x.exp() * x).sum(1).mean() for x in (log_q, log_pi, log_rho)]
         divergences = [(a.exp() * (a - b)).sum(1).mean() for a, b in ((log_pi, log_rho), (log_rho, log_pi))]
-        values = [*log_probs, log_probs[0] - log_probs[1], *entropies, *divergences, log_z.sum()]
+        concentration = math.log(log_pi.shape[1]) - entropies[0]
+        of_did = log_probs[0] - log_probs[1], entropies[0], concentration
+        values = [*log_probs, *of_did, *entropies[1:], *divergences, log_z.sum()]
         rows.append([*values, torch.tensor(len(labels))])
     return SequenceStatistics(*(torch.stack(values) for values in zip(*rows, strict=True)))
