@@ -49,7 +49,7 @@ def run(options: Options) -> Report:
     title = "Draws token by token against the policy that DPO ends at, in nats, by the longest length T"
     table = Table("target", title, rows, ("rejected", "T"), SHOWN)
     notes = [
-        f"Random bigram models of {VOCABULARY} tokens, one of which ends a completion; logits r of rho are standard "
+        f"Random bigram models of {VOCABULARY} tokens, including an end token; the logits r of rho are standard "
         f"normal; beta {BETA}. Rejected completions come from a model with other logits, such that (r - l) / beta is "
         "standard normal too, or from the one that makes softmax(r / temperature) the target at every token.",
         "pi*: proportional to rho (rho / pi_l)^(1/beta) over whole completions, enumerated. kl: KL(draws, pi*). "
@@ -145,6 +145,8 @@ def _draw(figure: Figure, table: Table, options: Options) -> None:
         draw_points(divergence, points(longer, "kl", "T", rejected=kind), **style)
         draw_points(scale, points(longer, "kl_reference", "T", rejected=kind), **style)
     divergence.set_yscale("log")
+    for axes in (divergence, scale):
+        axes.set_xticks(sorted({row["T"] for row in longer.rows}))
     x = "longest length T (tokens)"
     describe(divergence, "Draws token by token against pi*", x, "KL(draws, pi*) (nats)")
     describe(scale, "For scale: pi* against the reference", x, "KL(pi*, rho) (nats)")

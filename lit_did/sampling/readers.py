@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.functional.enumeration import NextToken
-from lit_did.models.forward import inner, num_positions
+from lit_did.models.forward import num_positions
 from lit_did.models.loading import (
     check_adapter_is_all_that_trains,
     check_positions_are_kept,
     check_same_vocabulary,
     check_separate,
-    is_peft,
 )
-from lit_did.models.measuring import unwrapped
 from lit_did.models.quiet import adapter_off, evaluating
+from lit_did.models.wrappers import inner, is_peft, unwrapped
 from lit_did.ops.reference import LARGEST_LOGIT
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
