@@ -48,6 +48,12 @@ class Sequences(NamedTuple):
         """The number of completion tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @property
+    def cu_labels(self) -> np.ndarray:
+        """[sequences + 1] int64: where each sequence's completion tokens begin and end, among all completion tokens."""
+        before = np.concatenate([[0], (self.labels != IGNORE_INDEX).astype(np.int64).cumsum()])
+        return before[self.cu_seqlens]
+
     @torch.compiler.disable  # NumPy on the CPU: nothing to compile
     def mean_chosen_labels(self, counted: Tensor | None = None) -> float:
         """The mean number of completion tokens of the chosen sequences, which are the first half.
@@ -55,8 +61,7 @@ class Sequences(NamedTuple):
         Args:
             counted: [pairs] bool, the pairs that count. None: all pairs.
         """
-        before = np.concatenate([[0], (self.labels != IGNORE_INDEX).astype(np.int64).cumsum()])
-        chosen = np.diff(before[self.cu_seqlens])[: self.num_sequences // 2]
+        chosen = np.diff(self.cu_labels)[: self.num_sequences // 2]
         chosen = chosen if counted is None else chosen[counted.cpu().numpy()]
         return float(chosen.mean()) if len(chosen) else 0.0
 

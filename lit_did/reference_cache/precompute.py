@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.sequences import Sequences
 from lit_did.models import forward
 from lit_did.reference_cache.fingerprint import fingerprint, sequence_keys
@@ -99,8 +99,8 @@ def cached_reference(
         ValueError: The cache is damaged, or belongs to another reference, other pairs or another precision. Or the
             reference does not expose last hidden states followed by a linear layer.
     """
-    batches = [_num_tokens(sequences) for sequences in _pairs(trainer, read)]
-    keys = set(chain.from_iterable(batches))
+    num_tokens = [dict(zip(sequence_keys(s), np.diff(s.cu_labels), strict=True)) for s in _pairs(trainer, read)]
+    keys = set(chain.from_iterable(num_tokens))
     if opened is not None:
         others = len(keys - opened.cache.keys())
         if not others and opened.precision == trainer.precision:
@@ -113,35 +113,38 @@ def cached_reference(
             )
     mark = {**fingerprint(model, keys), "precision": trainer.precision}
     rank, world = trainer.global_rank, trainer.world_size
-    with ExitStack() as stack:
-        folder = None
-        with _all_or_none(trainer):
-            if rank == 0 and not ReferenceCache.exists(path):
-                folder = stack.enter_context(unfinished_cache(path))
-        folder = trainer.strategy.broadcast(folder)
-        if folder is not None:
+    found = trainer.strategy.broadcast(ReferenceCache.exists(path))
+    if not found:
+        with ExitStack() as stack:
+            with _all_or_none(trainer):
+                folder = stack.enter_context(unfinished_cache(path)) if rank == 0 else Path()
+            folder = trainer.strategy.broadcast(folder)
             with _all_or_none(trainer), trainer.precision_plugin.forward_context():
-                num_tokens = sum(ChainMap(*batches[rank::world]).values())  # of every sequence once
-                writer = CacheWriter(folder, process=rank, num_tokens=num_tokens)
-                own = islice(_pairs(trainer, read), rank, None, world)
+                own = num_tokens[rank::world]
+                writer = CacheWriter(folder, process=rank, num_tokens=sum(ChainMap(*own).values()))
                 quiet = rank > 0 or trainer.progress_bar_callback is None
-                total = len(batches[rank::world])
-                for sequences in tqdm(own, desc="Reference", total=total, unit="batch", leave=False, disable=quiet):
+                for sequences in tqdm(
+                    islice(_pairs(trainer, read), rank, None, world),
+                    desc="Reference",
+                    total=len(own),
+                    unit="batch",
+                    leave=False,
+                    disable=quiet,
+                ):
                     hidden = outputs(sequences).hidden
                     if hidden is None:
                         raise ValueError(
                             "Expected a reference that exposes last hidden states followed by a plain nn.Linear with "
                             f"`cache_reference`, but got {type(model).__name__}."
                         )
-                    writer.add(sequence_keys(sequences), hidden, _cu_labels(sequences))
+                    writer.add(sequence_keys(sequences), hidden, sequences.cu_labels)
                 writer.finish()
             with _all_or_none(trainer):
                 if rank == 0:
                     publish(folder, mark, world)
     with _all_or_none(trainer):
         cache = ReferenceCache.open(path, mark, keys, _date_hint(trainer))
-    if folder is None:  # otherwise it was written a moment ago
-        with _all_or_none(trainer):
+        if found:  # otherwise it was written a moment ago
             cache.verify(rank, world)
     return CachedReference(cache, model, trainer.precision)
 
@@ -196,14 +199,3 @@ def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Se
                 starts = range(0, len(dataset), size)
                 examples = ([dataset[i] for i in range(s, min(s + size, len(dataset)))] for s in starts)
             yield from (read(loader.collate_fn(example)) for example in examples)
-
-
-def _num_tokens(sequences: Sequences) -> dict[bytes, int]:
-    """Returns the number of completion tokens by key."""
-    return dict(zip(sequence_keys(sequences), _cu_labels(sequences).diff().tolist(), strict=True))
-
-
-def _cu_labels(sequences: Sequences) -> Tensor:
-    """Returns [sequences + 1]: the bounds of each sequence's completion tokens."""
-    labelled = np.concatenate([[0], (sequences.labels != IGNORE_INDEX).cumsum()])
-    return torch.from_numpy(labelled[sequences.cu_seqlens])

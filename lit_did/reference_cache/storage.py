@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 import zlib
@@ -22,6 +21,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -98,7 +98,7 @@ class CacheWriter:
         >>> with tempfile.TemporaryDirectory() as path:
         ...     with unfinished_cache(path) as folder:
         ...         writer = CacheWriter(folder)
-        ...         writer.add([b"one".zfill(16), b"two".zfill(16)], torch.ones(3, 2), torch.tensor([0, 1, 3]))
+        ...         writer.add([b"one".zfill(16), b"two".zfill(16)], torch.ones(3, 2), np.array([0, 1, 3]))
         ...         writer.finish()
         ...         publish(folder, {"reference": "a", "pairs": "b"})
         ...     cache = ReferenceCache.open(path, {"reference": "a", "pairs": "b"})
@@ -124,14 +124,14 @@ class CacheWriter:
         self._num_rows = 0
         self._shards: list[Shard] = []
 
-    def add(self, keys: Sequence[bytes], hidden: Tensor, cu_labels: Tensor) -> None:
+    def add(self, keys: Sequence[bytes], hidden: Tensor, cu_labels: np.ndarray) -> None:
         """Adds the sequences that were not added before.
 
         Args:
             keys: The keys of `sequence_keys`.
             hidden: [completion tokens, H] float64, float32, bfloat16 or float16, on any device: the last hidden states
                 of the positions that have labels.
-            cu_labels: [sequences + 1]: sequence i owns the rows cu_labels[i] to cu_labels[i + 1].
+            cu_labels: [sequences + 1] int64. Sequence i owns the rows cu_labels[i] to cu_labels[i + 1].
 
         Raises:
             TypeError: `hidden` has another dtype.
@@ -149,7 +149,7 @@ class CacheWriter:
             self._form = form
             needed = (self._num_tokens or 0) * row_bytes
             if needed > shutil.disk_usage(self._folder).free:
-                raise self._no_room(errno.ENOSPC, f"{needed:,} bytes of hidden states")
+                raise self._not_written(f"{needed:,} bytes of hidden states", os.strerror(errno.ENOSPC))
         if form != self._form:
             raise ValueError(f"Expected `hidden` to have the first call's dtype and H, {self._form}, but got {form}.")
         bounds = cu_labels.tolist()
@@ -184,20 +184,16 @@ class CacheWriter:
         try:
             save_file(tensors, file)
         except (SafetensorError, OSError) as error:
-            code = re.search(r"os error (\d+)", str(error))  # the library's error has no errno
-            number = int(code[1]) if code else getattr(error, "errno", None)
-            if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._no_room(number, "the hidden states") from error
-            raise
+            raise self._not_written("hidden states", str(error)) from error
         self._shards.append(Shard(file.name, file.stat().st_size, _crc32(file)))
         self._rows, self._num_rows = {}, 0
 
-    def _no_room(self, number: int, what: str) -> OSError:
+    def _not_written(self, what: str, reason: str) -> OSError:
+        free = shutil.disk_usage(self._folder).free
         return OSError(
-            number,
-            f"Expected room in the folder of `cache_reference`, {self._folder.parents[1]}, for {what}, but got "
-            f"{os.strerror(number).lower()!r} with {shutil.disk_usage(self._folder).free:,} bytes free. No unfinished "
-            "file is left there. Make room, or pass a folder on another disk.",
+            f"Expected room for {what} in the folder of `cache_reference`, {self._folder.parents[1]}, but got "
+            f"{reason!r}, with {free:,} bytes free. No unfinished file is left there. Make room, or pass a folder on "
+            "another disk."
         )
 
 
@@ -283,12 +279,9 @@ class ReferenceCache:
                 f"folder that all processes share. If they share this one, delete {folder}."
             ) from error
         except (ValueError, TypeError, KeyError) as error:
-            raise _damaged(folder, f"{_INDEX} cannot be read ({error!r})") from error
+            raise _unusable(folder, f"{_INDEX} cannot be read ({error!r})") from error
         if version != VERSION:
-            raise ValueError(
-                f"Expected the cache {folder} to have version {VERSION} of the format, but got version {version}. "
-                f"{_remedy(folder)}"
-            )
+            raise _unusable(folder, f"its format has version {version} instead of {VERSION}")
         cache = cls(folder, shards)
         differing = [part for part in {**fingerprint, **got} if fingerprint.get(part) != got.get(part)]
         if differing:
@@ -315,7 +308,7 @@ class ReferenceCache:
         for shard in self._shards[process::processes]:
             crc = _crc32(self._folder / shard.file)
             if crc != shard.crc32:
-                raise _damaged(self._folder, f"{shard.file} has the checksum {crc} instead of {shard.crc32}")
+                raise _unusable(self._folder, f"{shard.file} has the checksum {crc} instead of {shard.crc32}")
 
     def hidden(self, keys: Sequence[bytes], device: torch.device | str | None = None) -> Tensor:
         """Returns a copy of the hidden states [tokens, H] of sequences, one after the other.
@@ -347,7 +340,7 @@ def _open_shard(folder: Path, shard: Shard) -> tuple[Tensor, dict[bytes, tuple[i
     size = file.stat().st_size if file.exists() else None
     if size != shard.bytes:
         found = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
-        raise _damaged(folder, f"{shard.file} {found}")
+        raise _unusable(folder, f"{shard.file} {found}")
     try:
         with safe_open(file, framework="pt") as opened:
             hidden = opened.get_tensor("hidden")
@@ -355,15 +348,14 @@ def _open_shard(folder: Path, shard: Shard) -> tuple[Tensor, dict[bytes, tuple[i
             keys = (row.tobytes() for row in opened.get_tensor("keys").numpy())
             return hidden, dict(zip(keys, bounds, strict=True))
     except (SafetensorError, ValueError) as error:
-        raise _damaged(folder, f"{shard.file} cannot be read ({error})") from error
+        raise _unusable(folder, f"{shard.file} cannot be read ({error})") from error
 
 
-def _damaged(folder: Path, reason: str) -> ValueError:
-    return ValueError(f"Expected the cache {folder} to be whole, but {reason}: it is damaged. {_remedy(folder)}")
-
-
-def _remedy(folder: Path) -> str:
-    return f"Delete the folder {folder}; then the reference runs again."
+def _unusable(folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"Expected the cache {folder} to be whole and of this version, but {reason}. Delete this folder to run the "
+        "reference again."
+    )
 
 
 def _part(process: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -361,7 +362,7 @@ DATED_OR_GIVEN = "{% if date_string is not defined %}{% set date_string = strfti
 def test_todays_date_in_a_template_is_named_as_the_cause_of_other_data(data, remedy, tmp_path):
     with unfinished_cache(tmp_path) as folder:
         writer = CacheWriter(folder)
-        writer.add([bytes(16)], torch.zeros(1, 2), torch.tensor([0, 1]))
+        writer.add([bytes(16)], torch.zeros(1, 2), np.array([0, 1]))
         writer.finish()
         publish(folder, {"reference": "a", "pairs": "b"})
     hint = _date_hint(SimpleNamespace(datamodule=SimpleNamespace(**data)))
@@ -395,7 +396,7 @@ def test_a_damaged_cache_is_refused_before_any_step(tmp_path, damage):
         file.unlink()
     expected = {"truncated": "bytes instead of", "changed": "has the checksum", "missing": "is missing"}
     record = Record()
-    with pytest.raises(ValueError, match=rf"Expected the cache .*{expected[damage]}.*Delete the folder"):
+    with pytest.raises(ValueError, match=rf"Expected the cache .*{expected[damage]}.*Delete this folder"):
         fit(pairs_of(tmp_path), loader(TRAIN, 3), callbacks=[record])
     assert not record.batches
 
@@ -577,7 +578,7 @@ def test_if_one_process_fails_all_raise(tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    refused(processes.run(), 2, "it is damaged. Delete the folder")
+    refused(processes.run(), 2, "Delete this folder")
 
 
 class Batches:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -40,7 +41,7 @@ def sequences(dtype: torch.dtype = torch.float32, lengths: list[int] = LENGTHS) 
 
 def add(writer: CacheWriter, numbers: list[int], hidden: list[torch.Tensor]) -> None:
     rows = [hidden[i] for i in numbers]
-    bounds = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    bounds = np.cumsum([0, *map(len, rows)])
     writer.add([KEYS[i] for i in numbers], torch.cat(rows), bounds)
 
 
@@ -121,7 +122,7 @@ def test_what_is_read_and_what_is_given_are_copies(tmp_path):
     expected = hidden.clone()
     with unfinished_cache(tmp_path) as folder:
         writer = CacheWriter(folder)
-        writer.add(KEYS[:1], hidden, torch.tensor([0, 3]))
+        writer.add(KEYS[:1], hidden, np.array([0, 3]))
         hidden.zero_()
         writer.finish()
         publish(folder, PRINT)
@@ -134,7 +135,7 @@ def test_hidden_states_with_gradient_and_strides(tmp_path):
     hidden = torch.randn(H, 3, requires_grad=True).T
     with unfinished_cache(tmp_path) as folder:
         writer = CacheWriter(folder)
-        writer.add(KEYS[:1], hidden, torch.tensor([0, 3], dtype=torch.int32))
+        writer.add(KEYS[:1], hidden, np.array([0, 3]))
         writer.finish()
         publish(folder, PRINT)
     assert torch.equal(opened(tmp_path).hidden(KEYS[:1]), hidden)
@@ -166,7 +167,7 @@ def test_a_real_model(tmp_path):
         states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     labelled = batch["labels"] != -100
     keys = sequence_keys(read_sequences(batch))
-    bounds = torch.cat([torch.zeros(1).long(), labelled.sum(1).cumsum(0)])
+    bounds = np.append(0, labelled.sum(1).cumsum(0))
     path = tmp_path / "new" / "cache"
     assert not ReferenceCache.exists(path)
     with unfinished_cache(path) as folder:
@@ -185,7 +186,7 @@ def test_a_real_model(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-DELETE = "Delete the folder .*reference; then the reference runs again"
+DELETE = "Delete this folder to run the reference again"
 
 
 def test_files_of_another_size(folder):
@@ -213,9 +214,8 @@ def test_a_flipped_bit_anywhere(name, folder):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"Expected the cache {folder} to ") as error:
             opened(folder.parent)
-        (reason,) = re.findall(
-            "be whole, but .*(cannot be read|instead of|is missing)|have version|belong", str(error.value)
-        )
+        kinds = "version, but .*(cannot be read|instead of|is missing)|belong"
+        (reason,) = re.findall(kinds, str(error.value))
         refused.add(reason)
     assert refused >= {"cannot be read", "instead of"}
     file.write_bytes(whole)
@@ -230,7 +230,7 @@ def test_each_of_several_processes_verifies_other_shards(folder):
     cache = ReferenceCache.open(folder.parent, PRINT)
     cache.verify(0, 2)
     cache.verify(2, 3)
-    with pytest.raises(ValueError, match=f"{file.name} has the checksum .{{8}} instead of .*damaged. {DELETE}"):
+    with pytest.raises(ValueError, match=f"{file.name} has the checksum .{{8}} instead of .*. {DELETE}"):
         cache.verify(1, 2)
 
 
@@ -263,7 +263,7 @@ def test_another_version(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "VERSION", 0)
     write(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=f"to have version 1 of the format, but got version 0. {DELETE}"):
+    with pytest.raises(ValueError, match=f"its format has version 0 instead of 1. {DELETE}"):
         opened(tmp_path)
 
 
@@ -315,10 +315,11 @@ def fail(*_, **__):
 
 def test_a_killed_process(tmp_path):
     program = (
-        "import os, sys, torch; from lit_did.reference_cache.storage import CacheWriter, unfinished_cache\n"
+        "import os, sys, torch, numpy as np\n"
+        "from lit_did.reference_cache.storage import CacheWriter, unfinished_cache\n"
         "with unfinished_cache(sys.argv[1]) as folder:\n"
         "    writer = CacheWriter(folder)\n"
-        "    writer.add([bytes(16)], torch.zeros(9, 9), torch.tensor([0, 9]))\n"
+        "    writer.add([bytes(16)], torch.zeros(9, 9), np.array([0, 9]))\n"
         "    writer.finish(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", program, tmp_path], check=False).returncode == -9
@@ -368,12 +369,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
-    expected = rf"folder of `cache_reference`, {tmp_path}, for 28,000 bytes of hidden states.* with 5,000 bytes free"
+    expected = rf"room for 28,000 bytes of hidden states in the folder of .*, {tmp_path}, but .* with 5,000 bytes free"
     with unfinished_cache(tmp_path) as folder:
         add(CacheWriter(folder, num_tokens=11), [0, 1], sequences())  # of 7 float32
-        with pytest.raises(OSError, match=expected) as raised:
+        with pytest.raises(OSError, match=expected):
             add(CacheWriter(folder, num_tokens=1000), [0, 1], sequences())
-    assert raised.value.errno == errno.ENOSPC
     assert files(tmp_path) == []
 
 
@@ -384,13 +384,10 @@ def test_a_disk_that_fills_up_is_named(tmp_path):
         add(writer, [0, 1], sequences())
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-            with pytest.raises(
-                OSError, match=f"`cache_reference`, {tmp_path}, for the hidden states, .*too large"
-            ) as raised:
+            with pytest.raises(OSError, match=f"room for hidden states in the folder .*, {tmp_path}, but .*too large"):
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.errno == errno.EFBIG
     assert files(tmp_path) == []
 
 
@@ -409,7 +406,7 @@ def test_two_runs_at_once(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "reference"}
 
 
-BOUNDS = torch.tensor([0, 2, 3])
+BOUNDS = np.array([0, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -431,8 +428,8 @@ BOUNDS = torch.tensor([0, 2, 3])
             r"`cu_labels` to be 3 numbers that rise from 0 to 4, but got \[0",
         ),
         (torch.zeros(3, H), BOUNDS[1:], ValueError, "`cu_labels` to be 3 numbers"),
-        (torch.zeros(3, H), torch.tensor([0, 4, 3]), ValueError, "that rise from 0 to 3"),
-        (torch.zeros(3, H), torch.tensor([1, 2, 3]), ValueError, "that rise from 0 to 3"),
+        (torch.zeros(3, H), np.array([0, 4, 3]), ValueError, "that rise from 0 to 3"),
+        (torch.zeros(3, H), np.array([1, 2, 3]), ValueError, "that rise from 0 to 3"),
     ],
 )
 def test_other_hidden_states_are_refused(hidden, bounds, error, message, tmp_path):
@@ -459,7 +456,7 @@ def test_a_file_in_the_folders_place(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import sys, torch
+import numpy as np, sys, torch
 from lit_did.reference_cache.storage import CacheWriter, ReferenceCache, publish, unfinished_cache
 
 def own():  # MiB that cannot be taken back: pages of the file itself can
@@ -469,7 +466,7 @@ def keys(batch):
     return [(4 * batch + i).to_bytes(16, "big") for i in range(4)]
 
 # 4 MiB a batch, 128 in all, shards of 8
-bounds = torch.arange(5) * 256
+bounds = np.arange(5) * 256
 hidden = torch.zeros(1024, 1024)
 print_ = {"model": "a"}
 def run(path, batches):
