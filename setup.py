@@ -1,8 +1,11 @@
-"""Builds the extension `lit_did._C`; everything else about the package is in pyproject.toml.
+"""Builds the extension `lit_did._C`. Everything else about the package is in pyproject.toml.
 
-Environment: LIT_DID_EXTENSION=0 installs pure Python. LIT_DID_CUDA=1 demands the CUDA kernels, 0 leaves them out;
-unset, they are built where there are nvcc and a CUDA build of torch of the same major version. CUDA_HOME says where
-nvcc is (CUDA_HOME/bin/nvcc), TORCH_CUDA_ARCH_LIST which architectures are compiled for.
+Environment variables:
+    LIT_DID_EXTENSION: 0 installs pure Python.
+    LIT_DID_CUDA: 1 requires the CUDA kernels, and 0 leaves them out. Unset, they are built if nvcc and a CUDA build of
+        torch of the same major version are found.
+    CUDA_HOME: The CUDA toolkit. nvcc is CUDA_HOME/bin/nvcc.
+    TORCH_CUDA_ARCH_LIST: The GPU architectures to compile for.
 """
 
 import importlib.util
@@ -19,19 +22,19 @@ from pathlib import Path
 from setuptools import setup
 
 CSRC = Path("csrc")
-ROWS = str(CSRC / "cpu/rows_")  # compiled apart, once an instruction set
+ROWS = str(CSRC / "cpu/rows_")  # compiled separately, once for each instruction set
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Without it at::parallel_for runs on one thread and does not say so. Apple's compiler has none.
+# Without OpenMP, at::parallel_for silently runs on one thread. Apple's compiler has no OpenMP.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def switch(name: str) -> bool | None:
-    """The environment switch `name`: True for 1, False for 0, None where it is unset."""
+    """Returns an environment variable: True for 1, False for 0, None if it is unset."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         sys.exit(f"Expected the environment variable {name} to be 0 or 1, but got {value!r}.")
@@ -39,7 +42,7 @@ def switch(name: str) -> bool | None:
 
 
 def extension_arguments() -> dict:
-    """The `setup` arguments that build the extension; empty for a pure Python install."""
+    """Returns the arguments of `setup` that build the extension, or none for a pure Python install."""
     if switch("LIT_DID_EXTENSION") is False:
         return {}
     toolkit = find_toolkit()
@@ -51,14 +54,14 @@ def extension_arguments() -> dict:
         from torch.utils import cpp_extension
     except ModuleNotFoundError as error:
         sys.exit(
-            f"lit-did's extension is built against the torch and pybind11 that are installed ({error}): run "
-            "`pip install torch setuptools pybind11 ninja`, then `pip install --no-build-isolation .` "
-            "(or LIT_DID_EXTENSION=0 for pure Python)."
+            f"Building lit-did's extension needs the installed torch and pybind11, but got: {error}. Run "
+            "`pip install torch setuptools pybind11 ninja`, then `pip install --no-build-isolation .`. For pure "
+            "Python, set LIT_DID_EXTENSION=0."
         )
     cuda = wants_cuda(toolkit, torch.__version__, torch.version.cuda)
 
     class BuildExtension(cpp_extension.BuildExtension):
-        """Compiles the row kernels once an instruction set, each with its own flags, then the rest."""
+        """Compiles the row kernels once for each instruction set, with its flags, then the rest."""
 
         def build_extension(self, ext):
             ext.extra_objects = compile_rows(Path(self.build_temp))
@@ -66,7 +69,7 @@ def extension_arguments() -> dict:
 
         def run(self):
             super().run()
-            # Read before the library is loaded, which another torch may not survive.
+            # Read before the library is loaded, because another torch may crash while loading it.
             package = Path("lit_did" if self.inplace else f"{self.build_lib}/lit_did")
             built = {"torch": torch.__version__, "cuda": torch.version.cuda if cuda else None}
             (package / "_build.json").write_text(json.dumps(built) + "\n")
@@ -80,13 +83,13 @@ def extension_arguments() -> dict:
         "extra_link_args": OPENMP,
     }
     if cuda:
-        # torch's builder turns the variable into flags.
+        # torch's builder turns this variable into flags.
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda_architectures(toolkit)
         print(f"lit-did: CUDA architectures {architectures}", file=sys.stderr)
         flags += [f'-DLIT_DID_CUDA_VERSION="{toolkit.version}"', *headers_that_torch_brings(toolkit)]
         flags.append(f'-DLIT_DID_CUDA_ARCHITECTURES="{architectures}"')
         arguments["sources"] += sources("cuda/*.cpp", "cuda/*.cu")
-        # The kernels know nothing of torch: `make cuda-check` compiles them with the same flags.
+        # The kernels do not include torch. `make cuda-check` compiles them with the same flags.
         nvcc_flags = (CSRC / "cuda/nvcc_flags.txt").read_text().split()
         arguments["extra_compile_args"] = {"cxx": flags, "nvcc": nvcc_flags}
         extension = cpp_extension.CUDAExtension(**arguments)
@@ -109,7 +112,7 @@ class Toolkit:
 
     def __init__(self, nvcc: str):
         self.nvcc = nvcc
-        # Asked of nvcc, because the one on PATH may be a script that calls another.
+        # nvcc reports its folder, because the nvcc on PATH may be a script that calls another.
         says = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", says, flags=re.MULTILINE)
         self.home = Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
@@ -127,15 +130,15 @@ def find_toolkit() -> Toolkit | None:
 
 
 def wants_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | None) -> bool:
-    """Whether the CUDA kernels are built; says so and why, or ends where they are demanded and cannot be."""
+    """Returns whether to build the CUDA kernels and prints why. Exits if they are required but cannot be built."""
     has_nvcc = f"found (CUDA {toolkit.version})" if toolkit else "missing (set CUDA_HOME)"
     has_torch = f"torch {torch_version}: {f'CUDA {torch_cuda}' if torch_cuda else 'a build without CUDA'}"
     possible = toolkit is not None and torch_cuda is not None and _major(toolkit.version) == _major(torch_cuda)
     wanted = switch("LIT_DID_CUDA")
     if wanted and not possible:
         sys.exit(
-            "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch of the same major "
-            f"version, but got nvcc: {has_nvcc}, {has_torch}."
+            "LIT_DID_CUDA=1 requires the CUDA kernels. They need nvcc and a CUDA build of torch of the same major "
+            f"version, but got nvcc: {has_nvcc}, {has_torch}. Install these, or unset LIT_DID_CUDA."
         )
     cuda = possible and wanted is not False
     why = "LIT_DID_CUDA=0" if wanted is False else f"nvcc: {has_nvcc}, {has_torch}"
@@ -148,7 +151,7 @@ def _major(version: str) -> str:
 
 
 def cuda_architectures(toolkit: Toolkit) -> str:
-    """TORCH_CUDA_ARCH_LIST, or those of ours that this nvcc knows, the last as PTX too for processors to come."""
+    """Returns TORCH_CUDA_ARCH_LIST, or our architectures that this nvcc knows, with PTX of the last for later GPUs."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ")
     if named:
         return named
@@ -157,9 +160,9 @@ def cuda_architectures(toolkit: Toolkit) -> str:
 
 
 def headers_that_torch_brings(toolkit: Toolkit) -> list[str]:
-    """torch's headers include cuSPARSE's and others'; where the toolkit lacks them, torch's nvidia packages have them.
+    """Returns flags for headers that torch needs but the toolkit lacks, such as cuSPARSE's.
 
-    After the toolkit's own (-idirafter), so that what it has is not mixed with another version.
+    torch's nvidia packages have them. With -idirafter, the toolkit's own come first, so that versions do not mix.
     """
     packages = importlib.util.find_spec("nvidia")
     if (toolkit.home / "include/cusparse.h").exists() or packages is None:
@@ -178,7 +181,7 @@ def levels_define() -> list[str]:
 
 
 def compile_rows(build_folder: Path) -> list[str]:
-    """One object file an instruction set. These sources know nothing of torch or Python."""
+    """Compiles one object file for each instruction set. These sources include neither torch nor Python."""
     build_folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++").split()
     commands, objects = [], []

@@ -1,4 +1,4 @@
-"""What the package's commands share: an error that the user can correct, and the folder that they write to."""
+"""Shared by the package's commands: the error for unusable input, and the check of the output folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used; the message is for them."""
+    """The user's input cannot be used. Commands print the message without a traceback."""
 
 
 def make_parent(folder: Path, option: str = "--output") -> None:
-    """Makes sure that `folder`, which the user gave as `option`, can be made later.
+    """Makes the parent of `folder` and checks that files can be written there, so that `folder` can be made later.
+
+    Args:
+        folder: The output folder.
+        option: The command's option that named it.
 
     Raises:
-        InputError: It cannot.
+        InputError: `folder` is a file, or cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Expected {option} to be a folder, but {folder} is a file.")

@@ -1,4 +1,4 @@
-"""`python -m lit_did.doctor`: what is installed, what is built, and what serves which device."""
+"""`python -m lit_did.doctor`: the installed packages, the built extension, and what each device uses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -13,11 +14,11 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "peft", "trl",
 
 
 def report() -> str:
-    """The whole report as text."""
+    """Returns the whole report as text."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the extension's problem is reported below
+        warnings.simplefilter("ignore")  # the report names the problem
         import lit_did
-        from lit_did.ops.extension import EXTENSION, fused_devices
+        from lit_did.ops.extension import EXTENSION
 
     lines = [
         f"lit-did       {lit_did.__version__}",
@@ -36,42 +37,43 @@ def report() -> str:
             + ("torch's threads" if built.parallel else "one thread: built without OpenMP"),
             f"CUDA          {_cuda(built)}",
         ]
-    served = fused_devices()
-    lines += ["", f"cpu tensors   {_serves('cpu', served)}"]
+    lines += ["", f"cpu tensors   {_operators('cpu')}"]
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        lines += [f"cuda tensors  {_serves('cuda', served)} ({names})"]
+        lines += [f"cuda tensors  {_operators('cuda')} ({names})"]
     elif torch.version.cuda is None:
-        lines += ["cuda tensors  none: this torch is a build without CUDA"]
+        lines += ["cuda tensors  not possible: this torch is a build without CUDA"]
     else:
-        lines += [f"cuda tensors  {_serves('cuda', served)}, once there is a CUDA device: none is found"]
+        lines += [f"cuda tensors  {_operators('cuda')}, but no CUDA device is found"]
     return "\n".join(lines)
 
 
 def _installed(name: str) -> str:
     if name == "torch":
-        return torch.__version__  # with its build: 2.14.1+cu130
+        return torch.__version__  # includes the build: 2.14.1+cu130
     try:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
 
 
-def _simd_level(built) -> str:
+def _simd_level(built: Any) -> str:
     try:
         return f"this processor uses {built.simd_level()}"
-    except ValueError as error:  # LIT_DID_SIMD names one that it has not
+    except ValueError as error:  # LIT_DID_SIMD names a level that this processor lacks
         return str(error)
 
 
-def _cuda(built) -> str:
+def _cuda(built: Any) -> str:
     if built.cuda_version is None:
         return "not in this build"
     return f"{built.cuda_version}, architectures {', '.join(built.cuda_architectures)}"
 
 
-def _serves(device: str, served: tuple[str, ...]) -> str:
-    return "served by the fused operators" if device in served else "served by the reference, in plain torch"
+def _operators(device: str) -> str:
+    from lit_did.ops.extension import fused_devices
+
+    return "fused operators" if device in fused_devices() else "reference operators, in plain torch"
 
 
 if __name__ == "__main__":

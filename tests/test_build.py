@@ -134,9 +134,9 @@ def test_setup():
 
 @needs_setup
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build here")
-def test_cuda_demanded_but_missing():
+def test_cuda_required_but_missing():
     message = last_line(setup_py(LIT_DID_CUDA="1"))
-    assert message.startswith("LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch")
+    assert message.startswith("LIT_DID_CUDA=1 requires the CUDA kernels. They need nvcc and a CUDA build of torch")
     assert f"torch {torch.__version__}: a build without CUDA" in message
     assert "nvcc: found" in message or "nvcc: missing (set CUDA_HOME)" in message
 
@@ -229,12 +229,12 @@ def test_named_architectures(tmp_path):
     ids=["no-nvcc", "another-version", "no-cuda-in-torch"],
 )
 def test_cuda_where_it_cannot_be(nvcc, torch_cuda, why, tmp_path):
-    """Left out with a word of why; an error where it is demanded."""
+    """Left out with a reason printed. An error if it is required."""
     expected = [f"building without CUDA for torch 9.9 ({why})"]
     assert cuda_lines(cuda_setup(tmp_path / "unset", nvcc, torch_cuda)) == expected
     assert last_line(cuda_setup(tmp_path / "demanded", nvcc, torch_cuda, LIT_DID_CUDA="1")) == (
-        "LIT_DID_CUDA=1 demands the CUDA kernels, which need nvcc and a CUDA build of torch of the same major version, "
-        f"but got {why}."
+        "LIT_DID_CUDA=1 requires the CUDA kernels. They need nvcc and a CUDA build of torch of the same major version, "
+        f"but got {why}. Install these, or unset LIT_DID_CUDA."
     )
 
 

@@ -18,14 +18,14 @@ def test_report():
     lines = {line[:13].strip(): line[13:].strip() for line in result.stdout.splitlines() if line}
     assert lines["torch"] == torch.__version__
     assert lines["trl"] == "not installed" or lines["trl"][0].isdigit()
-    served = "fused operators" if "cpu" in fused_devices() else "reference"
-    assert served in lines["cpu tensors"]
+    expected = "fused operators" if "cpu" in fused_devices() else "reference"
+    assert expected in lines["cpu tensors"]
     if torch.version.cuda is None:
-        assert lines["cuda tensors"] == "none: this torch is a build without CUDA"
+        assert lines["cuda tensors"] == "not possible: this torch is a build without CUDA"
     elif not torch.cuda.is_available():
-        served = "fused operators" if "cuda" in fused_devices() else "reference"
-        assert served in lines["cuda tensors"]
-        assert lines["cuda tensors"].endswith("once there is a CUDA device: none is found")
+        expected = "fused operators" if "cuda" in fused_devices() else "reference"
+        assert expected in lines["cuda tensors"]
+        assert lines["cuda tensors"].endswith("but no CUDA device is found")
     if EXTENSION.module is None:
         assert EXTENSION.problem in lines["extension"]
     else:
@@ -38,7 +38,7 @@ def test_report():
         assert lines["CUDA"] == expected
 
 
-def test_unknown_simd_level_is_told():
+def test_an_unknown_simd_level_is_reported():
     environment = {**os.environ, "LIT_DID_SIMD": "mmx"}
     printed = run_program(sys.executable, "-m", "lit_did.doctor", environment=environment)
     assert EXTENSION.module is None or "LIT_DID_SIMD to be one of baseline" in printed
