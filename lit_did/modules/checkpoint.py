@@ -1,4 +1,4 @@
-"""What LitDPO keeps in checkpoints, what is trained and nothing else, and what it accepts from them."""
+"""LitDPO's checkpoints: they hold what is trained and nothing else, and are refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Set
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import lightning
 from lightning.pytorch.plugins import DoublePrecision
@@ -15,14 +16,17 @@ from torch import nn
 from lit_did.models.wrappers import FSDP_PREFIX, is_peft, plain_name
 from lit_did.modules.optimizer_state import by_names
 
+if TYPE_CHECKING:
+    from typing import Self
+
 _OWN = re.compile(r"\b(policy|reference)\..*")
 
 
 class TrainedState(lightning.LightningModule):
-    """A LightningModule whose `state_dict` leaves out `reference` and what is frozen of `policy`.
+    """A LightningModule whose `state_dict` leaves out `reference` and the frozen parts of `policy`.
 
-    So it is in every strategy's checkpoints, in Lightning's averages of weights, and in what a process that trained
-    hands back. `load_state_dict` does not miss what was left out.
+    This holds in every strategy's checkpoints, in Lightning's averages of weights, and in the weights that a spawned
+    process returns. `load_state_dict` does not miss what was left out.
     """
 
     policy: nn.Module | None
@@ -32,42 +36,82 @@ class TrainedState(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        # Strategies compare names themselves, of all parameters; on_load_checkpoint checks what was trained.
+        self._saved_optimizer: str | None = None  # the class of the optimiser in the checkpoint that is being restored
+        # Strategies would compare the names of all parameters. on_load_checkpoint checks those of what was trained.
         self.strict_loading = False
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the trained weights and the arguments of a checkpoint.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: The device of the weights, as `torch.load` takes it.
+            hparams_file: A file of arguments that are used instead of the checkpoint's.
+            strict: None or False. The module itself checks that nothing trained is missing.
+            weights_only: As `torch.load` takes it.
+            kwargs: Arguments of the class. A checkpoint does not hold modules, functions and configuration objects, so
+                pass them again. A model must be freshly loaded, because training modifies the policy in place.
+
+        Raises:
+            TypeError: `policy` was a module and is not passed again.
+        """
+        options = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
+        try:
+            return super().load_from_checkpoint(checkpoint_path, map_location, **options)
+        except TypeError as error:
+            if "argument: 'policy'" not in str(error):
+                raise
+            raise TypeError(
+                "Expected `policy` to be passed again, because it was a module and the checkpoint holds only what was "
+                f"trained of it. Use `{cls.__name__}.load_from_checkpoint(path, policy=...)` with a freshly loaded "
+                "model. If `reference` was a module, pass it too."
+            ) from error
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every module's, without what `state_dict` leaves out. Models that were given by name are loaded first."""
+        """Loads what `state_dict` holds, as every module's does. Models that were given by name are loaded first."""
         self.configure_model()
         self._start_checked = True  # a policy that was trained has left its reference
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the names of what was trained, for strategies that load before `on_load_checkpoint`."""
+        """Adds the names of what was trained, which `on_load_checkpoint` compares, and the class of the optimiser."""
         checkpoint["reference_digest"] = self._reference_digest
         checkpoint["trained"] = sorted(self._trained_names())
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = by_names(checkpoint["optimizer_states"], self)
+            checkpoint["optimizer_class"] = next((type(o).__name__ for o in self.trainer.strategy.optimizers), None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another policy, or of a run with a reference that is not given here."""
+        """Refuses a checkpoint of another policy, or of a run with a reference that was not passed again."""
         arguments = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if arguments and "reference" not in arguments and self.hparams.get("reference", "a module") is None:
             raise ValueError(
-                "Expected `reference` to be given as it was to the run that saved the checkpoint, a module, but got "
-                "None: the policy would be compared with itself as it is given here."
+                "Expected `reference` to be passed again, because it was a module in the run that saved the "
+                "checkpoint, but got None. Otherwise the reference would be a copy of the `policy` that you passed."
             )
+        self._saved_optimizer = checkpoint.get("optimizer_class")
         self.configure_model()
+        assert self.policy is not None
         if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
-            self.double()  # Lightning would do it when float32 weights have taken the float64 ones, rounded
+            self.double()  # Lightning would do it after float64 weights have been rounded to float32
         if "state_dict" in checkpoint:
             own = {f"policy.{plain_name(name)}": f"policy.{name}" for name in self.policy.state_dict()}
             saved = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
             self._check_names(saved.keys(), own.keys())
             # One of the two policies may be compiled.
             checkpoint["state_dict"] = {own.get(name, name): value for name, value in saved.items()}
-        elif "trained" in checkpoint:  # a strategy that shards has loaded the weights and removed them
+        elif "trained" in checkpoint:  # a sharded strategy has loaded the weights and removed them
             self._check_names(set(checkpoint["trained"]), self._trained_names())
         warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
         self._start_checked = True
@@ -76,24 +120,26 @@ class TrainedState(lightning.LightningModule):
         return {plain_name(name) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def _check_names(self, saved: Set[str], own: Set[str]) -> None:
-        """Raises ValueError unless all that is trained was saved, and nothing of a policy that is not in `own`."""
+        """Raises ValueError if something that is trained was not saved, or if the saved policy has other parts."""
         trained = self._trained_names()
         missing = sorted(trained - saved)
         if missing:
             raise ValueError(
                 f"Expected the checkpoint to hold the {len(trained)} trained parameters of this policy, but "
-                f"{len(missing)} are missing, {missing[0]} the first: was it saved with another `policy` or `lora`?"
+                f"{len(missing)} are missing. The first is {missing[0]}. Pass the `policy` and `lora` of the run that "
+                "saved it."
             )
         surplus = sorted(name for name in saved - own if name.startswith("policy."))
         if surplus:
             raise ValueError(
-                f"Expected the checkpoint to hold parameters of this policy alone, but {len(surplus)} are not its, "
-                f"{surplus[0]} the first: was it saved with another `policy` or `lora`?"
+                f"Expected the checkpoint to hold parameters of this policy only, but this policy does not have "
+                f"{len(surplus)} of them. The first is {surplus[0]}. Pass the `policy` and `lora` of the run that "
+                "saved it."
             )
 
 
 def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
-    """Warns if a checkpoint's run had another reference than this module; None: nobody knows."""
+    """Warns if the digests of two references differ: of a checkpoint's run and of this module. None: unknown."""
     if None not in (saved, own) and saved != own:
         warnings.warn(
             "The reference's weights differ from those of the run that saved the checkpoint, so rewards are measured "
@@ -104,9 +150,11 @@ def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Removes what is left out. A hook of `state_dict`, because a wrapper's `state_dict` does not call a child's."""
-    if prefix.endswith(FSDP_PREFIX):  # FSDP 1's own hooks, which are next, want all parameters that it holds
+    """Removes what is left out. It is a hook, because a wrapper's `state_dict` does not call that of its children."""
+    assert isinstance(module, TrainedState)
+    if prefix.endswith(FSDP_PREFIX):  # FSDP 1's own hooks, which run next, need all parameters that it holds
         wrapper = module.trainer.strategy.model
+        assert wrapper is not None
         if _leave_out_wrapped not in wrapper._state_dict_hooks.values():
             wrapper.register_state_dict_post_hook(_leave_out_wrapped)
         return
@@ -115,24 +163,25 @@ def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
         del state_dict[name]
 
 
-def _leave_out_wrapped(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _leave_out_wrapped(wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     _leave_out(wrapper.module, state_dict, prefix, local_metadata)
 
 
 def _do_not_miss(module: nn.Module, keys: Any) -> None:
-    """Takes what is left out off the missing keys; a wrapper may have put a prefix before them."""
+    """Removes what is left out from the missing keys, which may have a wrapper's prefix."""
+    assert isinstance(module, TrainedState)
     left_out = _left_out(module)
     names = {name: _OWN.search(plain_name(name)) for name in keys.missing_keys}
     keys.missing_keys[:] = [name for name, own in names.items() if own is None or not left_out(own[0])]
 
 
 def _left_out(module: TrainedState) -> Callable[[str], bool]:
-    """Tells of a name in a full `state_dict` whether it is left out: what is the reference's, or frozen.
+    """A function of a name in a full `state_dict`: whether it is left out, as the reference's or as frozen.
 
-    Buffers and extra state, such as a 4-bit layer's scales, go with the parameters of the part that holds them. Those
-    of a part without parameters are kept, unless the policy has an adapter: what is under it does not change.
+    Buffers and extra state, such as the scales of a 4-bit layer, are kept with the parameters of their module. Those of
+    a module without parameters are kept unless the policy has an adapter, because its base model does not change.
     """
-    trained: dict[str, bool] = {}  # of each parameter and part that holds some: whether anything in it is trained
+    trained: dict[str, bool] = {}  # by parameter and module with parameters: whether anything in it is trained
     parameters = {plain_name(n): p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
     for name, trains in parameters.items():
         for part in accumulate(name.split("."), "{}.{}".format):

@@ -1,7 +1,7 @@
-"""Optimiser states by the names of parameters, so that a run goes on under another strategy.
+"""Optimiser states by the names of parameters, so that a run can resume under another strategy.
 
-Lightning numbers parameters in a checkpoint: by the optimiser's groups, or under a strategy that shards by the module.
-A file of one read under the other would give a parameter another's moments.
+Lightning numbers the parameters in a checkpoint: in the order of the optimiser's groups or, under a sharded strategy,
+in the order of the module. A file of one kind read as the other would give a parameter the moments of another one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lit_did.models.wrappers import plain_name
 
 
 def by_names(states: list[dict[str, Any]], module: lightning.LightningModule) -> list[dict[str, Any]]:
-    """The states of a checkpoint with names for numbers; on ranks without states, and where names are, as they are."""
+    """The optimiser states of a checkpoint with names instead of numbers. Names, and empty states, are kept."""
     strategy = module.trainer.strategy
     names = _names(module)
     renamed = []
@@ -31,10 +31,24 @@ def by_names(states: list[dict[str, Any]], module: lightning.LightningModule) ->
 
 
 def accept_names(optimizers: Iterable[Optimizer], module: lightning.LightningModule) -> None:
-    """Makes optimisers load states by names too."""
+    """Makes optimisers load states by names, and refuse the states of another kind of optimiser.
+
+    Args:
+        optimizers: The optimisers of `module`.
+        module: A module whose `_saved_optimizer` is the class of the optimiser in the checkpoint, or None.
+    """
     names = _names(module)
 
     def to_numbers(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        own_class = type(optimizer).__name__
+        saved_class = module._saved_optimizer or own_class
+        own_groups, saved_groups = len(optimizer.param_groups), len(state["param_groups"])
+        if (saved_class, saved_groups) != (own_class, own_groups):
+            raise ValueError(
+                f"Expected the optimiser of the checkpoint, {saved_class} with {saved_groups} parameter groups, but "
+                f"got {own_class} with {own_groups}. Pass the same `optimizer` to resume. To train the weights with "
+                "another one, use `LitDPO.load_from_checkpoint(path, optimizer=...)` and `fit` without `ckpt_path`."
+            )
         saved = {name: group for group in state["param_groups"] for name in group["params"]}
         if not any(isinstance(name, str) for name in saved):
             return None
@@ -43,8 +57,9 @@ def accept_names(optimizers: Iterable[Optimizer], module: lightning.LightningMod
         if saved.keys() != set(own):
             differing = sorted(saved.keys() ^ set(own))
             raise ValueError(
-                "Expected the checkpoint's optimiser to have this one's parameters, but "
-                f"{len(differing)} are in one of them only, {differing[0]} the first."
+                "Expected the checkpoint's optimiser to have the parameters of this one, but "
+                f"{len(differing)} are in only one of them. The first is {differing[0]}. Pass the `policy` and `lora` "
+                "of the run that saved the checkpoint."
             )
         param_groups = [{**saved[group[0]], "params": group} for group in groups]
         return _renumbered({**state, "param_groups": param_groups}, {name: i for i, name in enumerate(own)})

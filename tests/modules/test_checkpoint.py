@@ -159,19 +159,19 @@ def test_a_compiled_policy_reads_a_plain_ones_checkpoint_and_the_other_way_round
 
 
 @pytest.mark.parametrize(
-    ("policy", "told"),
+    ("policy", "message"),
     [
         (lambda: tiny_llama(num_hidden_layers=3), r"hold the 30 trained parameters of this policy, but 9 are missing"),
-        (lambda: tiny_llama(num_hidden_layers=1), r"parameters of this policy alone, but 9 are not its"),
+        (lambda: tiny_llama(num_hidden_layers=1), r"parameters of this policy only, but .* 9 of them"),
     ],
 )
-def test_another_policys_shards_are_refused(policy, told):
+def test_another_policys_shards_are_refused(policy, message):
     """A strategy that shards has loaded the weights that fit, and leaves no `state_dict`."""
     module, checkpoint = LitDPO(tiny_llama()), {}
     module._trainer = SimpleNamespace(strategy=None)
     module.on_save_checkpoint(checkpoint)
     again = LitDPO(policy(), policy())
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         again.on_load_checkpoint(checkpoint)
 
 

@@ -125,3 +125,14 @@ def test_functions_are_wanted_again_to_train_on(tmp_path):
     assert resumed.global_step == 2
     with pytest.raises(ValueError, match="`lr_scheduler` to be given as it was"):
         trainer(max_steps=2).fit(module(optimizer=functions["optimizer"]), data, ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("other", [partial(SGD, lr=1e-3, momentum=0.9), partial(AdamW, lr=1e-3)])
+def test_another_optimiser_does_not_resume(tmp_path, other):
+    fitted(LitDPO(tiny_llama())).save_checkpoint(tmp_path / "last.ckpt")
+    data, name = loader(make_pairs(4), 2), other.func.__name__
+    message = rf"AdamW with 2 parameter groups, but got {name} with 1\. Pass the same `optimizer` to resume"
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=2).fit(LitDPO(tiny_llama(), optimizer=other), data, ckpt_path=tmp_path / "last.ckpt")
+    module = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(), optimizer=other)
+    trainer(max_steps=1).fit(module, data)  # the remedy
