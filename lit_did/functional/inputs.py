@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_did.ops import SequenceStatistics, TokenStatistics, sequence_reduction, sequence_statistics
+from lit_did.ops.extension import Backend
 
 Statistics = Tensor | TokenStatistics | SequenceStatistics
 """what stands first in a metric's arguments: logits, or statistics at hand in their place"""
@@ -21,7 +22,7 @@ def as_sequences(
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SequenceStatistics:
     """Statistics [sequences] of whatever is at hand.
 

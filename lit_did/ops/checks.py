@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -58,7 +61,7 @@ def check_token_arguments(
 
 
 def check_linear_arguments(
-    layers: dict[str, tuple[Tensor, Tensor, Tensor | None]], labels: Tensor, softcap: tuple, scale: tuple
+    layers: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], labels: Tensor, softcap: tuple, scale: tuple
 ) -> None:
     """Checks the output layers of the two models, "policy" and "reference": hidden, weight and bias, and the labels.
 
@@ -110,7 +113,7 @@ def check_linear_arguments(
                 raise ValueError(f"Expected `{name}` to be positive and finite, but got {value}.")
 
 
-def check_memory(chunk_tokens: int | str, max_extra_bytes: int) -> None:
+def check_memory(chunk_tokens: int | Literal["auto"], max_extra_bytes: int) -> None:
     """Checks the limits of the linear statistics.
 
     Raises:

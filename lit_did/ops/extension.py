@@ -73,7 +73,7 @@ def fused_devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if EXTENSION.module.cuda_version else ("cpu",)
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: Backend) -> None:
     """Raises ValueError unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
         raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
@@ -81,12 +81,12 @@ def check_backend(backend: str) -> None:
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of `tensors` is inside a transform of `torch.func` or `torch.vmap`, or has a forward-mode tangent."""
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
         return True
     if torch.compiler.is_compiling():  # cannot look inside; what it cannot transform itself, it refuses
         return False
-    return any(torch.func.debug_unwrap(tensor, recurse=False) is not tensor for tensor in tensors)
+    return any(torch.func.debug_unwrap(tensor, recurse=False) is not tensor for tensor in given)
 
 
 def check_gradients(grads: Iterable[Tensor | None]) -> None:
@@ -98,7 +98,9 @@ def check_gradients(grads: Iterable[Tensor | None]) -> None:
         )
 
 
-def choose_backend(backend: str, device: torch.device, tensors: Iterable[Tensor | None]) -> str:
+def choose_backend(
+    backend: Backend, device: torch.device, tensors: Iterable[Tensor | None]
+) -> Literal["fused", "reference"]:
     """Resolves `backend` to "fused" or "reference" for `tensors`, which are on `device`.
 
     Raises:

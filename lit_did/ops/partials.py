@@ -45,15 +45,24 @@ from lit_did.ops.statistics import TokenStatistics
     INFINITE,
 ) = range(16)
 NUM_PARTIALS = 16
+_Side = tuple[Tensor, Tensor, Tensor]  # log-probability, entropy and log-sum-exp
 NO_LABEL = torch.iinfo(torch.int64).min  # for `ignore_index` where every label counts
 
 
-def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def slice_partials(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    sides_may_be_empty: bool = True,
+) -> Tensor:
     """The partial statistics of one slice.
 
     Args:
         policy_logits, reference_logits: [N, slice], as `torch.ops.lit_did.token_statistics` takes them.
         labels: [N] int64, counted from the slice's first entry; they may lie outside.
+        sides_may_be_empty: Whether a row may be -inf throughout on one side. It is then read again, after a look at the
+            values that waits for the device.
 
     Returns:
         [NUM_PARTIALS, N] float64.
@@ -71,13 +80,10 @@ def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tens
     policy = s.policy_logprob, s.policy_entropy, a
     reference = s.reference_logprob, s.reference_entropy, b
     undefined = a.isnan()
-    if undefined.any():
+    if sides_may_be_empty and undefined.any():
         # Nothing finite on a side, as where a vocabulary is padded, is no error in a slice: each side by itself then.
-        alone = (_one_side(logits, y, temperature) for logits in (policy_logits, reference_logits))
-        policy, reference = (
-            [torch.where(undefined, *values) for values in zip(one_side, side, strict=True)]
-            for one_side, side in zip(alone, (policy, reference), strict=True)
-        )
+        policy = _where(undefined, _one_side(policy_logits, y, temperature), policy)
+        reference = _where(undefined, _one_side(reference_logits, y, temperature), reference)
         a, b = policy[-1], reference[-1]
         empty = (a == -torch.inf) | (b == -torch.inf)
         c = c.masked_fill(empty, -torch.inf)
@@ -97,7 +103,12 @@ def slice_partials(policy_logits: Tensor, reference_logits: Tensor, labels: Tens
     )
 
 
-def _one_side(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _where(condition: Tensor, one: _Side, other: _Side) -> _Side:
+    first, second, third = (torch.where(condition, *values) for values in zip(one, other, strict=True))
+    return first, second, third
+
+
+def _one_side(logits: Tensor, labels: Tensor, temperature: float) -> _Side:
     """Log-probability, entropy and log-sum-exp [N] float64 of one side; -inf, 0 and -inf where nothing is finite."""
     *outputs, normalizers = torch.ops.lit_did.token_statistics(logits, logits, labels, NO_LABEL, temperature, False)
     s = TokenStatistics(*(value.double() for value in outputs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_did.ops.checks import check_cu_seqlens, check_token_arguments, check_tokens
-from lit_did.ops.extension import EXTENSION, choose_backend
+from lit_did.ops.extension import EXTENSION, Backend, choose_backend
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 from lit_did.ops.token_statistics import token_statistics
 
@@ -26,7 +26,7 @@ def sequence_statistics(
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     inplace_backward: bool = False,
 ) -> SequenceStatistics:
     """Log-ratio rewards, DID statistics, entropies and divergences of every sequence.
@@ -80,7 +80,7 @@ def sequence_reduction(
     *,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SequenceStatistics:
     """What `sequence_statistics` returns, from what `token_statistics` returned.
 
@@ -116,7 +116,7 @@ def sequence_reduction(
 
 
 def _reduce(
-    tokens: TokenStatistics, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, backend: str
+    tokens: TokenStatistics, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, backend: Backend
 ) -> SequenceStatistics:
     # long: against a narrow dtype, an `ignore_index` out of its range would wrap round and meet a label.
     labels = labels.long()

@@ -7,7 +7,8 @@ needed: the backward computes a tile's logits again, or finds them where the for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,23 @@ _TILE = 1 << 23
 _MERGED_AT_ONCE = 16  # slices: what they hold stays far smaller than a tile
 
 
+class Layer(NamedTuple):
+    """An output layer and its input."""
+
+    hidden: Tensor
+    """[N, H] the last hidden states"""
+    weight: Tensor
+    """[V, H]"""
+    bias: Tensor | None
+    """[V]"""
+
+    def double(self) -> Layer:
+        return Layer(self.hidden.double(), self.weight.double(), None if self.bias is None else self.bias.double())
+
+
 def linear_token_statistics(
-    policy: tuple[Tensor, Tensor, Tensor | None],
-    reference: tuple[Tensor, Tensor, Tensor | None],
+    policy: Layer,
+    reference: Layer,
     labels: Tensor,
     softcap: tuple[float | None, float | None],
     scale: tuple[float, float],
@@ -39,8 +54,7 @@ def linear_token_statistics(
     """`lit_did.linear_token_statistics` for checked arguments.
 
     Args:
-        policy, reference: Hidden states [N, H] with N >= 1, weight [V, H], bias [V] or None; a layer has one dtype, and
-            both or neither are float64.
+        policy, reference: N >= 1. A layer has one dtype, and both or neither are float64.
         labels: [N] int64, all in the vocabulary.
         softcap, scale: Pairs of the policy's and the reference's.
         plan: Of `plan_of`.
@@ -68,16 +82,16 @@ class Plan(NamedTuple):
 
 
 def plan_of(
-    policy: tuple[Tensor, Tensor, Tensor | None],
-    reference: tuple[Tensor, Tensor, Tensor | None],
+    policy: Layer,
+    reference: Layer,
     softcap: tuple[float | None, float | None],
-    chunk_tokens: int | str,
+    chunk_tokens: int | Literal["auto"],
     max_extra_bytes: int,
 ) -> Plan:
     """`make_plan` for these layers."""
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*policy, *reference))
-    itemsizes = policy[0].element_size(), reference[0].element_size()
-    return make_plan(len(policy[0]), len(policy[1]), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
+    itemsizes = policy.hidden.element_size(), reference.hidden.element_size()
+    return make_plan(len(policy.hidden), len(policy.weight), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
 
 
 def make_plan(
@@ -85,7 +99,7 @@ def make_plan(
     vocabulary: int,
     itemsizes: tuple[int, int],
     softcaps: tuple[float | None, float | None],
-    chunk_tokens: int | str,
+    chunk_tokens: int | Literal["auto"],
     max_extra_bytes: int,
     keep: bool,
 ) -> Plan:
@@ -108,7 +122,8 @@ def make_plan(
             f"Expected `max_extra_bytes` to be at least {narrowest * entry}, for one token and {narrowest} entries of "
             f"the vocabulary, but got {max_extra_bytes}."
         )
-    rows = max(1, min(tokens if chunk_tokens == "auto" else chunk_tokens, tokens, entries // narrowest))
+    chunk = tokens if chunk_tokens == "auto" else chunk_tokens
+    rows = max(1, min(chunk, tokens, entries // narrowest))
     widest = max(narrowest, min(entries, _TILE) // rows // _MULTIPLE * _MULTIPLE)
     blocks = -(-vocabulary // widest)
     columns = -(-vocabulary // blocks)
@@ -141,7 +156,7 @@ class _Tiles:
 
     def __init__(
         self,
-        layer: tuple[Tensor, Tensor, Tensor | None],
+        layer: Layer,
         softcap: float | None,
         scale: float,
         tiles: list[tuple[slice, slice]],
@@ -189,14 +204,18 @@ class _Gradients:
         double = hidden.dtype == torch.float64
         sum_dtype = torch.float64 if double else torch.float32
         blocks, chunks = columns.start > 0, rows.start > 0
-        self.hidden = self.weight = self.bias = self.block = self.capped = None
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.block: Tensor | None = None
+        self.capped: Tensor | None = None
         if needed[0]:
             self.hidden = torch.empty_like(hidden, dtype=sum_dtype if blocks or across else hidden.dtype)
         if needed[1]:
             self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             if chunks and weight.dtype != sum_dtype:  # one block's sum over chunks of tokens
                 self.block = weight.new_empty(logits.tiles[0][1].stop, weight.shape[1], dtype=sum_dtype)
-        if needed[2]:
+        if needed[2] and logits.bias is not None:
             self.bias = torch.zeros_like(logits.bias, dtype=sum_dtype)
             self.ones = hidden.new_ones(1, logits.tiles[0][0].stop)
         if logits.softcap is not None:
@@ -204,9 +223,9 @@ class _Gradients:
 
     def before(self, index: int) -> None:
         """Keeps what the tile's gradient, which takes the place of its logits, needs of them."""
-        if self.capped is not None:
+        if self.capped is not None and self.logits.softcap is not None:
             tile = self.logits.memory(index)
-            torch.div(tile, self.logits.softcap, out=self._capped(tile))
+            torch.div(tile, self.logits.softcap, out=self._capped(self.capped, tile))
 
     def after(self, index: int) -> None:
         """Adds the tile's share; in its memory is the gradient of its logits."""
@@ -215,7 +234,7 @@ class _Gradients:
         rows, columns = self.logits.tiles[index]
         last_rows, last_columns = self.logits.tiles[-1]
         if self.capped is not None:
-            torch.ops.aten.tanh_backward.grad_input(tile, self._capped(tile), grad_input=tile)
+            torch.ops.aten.tanh_backward.grad_input(tile, self._capped(self.capped, tile), grad_input=tile)
         if self.hidden is not None:
             _multiply(
                 self.hidden[rows], tile, self.logits.weight[columns], self.logits.scale, add=columns != last_columns
@@ -230,8 +249,9 @@ class _Gradients:
             # A product, because a sum to another dtype copies the tile first.
             _multiply(self.bias[None, columns], self.ones[:, : len(tile)], tile, self.logits.scale, add=True)
 
-    def _capped(self, tile: Tensor) -> Tensor:
-        return self.capped[: tile.numel()].view_as(tile)
+    @staticmethod
+    def _capped(memory: Tensor, tile: Tensor) -> Tensor:
+        return memory[: tile.numel()].view_as(tile)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, scale: float, *, add: bool) -> None:
@@ -248,7 +268,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
     """From the policy's hidden, weight and bias, the reference's, labels and `Options`: `linear_token_statistics`."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *layers, labels, options = arguments
         hidden, weight = layers[:2]
         tiles = options.plan.tiles(len(hidden), len(weight))
@@ -262,13 +282,20 @@ class _LinearTokenStatistics(torch.autograd.Function):
         of_reference = policy if _are_one(layers, options) else reference
         slices: list[Tensor] = []
         labels = labels - options.first_entry
+        # Without a bias no side of a tile is -inf throughout, unless its row is not finite elsewhere either. To look
+        # for such sides would make each tile wait for the device.
+        sides_may_be_empty = hidden.device.type == "cpu" or any(side.bias is not None for side in (policy, reference))
         for index, (rows, columns) in enumerate(tiles):
             if rows.start == 0:
                 if len(slices) == _MERGED_AT_ONCE:
                     slices = [merge_partials(torch.stack(slices))]
                 slices.append(labels.new_empty(NUM_PARTIALS, len(labels), dtype=torch.float64))
             slices[-1][:, rows] = slice_partials(
-                policy.logits(index), of_reference.logits(index), labels[rows] - columns.start, options.temperature
+                policy.logits(index),
+                of_reference.logits(index),
+                labels[rows] - columns.start,
+                options.temperature,
+                sides_may_be_empty,
             )
         if options.process_group is not None:
             slices = _gathered(merge_partials(torch.stack(slices)), options.process_group)
@@ -281,7 +308,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         return tuple(statistics)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         check_gradients(grads)
         saved = ctx.saved_tensors
         with torch.no_grad():
@@ -291,7 +318,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         return *results, None, None
 
 
-def _backward(ctx, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     layers, buffers, labels, statistics, normalizers = saved[:6], saved[6:8], saved[8], saved[9:-1], saved[-1]
     # .data: the buffers are ours to overwrite, and `held` says what a second backward finds in them.
     sides = _sides(ctx, layers, [buffer.data for buffer in buffers])
@@ -334,15 +361,15 @@ class _DifferentiableOnce(torch.autograd.Function):
     """The first six tensors, in a graph that says what they depend on and cannot be gone through."""
 
     @staticmethod
-    def forward(ctx, *tensors):
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if value is None else value.view_as(value) for value in tensors[:6])
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError("The fused linear statistics are differentiable once: use `backend='reference'` for more.")
 
 
-def _are_one(layers: list[Tensor | None], options: Options) -> bool:
+def _are_one(layers: Sequence[Tensor | None], options: Options) -> bool:
     """Whether both models have the same hidden states and output layer, by their memory."""
 
     def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -354,16 +381,19 @@ def _are_one(layers: list[Tensor | None], options: Options) -> bool:
     return options_too and all(map(same, layers[:3], layers[3:6]))
 
 
-def _sides(ctx, layers: list[Tensor | None], buffers: list[Tensor]) -> list[_Tiles]:
+def _sides(ctx: Any, tensors: Sequence[Any], buffers: Sequence[Tensor]) -> list[_Tiles]:
+    """Both models' tiles. `tensors`: the policy's hidden, weight and bias, and the reference's."""
     options = ctx.options
-    both = (layers[:3], layers[3:6]), options.softcaps, options.scales, buffers, ctx.held
+    both = (Layer(*tensors[:3]), Layer(*tensors[3:6])), options.softcaps, options.scales, buffers, ctx.held
     return [
         _Tiles(layer, softcap, scale, ctx.tiles, buffer, held)
         for layer, softcap, scale, buffer, held in zip(*both, strict=True)
     ]
 
 
-def _results(layer, needed, gradients: _Gradients | None, options: Options) -> list[Tensor | None]:
+def _results(
+    layer: Sequence[Any], needed: Sequence[bool], gradients: _Gradients | None, options: Options
+) -> list[Tensor | None]:
     if gradients is None:
         return [torch.zeros_like(value) if need else None for value, need in zip(layer, needed, strict=True)]
     if options.process_group is not None and gradients.hidden is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_did.ops import reference
 from lit_did.ops.checks import check_inplace_backward, check_labels, check_token_arguments
-from lit_did.ops.extension import EXTENSION, choose_backend
+from lit_did.ops.extension import EXTENSION, Backend, choose_backend
 from lit_did.ops.statistics import TokenStatistics
 
 if EXTENSION.module is not None:
@@ -30,7 +30,7 @@ def token_statistics(
     *,
     ignore_index: int = -100,
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     inplace_backward: bool = False,
 ) -> TokenStatistics:
     """Statistics of every token of a policy and its reference (arXiv 2505.23761, per token).

@@ -288,7 +288,9 @@ def test_reference_given_where_the_trainer_keeps_none(tmp_path, given):
     run = trainer(
         tmp_path, str(tmp_path / "policy"), precompute_ref_log_probs=True, model_init_kwargs={"dtype": "float32"}
     )
-    with pytest.raises(ValueError, match=r"`reference` to be a model, but got None.*`ref_model` is None.*not a PeftModel"):
+    with pytest.raises(
+        ValueError, match=r"`reference` to be a model, but got None.*`ref_model` is None.*not a PeftModel"
+    ):
         DIDCallback(run)
     run.add_callback(DIDCallback(run, reference=reference))
     metrics = run.evaluate()

@@ -188,6 +188,18 @@ def test_ignored_tokens(ignore_index, cuts):
 
 
 @with_backends
+def test_every_label_counts_without_an_ignore_index(backend):
+    case = make_case(torch.float64)
+    inputs = case.inputs()
+    ours = linear(case, inputs, ignore_index=None, backend=backend)
+    for value, right in zip(ours, linear(case, inputs, backend=backend), strict=True):
+        assert torch.equal(value, right)
+    case.labels[2] = -100
+    with pytest.raises(ValueError, match="but got -100 at row 2"):
+        linear(case, inputs, ignore_index=None, backend=backend)
+
+
+@with_backends
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (3,), (2, 3)], ids=str)
 def test_no_token(shape, backend):
     """All ignored, or none there: zeros, and gradients that are zeros too."""

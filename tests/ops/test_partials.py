@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_did.ops import reference as specification
 from lit_did.ops.partials import finish_partials, merge_partials, slice_partials
@@ -159,3 +160,21 @@ def test_a_label_that_no_slice_holds():
         assert ours[1:].isnan().all()
     for ours, value in zip(statistics[2:], right[2:], strict=True):
         assert torch.equal(ours, value)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where the host would wait for a value on the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_slices_without_empty_sides_do_not_wait_for_the_device():
+    inputs = random_logits(3, VOCABULARY, torch.float32, torch.float32)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
+        slice_partials(*inputs, 1.0)
+    with NothingIsRead():
+        partials = slice_partials(*inputs, 1.0, sides_may_be_empty=False)
+        finished(torch.stack([partials, partials]), inputs[0])
+    assert torch.equal(partials, slice_partials(*inputs, 1.0))

@@ -69,15 +69,15 @@ def test_as_float64(name, results):
 
 
 def test_collectives(results):
-    """The sizes; a few numbers a token; and hidden states' gradients, in float32 at least."""
+    """One message between the hosts; a few numbers a token; and hidden states' gradients, in float32 at least."""
     for result in results:
         for cuts in OPTIONS:
-            forward = [(5,), (NUM_PARTIALS, TOKENS)]
+            forward = [(6,), (NUM_PARTIALS, TOKENS)]
             assert result["float32", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["bfloat16", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["float64", cuts][2] == [*forward, torch.float64, torch.float64]
             assert result["frozen", cuts][2] == [*forward, torch.float32]
-            assert result["nothing", cuts][2] == [(5,)]
+            assert result["nothing", cuts][2] == [(6,)]
 
 
 def test_sequences(results):
