@@ -363,7 +363,7 @@ class PreferenceDataModule(LightningDataModule):
             except UnusableRowError as error:
                 print(f"{row.where} is left out: {error}")
                 continue
-            print_pair(row.where, whole, cut, self.tokenizer, renderer.control if rendered.spelled else None)
+            print_pair(row.where, whole, cut, self.tokenizer, renderer.control)
             n -= 1
 
     def __repr__(self) -> str:

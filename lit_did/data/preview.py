@@ -16,16 +16,14 @@ Part = tuple[str, list[int]]
 """a key of `_STYLES`, and ids of tokens"""
 
 
-def print_pair(
-    where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any, control: ControlTokens | None = None
-) -> None:
+def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any, control: ControlTokens) -> None:
     """Prints a pair, part by part, in colour if rich is installed and the output is a terminal.
 
     Args:
         where: What the pair is called.
         whole, cut: The pair before and after truncation.
         tokenizer: Turns the ids to text.
-        control: The tokenizer's control tokens, if the pair spells some as text. These are then marked.
+        control: The tokenizer's control tokens. Those that the pair spells as text are marked.
     """
     write = _writer()
     write(f"{where}: prompt {_count(cut.prompt_ids, whole.prompt_ids)}", "bold")
@@ -65,11 +63,11 @@ def _print_parts(
     parts: list[Part],
     before: list[int],
     tokenizer: Any,
-    control: ControlTokens | None,
+    control: ControlTokens,
     write: Callable[[str, str], None],
 ) -> None:
     ids = list(before)
-    control_ids = control.ids(tokenizer) if control else frozenset()
+    control_ids = control.ids(tokenizer)
     for kind, part in parts:
         if not part:
             continue
@@ -79,7 +77,7 @@ def _print_parts(
             # After the tokens before it, because SentencePiece drops the first space of a text.
             start, whole = tokenizer.decode(ids), tokenizer.decode(ids + run)
             piece = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(run)
-            text += control.show(piece) if control and not is_control else piece
+            text += piece if is_control else control.show(piece)
             ids += run
         if len(text) > _LONGEST:
             left_out = len(text) - _LONGEST

@@ -93,7 +93,7 @@ def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: boo
         return prompt, chosen, rejected
     if repeats == 1:
         side = "chosen" if num_repeats(prompt, chosen, "") else "rejected"
-        raise unusable(where, "both completions to begin with the prompt, or neither", f"it in `{side}` alone")
+        raise unusable(where, "both completions to begin with the prompt, or neither", f"it only in `{side}`")
     # Exact if both repeat it exactly. Otherwise without the whitespace at its end, which the completions then keep.
     start = prompt if chosen.startswith(prompt) and rejected.startswith(prompt) else prompt.rstrip()
     chosen, rejected = chosen[len(start) :], rejected[len(start) :]

@@ -168,7 +168,7 @@ def _with_prompts(rows: list[SourceRow], name: str, skip: Callable[..., None], w
     if len(without) == len(rows):
         if rows:
             warn(
-                f"{name}: No row has a prompt, so each answer follows BOS alone. "
+                f"{name}: No row has a prompt, so only BOS precedes each answer. "
                 'If a column holds the prompts, name it: `columns={"prompt": ...}`.'
             )
         return rows

@@ -287,14 +287,14 @@ def test_skipped_rows_belong_to_the_split_they_are_in(no_specials):
     assert (data.train_dataset.num_rows, data.val_dataset.num_rows) == (9, 4)
 
 
-def _told(data) -> list[str]:
+def _warned(data) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data.setup("fit")
     return [str(warning.message) for warning in caught]
 
 
-def test_plain_text_for_a_chat_model_is_told_once(chatml, no_bos):
+def test_plain_text_for_a_chat_model_is_a_warning_once(chatml, no_bos):
     for tokenizer, arguments, count in (
         (chatml, {}, 1),
         (chatml, {"val": ROWS[:2]}, 1),
@@ -302,26 +302,28 @@ def test_plain_text_for_a_chat_model_is_told_once(chatml, no_bos):
         (chatml, {"parse_special_tokens": True}, 0),  # the text holds the turns
         (no_bos, {}, 0),
     ):
-        told = [text for text in _told(PreferenceDataModule(ROWS, tokenizer, **arguments)) if "`as_chat=True`" in text]
-        assert len(told) == count, arguments
-        assert all("plain text, but the tokenizer has a chat template" in text for text in told)
+        warned = [
+            text for text in _warned(PreferenceDataModule(ROWS, tokenizer, **arguments)) if "`as_chat=True`" in text
+        ]
+        assert len(warned) == count, arguments
+        assert all("plain text, but the tokenizer has a chat template" in text for text in warned)
 
 
-def test_headers_among_completion_tokens_are_told_once(chatml):
+def test_headers_among_completion_tokens_are_a_warning_once(chatml):
     template = chatml.chat_template.split("{% if add_generation_prompt")[0]  # takes no generation prompt
     data = PreferenceDataModule(ROWS, chatml, val=ROWS[:2], as_chat=True, chat_template=template)
-    (told,) = _told(data)
-    assert r"train: The chat template starts the answers of 10 pairs with '<|im_start|>assistant\n'" in told
-    assert str(chatml.tokenize("<|im_start|>assistant\n")) in told
-    assert "`chat_template_kwargs`" in told
-    assert not _told(PreferenceDataModule(ROWS, chatml, as_chat=True))
+    (warned,) = _warned(data)
+    assert r"train: The chat template starts the answers of 10 pairs with '<|im_start|>assistant\n'" in warned
+    assert str(chatml.tokenize("<|im_start|>assistant\n")) in warned
+    assert "`chat_template_kwargs`" in warned
+    assert not _warned(PreferenceDataModule(ROWS, chatml, as_chat=True))
 
 
 def test_template_kwargs_reach_the_template(chatml):
     template = chatml.chat_template + "{% if add_generation_prompt %}{{ note }}{% endif %}"
     template = template.replace("{{ m['content'] }}", "{{ note if m.role == 'assistant' }}{{ m['content'] }}")
     data = PreferenceDataModule(ROWS, chatml, as_chat=True, chat_template=template, chat_template_kwargs={"note": "ab"})
-    assert not _told(data)
+    assert not _warned(data)
     example = data.train_dataset[0]
     assert chatml.decode(example.prompt_ids).endswith("<|im_start|>assistant\nab")
     assert chatml.decode(example.chosen_ids) == "b<|im_end|>"

@@ -73,7 +73,7 @@ def test_tokens_of_a_pair_count_other_turns(chatml):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "counts", "told"),
+    ("arguments", "counts", "warned"),
     [
         ({"max_length": 9}, (20, 0, 0, 0, 0), None),
         ({"max_length": 8}, (20, 1, 0, 1, 0), None),  # one in twenty is few
@@ -95,17 +95,17 @@ def test_tokens_of_a_pair_count_other_turns(chatml):
         ({"max_length": 8, "truncation": "drop"}, (19, 0, 0, 0, 1), None),
     ],
 )
-def test_what_is_cut_is_counted_and_told_if_it_is_much(no_specials, arguments, counts, told):
+def test_what_is_cut_is_counted_and_warned_of_if_it_is_much(no_specials, arguments, counts, warned):
     rows = [{"prompt": "a b c", "chosen": "b c a", "rejected": "c"}] * 19
     rows.append({"prompt": "a b c", "chosen": "c b c c b a", "rejected": "c"})
     dataset = PreferenceDataset(read_pairs(rows), no_specials, **arguments)
     names = ("num_truncated", "num_cut_prompts", "num_cut_completions", "num_too_long")
     assert (len(dataset), *(getattr(dataset, name) for name in names)) == counts
     text = dataset.warnings("train").get("length")
-    assert (text is None) == (told is None)
-    if told:
+    assert (text is None) == (warned is None)
+    if warned:
         assert text.startswith("train: 20 of 20 pairs")
-        assert told in text
+        assert warned in text
     assert dataset.num_dropped == dataset.num_too_long
     assert (f"{dataset.num_too_long} dropped as too long" in dataset.summary()) == (counts[-1] > 0)
 

@@ -191,7 +191,7 @@ def test_columns_that_describe_a_pair_are_ignored():
         "score_chosen": 1.5, "margin": 2, "Category": "x", "url": "x", "created": "x",
     }  # fmt: skip
     assert parse_pair({**about, "chosen": "two a", "rejected": "two b"}) == PreferencePair("two", " a", " b")
-    # A dialogue's marker, and messages that both share, say where the prompt ends, whatever stands beside them.
+    # A dialogue's marker, and messages that both share, say where the prompt ends, even beside other columns.
     dialogue = "\n\nHuman: q\n\nAssistant:"
     assert parse_pair({"remark": "x", "chosen": dialogue + " a", "rejected": dialogue + " b"}).prompt == dialogue
     assert parse_pair({"remark": "x", **WHOLE}) == CHAT

@@ -20,7 +20,7 @@ BY_TOKENS = {"tokens": 40, "lengths": LENGTHS}  # 6 batches, as of 2 rows each w
 def _loader(
     rows=ROWS, num_replicas=1, rank=0, shuffle=True, seed=5, tokens=None, lengths=None, **kwargs
 ) -> ResumableDataLoader:
-    """Batches of 2 rows; with `tokens`, of at most so many."""
+    """Batches of 2 rows; or with `tokens`, of at most that many tokens."""
     drop_last = {"drop_last": kwargs.pop("drop_last", False)} if tokens else {}
     sampler = ResumableSampler(rows, num_replicas, rank, shuffle=shuffle, seed=seed, **drop_last)
     if tokens:

@@ -54,10 +54,10 @@ def test_one_repeat_is_skipped_where_the_source_repeats_prompts():
     rows, skipped = read_rows([both, {**both, "rejected": " 5"}, {**both, "chosen": "4"}])
     assert [row.index for row in rows] == [0]
     assert [(row.index, row.reason) for row in skipped] == [
-        (1, "Expected both completions to begin with the prompt, or neither, but got it in `chosen` alone."),
-        (2, "Expected both completions to begin with the prompt, or neither, but got it in `rejected` alone."),
+        (1, "Expected both completions to begin with the prompt, or neither, but got it only in `chosen`."),
+        (2, "Expected both completions to begin with the prompt, or neither, but got it only in `rejected`."),
     ]
-    with pytest.raises(ValueError, match="got it in `chosen` alone"):
+    with pytest.raises(ValueError, match="got it only in `chosen`"):
         read_rows([{"prompt": "2+2?", "chosen": "2+2? 4", "rejected": "5"}])
 
 
@@ -65,7 +65,7 @@ def test_answers_that_begin_like_their_prompt_by_chance_are_kept():
     greeting = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi."}
     echo = {"prompt": LONG, "chosen": LONG + " 4", "rejected": "4"}
     assert _pairs(*OTHERS, greeting, echo)[-2:] == [PreferencePair(**greeting), PreferencePair(**echo)]
-    # Two answers that begin with a whole question: no chance, whatever the other rows do.
+    # Two answers that begin with a whole question: too long for chance, independent of the other rows.
     both = {"prompt": LONG, "chosen": LONG + " 4", "rejected": LONG + " 5"}
     assert _pairs(*OTHERS, both)[-1] == PreferencePair(LONG, " 4", " 5")
 

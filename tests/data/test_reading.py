@@ -189,12 +189,12 @@ def test_rows_without_a_prompt_among_rows_with_one_are_skipped(missing, sides):
         read_rows([good, bad, good], on_bad_rows="raise")
 
 
-def test_a_source_without_any_prompt_is_told():
-    told = []
-    rows, skipped = read_rows([{"chosen": "yes", "rejected": "no"}] * 2, warn=told.append)
+def test_a_source_without_any_prompt_is_a_warning():
+    warned = []
+    rows, skipped = read_rows([{"chosen": "yes", "rejected": "no"}] * 2, warn=warned.append)
     assert (len(rows), skipped) == (2, [])
-    assert told == [
-        "source: No row has a prompt, so each answer follows BOS alone. If a column holds the prompts, name it: "
+    assert warned == [
+        "source: No row has a prompt, so only BOS precedes each answer. If a column holds the prompts, name it: "
         '`columns={"prompt": ...}`.'
     ]
 

@@ -1,4 +1,4 @@
-"""Chat pairs become the template's text, written out by hand; templates that cannot serve are refused with a reason."""
+"""Chat pairs become the template's text, written out by hand; unsuitable templates are refused with a reason."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ THINK = (
 
 
 @pytest.mark.parametrize("answers", [("fine", "no"), ("t", "t"), (" fine", "fine day"), ("same", "same")])
-def test_empty_thoughts_are_told_and_template_kwargs_mend_them(no_bos, answers):
+def test_empty_thoughts_are_noticed_and_template_kwargs_mend_them(no_bos, answers):
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in answers)
     pair = PAIR._replace(chosen=chosen, rejected=rejected)
-    told = render_pair(pair, no_bos, THINK, chat_template_kwargs={"thinks": True})
-    assert told.header == "<t></t>"
-    assert told.prompt == "<user>hi<assistant>"
+    thinking = render_pair(pair, no_bos, THINK, chat_template_kwargs={"thinks": True})
+    assert thinking.header == "<t></t>"
+    assert thinking.prompt == "<user>hi<assistant>"
     row = pair._replace(chat_template_kwargs={"thinks": False})  # the row's own go before
     mended = render_pair(row, no_bos, THINK, chat_template_kwargs={"thinks": True})
     assert (mended.prompt, mended.chosen.pieces[0]) == ("<user>hi<assistant><t></t>", answers[0])

@@ -1,4 +1,4 @@
-"""The text of rows is never a control token, whatever it spells; the template's own are."""
+"""The text of rows is never a control token. Only those of the template are."""
 
 from __future__ import annotations
 
@@ -151,10 +151,10 @@ def test_rows_that_spell_control_tokens_are_counted(chatml, as_chat):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             data.setup("fit")
-        told = [str(w.message) for w in caught if "spells control tokens" in str(w.message)]
+        warned = [str(w.message) for w in caught if "spells control tokens" in str(w.message)]
         counted = len(rows_now) == 2 and not parse
-        assert data.train_dataset.num_spelling_control == len(told) == counted
+        assert data.train_dataset.num_spelling_control == len(warned) == counted
         if counted:
-            assert "The text of 1 of 2 pairs" in told[0]
-            assert "'<|im_end|>' in train, row 1" in told[0]
-            assert "`parse_special_tokens=True`" in told[0]
+            assert "The text of 1 of 2 pairs" in warned[0]
+            assert "'<|im_end|>' in train, row 1" in warned[0]
+            assert "`parse_special_tokens=True`" in warned[0]

@@ -1,4 +1,4 @@
-"""Columns for the chat template that it does not use are told."""
+"""Columns for the chat template that it does not use raise a warning."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_template_that_is_a_files_name_is_refused(chatml):
         PreferenceDataModule([], chatml, chat_template="chat.jinja")
 
 
-def test_it_is_told_once_a_source(chatml):
+def test_it_is_a_warning_once_a_source(chatml):
     chat = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     row = {"prompt": [{"role": "user", "content": "q"}], **chat, "tools": [{"name": "t"}]}
     with warnings.catch_warnings(record=True) as caught:
@@ -57,7 +57,7 @@ def test_it_is_told_once_a_source(chatml):
     assert sum("The chat template does not use `tools`" in str(warning.message) for warning in caught) == 1
 
 
-def test_arguments_for_all_rows_are_told_too(chatml):
+def test_arguments_for_all_rows_are_named_too(chatml):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     data = PreferenceDataModule(rows, chatml, as_chat=True, chat_template_kwargs={"thinking": False})
     with pytest.warns(
@@ -67,11 +67,11 @@ def test_arguments_for_all_rows_are_told_too(chatml):
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
-def test_tool_calls_that_the_template_leaves_out_are_told(template):
+def test_tool_calls_that_the_template_leaves_out_are_named(template):
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     pair = PreferencePair([{"role": "user", "content": "q"}, call], [call], [call])
-    told = describe_unread("train", [pair], SimpleNamespace(chat_template=template), None)
-    assert "does not use `tool_calls`" in told
+    warned = describe_unread("train", [pair], SimpleNamespace(chat_template=template), None)
+    assert "does not use `tool_calls`" in warned
     assert not describe_unread("train", [pair], SimpleNamespace(chat_template="{{ m.tool_calls }}"), None)
 
 
