@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 KINDS = ("open-ended", "factual")
 METHODS = {"DPO": LitDPO, "DPO-PG": LitDPOPG}
-AT_THE_REFERENCE = ("token_concentration", "kl", "concentration_per_kl", "chosen_log_ratio", "margin")
+AT_THE_REFERENCE = ("token_did_concentration", "kl", "concentration_per_kl", "chosen_log_ratio", "margin")
 """quantities that are 0 where the policy is its reference"""
 FACTS = ("factual_accuracy", "factual_margin")
 CONCENTRATION = ("concentration",)
@@ -117,14 +117,12 @@ def measurements(
     """A trained policy's token DIDs on held-out pairs of the kind that it was trained on, and its abilities."""
     pairs = answers(language_model, held_out[kind][: size.scored], size)
     statistics = score_all(policy, language_model.model, pairs)
-    log_vocabulary = math.log(language_model.model.config.vocab_size)
     share = statistics.num_tokens / statistics.num_tokens.sum()
-    concentration = log_vocabulary - float((statistics.token_did_entropy * share).sum())
+    concentration = float((statistics.token_did_concentration * share).sum())
     kl = float((statistics.kl * share).sum())
     chosen, rejected = statistics.log_ratio.chunk(2)
     return {
-        # 0 where nothing was learned. The entropies themselves differ in the third digit only.
-        "token_concentration": concentration,
+        "token_did_concentration": concentration,
         "kl": kl,
         "concentration_per_kl": concentration / kl if kl > 0 else math.nan,
         "chosen_log_ratio": float(chosen.mean()),
@@ -234,7 +232,7 @@ def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
             f"{name}: policies at held-out pairs, and in samples of their own",
             rows,
             by,
-            ("token_concentration", "kl", "chosen_log_ratio", "margin", "policy_entropy", "diversity"),
+            ("token_did_concentration", "kl", "chosen_log_ratio", "margin", "policy_entropy", "diversity"),
         ),
         Table("entropy_facts", "Held-out factual questions", facts, by, FACTS),
         Table(
@@ -262,7 +260,7 @@ def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
     reliable = [row["reliable"] for row in did if row["estimate"] == "SMC"]
     notes = [
         "Concentration: how far a distribution is from the uniform one, in nats: 0 where nothing was learned. A high "
-        "concentration is a low entropy. Token concentration: log V - H of the token DIDs, a mean over tokens. "
+        "concentration is a low entropy. Token DID concentration: log V - H of the token DIDs, a mean over tokens. "
         "Log-ratios and margins are in nats a completion, KL and policy entropy in nats a token, the factual margin in "
         "nats a token between two completions.",
         f"{size.steps} steps of {size.batch_size} pairs; {size.held_out} held-out factual pairs; {size.scored} pairs "
@@ -284,10 +282,10 @@ def _found(name: str, claims: Sequence[dict]) -> str:
     kinds, methods = "factual, DPO - open-ended, DPO", "{0}, DPO-PG - {0}, DPO"
     return (
         f"{name}: after DPO on factual pairs, compared with open-ended pairs, "
-        f"{finding('token concentration', kinds, 'the concentration of the token DIDs is')} and "
+        f"{finding('token DID concentration', kinds, 'the concentration of the token DIDs is')} and "
         f"{finding('SMC concentration', kinds, 'that of whole completions is')}. After DPO-PG, compared with DPO, "
         + " and ".join(
-            finding("token concentration", methods.format(kind), f"on {kind} pairs the token DIDs' is")
+            finding("token DID concentration", methods.format(kind), f"on {kind} pairs the token DIDs' is")
             for kind in KINDS
         )
         + ". Factual accuracy against the reference: "
@@ -330,15 +328,15 @@ def differences(rows: Sequence[dict], smc: Sequence[dict], seeds: Sequence[int])
 
     for method in METHODS:
         for name, source, value in (
-            ("token concentration", rows, "token_concentration"),
-            ("token concentration per KL", rows, "concentration_per_kl"),
+            ("token DID concentration", rows, "token_did_concentration"),
+            ("token DID concentration per KL", rows, "concentration_per_kl"),
             ("SMC concentration", smc, "concentration"),
         ):
             add(name, source, value, ("factual", method), ("open-ended", method))
     for kind in KINDS:
         for name, source, value in (
-            ("token concentration", rows, "token_concentration"),
-            ("token concentration per KL", rows, "concentration_per_kl"),
+            ("token DID concentration", rows, "token_did_concentration"),
+            ("token DID concentration per KL", rows, "concentration_per_kl"),
             ("SMC concentration", smc, "concentration"),
             ("chosen log-ratio", rows, "chosen_log_ratio"),
             ("policy entropy", rows, "policy_entropy"),
@@ -360,7 +358,7 @@ def _draw(figure: Figure, rows: Sequence[dict], smc: Sequence[dict], size: Size)
     policies = [(kind, method, f"C{i}") for i, kind in enumerate(KINDS) for method in METHODS]
     for kind, method, color in (*policies, ("nothing", "reference", "grey")):
         for axes, source, x, y in (
-            (tokens, rows, "kl", "token_concentration"),
+            (tokens, rows, "kl", "token_did_concentration"),
             (completions, largest, "kl", "concentration"),
             (abilities_, rows, "diversity", "factual_accuracy"),
         ):

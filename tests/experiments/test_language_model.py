@@ -188,7 +188,7 @@ def test_an_unchanged_policy_knows_nothing(tiny):
     _, held_out = entropy.split(0, 3)
     size = entropy.QUICK._replace(max_length=160)
     language_model_rows = entropy.measurements(tiny, policy, "factual", held_out, size, 0)
-    for name in ("token_concentration", "kl", "chosen_log_ratio", "margin"):
+    for name in ("token_did_concentration", "kl", "chosen_log_ratio", "margin"):
         assert language_model_rows[name] == pytest.approx(0, abs=1e-4)  # rounding of log V in float32
     for row in entropy.did_rows(tiny, policy, "factual", held_out, size, 0):
         # T / V: completions that end early make strings of T tokens the fewer.
@@ -225,7 +225,7 @@ def test_differences_are_of_one_seed():
             smc.append(about | {"concentration": -level})
     found = entropy.differences(rows, smc, (0, 1))
     by = {(row["of"], row["between"], row["seed"]): row["difference"] for row in found}
-    assert by["token concentration", "factual, DPO - open-ended, DPO", 1] == 2
+    assert by["token DID concentration", "factual, DPO - open-ended, DPO", 1] == 2
     assert by["SMC concentration", "open-ended, DPO-PG - open-ended, DPO", 0] == -1
     assert by["diversity", "factual, DPO-PG - nothing, reference", 1] == 3
     assert len(by) == len(found)
