@@ -35,7 +35,7 @@ except ImportError:  # Windows
 VERSION = 1
 KEY_BYTES = 16
 SHARD_BYTES = 2**28
-_FOLDER, _INDEX, _UNFINISHED = "reference", "index.json", ".unfinished_"
+_FOLDER, _INDEX, _PART, _UNFINISHED = "reference", "index.json", "{:05}.json", ".unfinished_"
 _CHUNK_BYTES = 2**20
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,7 +172,7 @@ class CacheWriter:
         """Writes the last shard and this process's list of shards."""
         if self._rows:
             self._write_shard()
-        (self._folder / _part(self._process)).write_text(json.dumps(self._shards))
+        (self._folder / _PART.format(self._process)).write_text(json.dumps(self._shards))
 
     def _write_shard(self) -> None:
         file = self._folder / f"{self._process:05}-{len(self._shards):05}.safetensors"
@@ -211,7 +211,7 @@ def publish(folder: Path, fingerprint: Mapping[str, str], processes: int = 1) ->
     """
     shards = []
     for process in range(processes):
-        part = folder / _part(process)
+        part = folder / _PART.format(process)
         if not part.exists():
             raise FileNotFoundError(
                 f"Expected `cache_reference` to be a folder that all processes share, but {folder} has no shards of "
@@ -356,10 +356,6 @@ def _unusable(folder: Path, reason: str) -> ValueError:
         f"Expected the cache {folder} to be whole and of this version, but {reason}. Delete this folder to run the "
         "reference again."
     )
-
-
-def _part(process: int) -> str:
-    return f"{process:05}.json"
 
 
 def _crc32(file: Path) -> str:

@@ -32,27 +32,28 @@ ALL = [0, 1, 2, 3, 4]
 H = 7  # odd: what follows float16 rows is not aligned
 
 
-def sequences(dtype: torch.dtype = torch.float32, lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
+def sequences(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Hidden states of random bits, NaN and infinity among them."""
     generator = torch.Generator().manual_seed(0)
     count = H * dtype.itemsize
-    return [torch.randint(256, (n, count), generator=generator, dtype=torch.uint8).view(dtype) for n in lengths]
+    return [torch.randint(256, (n, count), generator=generator, dtype=torch.uint8).view(dtype) for n in LENGTHS]
 
 
-def add(writer: CacheWriter, numbers: list[int], hidden: list[torch.Tensor]) -> None:
-    rows = [hidden[i] for i in numbers]
-    bounds = np.cumsum([0, *map(len, rows)])
-    writer.add([KEYS[i] for i in numbers], torch.cat(rows), bounds)
+def rows(numbers: list[int], hidden: list[torch.Tensor] | None = None) -> tuple[list[bytes], torch.Tensor, np.ndarray]:
+    """What `CacheWriter.add` takes, of these sequences."""
+    chosen = [(hidden or sequences())[i] for i in numbers]
+    return [KEYS[i] for i in numbers], torch.cat(chosen), np.cumsum([0, *map(len, chosen)])
 
 
-def write(path: Path, dtype: torch.dtype = torch.float32, processes: tuple = (ALL,), **options) -> None:
+def write(path: Path, *processes: list[tuple], mark: dict[str, str] = PRINT, **options) -> None:
+    """Writes a cache: of each process what is added, all sequences without any."""
     with unfinished_cache(path) as folder:
-        for process, numbers in enumerate(processes):
+        for process, added in enumerate(processes or [[rows(ALL)]]):
             writer = CacheWriter(folder, process=process, **options)
-            if numbers:
-                add(writer, numbers, sequences(dtype))
+            for arguments in added:
+                writer.add(*arguments)
             writer.finish()
-        publish(folder, PRINT, len(processes))
+        publish(folder, mark, len(processes) or 1)
 
 
 def opened(path: Path, mark: dict[str, str] = PRINT) -> ReferenceCache:
@@ -89,9 +90,9 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("processes", [(ALL,), ([4, 0, 2], [], [3, 1])])
 @pytest.mark.parametrize("shard_bytes", [2**20, 1])
 def test_bit_for_bit_in_any_order(dtype, processes, shard_bytes, tmp_path):
-    write(tmp_path, dtype, processes, shard_bytes=shard_bytes)
-    cache = opened(tmp_path)
     hidden = sequences(dtype)
+    write(tmp_path, *([rows(n, hidden)] if n else [] for n in processes), shard_bytes=shard_bytes)
+    cache = opened(tmp_path)
     # The premise: NaN or infinity among them. Of float64's numbers too few are either.
     assert dtype == torch.float64 or not torch.cat(hidden).isfinite().all()
     for order in (ALL, [3, 0, 4, 2, 1], [1, 1], [2], []):
@@ -99,8 +100,7 @@ def test_bit_for_bit_in_any_order(dtype, processes, shard_bytes, tmp_path):
         expected = torch.cat([hidden[i] for i in order]) if order else torch.empty(0, H, dtype=dtype)
         assert_same_bits(cache.hidden(keys), expected)
     assert cache.keys() == set(KEYS)
-    shards = len(ALL) if shard_bytes == 1 else sum(map(bool, processes))
-    assert len(files(tmp_path)) == shards + 1
+    assert len(files(tmp_path)) == 1 + (len(ALL) if shard_bytes == 1 else sum(map(bool, processes)))
 
 
 def test_shards_are_as_large_as_they_may_be_and_a_long_sequence_has_its_own(tmp_path):
@@ -133,31 +133,23 @@ def test_what_is_read_and_what_is_given_are_copies(tmp_path):
 
 def test_hidden_states_with_gradient_and_strides(tmp_path):
     hidden = torch.randn(H, 3, requires_grad=True).T
-    with unfinished_cache(tmp_path) as folder:
-        writer = CacheWriter(folder)
-        writer.add(KEYS[:1], hidden, np.array([0, 3]))
-        writer.finish()
-        publish(folder, PRINT)
+    write(tmp_path, [(KEYS[:1], hidden, np.array([0, 3]))])
     assert torch.equal(opened(tmp_path).hidden(KEYS[:1]), hidden)
 
 
 @pytest.mark.parametrize("shard_bytes", [2**20, 1])
 def test_a_sequence_is_stored_once(tmp_path, shard_bytes):
     hidden = sequences()
-    with unfinished_cache(tmp_path) as folder:
-        writer = CacheWriter(folder, shard_bytes=shard_bytes)
-        add(writer, [0, 1, 0], hidden)
-        add(writer, [1, 3, 0], [2 * rows for rows in hidden])
-        writer.finish()
-        publish(folder, PRINT)
+    doubled = [2 * states for states in hidden]
+    write(tmp_path, [rows([0, 1, 0]), rows([1, 3, 0], doubled)], shard_bytes=shard_bytes)
     cache = opened(tmp_path)
     assert len(cache.keys()) == 3
-    assert_same_bits(cache.hidden([KEYS[3], KEYS[0]]), torch.cat([2 * hidden[3], hidden[0]]))
+    assert_same_bits(cache.hidden([KEYS[3], KEYS[0]]), torch.cat([doubled[3], hidden[0]]))
     assert sum(map(len, cache._hidden)) == 3 + 1 + 5
 
 
 def test_a_sequence_of_two_processes(tmp_path):
-    write(tmp_path, processes=([0, 1], [1, 2, 3, 4]))
+    write(tmp_path, [rows([0, 1])], [rows([1, 2, 3, 4])])
     assert_same_bits(opened(tmp_path).hidden(KEYS), torch.cat(sequences()))
 
 
@@ -165,17 +157,10 @@ def test_a_real_model(tmp_path):
     model, batch = tiny_llama(0).eval(), collate(make_pairs(3))
     with torch.no_grad():
         states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    labelled = batch["labels"] != -100
-    keys = sequence_keys(read_sequences(batch))
-    bounds = np.append(0, labelled.sum(1).cumsum(0))
-    path = tmp_path / "new" / "cache"
+    read, labelled, path = read_sequences(batch), batch["labels"] != -100, tmp_path / "new" / "cache"
+    keys = sequence_keys(read)
     assert not ReferenceCache.exists(path)
-    with unfinished_cache(path) as folder:
-        writer = CacheWriter(folder)
-        writer.add(keys, states[labelled], bounds)
-        writer.finish()
-        assert not ReferenceCache.exists(path)
-        publish(folder, fingerprint(model, keys))
+    write(path, [(keys, states[labelled], read.cu_labels)], mark=fingerprint(model, keys))
     assert ReferenceCache.exists(path)
     cache = opened(path, fingerprint(tiny_llama(0), reversed(keys)))
     assert torch.equal(cache.hidden(keys), states[labelled])
@@ -274,9 +259,7 @@ def test_no_cache(tmp_path):
 
 def test_a_folder_that_not_all_processes_share(tmp_path):
     with unfinished_cache(tmp_path) as folder:
-        writer = CacheWriter(folder)
-        add(writer, ALL, sequences())
-        writer.finish()
+        CacheWriter(folder).finish()
         with pytest.raises(FileNotFoundError, match=r"all processes share, but .* has no shards of process 1"):
             publish(folder, PRINT, processes=2)
     with pytest.raises(FileNotFoundError, match=f"all processes share, but process 3 does not see {folder}"):
@@ -299,7 +282,7 @@ def test_an_error_on_the_way_leaves_nothing(when, tmp_path, monkeypatch):
     monkeypatch.setattr(*((os, "rename", fail) if when == "replace" else (storage, "save_file", fail)))
     with pytest.raises((KeyboardInterrupt, OSError)), unfinished_cache(tmp_path) as folder:  # noqa: PT012
         writer = CacheWriter(folder, shard_bytes=1 if when == "add" else 2**20)
-        add(writer, [0, 1], sequences())
+        writer.add(*rows([0, 1]))
         assert when != "add"
         writer.finish()
         assert when == "replace"
@@ -371,9 +354,9 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
     expected = rf"room for 28,000 bytes of hidden states in the folder of .*, {tmp_path}, but .* with 5,000 bytes free"
     with unfinished_cache(tmp_path) as folder:
-        add(CacheWriter(folder, num_tokens=11), [0, 1], sequences())  # of 7 float32
+        CacheWriter(folder, num_tokens=11).add(*rows([0, 1]))  # of 7 float32
         with pytest.raises(OSError, match=expected):
-            add(CacheWriter(folder, num_tokens=1000), [0, 1], sequences())
+            CacheWriter(folder, num_tokens=1000).add(*rows([0, 1]))
     assert files(tmp_path) == []
 
 
@@ -381,7 +364,7 @@ def test_a_disk_that_fills_up_is_named(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with unfinished_cache(tmp_path) as folder:
         writer = CacheWriter(folder)
-        add(writer, [0, 1], sequences())
+        writer.add(*rows([0, 1]))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             with pytest.raises(OSError, match=f"room for hidden states in the folder .*, {tmp_path}, but .*too large"):
@@ -396,12 +379,12 @@ def test_two_runs_at_once(tmp_path):
     with unfinished_cache(tmp_path) as one, unfinished_cache(tmp_path) as other:
         for folder, scale in ((one, 1), (other, 2)):
             writer = CacheWriter(folder)
-            add(writer, ALL, [scale * rows for rows in sequences()])
+            writer.add(*rows(ALL, [scale * states for states in sequences()]))
             writer.finish()
         publish(other, PRINT)
         cache = opened(tmp_path)
         publish(one, PRINT)
-    assert_same_bits(cache.hidden(KEYS), torch.cat([2 * rows for rows in sequences()]))
+    assert_same_bits(cache.hidden(KEYS), torch.cat([2 * states for states in sequences()]))
     assert_same_bits(opened(tmp_path).hidden(KEYS), cache.hidden(KEYS))
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "reference"}
 
@@ -434,14 +417,14 @@ BOUNDS = np.array([0, 2, 3])
 )
 def test_other_hidden_states_are_refused(hidden, bounds, error, message, tmp_path):
     writer = CacheWriter(tmp_path)
-    add(writer, [0], sequences())
+    writer.add(*rows([0]))
     with pytest.raises(error, match=message):
         writer.add(KEYS[1:3], hidden, bounds)
 
 
 def test_what_cannot_be_published(tmp_path):
     with pytest.raises(ValueError, match="Expected at least one sequence"):
-        write(tmp_path, processes=([], []))
+        write(tmp_path, [], [])
     assert files(tmp_path) == []
 
 
