@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,24 +316,16 @@ def test_a_killed_process(tmp_path):
 
 def test_what_is_left_of_dead_processes_is_removed_and_nothing_else(tmp_path):
     left = tmp_path / ".unfinished_old" / "reference"
-    left.mkdir(parents=True)
     (tmp_path / ".unfinished_empty").mkdir()
     (tmp_path / "mine").write_text("kept")
-    program = (
-        "import sys, torch; from lit_did.reference_cache.storage import unfinished_cache\n"
-        "with unfinished_cache(sys.argv[1]): print(flush=True); sys.stdin.readline()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as alive:
-        alive.stdout.readline()
-        (mine,) = tmp_path.glob(".unfinished_*")  # of the process that is alive
-        left.mkdir(parents=True)
-        with unfinished_cache(tmp_path):
-            assert mine.exists()
-            assert left.exists()
-        alive.communicate(b"\n")
-    assert alive.returncode == 0
+    with ExitStack() as first:
+        first.enter_context(unfinished_cache(tmp_path))
+        with unfinished_cache(tmp_path) as second:
+            first.close()
+            left.mkdir(parents=True)
+            with unfinished_cache(tmp_path):
+                assert left.exists()
+                assert second.exists()  # it is still being written
     write(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "mine", "reference"}
 
