@@ -1,1 +1,1 @@
-"""Benchmarks: one file a question, all with one harness. `python -m benchmarks --help`."""
+"""Benchmarks: one file for each question, one harness for all. Begin with `python -m benchmarks --help`."""

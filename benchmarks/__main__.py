@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: races the operators, prints how they compare and which targets they meet."""
+"""`python -m benchmarks`: times the operators beside others, and prints the ratios and which targets are met."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ BUSY = 0.5  # runnable processes a core, over the last minute
 RACES_HELP = """races:
   table      every contestant at every vocabulary size and dtype: what the targets are judged by
   threads    one thread against two (CPU)
-  ignored    no row ignored against 60% of them
+  ignored    no rows ignored against 60% of them
   few-rows   1, 2, 4 and 8 rows of the last vocabulary size, with one thread and with all
   growth     smaller vocabularies, and fewer and more rows, for the chart
   sequence   sequence_statistics of packed sequences beside token_statistics
 
 contestants (docs/benchmarks.md says more):
   fused              lit_did.token_statistics, the compiled operators
-  fused in place     the same, its gradients written over the logits (inplace_backward=True): backward only
-  compile            torch.compile of eager: the fastest torch that we know of
+  fused in place     the same, with gradients written over the logits (inplace_backward=True): backward only
+  compile            torch.compile of eager: the fastest torch version that we know
   eager              the eight statistics in plain torch
-  trl                TRL's log-probabilities and the policy's entropy: less work; only where TRL is installed
-  reference          lit_did's own specification, never tuned
+  trl                TRL's log-probabilities and the policy's entropy: less work; only if TRL is installed
+  reference          lit_did's own specification, not tuned
   compile reference  torch.compile of it: slower than compile
 
-The limit is what merely moving the memory takes: on the CPU reading both inputs, on CUDA a copy."""
+The limit is the time to move the memory: on the CPU to read both inputs, on CUDA to copy them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     print(title, flush=True)
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if busy > BUSY * (os.cpu_count() or 1):
-        plan.notes.append(f"Others were using this machine (load {busy:.1f} at the start): do not trust these figures.")
+        plan.notes.append(f"The machine was busy at the start (load {busy:.1f}), so these figures are not reliable.")
     results: list[Result] = []
     try:
         for name in options.races:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
                     print(f"  {size} done after {time.perf_counter() - begin:.0f} s", flush=True)
                 sizes.add(size)
     except KeyboardInterrupt:
-        plan.notes.append("Interrupted: only what was finished is here.")
+        plan.notes.append("The run was interrupted, so the figures are incomplete.")
     report.show(results)
     report.show_verdicts(judge(results), title)
     report.write_csv(results, options.output / "benchmarks.csv")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         draw(results, plan.rows, plan.vocabularies[0], title, options.output / "benchmarks.png")
         written.append(options.output / "benchmarks.png")
     except ImportError as error:
-        plan.notes.append(f"No chart: it needs matplotlib, pip install 'lit-did[bench]' ({error}).")
+        plan.notes.append(f"There is no chart, because matplotlib is missing: pip install 'lit-did[bench]' ({error}).")
     for note in plan.notes:
         print(f"Note: {note}")
     print(f"Written: {', '.join(map(str, written))}. This took {time.perf_counter() - begin:.0f} s.")
@@ -84,7 +84,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         try:
             read = read_limit.load()
         except RuntimeError as error:
-            notes.append(f"No read limit, and no target that needs it: {error}.")
+            notes.append(f"The read limit and the targets that need it are left out: {error}.")
     return Plan(
         device=options.device,
         rows=options.rows,
@@ -107,7 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
-    add("--races", nargs="+", choices=RACES, help="which races (default: all that the device has)")
+    add("--races", nargs="+", choices=RACES, help="which races (default: all of the device)")
     add("--rows", type=int, help=f"tokens (default: {ROWS['cpu']}, on CUDA {ROWS['cuda']})")
     add(
         "--vocabulary",
@@ -122,9 +122,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=4,
-        help="of timed calls: slower contestants are called less often, at least once",
+        help="seconds of timed calls: slower contestants are called less often, at least once",
     )
-    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the CPU; the targets are for 2")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads; the targets are for 2")
     add("--output", type=Path, default=Path("bench_output"), help="folder for benchmarks.csv and benchmarks.png")
     options = parser.parse_args(arguments)
     device = options.device
@@ -139,9 +139,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if contestants.BASELINE not in options.contestants:
         parser.error(f"--contestants must hold {contestants.BASELINE}: the others are compared with it")
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+        parser.error("--device cuda: torch finds no CUDA device")
     if device == "cuda" and set(options.races) & set(ON_CPU_ONLY):
-        parser.error(f"--races {' '.join(ON_CPU_ONLY)}: on the CPU only")
+        parser.error(f"--races {' '.join(ON_CPU_ONLY)}: only with --device cpu")
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: not a folder")
     try:

@@ -1,9 +1,9 @@
-"""How much of a device copy's bandwidth do the operators reach? Each kernel alone, with gradients made beforehand.
+"""Which share of a device copy's bandwidth do the operators reach? Each kernel runs alone, with gradients made before.
 
 python -m benchmarks.bandwidth [--device cuda] [--vocabulary 32768 ...] [--dtype bfloat16 ...] [--spread 1 3] [--gib 1]
 
-Every call is checked against float64 before it is timed. `share`: the bytes that must move (inputs read once, gradients
-written once) over the time, beside those of a copy of one side's logits in the same race.
+Every kernel is checked against float64 before it is timed. The share compares GB/s with those of a copy of one side's
+logits in the same race. It counts the bytes that must move: inputs read once, gradients written once.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         type=float,
         nargs="+",
         default=[1.0, 3.0],
-        help="the logits' standard deviation: language models' is some 3",
+        help="standard deviation of the logits; about 3 in language models (default: %(default)s)",
     )
-    add("--gib", type=float, default=1.0, help="of one side's logits (default: %(default)s)")
+    add("--gib", type=float, default=1.0, help="GiB of one side's logits (default: %(default)s)")
     add("--repeats", type=int, default=15, help="timed calls of each kernel (default: %(default)s)")
     add("--output", type=Path, default=Path("bench_output"), help="folder for bandwidth.csv")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+        parser.error("--device cuda: torch finds no CUDA device")
     print(report.machine(torch.device(options.device)), flush=True)
     results = list(measure(options))
     report.write_csv(results, options.output / "bandwidth.csv")

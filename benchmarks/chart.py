@@ -1,4 +1,4 @@
-"""The chart of a run: how the time grows with the vocabulary and with the rows, one line a contestant and dtype."""
+"""The chart of a run: how the time grows with vocabulary and rows, one line for each contestant and dtype."""
 
 from __future__ import annotations
 

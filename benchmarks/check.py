@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ROWS = 8  # of the full-size call that are checked; the float64 reference of more would not fit beside large logits
+ROWS = 8  # Rows of the full-size call that are checked. More rows in float64 would not fit beside large logits.
 
 
 def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a loss in every output: other ones for each, lest errors cancel; exact in every dtype."""
+    """Gradients of a loss in every output. They differ, so that errors do not cancel, and are exact in every dtype."""
     grads = []
     for k, output in enumerate(outputs):
         steps = torch.arange(output.numel(), device=output.device)
@@ -20,7 +20,7 @@ def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Truth:
-    """What `reference` says of the first `ROWS` rows in float64."""
+    """Values and gradients of `reference` for the first `ROWS` rows, in float64."""
 
     def __init__(
         self, reference: Callable[..., tuple[Tensor, ...]], policy: Tensor, other: Tensor, labels: Tensor
@@ -33,7 +33,7 @@ class Truth:
     def verify(
         self, name: str, fields: Sequence[str], values: Sequence[Tensor], gradients: Sequence[Tensor] = ()
     ) -> None:
-        """Raises RuntimeError where values or gradients are further from the truth than their dtypes explain."""
+        """Raises RuntimeError if values or gradients are further from the truth than rounding explains."""
         coarse = 4 * max(_eps(value) for value in values)
         for field, value, expected in zip(fields, values, self.values, strict=True):
             error = (value[: len(expected)].double() - expected).abs()
@@ -41,8 +41,8 @@ class Truth:
         for side, gradient, expected in zip(("policy", "reference"), gradients, self.gradients, strict=False):
             error = (gradient[:ROWS].double() - expected).abs()
             allowed = 1e-4 + _eps(gradient) + 2 * coarse
-            # The label's entry is of order 1, the others of order 1/V: each kind is held to its own size. The others
-            # together, since the terms of a single entry may cancel. An ignored row's must be 0.
+            # The label's entry is of order 1, the others of order 1/V, so each kind is compared with its own size. The
+            # others are compared together, because the terms of one entry may cancel. An ignored row's must be 0.
             label = torch.zeros_like(error, dtype=torch.bool).scatter_(1, self.labels.clamp(min=0)[:, None], True)
             for what, kind in (("at the label", label), ("off the label", ~label)):
                 wrong, size = (error * kind).sum(-1), (expected.abs() * kind).sum(-1)

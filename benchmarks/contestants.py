@@ -1,4 +1,4 @@
-"""Who races: the same statistics computed by others, each told apart by what it computes.
+"""The contestants: the same statistics, computed by lit_did and by others.
 
 A contestant takes (policy_logits, reference_logits, labels) and returns tensors that are differentiable in both logits.
 """
@@ -33,17 +33,17 @@ class Contestant:
     function: Function
     fields: tuple[str, ...] = TokenStatistics._fields
     truth: Function = reference_statistics
-    """the same by the reference: it is given float64"""
+    """The same by the reference, which gets float64 inputs."""
     overwrites: bool = False
-    """whether its backward writes the gradients over the logits: then it races backward only, on copies made untimed"""
+    """Whether its backward writes the gradients over the logits. It then races backward only, on untimed copies."""
     warmup: int = 2
-    """calls before the timed ones; one where the first is as good as any other"""
+    """Calls before the timed ones. One is enough if the first call is as fast as later ones."""
     copies: int = 2
-    """how many float32 tensors of the logits' shape forward + backward holds at most, to refuse what cannot fit"""
+    """The most float32 tensors of the logits' shape in forward + backward. Sizes that do not fit are left out."""
 
 
 def eager(policy_logits: Tensor, reference_logits: Tensor, labels: Tensor) -> TokenStatistics:
-    """The nine quantities as one would write them in torch: no ignored rows, no infinities."""
+    """The nine statistics as one would write them in torch, without ignored rows and infinities."""
     real = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     z, r = policy_logits.to(real), reference_logits.to(real)
     a, b = z.logsumexp(-1, keepdim=True), r.logsumexp(-1, keepdim=True)
@@ -119,7 +119,7 @@ MAKERS: dict[str, Callable[[], Contestant]] = {
 
 
 def default() -> list[str]:
-    """The contestants of a run that names none: TRL only where it is installed."""
+    """The default contestants; TRL if it is installed."""
     names = [BASELINE, "fused in place", "compile", "eager"]
     return [*names, "trl"] if importlib.util.find_spec("trl") else names
 

@@ -1,4 +1,4 @@
-"""Racing with honest comparisons: contestants take turns within one run, so that a drifting machine hits all alike.
+"""Fair comparisons: contestants take turns within one run, so that a change of the machine's speed affects all.
 
 A runner is checked on its first full-size call, before it is timed; its memory is measured on its last warm-up call.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import memory
 
 T = TypeVar("T")
-LIMIT = "limit"  # the contestant, and the direction, that merely moves the memory
+LIMIT = "limit"  # The contestant, and the direction, that only moves the memory.
 MEBIBYTE = 2**20
 _AWAKE = torch.zeros(2**17)  # large enough for torch to use all its threads
 
@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant, in one direction, at one size: a line of the CSV. NaN: not measured."""
+    """One contestant, in one direction, at one size: a line of the CSV. NaN means not measured."""
 
     race: str
     contestant: str
@@ -61,7 +61,7 @@ class Result:
     gigabytes_per_second: float
     """bytes that must be moved (inputs read, gradients written) over the median"""
     percent_of_limit: float
-    """of the limit's GB/s in the same race: on the CPU merely reading the inputs, on CUDA copying them"""
+    """Of the limit's GB/s in the same race: on the CPU reading the inputs, on CUDA copying them."""
     peak_mib: float
     """the most memory during the call, beyond its inputs"""
     extra_mib: float
@@ -70,9 +70,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Runner:
-    """A contestant at the start: `prepare()` is not timed, then every step is, each given what the last returned.
+    """A contestant that is ready to run. `prepare()` is not timed. Each step gets what the step before returned.
 
-    `directions` names the figures to report: the steps that each adds up, and the bytes that they must move.
+    `directions` maps each figure to report to the steps that it adds up and the bytes that they must move.
     """
 
     contestant: str
@@ -104,7 +104,7 @@ def race(name: str, runners: Sequence[Runner], *, repeats: int, seconds: float =
                 if turn * wanted % repeats < wanted:  # spread over the rounds
                     if torch.get_num_threads() != runner.threads:
                         torch.set_num_threads(runner.threads)
-                        _timed(runner)  # threads just begun share a processor until the system moves them
+                        _timed(runner)  # New threads share a processor until the system moves them.
                     mine.append(_timed(runner)[0])
     finally:
         torch.set_num_threads(before)
@@ -112,14 +112,14 @@ def race(name: str, runners: Sequence[Runner], *, repeats: int, seconds: float =
 
 
 def in_own_process(threads: int, function: Callable[..., T], *arguments: object) -> T:
-    """What `function` returns in a new process with so many threads, whose memory nobody else used before."""
+    """Calls `function` in a new process with that many threads, so that its memory is its own."""
     context = get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
         return process.submit(function, *arguments).result()
 
 
 def _warm_up(runner: Runner) -> tuple[tuple[float, float], float]:
-    """The bytes at its peak, beyond its inputs and beyond what it returned too; the seconds of the last call."""
+    """((peak bytes beyond its inputs, the same beyond its results too), seconds of the last call)."""
     for turn in range(runner.warmup):
         state = runner.prepare()
         inputs = list(tensors(state))
@@ -138,14 +138,15 @@ def _timed(runner: Runner, state: object = None) -> tuple[list[float], object]:
     if runner.size.device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runner.steps) + 1)]
         torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: launches are not timed
+        # About a millisecond, in which the host gets ahead, so that launches are not timed.
+        torch.cuda._sleep(2_000_000)
         events[0].record()
         for step, event in zip(runner.steps, events[1:], strict=True):
             state = step(state)
             event.record()
         torch.cuda.synchronize()
         return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)], state
-    # Threads sleep between calls: whoever came first would be timed waking them.
+    # Threads sleep between calls. This wakes them, so that no contestant is timed doing it.
     _AWAKE.add_(1)
     clock = [time.perf_counter()]
     for step in runner.steps:
@@ -186,7 +187,7 @@ def _results(
         for direction, (_, moved) in runner.directions.items():
             durations = calls[i, direction]
             median = statistics.median(durations)
-            # What backward alone takes is not seen: its peak is that of both.
+            # The memory of the backward alone is not measured: its peak is that of both.
             at_peak, beyond = (math.nan, math.nan) if direction == "backward" else peaks[i]
             results.append(
                 Result(

@@ -1,4 +1,4 @@
-"""From hidden states to the loss and its gradients: linear_sequence_statistics beside those who need no logits either.
+"""From hidden states to the loss and its gradients: linear_sequence_statistics beside TRL, Liger and eager torch.
 
 python -m benchmarks.linear [--cases 576x49152xfloat32 ...] [--tokens 816] [--threads 2] [--contestants NAME ...]
 
@@ -35,7 +35,7 @@ TOKENS = 816
 CASES = ["576x49152xfloat32", "640x262144xbfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BETA = 0.1
-MASKED = 0.6  # of the tokens that Liger is given, which takes whole sequences
+MASKED = 0.6  # Share of the tokens that Liger masks: it takes whole sequences.
 OURS, PRODUCTS = "lit_did", "products"
 
 
@@ -54,7 +54,7 @@ class Case:
 
 
 class Inputs:
-    """Hidden states and weights whose logits are as peaked as a language model's, a reference near its policy."""
+    """Hidden states and weights with logits as peaked as a language model's, and a reference near the policy."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -100,9 +100,9 @@ class Inputs:
         return log_ratio.detach(), grad_hidden, grad_weight
 
     def verify(self, name: str, returned: Sequence[Tensor]) -> None:
-        """Raises RuntimeError where log-ratios or gradients are further from the truth than rounding explains."""
-        # Log-ratios may be differences of float32 sums of some 1,000 nats; by the slope of the loss, gradients, which
-        # are compared as a whole, have a share of that error.
+        """Raises RuntimeError if log-ratios or gradients are further from the truth than rounding explains."""
+        # Log-ratios may be differences of float32 sums of about 1,000 nats. Gradients have a share of that error,
+        # through the slope of the loss. They are compared as a whole.
         eps = max(torch.finfo(self.case.dtype).eps, 1e-5)
         fields = {"log-ratio": 1e-3, "hidden's gradient": 0.0, "weight's gradient": 0.0}
         for (what, rounding), value, expected in zip(fields.items(), returned, self.truth, strict=True):
@@ -156,7 +156,7 @@ def _ours(inputs: Inputs) -> Function:
 
 
 def _products(inputs: Inputs) -> Function:
-    """The four products that nobody can do without, into buffers given; their gradients are of no loss."""
+    """The four products that every contestant needs, into buffers made before. Their gradients belong to no loss."""
     case = inputs.case
     logits, other = (torch.empty(case.tokens, case.vocabulary, dtype=case.dtype) for _ in range(2))
     grads = torch.empty_like(inputs.policy_hidden), torch.empty_like(inputs.policy_weight)
@@ -182,7 +182,7 @@ def _eager(inputs: Inputs) -> Function:
 
 
 def _eager_did(inputs: Inputs) -> Function:
-    """With what lit_did logs, the other statistics of every token, computed without gradients."""
+    """With the other statistics that lit_did logs, computed without gradients."""
 
     def log_ratios(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = F.linear(hidden, weight)
@@ -218,7 +218,7 @@ def _trl(outputs: tuple[str, ...]) -> Callable[[Inputs], Function]:
 
 
 def _liger(inputs: Inputs) -> Function:
-    """Whole sequences, their first tokens masked: Liger's loss takes no others."""
+    """Whole sequences with their first tokens masked, because Liger's loss takes only these."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
     except ImportError as error:
@@ -260,7 +260,7 @@ NEEDS = {"trl": "trl", "trl, as DPOTrainer": "trl", "liger": "liger_kernel"}
 
 
 def default() -> list[str]:
-    """The contestants of a run that names none: those that are installed."""
+    """The default contestants: those that are installed."""
     return [name for name in MAKERS if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
 
 
@@ -268,7 +268,7 @@ def default() -> list[str]:
 
 
 def runner(name: str, inputs: Inputs) -> Runner:
-    """A contestant at the start, checked on its first call."""
+    """A contestant that is ready to run, checked on its first call."""
     case = inputs.case
     function = MAKERS[name](inputs)
     weights = inputs.policy_weight, inputs.reference_weight, inputs.policy_hidden, inputs.reference_hidden
@@ -284,12 +284,12 @@ def runner(name: str, inputs: Inputs) -> Runner:
 
 
 def alone(name: str, case: Case) -> Result:
-    """A contestant's race against nobody: for its memory, which another's would blur."""
+    """Runs one contestant alone, to measure its memory."""
     return race(case.name, [runner(name, Inputs(case))], repeats=1)[0]
 
 
 def measure(case: Case, names: Sequence[str], *, repeats: int, seconds: float, threads: int) -> list[Result]:
-    """Times in turns, memory from processes of their own."""
+    """Measures times in turns, and memory in one process for each contestant."""
     inputs = Inputs(case)
     results = race(case.name, [runner(name, inputs) for name in names], repeats=repeats, seconds=seconds)
     del inputs
@@ -301,7 +301,7 @@ def measure(case: Case, names: Sequence[str], *, repeats: int, seconds: float, t
 
 
 def judge(results: Sequence[Result]) -> list[Verdict]:
-    """The targets: of the default cases' sizes, 816 tokens, two threads."""
+    """The targets, for the default cases with 816 tokens and two threads."""
     bounds = {"trl": 1.7, "trl, as DPOTrainer": 1.7, "liger": 2.5, "eager": 1.4, "eager, all statistics": 1.4}
     verdicts = []
     judged = {_case(text, TOKENS).name for text in CASES}
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         default=CASES,
         help="sizes (default: %(default)s, SmolLM2-135M's and Gemma 3 270M's)",
     )
-    add("--tokens", type=int, default=TOKENS, help=f"of all {SEQUENCES} completions (default: %(default)s)")
+    add("--tokens", type=int, default=TOKENS, help=f"tokens of all {SEQUENCES} completions (default: %(default)s)")
     add(
         "--contestants",
         nargs="+",
@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         help=f"of {', '.join(map(repr, MAKERS))}; default: all that are installed",
     )
     add("--repeats", type=int, default=7, help="timed calls of each contestant (default: %(default)s)")
-    add("--seconds", type=float, default=60, help="of timed calls: slower contestants are called less often")
+    add("--seconds", type=float, default=60, help="seconds of timed calls: slower contestants are called less often")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="the targets are for 2")
     add("--output", type=Path, default=Path("bench_output"), help="folder for linear.csv")
     options = parser.parse_args(arguments)
@@ -397,7 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         report.show_verdicts(verdicts, title)
     report.write_csv(results, options.output / "linear.csv")
     for name in MAKERS.keys() - set(default()):
-        print(f"Note: without {name}, which is not installed: pip install --no-deps {NEEDS[name].replace('_', '-')}")
+        package = NEEDS[name].replace("_", "-")
+        print(f"Note: {name} is left out because it is not installed: pip install --no-deps {package}")
     return results
 
 

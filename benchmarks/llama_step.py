@@ -2,9 +2,9 @@
 
 python -m benchmarks.llama_step [--device cuda] [--size 1b] [--pairs 8] [--length 1024] [--steps 6]
 
-bfloat16 weights, AdamW, full fine-tuning. The plain step runs policy and reference on the padded batch and takes
-log-softmax of their logits in float32. The reference is another random model, so that losses are not log 2. The losses
-of the first step must agree. The first two steps of a run are not timed.
+It uses bfloat16 weights, AdamW and full fine-tuning. The plain step runs policy and reference on the padded batch and
+computes the log-softmax of their logits in float32. The reference is another random model, so losses are not log 2. The
+losses of the first step must agree. The first two steps of a run are not timed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONTESTANTS: dict[str, dict[str, object] | None] = {
 
 
 def make_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
-    """Padded batches as LitDPO documents them: prompts of a quarter to a half of the length, uneven completions."""
+    """Padded batches as LitDPO documents them. Prompts have a quarter to a half of the length; completions vary."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, longest = SIZES[options.size]["vocab_size"], options.length
 
@@ -96,7 +96,7 @@ class Clock:
 def plain(
     policy: LlamaForCausalLM, reference: LlamaForCausalLM, batches: Sequence[Mapping[str, Tensor]], clock: Clock
 ) -> None:
-    """Trains as one would write it."""
+    """Trains with a step in plain torch."""
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -179,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]
     add = parser.add_argument
     add("--device", default="cuda", choices=["cpu", "cuda"], help="(default: %(default)s)")
     add("--size", default="1b", choices=SIZES, help="(default: %(default)s)")
-    add("--pairs", type=int, default=8, help="a step (default: %(default)s)")
-    add("--length", type=int, default=1024, help="tokens of a sequence, at most (default: %(default)s)")
-    add("--steps", type=int, default=6, help="that are timed (default: %(default)s)")
+    add("--pairs", type=int, default=8, help="pairs a step (default: %(default)s)")
+    add("--length", type=int, default=1024, help="most tokens of a sequence (default: %(default)s)")
+    add("--steps", type=int, default=6, help="timed steps (default: %(default)s)")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     add("--output", type=Path, default=Path("bench_output"), help="folder for llama_step.json")
     options = parser.parse_args(arguments)
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]
         )
         first = next(iter(runs.values()))["losses"]
         if not abs(losses[0] - first[0]) <= TOLERANCE * first[0]:
-            wrong.append(f"{name}: the first loss is {losses[0]}, and {first[0]} for {next(iter(runs))}")
+            wrong.append(f"{name}: the loss of the first step is {losses[0]}, but {next(iter(runs))} has {first[0]}")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "llama_step.json").write_text(json.dumps(runs, indent=1) + "\n")
     if wrong:

@@ -2,10 +2,10 @@
 
 python -m benchmarks.logging_cost [--model NAME_OR_PATH] [--steps 20] [--batch-size 4] [--max-length 256]
 
-Parts of real training steps are timed where they run, so that a noisy machine blurs them and the step alike. Counted as
-logging: all of the operator's forward but its matrix products, although the loss needs most of it; updating the
-metrics; computing, logging and resetting them. The targets: at most 3% of a step for LitDPO, and for DIDMonitor at its
-default of every 50 steps.
+The parts are timed within real training steps, so that noise affects them and the step alike. These count as logging:
+the operator's forward without its matrix products, although the loss needs most of it; updating the metrics; computing,
+logging and resetting them. The targets are at most 3% of a step for LitDPO, and for DIDMonitor at its default of every
+50 steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}  # the demo's
 
 
 class Clock(lightning.Callback):
-    """Seconds of every optimiser step and of the parts that are watched, warm-up steps left out."""
+    """Seconds of every optimiser step and of the watched parts, without the warm-up steps."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
@@ -69,7 +69,7 @@ class Clock(lightning.Callback):
 
 @contextmanager
 def watched(clock: Clock):
-    """LitDPO with the parts that log, timed."""
+    """Times the parts of LitDPO that log."""
     update, log, monitor = PairMetrics.update, PairMetrics.log_all, DIDMonitor._arguments
     with (
         # What the operator does besides the matrix products.
@@ -137,9 +137,9 @@ def report(title: str, clock: Clock, monitored: Clock) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model: name or path (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--steps", type=int, default=20, help="steps that count, after 2 to warm up")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, after 2 to warm up")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a prompt and completion, at most")
+    parser.add_argument("--max-length", type=int, default=256, help="most tokens of a prompt and completion")
     parser.add_argument("--kinds", nargs="+", choices=("lora", "full"), default=("lora", "full"))
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer

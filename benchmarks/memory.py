@@ -1,4 +1,4 @@
-"""How much memory one call takes at its highest, beyond what the process held before it: measured, not added up."""
+"""The peak memory of one call beyond what the process held before it: measured, not added up."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MEASURED_ON_CPU = sys.platform == "linux"
 
 
 def peak(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Bytes at the highest moment of `call()` beyond those before it, and what it returned.
+    """The peak bytes of `call()` beyond those before it, and what it returned.
 
-    On the CPU: the resident pages of the process, whoever allocated them, to within some 100 KiB that the kernel counts
-    late; NaN where there is no Linux. On CUDA: what torch's allocator handed out.
+    On the CPU these are all resident pages of the process, to within about 100 KiB that the kernel counts late. They
+    are NaN if the system is not Linux. On CUDA they are what torch's allocator allocated.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,10 +36,10 @@ def peak(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 
 def reset_peak() -> float:
-    """Makes what is resident now the highest, and returns it: bytes of this process; NaN where there is no Linux."""
+    """Resets the process's peak to what is resident now, and returns that in bytes. NaN if the system is not Linux."""
     if not MEASURED_ON_CPU:
         return math.nan
-    # Memory that was freed but stays with the C library would be used again unseen.
+    # Freed memory that the C library keeps would be used again without being measured.
     gc.collect()
     _trim()
     Path("/proc/self/clear_refs").write_text("5")
@@ -47,7 +47,7 @@ def reset_peak() -> float:
 
 
 def highest() -> float:
-    """The most bytes of this process that were resident since `reset_peak()`; NaN where there is no Linux."""
+    """The most resident bytes of this process since `reset_peak()`. NaN if the system is not Linux."""
     return _status("VmHWM") if MEASURED_ON_CPU else math.nan
 
 
@@ -73,7 +73,7 @@ def free(device: torch.device) -> None:
 
 
 def available(device: torch.device) -> float:
-    """Bytes that can still be allocated; infinite where nothing tells."""
+    """Bytes that can still be allocated; infinite if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _kibibytes("/proc/meminfo", "MemAvailable") if MEASURED_ON_CPU else math.inf

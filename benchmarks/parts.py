@@ -1,4 +1,4 @@
-"""Where the time of LitDPO's training steps goes: timers around the real calls, in the Trainer's own run."""
+"""Where the time of LitDPO's training steps goes: timers around the real calls in a Trainer's run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PARTS = (
     "metrics",
     "rest",
 )
-TOLERANCE = 0.05  # of a step, and seconds: by so much at most may the parts' sum be off what the run's recorder says
+TOLERANCE = 0.05  # Of a step, and seconds: the most that the sum of the parts may differ from the recorded time.
 
 
 class Parts(lightning.Callback):
-    """Seconds of every part of every step; what belongs to no other is `rest`.
+    """Seconds of every part of every step. Time that belongs to no other part is `rest`.
 
-    A clock that is read where one part ends and another begins: nothing is counted twice. The output layer's and the
-    statistics' backward lasts until the gradient of the policy's last hidden states is known.
+    One clock is read where a part ends and the next begins, so no time counts twice. The backward pass of the output
+    layer and the statistics ends when the gradient of the policy's last hidden states is known.
     """
 
     def __init__(self) -> None:
@@ -63,10 +63,10 @@ class Parts(lightning.Callback):
         self._step = dict.fromkeys(PARTS, 0.0)
 
     def mean(self, run: trainers.Run) -> dict[str, float]:
-        """Every part's seconds a step, the first step left out.
+        """Every part's seconds a step, without the first step.
 
         Raises:
-            RuntimeError: Their sum is not what the run took.
+            RuntimeError: Their sum is not the time of a step.
         """
         parts = {part: statistics.fmean(step[part] for step in self.steps[1:]) for part in PARTS}
         total, whole = sum(parts.values()), statistics.fmean(run.seconds[1:])
@@ -88,7 +88,7 @@ class Parts(lightning.Callback):
             yield
 
     def _end(self, part: str) -> None:
-        """What went on since the clock was read last is `part`'s."""
+        """Adds the time since the clock was read last to `part`."""
         before, self._read = self._read, time.perf_counter()
         self._step[part] += self._read - before
 
@@ -129,7 +129,7 @@ def profile(task: trainers.Task, options: Mapping[str, Any]) -> dict[str, float]
 
 
 def draw(profiles: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
-    """Writes a PNG: one bar a profile, its parts end to end.
+    """Writes a PNG: one bar for each profile, with its parts end to end.
 
     Raises:
         ImportError: matplotlib is missing.

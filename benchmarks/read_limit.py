@@ -1,4 +1,4 @@
-"""The read limit of the CPU: how fast all threads together can merely read a tensor (read.cpp, compiled on first use).
+"""The read limit of the CPU: how fast all threads together can read a tensor (read.cpp, compiled on first use).
 
 The system's compiler links its OpenMP library by the name of the one that torch has loaded, so that on Linux both use
 the same threads and neither waits for the other's.
@@ -26,7 +26,7 @@ def load() -> Callable[[Tensor, int], int]:
     """A function of (tensor, threads) that reads all of a contiguous tensor and returns the sum of its 64-bit words.
 
     Raises:
-        RuntimeError: There is no C++ compiler, or it fails; the message says what to do.
+        RuntimeError: There is no C++ compiler, or it fails. The message says what to do.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -45,7 +45,7 @@ def load() -> Callable[[Tensor, int], int]:
     read_words.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
 
     def read(tensor: Tensor, threads: int) -> int:
-        # Up to seven bytes at the end stay unread: no cache line that a size worth timing would notice.
+        # Up to seven bytes at the end are not read, which does not matter at sizes that are worth timing.
         return read_words(tensor.data_ptr(), tensor.nbytes // 8, threads)
 
     return read

@@ -1,4 +1,4 @@
-"""What a run leaves: tables on the terminal, a CSV with every figure. The chart: chart.py."""
+"""The results of a run: tables on the terminal, and a CSV with every figure. chart.py draws the chart."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.contestants import BASELINE
 from benchmarks.harness import Result
 from benchmarks.targets import Verdict
 
-WIDTH = 170  # of the tables: a narrower terminal wraps them, nothing is cut
+WIDTH = 170  # Of the tables. A narrower terminal wraps them; no figure is cut.
 
 
 def machine(device: torch.device) -> str:
-    """One line on what the figures were measured with."""
+    """One line about the machine and the versions."""
     from lit_did.ops.extension import EXTENSION
 
     if device.type == "cuda":
@@ -42,13 +42,13 @@ def _processor() -> str:
 
 
 def show(results: Sequence[Result]) -> None:
-    """Prints a table of each race, every time beside that of the fused operators in the same race."""
+    """Prints a table of each race, with every time over that of the fused operators in the same race."""
     for race in dict.fromkeys(result.race for result in results):
         _show_race(race, [result for result in results if result.race == race])
     print(
-        f"`over {BASELINE}`: the median over that of {BASELINE}, same race and threads, no row ignored.\n"
-        "`spread`: slowest less fastest, over the median. `limit`: share of the GB/s with which the inputs are merely\n"
-        "read (on CUDA: copied). `peak`: memory beyond the inputs. `extra`: the same, beyond outputs and gradients."
+        f"`over {BASELINE}`: the median over that of {BASELINE}, in the same race, with the same threads and no row "
+        "ignored.\n`spread`: slowest less fastest, over the median. `limit`: share of the GB/s that reading the inputs "
+        "reaches\n(on CUDA, copying them). `peak`: memory beyond the inputs. `extra`: the same, beyond results too."
     )
 
 
@@ -109,7 +109,7 @@ def show_verdicts(verdicts: Sequence[Verdict], title: str) -> None:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """Writes all results, one a line."""
+    """Writes all results, one line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)])

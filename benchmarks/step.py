@@ -1,10 +1,11 @@
-"""A DPO step end to end: TRL's DPOTrainer beside LitDPO, the same tokens, each run in a process of its own.
+"""A whole DPO step: TRL's DPOTrainer beside LitDPO on the same tokens, each run in its own process.
 
 python -m benchmarks.step [--pairs FILE] [--steps 8] [--rounds 1] [--lora] [--dtype bfloat16] [--contestants NAME ...]
 python -m benchmarks.step --profile [--before FILE]
 
-SmolLM2-135M-Instruct, full fine-tuning in float32 unless told otherwise. Every step's tokens must be the same for all,
-and its loss equal to 1e-3 relative. The first step of a run is not timed. `--profile` tells where LitDPO's time goes.
+The default is SmolLM2-135M-Instruct with full fine-tuning in float32. All contestants must see the same tokens in every
+step, and their losses must agree to 1e-3 relative. The first step of a run is not timed. `--profile` shows where the
+time of LitDPO's steps goes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def measure(names: Sequence[str], task: Task, *, rounds: int, threads: int) -> d
     """Runs in turns, each in its own process.
 
     Raises:
-        RuntimeError: A run saw other tokens than the first.
+        RuntimeError: A run saw different tokens than the first.
     """
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for _ in range(rounds):
@@ -64,14 +65,14 @@ def measure(names: Sequence[str], task: Task, *, rounds: int, threads: int) -> d
             run = in_own_process(threads, train, name, task)
             first = runs[names[0]][0] if runs[names[0]] else run
             if run.tokens != first.tokens:
-                raise RuntimeError(f"{name} is wrong: it trained on other tokens than {names[0]}.")
+                raise RuntimeError(f"{name} is wrong: it trained on different tokens than {names[0]}.")
             runs[name].append(run)
             print(f"  {name}: {_seconds([run]):.2f} s a step", flush=True)
     return runs
 
 
 def _seconds(runs: Sequence[Run], kind: str = "seconds") -> float:
-    """The mean over all steps but every run's first: steps differ in their tokens, and all count."""
+    """The mean over all steps except every run's first. Steps differ in their tokens, and all count."""
     return statistics.fmean(value for run in runs for value in getattr(run, kind)[1:])
 
 
@@ -108,7 +109,7 @@ def judge(runs: Mapping[str, Sequence[Run]], task: Task) -> list[Verdict]:
 
 
 def show(runs: Mapping[str, Sequence[Run]], title: str) -> None:
-    """Prints a line a contestant."""
+    """Prints one line for each contestant."""
     table = Table(title=title, title_justify="left")
     table.add_column("contestant", no_wrap=True)
     headings = ("s a step", "CPU s", "steps/s over TRL", "peak MiB", "over TRL", "loss differs", "set-up s")
@@ -135,14 +136,14 @@ def show(runs: Mapping[str, Sequence[Run]], title: str) -> None:
     ):
         print(f"Tokens a step, {what}: {', '.join(map(str, tokens))}.")
     print(
-        "`s a step`: mean, from the end of one step to the end of the next, the first left out. `CPU s`: of all\n"
-        "threads. `peak`: resident memory of the process after set-up. `loss differs`: from TRL's, relative, at most.\n"
-        "`set-up`: of the first run, with what it computes of the reference beforehand."
+        "`s a step`: mean from the end of one step to the end of the next, without the first step. `CPU s`: of all\n"
+        "threads. `peak`: most resident memory of the process after set-up. `loss differs`: largest relative\n"
+        "difference from TRL's. `set-up s`: of the first run, with what it computes about the reference before."
     )
 
 
 def show_parts(profiles: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Prints a column a profile."""
+    """Prints one column for each profile."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for name in profiles:
@@ -167,9 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     add = parser.add_argument
     add("--model", help="a causal language model: name or path (default: SmolLM2-135M-Instruct)")
     add("--pairs", type=Path, help="JSON Lines (default: the AlpacaEval pairs, see tools/preference_data.py)")
-    add("--steps", type=int, default=8, help="the first is not timed (default: %(default)s)")
+    add("--steps", type=int, default=8, help="steps of a run, of which the first is not timed (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pairs a step (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens of a prompt and its completion (default: %(default)s)")
+    add("--max-length", type=int, default=256, help="most tokens of a prompt and completion (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-5, help="(default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast, float32 weights")
     add("--lora", action="store_true", help="rank 16 on all linear layers, instead of full fine-tuning")
@@ -182,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     add("--rounds", type=int, default=1, help="runs of every contestant (default: %(default)s)")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="the targets are for 2")
-    add("--profile", action="store_true", help="where the time of LitDPO's steps goes, instead of the race")
-    add("--before", type=Path, help="step_parts.json of an earlier commit, shown beside with --profile")
-    add("--output", type=Path, default=Path("bench_output"), help="folder for what is written")
+    add("--profile", action="store_true", help="where the time of LitDPO's steps goes, instead of comparing")
+    add("--before", type=Path, help="step_parts.json of an earlier commit, to show beside with --profile")
+    add("--output", type=Path, default=Path("bench_output"), help="folder for the results")
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.rounds < 1:
         parser.error("--steps must be at least 2, --rounds at least 1")
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             try:
                 parts.draw(profiles, title, options.output / "step_parts.png")
             except ImportError as error:
-                print(f"Note: No picture: it needs matplotlib, pip install 'lit-did[bench]' ({error}).")
+                print(f"Note: No picture, because matplotlib is missing: pip install 'lit-did[bench]' ({error}).")
         else:
             runs = measure(names, task, rounds=options.rounds, threads=options.threads)
             show(runs, title)

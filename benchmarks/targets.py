@@ -1,4 +1,4 @@
-"""The targets that the fused operators are held to, judged from the results of one run: a ratio never crosses races."""
+"""The targets of the fused operators, judged from the results of one run. Every ratio stays within one race."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Judged as shown, so that the table does not contradict itself; NaN meets nothing."""
+        """Judged by the rounded figure that the table shows. NaN meets no target."""
         figure = round(self.figure, 2)
         return figure <= self.bound if self.at_most else figure >= self.bound
 
 
 def judge(results: Sequence[Result]) -> list[Verdict]:
-    """Every target that the results have the figures for. Targets: float32 and bfloat16, on the CPU with 2 threads."""
+    """Every target that the results have figures for: float32 and bfloat16, on the CPU with 2 threads."""
     on_cuda = any(result.device == "cuda" for result in results)
     verdicts = list(_cuda(results) if on_cuda else _table(results))
     if not on_cuda:
@@ -93,12 +93,12 @@ def _threads(results: Sequence[Result]) -> Iterator[Verdict]:
 
 def _ignored(results: Sequence[Result]) -> Iterator[Verdict]:
     for some in _of(results, "ignored"):
-        # In place, zeros must be written over the logits of ignored rows: no target.
+        # There is no target in place, because zeros must be written over the logits of ignored rows.
         if not some.ignored or some.direction == "backward" or some.contestant != BASELINE:
             continue
         none = next(r for r in _of(results, "ignored") if not r.ignored and _same(r, some))
         what = "forward" if some.direction == "forward" else "forward + backward"
-        text = f"{IGNORED:.0%} of the rows ignored, {what}: time over that of none{_name(some)}"
+        text = f"{IGNORED:.0%} of the rows ignored, {what}: time over that with none ignored{_name(some)}"
         share = some.median_ms / none.median_ms
         yield Verdict(text, some.dtype, some.vocabulary, share, 1 - IGNORED, at_most=True)
 

@@ -1,4 +1,4 @@
-"""The races: how fast are the token statistics and their gradient, beside others, beside merely reading, by size?"""
+"""The races: how fast are the token statistics and their gradient, compared with others and with reading the inputs?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IGNORED = 0.6
 
 @dataclass
 class Plan:
-    """What to race, as asked for on the command line."""
+    """The options of the command line."""
 
     device: torch.device
     rows: int
@@ -32,9 +32,9 @@ class Plan:
     repeats: int
     seconds: float
     read: Callable[[Tensor, int], int] | None
-    """reads a tensor (`read_limit.load()`); None: no limit is raced on the CPU"""
+    """Reads a tensor (`read_limit.load()`). None: there is no limit on the CPU."""
     notes: list[str] = field(default_factory=list)
-    """what was left out, and why"""
+    """What was left out, and why."""
 
     def race(self, name: str, runners: Sequence[Runner]) -> list[Result]:
         return race(name, runners, repeats=self.repeats, seconds=self.seconds)
@@ -45,7 +45,7 @@ class Plan:
 
 
 class Inputs:
-    """Logits as peaked as language models', a reference near its policy, labels; and the runners on them."""
+    """Logits as peaked as a language model's, a reference near the policy, labels; and the runners on them."""
 
     def __init__(self, plan: Plan, size: Size) -> None:
         self.plan, self.size = plan, size
@@ -62,12 +62,12 @@ class Inputs:
         self._truths: dict[object, check.Truth] = {}
 
     def runners(self, name: str, contestant: Contestant, **options) -> list[Runner]:
-        """The contestant forward, and forward + backward; only the latter where its backward overwrites."""
+        """The contestant forward, and forward + backward; only the latter if its backward overwrites the logits."""
         policy, reference, labels = self.policy, self.reference, self.labels
         bytes_read = round((policy.nbytes + reference.nbytes) * (1 - self.size.ignored))
         common = {"size": self.size, "warmup": contestant.warmup, **options}
         truth = self._truth(contestant)
-        upstream: list[Tensor] = []  # made in the first call, which is a warm-up: its many small kernels are not timed
+        upstream: list[Tensor] = []  # Made in the first call, a warm-up, so that their small kernels are not timed.
 
         def forward(state: tuple) -> tuple:
             return contestant.function(*state, labels)
@@ -136,14 +136,16 @@ def table(plan: Plan) -> Iterator[Result]:
             size = Size(plan.rows, vocabulary, dtype, plan.device)
             inputs = Inputs(plan, size)
             memory.free(plan.device)
-            torch.compiler.reset()  # after a few sizes it would give up compiling, and run eagerly without a word
+            # After a few sizes torch would stop compiling and run eagerly without a warning.
+            torch.compiler.reset()
             runners = inputs.limit()
             for name, contestant in plan.contestants.items():
                 needed = contestant.copies * 4 * size.rows * size.vocabulary
                 free = memory.available(plan.device)
                 if needed > free:
                     plan.notes.append(
-                        f"{name} left out at {size}: it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free."
+                        f"{name} is left out at {size}: it may need {needed / 2**30:.1f} GiB, but only "
+                        f"{free / 2**30:.1f} GiB are free."
                     )
                     continue
                 runners += inputs.runners(name, contestant)
@@ -163,7 +165,7 @@ def threads(plan: Plan) -> Iterator[Result]:
 
 
 def ignored(plan: Plan) -> Iterator[Result]:
-    """No row ignored against `IGNORED` of them, at the first vocabulary size."""
+    """No rows ignored against a share `IGNORED`, at the first vocabulary size."""
     for dtype in plan.dtypes:
         runners = []
         for share in (0.0, IGNORED):
@@ -174,7 +176,7 @@ def ignored(plan: Plan) -> Iterator[Result]:
 
 
 def few_rows(plan: Plan) -> Iterator[Result]:
-    """So few rows that threads have none each, at the last vocabulary size; on the CPU with one thread and with all."""
+    """Fewer rows than threads could share, at the last vocabulary size; on the CPU with one thread and with all."""
     several = sorted({1, torch.get_num_threads()}) if plan.device.type == "cpu" else [torch.get_num_threads()]
     for dtype in plan.dtypes:
         for rows in FEW_ROWS:
@@ -188,7 +190,7 @@ def few_rows(plan: Plan) -> Iterator[Result]:
 
 
 def growth(plan: Plan) -> Iterator[Result]:
-    """The cost by vocabulary size up to the first, and by rows at the first: the table adds the larger vocabularies."""
+    """The cost by vocabulary size up to the first, and by rows at the first. The table adds the larger vocabularies."""
     most, rows = plan.vocabularies[0], plan.rows
     sizes = {(rows, v) for v in (most // 64, most // 16, most // 4, most) if v}
     sizes |= {(r, most) for r in (rows // 64, rows // 16, rows // 4, 2 * rows) if r}
@@ -202,10 +204,10 @@ def growth(plan: Plan) -> Iterator[Result]:
 
 
 def sequence(plan: Plan) -> Iterator[Result]:
-    """Packed sequences of `check.ROWS` tokens: what summing over them costs on top of the token statistics."""
+    """Packed sequences of `check.ROWS` tokens: the cost of the sums over them beyond the token statistics."""
     packed = Contestant(
         partial(_packed_sequences, backend="fused"),
-        fields=SequenceStatistics._fields[:-1],  # num_tokens, the last, is a count without a gradient
+        fields=SequenceStatistics._fields[:-1],  # num_tokens, the last, has no gradient.
         truth=partial(_packed_sequences, backend="reference"),
     )
     for dtype in plan.dtypes:

@@ -1,6 +1,6 @@
-"""The runs that the step's benchmark compares: TRL's DPOTrainer and LitDPO, each on the same tokens with one optimiser.
+"""The runs that the step's benchmark compares: TRL's DPOTrainer and LitDPO on the same tokens with the same optimiser.
 
-A run is one process's: seconds and loss of every step, and the highest resident memory after set-up.
+A run is one process. It measures seconds and loss of every step, and the peak resident memory after set-up.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 
 @dataclass(frozen=True)
 class Task:
-    """What every trainer is given."""
+    """What every trainer gets."""
 
     model: str
     pairs: str
-    """a JSON Lines file of preference pairs"""
+    """A JSON Lines file of preference pairs."""
     steps: int
     batch_size: int
-    """pairs a step"""
+    """Pairs a step."""
     max_length: int
-    """tokens of a prompt and its completion, at most"""
+    """The most tokens of a prompt and its completion together."""
     learning_rate: float
     dtype: str
-    """float32, or what autocast computes in; the weights are float32"""
+    """float32, or the dtype of autocast. The weights are float32."""
     lora: bool
     folder: str
-    """for what a run writes: a contestant's runs share it"""
+    """For the files that a run writes. The runs of a contestant share it."""
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -77,34 +77,34 @@ class Task:
 
 @dataclass
 class Run:
-    """What was measured: a line a step."""
+    """What was measured, one entry for each step."""
 
     seconds: list[float]
-    """from the end of the step before to the end of this one; of the first, from the start of training"""
+    """From the end of the step before to the end of this one. The first counts from the start of training."""
     cpu_seconds: list[float]
-    """the same of the process's threads together: what others do on the machine blurs it less"""
+    """The same for the process's threads together. Other work on the machine affects it less."""
     losses: list[float]
     tokens: list[str]
-    """a digest of the step's sequences: their ids, and how many of them are the completion's"""
+    """A digest of the step's sequences: their ids, and how many of them are the completion's."""
     completion_tokens: list[int]
     real_tokens: list[int]
     padded_tokens: list[int]
-    """in all, as the batch comes"""
+    """All tokens of the batch, with padding."""
     setup_seconds: float
-    """from the call that trains (or prepares for it) to the first step: a cache of the reference is made there"""
+    """From the call that trains (or prepares for it) to the first step. It includes a cache of the reference."""
     peak_mib: float
-    """resident, in all"""
+    """Resident, in all."""
 
 
 class Recorder:
-    """Told of a run's start and steps, it measures."""
+    """Measures a run. A trainer's callback calls `start`, `batch` and `step`."""
 
     def __init__(self) -> None:
         self.run = Run([], [], [], [], [], [], [], setup_seconds=0.0, peak_mib=0.0)
         self._clock = self._now()
 
     def start(self) -> None:
-        """Set-up is over: what it held for a moment does not count."""
+        """Ends set-up. Memory that set-up used for a moment does not count."""
         self.run.setup_seconds, _ = self._lap()
         memory.reset_peak()
         self._lap()
@@ -136,7 +136,7 @@ class Recorder:
 
 
 def _sequences(batch: Mapping[str, Tensor]) -> Iterator[tuple[list[int], int]]:
-    """The token ids of every sequence of a batch, and how many of the last of them are its completion."""
+    """The token ids of every sequence of a batch, and how many of them, at its end, are the completion's."""
     completion = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != -100
     if "cu_seqlens" in batch:
         ends = batch["cu_seqlens"].tolist()
@@ -153,7 +153,7 @@ def _sequences(batch: Mapping[str, Tensor]) -> Iterator[tuple[list[int], int]]:
 
 
 def trl(task: Task, *, checkpointing: bool = False, precompute: bool = False) -> Run:
-    """DPOTrainer with its defaults, but for what the task says and `gradient_checkpointing`."""
+    """DPOTrainer with its defaults, except for the task's options and `gradient_checkpointing`."""
     import datasets
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
@@ -163,7 +163,7 @@ def trl(task: Task, *, checkpointing: bool = False, precompute: bool = False) ->
 
     class Recorded(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-            return dataset  # token ids already: LitDPO's
+            return dataset  # They are LitDPO's token ids already.
 
         def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, **kwargs)
@@ -223,7 +223,7 @@ def trl(task: Task, *, checkpointing: bool = False, precompute: bool = False) ->
 
 
 class Steps(lightning.Callback):
-    """Tells a recorder of LitDPO's steps."""
+    """Passes LitDPO's steps to a recorder."""
 
     recorder: Recorder
 
@@ -232,13 +232,13 @@ class Steps(lightning.Callback):
             self.recorder.start()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Not what `training_step` returned: it may be of a part of the batch.
+        # `training_step` may have returned the loss of one micro-batch.
         self.recorder.batch(batch, trainer.callback_metrics["train/loss"])
         self.recorder.step()
 
 
 def lit_did(task: Task, *, cached: bool = False, callbacks: Sequence[lightning.Callback] = (), **options: Any) -> Run:
-    """LitDPO with its defaults but for `options`, logging every step."""
+    """LitDPO with its defaults except for `options`, logging every step."""
     lightning.seed_everything(0, verbose=False)
     module = LitDPO(
         task.policy(),

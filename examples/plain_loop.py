@@ -1,4 +1,4 @@
-"""DPO in a plain PyTorch loop, and the DID of its policy, before and after.
+"""DPO in a plain PyTorch loop, with the DID metrics of held-out pairs before and after.
 
 python examples/plain_loop.py [--model NAME_OR_PATH] [--data pairs.jsonl] [--max-steps 20]
 """
@@ -62,7 +62,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step}: loss {loss:.4f}, DID entropy {statistics.token_did_entropy.mean():.4f} nats")
+        print(f"step {step}: loss {loss:.4f}, token DID entropy {statistics.token_did_entropy.mean():.4f} nats")
     after = evaluate(policy, reference, test)
     for name, value in after.items():
         print(f"{name:20} {before[name]:10.4f} -> {value:10.4f}")

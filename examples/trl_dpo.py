@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, which one line makes log the DID to whatever its `report_to` names.
+"""TRL's DPOTrainer with one more line, which logs the DID wherever its `report_to` sends metrics.
 
 python examples/trl_dpo.py [--model NAME_OR_PATH] [--data pairs.jsonl] [--max-steps 20]
 """
@@ -39,7 +39,7 @@ def main() -> None:
             eval_strategy="steps",
             eval_steps=options.max_steps,
             save_strategy="no",
-            report_to="none",  # or "wandb", "tensorboard", ...: the DID goes there too
+            report_to="none",  # Or "wandb", "tensorboard" and others. The DID goes there too.
             bf16=False,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},

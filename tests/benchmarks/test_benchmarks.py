@@ -82,7 +82,7 @@ def test_without_a_compiler_all_but_the_limit_is_raced(monkeypatch, tmp_path, ca
     results = main([*TINY, "--races", "table", "--contestants", "fused", "eager", "--output", str(tmp_path)])
     assert {r.contestant for r in results} == {"fused", "eager"}
     shown = capsys.readouterr().out
-    assert "No read limit, and no target that needs it: there is no compiler." in shown
+    assert "The read limit and the targets that need it are left out: there is no compiler." in shown
     assert "over the read limit" not in shown
 
 
@@ -124,7 +124,7 @@ def test_targets_of_memory_threads_and_ignored_rows():
     assert not verdicts(one, dataclasses.replace(two, median_ms=1.1))["two threads over one, forward"]
     none = made_up("fused", "both", 1.0, race="ignored")
     most = made_up("fused", "both", 0.4, race="ignored", ignored=0.6)
-    name = "60% of the rows ignored, forward + backward: time over that of none"
+    name = "60% of the rows ignored, forward + backward: time over that with none ignored"
     assert verdicts(none, most)[name]
     assert not verdicts(none, dataclasses.replace(most, median_ms=0.42))[name]
 
@@ -145,6 +145,6 @@ def test_an_interrupted_run_keeps_what_was_finished(monkeypatch, tmp_path, capsy
 
     monkeypatch.setitem(RACES, "table", interrupted)
     main([*TINY, "--races", "table", "--contestants", "fused", "--output", str(tmp_path)])
-    assert "Interrupted" in capsys.readouterr().out
+    assert "The run was interrupted" in capsys.readouterr().out
     with (tmp_path / "benchmarks.csv").open() as file:
         assert [line["contestant"] for line in csv.DictReader(file)] == ["fused"]

@@ -58,7 +58,7 @@ def test_trl_and_lit_did_see_the_same_tokens_and_losses(task, lora, here):
 def test_other_tokens_are_refused(task, here, monkeypatch):
     shorter = dataclasses.replace(task, max_length=63)
     monkeypatch.setitem(step.CONTESTANTS, "cut", (lambda task: trainers.lit_did(shorter), {}))
-    with pytest.raises(RuntimeError, match="cut is wrong: it trained on other tokens than lit_did"):
+    with pytest.raises(RuntimeError, match="cut is wrong: it trained on different tokens than lit_did"):
         step.measure([step.OURS, "cut"], task, rounds=1, threads=1)
 
 
