@@ -31,7 +31,7 @@ contestants (docs/benchmarks.md says more):
   fused              lit_did.token_statistics, the compiled operators
   fused in place     the same, with gradients written over the logits (inplace_backward=True): backward only
   compile            torch.compile of eager: the fastest torch version that we know
-  eager              the eight statistics in plain torch
+  eager              the nine statistics in plain torch
   trl                TRL's log-probabilities and the policy's entropy: less work; only if TRL is installed
   reference          lit_did's own specification, not tuned
   compile reference  torch.compile of it: slower than compile
