@@ -1,6 +1,6 @@
-"""What a training run says of itself: a loss or a gradient that is not finite, chosen completions that became unlikely.
+"""Watches a training run: losses and gradients that are not finite, and chosen completions that become unlikely.
 
-All is kept on the device, so that a step waits for nothing. It is read when Lightning reads the logged metrics.
+Sums are kept on the device, so that no step waits for them. They are read when Lightning reads the logged metrics.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.tuner import lr_finder
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 LEAST_STEPS = 5
 LEAST_FALL = 0.1  # nats a completion
@@ -20,18 +22,25 @@ LEAST_SIGNIFICANCE = 3.0  # the t statistic of the slope
 
 
 class Watch:
-    """Sums over the optimiser steps of one run; all processes have the same."""
+    """Sums over the optimiser steps of one run. They are the same on all processes."""
 
     def __init__(self) -> None:
         self._steps = 0
-        self._first: Tensor | None = None  # int64: 2 step where the loss was not finite, 2 step + 1 the gradient; or -1
-        self._sums: Tensor | None = None  # [3] float64 of y, y^2 and step y, y the mean log-ratio of chosen completions
+        # int64: -1, or of the first bad step 2 step if the loss was not finite, 2 step + 1 if the gradient was not
+        self._first: Tensor | None = None
+        # [3] float64: the sums of y, y^2 and step y, where y is the mean log-ratio of the chosen completions
+        self._sums: Tensor | None = None
         self._due = False
 
-    def add(self, trainer: lightning.Trainer, values: Mapping[str, Tensor]) -> None:
-        """Adds what an optimiser step logs: `loss`, `bad_gradients` and, with a reference, `chosen_log_ratio`."""
+    def add(self, trainer: Any, values: Mapping[str, Tensor]) -> None:
+        """Adds the values that an optimiser step logs.
+
+        Args:
+            trainer: The lightning.Trainer.
+            values: Scalars `loss`, `bad_gradients` and, if there is a reference, `chosen_log_ratio`.
+        """
         step, loss = trainer.global_step, values["loss"]
-        if self._first is None:
+        if self._first is None or self._sums is None:
             self._first = torch.full((), -1, dtype=torch.int64, device=loss.device)
             self._sums = torch.zeros(3, dtype=torch.float64, device=loss.device)
         bad = torch.where(loss.isfinite(), torch.where(values["bad_gradients"] > 0, 2 * step + 1, -1), 2 * step)
@@ -50,9 +59,10 @@ class Watch:
             self.check(trainer)
 
     def check(self, trainer: lightning.Trainer) -> None:
-        """Raises FloatingPointError if a loss or a gradient was not finite, and names the first such step.
+        """Raises FloatingPointError if a loss or a gradient was not finite. The error names the first such step.
 
-        Lightning's learning-rate finder raises the rate until training diverges: its trial ends there instead.
+        Lightning's learning-rate finder raises the rate until training diverges. Its trial run then ends without an
+        error.
         """
         first = -1 if self._first is None else int(self._first)
         if first < 0:
@@ -70,14 +80,14 @@ class Watch:
         ]
         raise FloatingPointError(
             f"Expected a finite {what} in every optimiser step, but it was NaN or infinite first in step {step + 1} of "
-            f"the run (`trainer.global_step` {step}). The weights cannot be trusted from there on. Likely causes: "
+            f"the run (`trainer.global_step` {step}). The weights are not reliable after it. Likely causes: "
             f"{'; '.join(causes)}. Fix the cause, and continue from an earlier checkpoint."
         )
 
     def warn_if_chosen_fell(self) -> None:
-        """Warns if the log-ratios of chosen completions fell steadily: a straight line through them falls."""
+        """Warns if the log-ratios of the chosen completions fell steadily, as a straight line through them shows."""
         steps = self._steps
-        if steps < LEAST_STEPS:
+        if steps < LEAST_STEPS or self._sums is None:
             return
         y, y_squared, step_y = (self._sums / steps).tolist()
         mean_step, step_variance = (steps - 1) / 2, (steps * steps - 1) / 12
@@ -100,21 +110,22 @@ class Watch:
 
 
 def _tries_rates(trainer: lightning.Trainer) -> bool:
-    """Whether the run is the trial of Lightning's learning-rate finder, which has put in a scheduler of its own."""
+    """Whether the run is a trial of Lightning's learning-rate finder, which has set its own scheduler."""
     return any(type(config.scheduler).__module__ == lr_finder.__name__ for config in trainer.lr_scheduler_configs)
 
 
 def count_bad_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | int:
-    """How many of this process's gradients hold a value that is not finite: an int64 scalar on their device."""
+    """The number of gradients on this process that hold a value that is not finite: an int64 scalar on their device."""
     by_type: dict[tuple, list[Tensor]] = {}
     for parameter in parameters:
         gradient = parameter.grad
-        gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of a DTensor
+        gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if gradient is not None and gradient.layout == torch.strided and gradient.numel():
             by_type.setdefault((gradient.dtype, gradient.device), []).append(gradient.detach())
     count: Tensor | int = 0
     for (dtype, _), gradients in by_type.items():
-        # The Euclidean norm: on the CPU much faster than the largest value. float32 holds it for half precision.
+        # The Euclidean norm is much faster on the CPU than the largest value. In float32 it does not overflow for half
+        # precision.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
         bad = (~torch.stack(norms).isfinite()).sum()
         count = bad + (count.to(bad.device) if isinstance(count, Tensor) else count)

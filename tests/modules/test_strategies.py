@@ -18,11 +18,11 @@ from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
 REFUSED = {
-    "nothing sharded": "to be sharded over the 2 processes.*ModelParallelStrategy and 21 of 21.*apply `fully_shard`",
-    "one layer sharded": "ModelParallelStrategy and 12 of 21 parameters that are neither",
-    "adapters beside shards": "28 of 28 parameters that are neither, policy.*lora_A",
-    "adapters beside tensor parallelism": r"\d+ of 28 parameters that are neither, policy.*lora_A",
-    "tensor parallelism with two batches": "21 of 21 parameters that are neither",
+    "nothing sharded": "over the 2 processes.*ModelParallelStrategy neither holds for 21 of 21.*apply `fully_shard`",
+    "one layer sharded": "ModelParallelStrategy neither holds for 12 of 21 parameters",
+    "adapters beside shards": "neither holds for 28 of 28 parameters.* first is policy.*lora_A",
+    "adapters beside tensor parallelism": r"neither holds for \d+ of 28 parameters.* first is policy.*lora_A",
+    "tensor parallelism with two batches": "neither holds for 21 of 21 parameters",
     "adapters beside shards under DDP": "models that are not sharded with DDP.*without `distributed_config`",
     "a sharded module to copy": "`reference` to be given for a `policy` whose parameters are sharded",
     "tensor parallelism under DDP": "models that are not sharded with DDP.*without `distributed_config`",
@@ -51,7 +51,7 @@ def test_deepspeed_which_ignores_backward_is_refused(kind):
     module._trainer = SimpleNamespace(
         callbacks=[], strategy=object.__new__(DeepSpeedStrategy)
     )  # the package is not installed
-    with pytest.raises(ValueError, match=r"runs the module's own `backward`, but got DeepSpeed.* Use 'ddp'"):
+    with pytest.raises(ValueError, match=r"calls the module's own `backward`, but got DeepSpeed.* Use 'ddp'"):
         module.setup("fit")
 
 
