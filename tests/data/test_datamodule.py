@@ -197,6 +197,7 @@ def test_batches_by_tokens(no_specials, batch_size):
 
 
 @pytest.mark.parametrize("kind", ["no_bos", "llama3"])
+@pytest.mark.filterwarnings("ignore:.*The pairs are plain text")
 def test_padding_id(request, kind):
     tokenizer = request.getfixturevalue(kind)
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * 30}]
@@ -341,6 +342,7 @@ def test_repr_is_one_line(no_bos):
     assert repr(data).startswith("PreferenceDataModule(train=10 rows: 8 pairs, val=2 pairs, ")
 
 
+@pytest.mark.filterwarnings("ignore:.*The chat template starts the answers")
 def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):
     no_bos.save_pretrained(tmp_path)
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -355,6 +357,7 @@ def test_tokenizer_by_path_template_and_chat(no_bos, chatml, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["alpacaeval_pairs.jsonl", "hh_rlhf_harmless_test.jsonl.gz"])
+@pytest.mark.filterwarnings("ignore:.*4 of 2312 rows cannot be trained on")
 def test_real_files(real_data, no_bos, name):
     path = real_data(name)
     open_file = gzip.open if name.endswith(".gz") else open

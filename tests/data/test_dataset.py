@@ -170,6 +170,7 @@ def test_nothing_left_is_an_error(no_specials):
         PreferenceDataset(_rows(ROWS[1:2]), no_specials, max_length=3)
 
 
+@pytest.mark.filterwarnings("ignore:.*No row has a prompt")
 def test_rendering_errors_name_the_line(no_bos, tmp_path):
     path = tmp_path / "chat.jsonl"
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]

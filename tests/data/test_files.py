@@ -338,6 +338,7 @@ def test_repeated_columns_are_refused(tmp_path):
             read_pairs(source)
 
 
+@pytest.mark.filterwarnings("ignore:.*Reads system from")
 def test_tables(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")

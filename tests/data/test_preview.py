@@ -47,6 +47,7 @@ def test_other_turns_and_newlines(chatml, capsys, printer):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*are longer than max_length")
 def test_what_is_cut(adds_bos, capsys, printer):
     row = {"prompt": "[b]Two plus two[/b]", "chosen": " four" * 9, "rejected": " five"}
     data = PreferenceDataModule([row], adds_bos, max_length=12, min_completion_tokens=6)

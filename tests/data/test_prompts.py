@@ -43,6 +43,8 @@ OTHERS = [{"prompt": f"question {n}", "chosen": "yes", "rejected": "no"} for n i
         ({"prompt": "", "chosen": "a", "rejected": "b"}, ("", "a", "b")),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*No row has a prompt")
+@pytest.mark.filterwarnings("ignore:.*Reads prompt from")
 def test_text_that_both_repeat_is_taken_off(row, pair):
     expected = PreferencePair(*(pair or ("Add\n2 2", " is 4", " is 5")))
     assert parse_pair(row) == expected
