@@ -38,14 +38,13 @@ class HeldOut:
     """[pairs] completion tokens of chosen and rejected together: the weight of means over tokens."""
 
     @classmethod
-    def collect(cls, step: int, batches: Sequence[PairStatistics], tags: Mapping[int, str], log_v: float) -> HeldOut:
+    def collect(cls, step: int, batches: Sequence[PairStatistics], tags: Mapping[int, str]) -> HeldOut:
         """From the statistics of batches of pairs.
 
         Args:
             step: Optimiser steps before.
             batches: What `LitDPO.pair_statistics` returned.
             tags: {index of a pair: its tag}
-            log_v: The logarithm of the vocabulary's size.
         """
 
         def over_pairs(read: Callable[[PairStatistics], Tensor]) -> Tensor:
@@ -62,7 +61,7 @@ class HeldOut:
             "reward_accuracy": over_pairs(lambda b: pair_accuracy(b.chosen.log_ratio, b.rejected.log_ratio)),
             "chosen_log_ratio": over_pairs(lambda b: b.chosen.log_ratio),
             "rejected_log_ratio": over_pairs(lambda b: b.rejected.log_ratio),
-            "token_did_concentration": log_v - over_tokens("token_did_entropy"),
+            "token_did_concentration": over_tokens("token_did_concentration"),
             "kl": over_tokens("kl"),
         }
         return cls(step, [tags[int(i)] for batch in batches for i in batch.index], values, tokens)

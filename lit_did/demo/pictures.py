@@ -24,7 +24,9 @@ PANELS = (
     ("Policy entropy", "nats a token", ("policy_entropy",)),
     ("Calibration error of the reward", "", ("calibration_error",)),
 )
-WINDOW = 10  # optimiser steps
+NEIGHBOURS = 4  # Steps on either side in the mean that a thick curve shows.
+
+STEPS = "optimiser steps"
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -52,12 +54,11 @@ def training_picture(metrics: Path, measured: Sequence[HeldOut], target: Path) -
             axes.plot(steps, _smooth(values), color=f"C{i}", label=name.replace("_", " "))
             _, values = _points(series, f"val/{name}")
             axes.plot(held_out_steps[: len(values)], values, "o--", color=f"C{i}", linewidth=0.8, markersize=5)
-        _describe(axes, title, "optimiser steps", unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _describe(axes, title, STEPS, unit)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
     figure.suptitle(
-        f"Training: thin, each step's pairs; thick, the mean of up to {WINDOW} steps. Dots: the held-out pairs.",
+        f"Training: each step's pairs, thick the mean of up to {2 * NEIGHBOURS + 1} steps. Dots: the held-out pairs.",
         fontsize=10,
     )
     figure.savefig(target, format="png")
@@ -69,9 +70,9 @@ def _points(series: Series, name: str) -> tuple[list[int], list[float]]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of every value and of those before it, up to `WINDOW` in all."""
-    windows = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    """The mean of every value and its neighbours, as many before as after it, so that a curve does not lag."""
+    reach = [min(NEIGHBOURS, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(reach)]
 
 
 def held_out_picture(measured: Sequence[HeldOut], target: Path) -> None:
@@ -94,8 +95,8 @@ def held_out_picture(measured: Sequence[HeldOut], target: Path) -> None:
             pairs.ecdf(margin[np.isfinite(margin)], **style)
         information.scatter(kl, concentration, s=16, **style)
     pairs.axvline(0, color="grey", linewidth=0.8)
-    _describe(margins, "Reward margin", "optimiser steps", "beta times nats")
-    _describe(concentrations, "Token DID concentration: what was learned", "optimiser steps", "nats a token")
+    _describe(margins, "Reward margin", STEPS, "beta times nats")
+    _describe(concentrations, "Token DID concentration: what was learned", STEPS, "nats a token")
     _describe(pairs, "Reward margin of every pair, after training", "beta times nats", "share of pairs below")
     _describe(
         information, "What was learned of every pair", "KL from the reference (nats a token)", "concentration (nats)"
@@ -128,4 +129,6 @@ def _describe(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.locator_params(nbins=6)
+    if x == STEPS:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_formatter().set_useOffset(False)  # 10.802, not 0.002 beside "+1.08e1"

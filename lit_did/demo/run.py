@@ -112,8 +112,7 @@ def run(options: argparse.Namespace) -> None:
         trainer.fit(module, data)
         if module.measured[-1][0] < options.max_steps:
             trainer.validate(module, data, verbose=False)
-        log_v = math.log(model.get_output_embeddings().weight.shape[0])
-        measured = [HeldOut.collect(step, batches, tags, log_v) for step, batches in module.measured]
+        measured = [HeldOut.collect(step, batches, tags) for step, batches in module.measured]
         written = _write(Path(work), options.output, measured)
         if options.save is not None:
             _save(module.policy, tokenizer, options.save)

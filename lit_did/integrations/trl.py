@@ -17,11 +17,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lit_did.batches.order import check_pairs
 from lit_did.batches.reading import read_batch
+from lit_did.functional.information import Unit
 from lit_did.metrics import DIDMetrics
 from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
 from lit_did.models.measuring import check_every_n_steps, measure
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
 
 class DIDCallback(TrainerCallback):
@@ -77,11 +79,11 @@ class DIDCallback(TrainerCallback):
         beta: float | None = None,
         every_n_steps: int | None = None,
         pairs: bool | None = None,
-        unit: str = "nats",
+        unit: Unit = "nats",
         num_bins: int = 10,
         ignore_index: int = -100,
         temperature: float = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"Expected `trainer` to be a transformers.Trainer, but got {type(trainer).__name__}.")

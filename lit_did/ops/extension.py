@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lit_did.arguments import check_choice
-
 _CLONE = Path(__file__).parents[2]
 # In a clone Python takes the package from the current folder, so that only an editable install is seen there.
 REBUILD = (
@@ -76,8 +74,9 @@ def fused_devices() -> tuple[str, ...]:
 
 
 def check_backend(backend: Backend) -> None:
-    """Raises TypeError or ValueError unless `backend` is one of `Backend`."""
-    check_choice("backend", backend, Backend)
+    """Raises ValueError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
 
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:

@@ -50,7 +50,9 @@ def test_trains_writes_and_saves(tiny_model, tmp_path, capsys, monkeypatch, recw
     printed = capsys.readouterr().out
     assert not [text for text in map(str, recwarn) if "are longer than max_length" not in text]
     bars = [line for line in re.split(r"[\r\n]", printed) if line.startswith(("Training ", "Held-out pairs "))]
-    assert any(re.search(r"Training 6/6 \|.*/s, 00:00 left, loss \d\.\d{3}", bar) for bar in bars)
+    assert any(
+        re.search(r"Training 6/6 \|.*/s, 00:00 left, loss \d\.\d{3}, concentration \d\.\d{3}$", bar) for bar in bars
+    )
     assert max(map(len, bars)) <= 80
     assert re.search(r"pairs +│ +3 │ +3 │ +6 │", printed)
     assert "0.693 → " in printed
