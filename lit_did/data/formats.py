@@ -1,17 +1,6 @@
-"""Which column of a row holds which field: the names of well-known data sets and trainers, and those that users give.
+"""Finds which column of a row holds which field: the names of well-known data sets, and those that users give.
 
-    TRL, axolotl (prompt_pairs, ultra)   prompt, chosen, rejected; system, tools, chat_template_kwargs
-    Orca DPO pairs, axolotl (intel)      system, question, chosen, rejected
-    axolotl (icr), distilabel            system, input, chosen, rejected
-    LLaMA-Factory, alpaca                instruction, input, chosen, rejected; system, history
-    LLaMA-Factory, sharegpt and openai   conversations or messages, chosen, rejected; system, tools
-    axolotl (chat_template)              messages, chosen, rejected
-    argilla, NeMo                        instruction or prompt, chosen_response, rejected_response
-    torchtune                            chosen_conversations, rejected_conversations
-    ms-swift                             messages that end in the chosen answer, rejected_response or rejected_messages
-    OpenAI                               input: {messages, tools}, preferred_output, non_preferred_output
-
-A column that may hold a prompt is used or refused, never ignored.
+docs/data.md lists the names. A column that may hold a prompt is used or refused, never ignored.
 """
 
 from __future__ import annotations

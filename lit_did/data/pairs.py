@@ -1,22 +1,4 @@
-"""Turns one raw row into a checked `PreferencePair`.
-
-    explicit prompt, plain text     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
-    explicit prompt, chat           {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
-    implicit prompt, plain text     {"chosen": "2+2? 4", "rejected": "2+2? 5"}
-    implicit prompt, chat           {"chosen": [user, assistant], "rejected": [user, assistant]}
-    prompt beside conversations     {"prompt": "2+2?", "chosen": [user, assistant], "rejected": [user, assistant]}
-
-Here `user` and `assistant` are messages: {"role": ..., "content": ...}, or another form that `messages` lists. A single
-message may replace a list of one. A string beside messages is a message too: the user's in `prompt`, the assistant's
-elsewhere. `formats` lists the other column names that are read. A row may also have
-
-    system                  the system message of a chat, or of text that is wrapped as one
-    tools                   the variable `tools` of the chat template: a list, or a JSON text of one
-    chat_template_kwargs    other variables of the chat template: an object, or a JSON text of one
-    tag                     a string that names the kind of pair, for results by kind
-
-Other columns are ignored, unless they may hold the prompt: see `formats`.
-"""
+"""Turns one raw row into a checked `PreferencePair`. docs/data.md lists the formats of rows."""
 
 from __future__ import annotations
 
@@ -99,7 +81,8 @@ def parse_pair(
     see `split_text`. A prompt that both completions repeat is removed from them; see `strip_text` and `strip_chat`.
 
     Args:
-        row: A mapping in one of the formats at the top of this file.
+        row: A mapping in one of the formats that docs/data.md lists, such as one with strings `prompt`, `chosen` and
+            `rejected`.
         where: What errors call this row, such as "train.jsonl, line 3".
         columns: Names of the row's columns by field, such as {"prompt": "question"}. None leaves a field out.
 

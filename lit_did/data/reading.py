@@ -1,16 +1,6 @@
 """Reads preference pairs from files, tables, data sets of the hub or lists, each with its place for errors.
 
-A source is one of
-
-    a path            .jsonl, .ndjson, .json (one list, or lines), .csv, .tsv, each also with .gz, or .parquet
-    a folder          all such files in it and below it, which must belong to one split
-    a pattern         "data/*.jsonl"
-    a list of these   one after the other
-    "org/name:split"  a data set of the Hugging Face hub, if no such path exists; also "org/name/config:split"
-    a table           `datasets.Dataset`, `pyarrow.Table`, pandas `DataFrame`
-    a list of dicts
-
-`pairs` lists the formats of a row, and `formats` the names of columns.
+docs/data.md lists the sources, the formats of rows and the names of columns.
 """
 
 from __future__ import annotations
@@ -64,8 +54,8 @@ def read_pairs(
     """Reads and checks all pairs of a source. One warning names the rows that were skipped.
 
     Args:
-        source: A path, a folder, a pattern, a list of paths, a name of the hub, a table or a list of dicts; see the top
-            of this file.
+        source: A path, a folder, a pattern such as "data/*.jsonl", a list of these, a name of the Hugging Face hub such
+            as "org/name:train", a table or a list of dicts; see docs/data.md.
         name: What errors call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
             {"prompt": None} says that the prompt is in both completions.
@@ -100,8 +90,8 @@ def read_rows(
     """Reads and checks all pairs of a source, and returns the rows that it skipped beside the others.
 
     Args:
-        source: A path, a folder, a pattern, a list of paths, a name of the hub, a table or a list of dicts; see the top
-            of this file.
+        source: A path, a folder, a pattern such as "data/*.jsonl", a list of these, a name of the Hugging Face hub such
+            as "org/name:train", a table or a list of dicts; see docs/data.md.
         name: What errors call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
             {"prompt": None} says that the prompt is in both completions.

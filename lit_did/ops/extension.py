@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lit_did.arguments import check_choice
+
 _CLONE = Path(__file__).parents[2]
 # In a clone Python takes the package from the current folder, so that only an editable install is seen there.
 REBUILD = (
@@ -74,9 +76,8 @@ def fused_devices() -> tuple[str, ...]:
 
 
 def check_backend(backend: Backend) -> None:
-    """Raises ValueError unless `backend` is one of `BACKENDS`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"Expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}.")
+    """Raises TypeError or ValueError unless `backend` is one of `Backend`."""
+    check_choice("backend", backend, Backend)
 
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:

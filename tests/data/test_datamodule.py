@@ -73,6 +73,8 @@ def test_types_of_arguments_are_checked(no_specials, arguments, message):
 def test_what_is_not_there_yet(no_specials):
     with pytest.raises(RuntimeError, match=r"Expected `setup\('fit'\)` before `train_dataloader`"):
         PreferenceDataModule(ROWS, no_specials).train_dataloader()
+    with pytest.raises(RuntimeError, match=r"Expected `setup\('predict'\)` before `predict_dataloader`"):
+        PreferenceDataModule(ROWS, no_specials).predict_dataloader()
     with pytest.raises(FileNotFoundError, match=r"`tokenizer` to be a name or a folder, but \./nowhere does not exist"):
         PreferenceDataModule(ROWS, "./nowhere").setup("fit")
 
