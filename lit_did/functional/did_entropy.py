@@ -274,8 +274,8 @@ def pareto_k(log_weight: Tensor) -> float:
     step = torch.arange(1, grid + 1, dtype=torch.float64) - 0.5
     first_quartile = excess[int(n / 4 + 0.5) - 1]
     theta = 1 / excess[-1] + (1 - (grid / step).sqrt()) / (3 * first_quartile)
-    shape = torch.log1p(-theta[:, None] * excess).mean(-1)
-    log_likelihood = n * (torch.log(-theta / shape) - shape - 1)
+    shapes = torch.log1p(-theta[:, None] * excess).mean(-1)
+    log_likelihood = n * (torch.log(-theta / shapes) - shapes - 1)
     theta = (log_likelihood.nan_to_num(nan=-math.inf).softmax(0) * theta).sum()  # NaN is 0 / 0, where theta is 0
     shape = float(torch.log1p(-theta * excess).mean())
     return (n * shape + 10 * 0.5) / (n + 10)

@@ -6,11 +6,12 @@ Each function has a metric of the same name in `lit_did.metrics.information`, wh
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_did.arguments import check_choice
 from lit_did.functional.inputs import Statistics, as_sequences
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import Backend
@@ -112,7 +113,7 @@ def token_did_concentration(
     Example:
         >>> logits = torch.tensor([[[0.0, 0.0, 2.0, 0.0]]])
         >>> token_did_concentration(logits, torch.zeros(1, 1, 4), torch.tensor([[1]]), unit="bits")
-        tensor(0.5050, dtype=torch.float64)
+        tensor(0.6752, dtype=torch.float64)
     """
     check_unit(unit)
     statistics = as_sequences(
@@ -304,9 +305,8 @@ def in_unit(value: Tensor, unit: Unit) -> Tensor:
 
 
 def check_unit(unit: Unit) -> None:
-    """Raises ValueError unless `unit` is "nats" or "bits"."""
-    if unit not in get_args(Unit):
-        raise ValueError(f"Expected `unit` to be 'nats' or 'bits', but got {unit!r}.")
+    """Raises TypeError or ValueError unless `unit` is "nats" or "bits"."""
+    check_choice("unit", unit, Unit)
 
 
 def _mean_over_tokens(statistics: SequenceStatistics, quantity: str, unit: Unit) -> Tensor:

@@ -1,8 +1,8 @@
-"""What every metric accepts, logits and labels or the statistics made of them, as statistics of sequences."""
+"""From what every metric accepts, logits and labels or statistics, to statistics of sequences and of pairs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from lit_did.ops import SequenceStatistics, TokenStatistics, sequence_reduction,
 from lit_did.ops.extension import Backend
 
 Statistics = Tensor | TokenStatistics | SequenceStatistics
-"""what stands first in a metric's arguments: logits, or statistics at hand in their place"""
+"""what metrics take as their first argument: logits, or statistics in their place"""
+
+
+class Options(TypedDict):
+    """Options of `as_sequences` that a metric keeps."""
+
+    ignore_index: int
+    temperature: float
+    backend: Backend
 
 
 def as_sequences(
@@ -24,24 +32,30 @@ def as_sequences(
     temperature: float = 1.0,
     backend: Backend = "auto",
 ) -> SequenceStatistics:
-    """Statistics [sequences] of whatever is at hand.
+    """Converts logits, TokenStatistics or SequenceStatistics to SequenceStatistics [sequences].
 
     Args:
         policy_logits: One of
             - logits [..., T, V] (or packed, [tokens, V], with `cu_seqlens`), with `reference_logits` and `labels`;
-            - `TokenStatistics` [..., T] (or [tokens] with `cu_seqlens`), with the `labels` that they were made with:
-              their zeros do not tell which tokens were ignored;
+            - `TokenStatistics` [..., T] (or [tokens] with `cu_seqlens`), with the `labels` that they were made with,
+              because their zeros do not show which tokens were ignored;
             - `SequenceStatistics` [...], alone.
-        reference_logits: The same shape as `policy_logits`.
-        labels: [..., T] (or [tokens]) integers.
-        cu_seqlens, ignore_index, temperature, backend: As in `lit_did.sequence_statistics`. Of statistics at hand,
-            `temperature` is theirs already.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T] (or [tokens]) integers: the token that each position predicts. None with `SequenceStatistics`.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
-        SequenceStatistics: tensors [sequences], leading dimensions in one, differentiable in what was given.
+        SequenceStatistics: tensors [sequences], with leading dimensions flattened, differentiable in the logits or
+        statistics.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `lit_did.sequence_statistics`; an argument is missing, or one too many.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing, or is given where it must be None.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> import torch
@@ -57,7 +71,7 @@ def as_sequences(
         _refuse("TokenStatistics", {"reference_logits": reference_logits})
         if labels is None:
             raise ValueError(
-                "Expected `labels` with TokenStatistics, which do not tell the tokens that were ignored, but got None."
+                "Expected `labels` with TokenStatistics, which do not show the tokens that were ignored, but got None."
             )
         return _flatten(
             sequence_reduction(policy_logits, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index, backend=backend)
@@ -67,9 +81,9 @@ def as_sequences(
             "Expected `policy_logits` to be a tensor, TokenStatistics or SequenceStatistics, "
             f"but got {type(policy_logits).__name__}."
         )
-    for name in ("reference_logits", "labels"):
-        if given[name] is None:
-            raise ValueError(f"Expected `{name}` with logits, but got None.")
+    if reference_logits is None or labels is None:
+        missing = "reference_logits" if reference_logits is None else "labels"
+        raise ValueError(f"Expected `{missing}` with logits, but got None.")
     return _flatten(
         sequence_statistics(
             policy_logits,

@@ -176,7 +176,8 @@ def power_law_value(sums: Tensor, confidence: float) -> PowerLawFit:
     pooled = bool(gram[ONE, ONE] > 0)
     num_prompts = 0 if pooled else groups
     if _missing(sums):
-        return PowerLawFit(*[math.nan] * 8, count, num_prompts)
+        nan = math.nan
+        return PowerLawFit(nan, nan, nan, nan, nan, nan, nan, nan, count, num_prompts)
 
     def squares(one: Tensor) -> float:
         return float(one @ gram @ one)

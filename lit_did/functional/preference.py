@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn.functional import logsigmoid
 
 from lit_did.arguments import check_number
 
-LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "slic", "cpo", "simpo", "orpo", "sft")
+LossName = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "slic", "cpo", "simpo", "orpo", "sft"]
+LOSSES: tuple[LossName, ...] = get_args(LossName)
 REFERENCE_FREE_LOSSES = ("slic", "cpo", "simpo", "orpo")
 """losses on log pi alone: its log-ratio against a reference of log-probability 0"""
 PER_TOKEN_LOSSES = ("sigmoid_norm", "ipo", "simpo", "orpo")
@@ -78,7 +79,7 @@ def preference_loss(
     rejected_log_ratio: Tensor,
     *,
     beta: float = 0.1,
-    loss: str | Mapping[str, float] = "sigmoid",
+    loss: LossName | Mapping[str, float] = "sigmoid",
     chosen_num_tokens: Tensor | int | None = None,
     rejected_num_tokens: Tensor | int | None = None,
     chosen_logprob: Tensor | None = None,
@@ -86,29 +87,7 @@ def preference_loss(
     gamma: float | None = None,
     nll_weight: float | None = None,
 ) -> Tensor:
-    """The loss of every pair.
-
-    With h = h_w - h_l the difference of the two log-ratios, n their numbers of tokens, epsilon = label_smoothing and
-    softplus(-x) = -log sigmoid(x):
-
-    - "sigmoid": (1 - epsilon) softplus(-beta h) + epsilon softplus(beta h)
-      (DPO, arXiv 2305.18290 equation 7; with epsilon, conservative DPO)
-    - "sigmoid_norm": "sigmoid" of h_w / n_w - h_l / n_l in the place of h (DPO with length normalisation, arXiv
-      2411.15124)
-    - "robust": ((1 - epsilon) softplus(-beta h) - epsilon softplus(beta h)) / (1 - 2 epsilon)
-      (robust DPO, arXiv 2403.00409: the mean over wrong and right labels is DPO's loss of the right ones. Not bounded
-      below where epsilon > 0)
-    - "hinge": max(0, 1 - beta h) (hinge-norm of RSO, arXiv 2309.06657)
-    - "ipo": (h_w / n_w - h_l / n_l - 1 / (2 beta))^2 (arXiv 2310.12036 equation 17, beta being its tau. The paper
-      writes sums over tokens, which num_tokens of 1 give; its authors confirmed to TRL that their results are of means)
-
-    Without a reference, with log pi in the place of the log-ratio:
-
-    - "slic": max(0, 1 - beta h) + sft (SLiC-HF, arXiv 2305.10425, its delta being 1 / beta)
-    - "cpo": "sigmoid" + sft (CPO, arXiv 2401.08417)
-    - "simpo": "sigmoid" of beta (h_w / n_w - h_l / n_l) - gamma in the place of beta h (SimPO, arXiv 2405.14734)
-    - "orpo": beta softplus(-(logit_w - logit_l)) + sft, logit = log(p / (1 - p)), p = exp(h / n) (ORPO, arXiv
-      2403.07691, beta being its lambda)
+    """The loss of every pair. docs/losses.md lists the losses with their formulas, options and sources.
 
     The SFT term is the negative log-likelihood of the chosen completions, a mean over all their tokens. A pair's share
     of it is -log pi(y_w) / m, where m is the mean of `chosen_num_tokens`: the mean over the pairs that are passed
@@ -124,9 +103,10 @@ def preference_loss(
         chosen_num_tokens: [pairs] tokens of the chosen completion, where the loss divides by them; 0 counts as 1.
         rejected_num_tokens: [pairs] tokens of the rejected completion, likewise.
         chosen_logprob: [pairs] log pi(y_w), for an SFT term beside losses with a reference.
-        label_smoothing: The share of pairs assumed to be labelled the wrong way round, in [0, 0.5). "sigmoid",
-            "sigmoid_norm", "robust" (which is "sigmoid" without it), "cpo" and "simpo" only, and one of them at most.
-        gamma: The margin to reach, at least 0; None: 0.5. "simpo" only.
+        label_smoothing: The share of pairs assumed to be labelled the wrong way round, in [0, 0.5). Only with
+            "sigmoid", "sigmoid_norm", "robust" (which is "sigmoid" without it), "cpo" and "simpo", and at most one of
+            them.
+        gamma: The margin to reach, at least 0. None: 0.5. Only with "simpo".
         nll_weight: The weight of the SFT term, at least 0; another way to write "sft" in `loss`. None: 1 times the
             weight of "slic", "cpo" and "orpo", else 0.
 
@@ -134,8 +114,9 @@ def preference_loss(
         [pairs], in the inputs' dtype. All arguments broadcast.
 
     Raises:
-        TypeError, ValueError: An option is out of range or does not belong to `loss`, or an argument that the loss
-            needs is missing.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range or does not belong to `loss`, or an argument that the loss needs is
+            missing.
 
     Example:
         >>> preference_loss(torch.zeros(1), torch.zeros(1), beta=0.1)  # log 2 where the policy is its reference
@@ -147,8 +128,9 @@ def preference_loss(
         >>> preference_loss(torch.zeros(1), torch.zeros(1), **mixture, **tokens)  # 0.8 log 2 + 0.2 * 8 / 4
         tensor([0.9545])
     """
-    options = {"label_smoothing": label_smoothing, "gamma": gamma}
-    terms = check_preference_loss(beta=beta, loss=loss, nll_weight=nll_weight, **options)
+    terms = check_preference_loss(
+        beta=beta, loss=loss, nll_weight=nll_weight, label_smoothing=label_smoothing, gamma=gamma
+    )
     losses = pair_losses(
         chosen_log_ratio,
         rejected_log_ratio,
@@ -156,15 +138,16 @@ def preference_loss(
         beta=beta,
         chosen_num_tokens=chosen_num_tokens,
         rejected_num_tokens=rejected_num_tokens,
-        **options,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
     )
     if not terms.sft:
         return losses
     if terms.reference_free:
         chosen_logprob = chosen_log_ratio
-    for name, value in (("chosen_logprob", chosen_logprob), ("chosen_num_tokens", chosen_num_tokens)):
-        if value is None:
-            raise ValueError(f"Expected `{name}` with `loss={loss!r}`, whose SFT term needs it, but got None.")
+    if chosen_logprob is None or chosen_num_tokens is None:
+        missing = "chosen_logprob" if chosen_logprob is None else "chosen_num_tokens"
+        raise ValueError(f"Expected `{missing}` with `loss={loss!r}`, whose SFT term needs it, but got None.")
     return losses + terms.sft * sft_shares(chosen_logprob, torch.as_tensor(chosen_num_tokens).double().mean())
 
 

@@ -1,22 +1,25 @@
 """Means over sequences and pairs of DPO's implicit reward, beta (log pi(y) - log rho(y)).
 
-Each function is the twin of a metric in `lit_did.metrics.rewards`. For each there is a function that turns statistics
-into sums (`*_sums`: what the metric adds up, float64 totals and int64 counts) and one that turns sums into the value.
+Each function has a metric of the same meaning in `lit_did.metrics.rewards`. Both use two functions: one turns
+statistics into sums (`*_sums`: float64 totals and int64 counts, which the metric adds up), one turns sums into the
+value.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_did.arguments import check_integer
+from lit_did.arguments import check_bools, check_integer
 from lit_did.functional.inputs import Statistics, as_pairs, as_sequences
 from lit_did.functional.preference import LossTerms, check_beta, pair_accuracy, pair_losses, pair_margin
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
-DISPLACEMENTS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_fell")
+Displacement = Literal["chosen_log_ratio", "rejected_log_ratio", "chosen_fell"]
+DISPLACEMENTS: tuple[Displacement, ...] = get_args(Displacement)
 
 
 def log_ratio_reward(
@@ -26,23 +29,34 @@ def log_ratio_reward(
     *,
     beta: float = 0.1,
     per_token: bool = False,
-    **options: Any,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """DPO's implicit reward beta (log pi(y) - log rho(y)) (arXiv 2305.18290), its mean over sequences.
 
     Args:
-        policy_logits: Logits [..., T, V] with `reference_logits` and `labels`, `TokenStatistics` with `labels`, or
-            `SequenceStatistics`: see `lit_did.functional.as_sequences`. Sequences without labelled tokens do not count.
-        reference_logits, labels: As there.
+        policy_logits: Logits [..., T, V], or [tokens, V] with `cu_seqlens`. `TokenStatistics` or `SequenceStatistics`
+            can take their place. Sequences without labelled tokens do not count.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [..., T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
         beta: DPO's inverse temperature, above 0.
-        per_token: The mean over tokens instead, all sequences together.
-        options: `cu_seqlens`, `ignore_index`, `temperature`, `backend`, as there.
+        per_token: The mean over tokens of all sequences instead.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
-        A float64 scalar, in nats times beta, differentiable in what was given; NaN without labelled tokens.
+        A float64 scalar, in nats times beta, differentiable in the logits or statistics. NaN without labelled tokens.
 
     Raises:
-        TypeError, ValueError, RuntimeError: An argument has the wrong type, dtype, shape or device, or is out of range.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy, reference = torch.tensor([[[0.0, 2.0], [0.0, 1.0]]]), torch.zeros(1, 2, 2)
@@ -52,8 +66,17 @@ def log_ratio_reward(
         tensor(0.2365, dtype=torch.float64)
     """
     check_beta(beta)
-    sums = log_ratio_sums(as_sequences(policy_logits, reference_logits, labels, **options))
-    return log_ratio_value(*sums, beta, per_token)
+    check_bools(per_token=per_token)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return log_ratio_value(*log_ratio_sums(statistics), beta, per_token)
 
 
 def log_ratio_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
@@ -73,20 +96,34 @@ def reward_margin(
     labels: Tensor | None = None,
     *,
     beta: float = 0.1,
-    **options: Any,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """By how much the policy's implicit reward prefers the chosen completion; its mean over pairs.
 
     Args:
-        policy_logits: As in `log_ratio_reward`, of [2 pairs] sequences: the chosen ones first, then the rejected ones
-            in the same order. A pair of which a completion has no labelled tokens does not count.
-        reference_logits, labels, beta, options: As there.
+        policy_logits: Logits [2 pairs, T, V], or [tokens, V] with `cu_seqlens`: the chosen completions first, then the
+            rejected ones in the same order. `TokenStatistics` or `SequenceStatistics` can take their place. A pair does
+            not count if one of its completions has no labelled tokens.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [2 pairs, T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        beta: DPO's inverse temperature, above 0.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
-        A float64 scalar, in nats times beta, differentiable in what was given; NaN without pairs.
+        A float64 scalar, in nats times beta, differentiable in the logits or statistics. NaN without pairs.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `log_ratio_reward`; the number of sequences is odd.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing; or the number of sequences is odd.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
@@ -94,7 +131,16 @@ def reward_margin(
         tensor(0.5932, dtype=torch.float64)
     """
     check_beta(beta)
-    total, pairs = margin_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    total, pairs = margin_sums(statistics)
     return beta * total / pairs
 
 
@@ -105,19 +151,53 @@ def margin_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
 
 
 def reward_accuracy(
-    policy_logits: Statistics, reference_logits: Tensor | None = None, labels: Tensor | None = None, **options: Any
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """The share of pairs whose chosen completion has the higher implicit reward; a tie counts one half.
 
-    Arguments and errors: as `reward_margin`. Returns a float64 scalar in [0, 1]; NaN without pairs. A pair whose
-    log-ratios are NaN makes the whole NaN.
+    Args:
+        policy_logits: Logits [2 pairs, T, V], or [tokens, V] with `cu_seqlens`: the chosen completions first, then the
+            rejected ones in the same order. `TokenStatistics` or `SequenceStatistics` can take their place. A pair does
+            not count if one of its completions has no labelled tokens.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [2 pairs, T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+
+    Returns:
+        A float64 scalar in [0, 1]. NaN without pairs, or if a pair's log-ratios are NaN.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing; or the number of sequences is odd.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
         >>> reward_accuracy(policy, reference, torch.tensor([[1], [0]]))
         tensor(1., dtype=torch.float64)
     """
-    total, pairs = accuracy_sums(as_sequences(policy_logits, reference_logits, labels, **options))
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    total, pairs = accuracy_sums(statistics)
     return total / pairs
 
 
@@ -129,15 +209,38 @@ def accuracy_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
 
 
 def likelihood_displacement(
-    policy_logits: Statistics, reference_logits: Tensor | None = None, labels: Tensor | None = None, **options: Any
+    policy_logits: Statistics,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> dict[str, Tensor]:
     """How far the log-likelihoods of chosen and rejected completions moved from the reference (arXiv 2410.08847).
 
-    Arguments and errors: as `reward_margin`.
+    Args:
+        policy_logits: Logits [2 pairs, T, V], or [tokens, V] with `cu_seqlens`: the chosen completions first, then the
+            rejected ones in the same order. `TokenStatistics` or `SequenceStatistics` can take their place. A pair does
+            not count if one of its completions has no labelled tokens.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [2 pairs, T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
         Three float64 scalars, NaN without pairs: `chosen_log_ratio` and `rejected_log_ratio`, means over pairs of
         log pi(y) - log rho(y) in nats a completion; `chosen_fell`, the share of pairs whose chosen one is below 0.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing; or the number of sequences is odd.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
@@ -145,8 +248,16 @@ def likelihood_displacement(
         >>> {name: round(float(value), 3) for name, value in moved.items()}
         {'chosen_log_ratio': 0.566, 'rejected_log_ratio': -0.62, 'chosen_fell': 0.0}
     """
-    sums = displacement_sums(as_sequences(policy_logits, reference_logits, labels, **options))
-    return displacement_value(*sums)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return displacement_value(*displacement_sums(statistics))
 
 
 def displacement_sums(statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
@@ -168,24 +279,40 @@ def reward_calibration(
     *,
     beta: float = 0.1,
     num_bins: int = 10,
-    **options: Any,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Expected calibration error (arXiv 1706.04599) of sigmoid(margin), the probability that `chosen` is preferred.
 
-    The confidence in the completion that the reward prefers, sigmoid(|margin|), falls into one of `num_bins` bins of
-    equal width over [1/2, 1], the upper end belonging to a bin. ECE = sum over bins of the share of pairs times
-    |mean confidence - share of pairs in which `chosen` is the preferred one, ties one half|. It is the same as the
-    binary calibration error, with 2 num_bins bins, of every pair counted in both orders.
+    The confidence in the completion that the reward prefers is sigmoid(|margin|). It falls into one of `num_bins` bins
+    of equal width over [1/2, 1]; a bin holds its upper end. ECE = sum over bins of the share of pairs times
+    |mean confidence - share of pairs in which `chosen` is the preferred one, ties one half|. This equals the binary
+    calibration error, with 2 num_bins bins, of every pair counted in both orders.
 
     Args:
-        policy_logits, reference_logits, labels, beta, options: As in `reward_margin`.
-        num_bins: At least 1.
+        policy_logits: Logits [2 pairs, T, V], or [tokens, V] with `cu_seqlens`: the chosen completions first, then the
+            rejected ones in the same order. `TokenStatistics` or `SequenceStatistics` can take their place. A pair does
+            not count if one of its completions has no labelled tokens.
+        reference_logits: The reference's logits, of the same shape. None with statistics.
+        labels: [2 pairs, T], or [tokens] with `cu_seqlens`, integers: the token that each position predicts. None with
+            `SequenceStatistics`.
+        beta: DPO's inverse temperature, above 0.
+        num_bins: The number of bins, at least 1.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end. Without it the last dimension
+            of `labels` is one sequence.
+        ignore_index: Tokens with this label do not count.
+        temperature: Both logits are divided by it. It does not change statistics.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
-        A float64 scalar in [0, 1]; NaN without pairs. A pair with NaN makes it NaN.
+        A float64 scalar in [0, 1]. NaN without pairs, or if a pair's log-ratios are NaN.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `reward_margin`; `num_bins` is no integer of at least 1.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or is missing; or the number of sequences is odd.
+        RuntimeError: `backend="fused"` does not support the device.
 
     Example:
         >>> policy, reference = torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]), torch.zeros(2, 1, 2)
@@ -194,8 +321,16 @@ def reward_calibration(
     """
     check_beta(beta)
     check_num_bins(num_bins)
-    sums = calibration_sums(as_sequences(policy_logits, reference_logits, labels, **options), beta, num_bins)
-    return calibration_value(*sums)
+    statistics = as_sequences(
+        policy_logits,
+        reference_logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        backend=backend,
+    )
+    return calibration_value(*calibration_sums(statistics, beta, num_bins))
 
 
 def calibration_sums(statistics: SequenceStatistics, beta: float, num_bins: int) -> tuple[Tensor, Tensor]:
@@ -222,10 +357,18 @@ def check_num_bins(num_bins: int) -> None:
     check_integer("num_bins", num_bins, 1)
 
 
-def losses_of_pairs(statistics: SequenceStatistics, terms: LossTerms, **options: Any) -> Tensor:
-    """[pairs] float64: the weighted preference losses, without the SFT term; 0 log-ratios where a pair does not count.
+def losses_of_pairs(
+    statistics: SequenceStatistics, terms: LossTerms, *, beta: float, label_smoothing: float, gamma: float | None
+) -> Tensor:
+    """[pairs] float64: the weighted preference losses, without the SFT term; of log-ratios 0 where a pair does not
+    count.
 
-    `options`: as in `lit_did.functional.preference.pair_losses`.
+    Args:
+        statistics: [2 pairs] the chosen completions first, then the rejected ones in the same order.
+        terms: What the loss is made of.
+        beta: DPO's inverse temperature.
+        label_smoothing: The share of pairs assumed to be labelled the wrong way round.
+        gamma: SimPO's margin.
     """
     pairs = as_pairs(statistics._replace(log_ratio=compared_log_ratio(statistics, terms)))
     chosen_num_tokens, rejected_num_tokens = statistics.num_tokens.chunk(2)
@@ -235,7 +378,9 @@ def losses_of_pairs(statistics: SequenceStatistics, terms: LossTerms, **options:
         terms.preference,
         chosen_num_tokens=chosen_num_tokens,
         rejected_num_tokens=rejected_num_tokens,
-        **options,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
     )
 
 

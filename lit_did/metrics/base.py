@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lit_did.functional.inputs import Statistics, as_sequences
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.checks import check_options
-from lit_did.ops.extension import check_backend
+from lit_did.ops.extension import Backend, check_backend
 
 
 class DIDMetric(Metric):
@@ -27,7 +28,7 @@ class DIDMetric(Metric):
         """Plots `val`, a value or a sequence of values of this metric; without it, what `compute` returns."""
         return self._plot(val, ax)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> DIDMetric:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         # Moves with its module but keeps its dtypes: `precision="bf16-true"` casts every tensor that it finds. Nor does
         # `set_dtype` change them.
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
@@ -39,11 +40,11 @@ class StatisticsMetric(DIDMetric):
     A subclass sets `quantity` and the shapes of its states, and implements `sums` and `value`.
 
     Args:
-        settings: What else the sums depend on, by name; see `state_name`.
-        ignore_index: Labels that are skipped, where `update` is given labels.
-        temperature: Both logits are divided by it, where `update` is given logits.
-        backend: "auto", "fused" or "reference", as in `lit_did.token_statistics`.
-        kwargs: Of `torchmetrics.Metric`.
+        ignore_index: Tokens with this label do not count, if `update` gets labels.
+        temperature: Both logits are divided by it, if `update` gets logits.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+        settings: What else the sums depend on, by name: see `state_name`.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` or `dist_sync_on_step`.
     """
 
     quantity: str
@@ -55,7 +56,7 @@ class StatisticsMetric(DIDMetric):
         *,
         ignore_index: int = -100,
         temperature: float = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
         settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,16 +89,18 @@ class StatisticsMetric(DIDMetric):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> None:
-        """Adds a batch: logits and labels, or statistics at hand, as `lit_did.functional.as_sequences` takes them.
+        """Adds a batch.
 
         Args:
             policy_logits: Logits [..., T, V], or `TokenStatistics` [..., T], or `SequenceStatistics` [sequences].
-            reference_logits: [..., T, V] with logits.
-            labels: [..., T] with logits or `TokenStatistics`.
-            cu_seqlens: [sequences + 1] where logits or token statistics are packed.
+            reference_logits: [..., T, V] with logits, else None.
+            labels: [..., T] with logits or `TokenStatistics`, else None.
+            cu_seqlens: [sequences + 1] if logits or token statistics are packed.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As there.
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: An argument has the wrong shape, device or value, or is missing.
+            RuntimeError: `backend="fused"` does not support the device.
         """
         statistics = as_sequences(
             policy_logits,
@@ -122,7 +125,7 @@ def with_prefix(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def state_name(quantity: str, part: str, settings: dict[str, Any]) -> str:
-    """The name of a state: it tells apart all states that may differ, now or later.
+    """The name of a state, different for all states that may differ, now or later.
 
     torchmetrics lets the metrics of a collection share their states for good if, after the first update, the names and
     the values are equal. Where the policy is its reference unlike quantities are: both KLs are 0, and the DID's entropy

@@ -10,7 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lit_did.functional.inputs import Statistics, as_sequences
+from lit_did.functional.information import Unit
+from lit_did.functional.inputs import Options, Statistics, as_sequences
 from lit_did.functional.rewards import DISPLACEMENTS
 from lit_did.metrics.base import StatisticsMetric
 from lit_did.metrics.information import (
@@ -28,6 +29,7 @@ from lit_did.metrics.rewards import (
     RewardMargin,
 )
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
 
 class DIDMetrics(MetricCollection):
@@ -45,17 +47,19 @@ class DIDMetrics(MetricCollection):
 
     Args:
         beta: DPO's inverse temperature, above 0.
-        pairs: False: the sequences are no pairs; the metrics of pairs are left out.
-        unit: "nats" or "bits", of the metrics of tokens.
-        num_bins: Of `calibration_error`.
-        ignore_index: Labels that are skipped, where `update` is given labels.
-        temperature: Both logits are divided by it, where `update` is given logits.
-        backend: "auto", "fused" or "reference", as in `lit_did.token_statistics`.
-        prefix, postfix: Of the names in the result.
-        kwargs: Of `torchmetrics.Metric`, for every metric.
+        pairs: Whether the sequences are pairs. False leaves the metrics of pairs out.
+        unit: "nats" or "bits", for the metrics of tokens.
+        num_bins: The number of bins of `calibration_error`.
+        ignore_index: Tokens with this label do not count, if `update` gets labels.
+        temperature: Both logits are divided by it, if `update` gets logits.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+        prefix: Stands before the names in the result.
+        postfix: Stands after them.
+        kwargs: Arguments of `torchmetrics.Metric` for every metric, such as `sync_on_compute`.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
 
     Example:
         >>> import torch
@@ -72,19 +76,19 @@ class DIDMetrics(MetricCollection):
         *,
         beta: float = 0.1,
         pairs: bool = True,
-        unit: str = "nats",
+        unit: Unit = "nats",
         num_bins: int = 10,
         ignore_index: int = -100,
         temperature: float = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
         prefix: str | None = None,
         postfix: str | None = None,
         **kwargs: Any,
     ) -> None:
         # Of `lit_did.functional.as_sequences`.
-        self.options = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
-        common = {**self.options, **kwargs}
-        metrics: dict[str, Metric] = {
+        self.options: Options = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
+        common: dict[str, Any] = {**self.options, **kwargs}
+        metrics: dict[str, Metric | MetricCollection] = {
             "token_did_entropy": TokenDIDEntropy(unit=unit, **common),
             "token_did_concentration": TokenDIDConcentration(unit=unit, **common),
             "token_did_log_partition": TokenDIDLogPartition(unit=unit, **common),
@@ -95,16 +99,17 @@ class DIDMetrics(MetricCollection):
             "reward_per_token": LogRatioReward(beta=beta, per_token=True, **common),
         }
         if pairs:
-            metrics |= {
+            of_pairs: dict[str, Metric] = {
                 "reward_margin": RewardMargin(beta=beta, **common),
                 "reward_accuracy": RewardAccuracy(**common),
                 **{name: LikelihoodDisplacement(only=name, **common) for name in DISPLACEMENTS},
                 "calibration_error": RewardCalibration(beta=beta, num_bins=num_bins, **common),
             }
+            metrics.update(of_pairs)
         # Without compute groups: an update of all takes less than looking for them, and states are never shared.
         super().__init__(metrics, prefix=prefix, postfix=postfix, compute_groups=False)
 
-    def update(
+    def update(  # type: ignore[override]  # nn.ModuleDict.update, from which MetricCollection inherits, is another
         self,
         policy_logits: Statistics,
         reference_logits: Tensor | None = None,
@@ -112,7 +117,14 @@ class DIDMetrics(MetricCollection):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> None:
-        """Adds a batch to every metric: see `StatisticsMetric.update`."""
+        """Adds a batch to every metric.
+
+        Args:
+            policy_logits: Logits [..., T, V], or `TokenStatistics` [..., T], or `SequenceStatistics` [sequences].
+            reference_logits: [..., T, V] with logits, else None.
+            labels: [..., T] with logits or `TokenStatistics`, else None.
+            cu_seqlens: [sequences + 1] if logits or token statistics are packed.
+        """
         with torch.no_grad():
             super().update(self._sequences(policy_logits, reference_logits, labels, cu_seqlens))
 
@@ -126,7 +138,16 @@ class DIDMetrics(MetricCollection):
     ) -> dict[str, Tensor]:
         """Adds a batch to every metric and returns the values of this batch, differentiable where the metrics are.
 
-        torchmetrics keeps the last values, and so their graph: where no gradient is wanted, call `update`.
+        torchmetrics keeps the last values and their graph. Call `update` if no gradient is wanted.
+
+        Args:
+            policy_logits: Logits [..., T, V], or `TokenStatistics` [..., T], or `SequenceStatistics` [sequences].
+            reference_logits: [..., T, V] with logits, else None.
+            labels: [..., T] with logits or `TokenStatistics`, else None.
+            cu_seqlens: [sequences + 1] if logits or token statistics are packed.
+
+        Returns:
+            {name: float64 scalar}.
         """
         return super().forward(self._sequences(policy_logits, reference_logits, labels, cu_seqlens))
 
@@ -157,7 +178,7 @@ class DIDMetrics(MetricCollection):
 def _gather_at_once(metrics: Sequence[StatisticsMetric]) -> Callable[..., list[Tensor]] | None:
     """A `dist_sync_fn` that knows what every process has of every state: two gathers however many metrics there are."""
     pieces: dict[int, list[Tensor]] = {}
-    states = [state for metric in metrics for state in metric.metric_state.values()]
+    states = [state for metric in metrics for state in metric.metric_state.values() if isinstance(state, Tensor)]
     for dtype in (torch.float64, torch.int64):
         mine = [state for state in states if state.dtype == dtype]
         if not mine:

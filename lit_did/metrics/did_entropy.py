@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -41,20 +42,21 @@ class DIDEntropy(DIDMetric):
     unreliable and in `num_prompts`; the means leave it out, and are NaN where no prompt is left. Without any data all
     but `num_prompts` are NaN.
 
-    Five numbers a sample are kept, 40 bytes, until `reset`.
+    Each sample is kept until `reset`: 32 bytes, and 8 more for each token of `sequences`.
 
     Args:
         confidence: Of the interval, in (0, 1).
         max_new_tokens: T, the number of tokens at which completions are cut.
         vocab_size: V, the width of the logits; needs `max_new_tokens`.
-        only: The name of the value to return, as a scalar, such as "entropy"; None returns a dict of all.
-        prefix: Before the names in that dict: two metrics' names must not meet in one `log_dict`.
-        padding: What fills `sequences` [N, T] after a completion's end, so that it does not matter how long the others
-            of its batch are.
-        kwargs: Of `torchmetrics.Metric`.
+        only: The name of the value to return, as a scalar, such as "entropy". None returns a dict of all.
+        prefix: Stands before the names in that dict. Two metrics in one `log_dict` must not share names.
+        padding: What fills `sequences` [N, T] after a completion's end. The length of the other completions in a batch
+            then does not matter.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` or `dist_sync_on_step`.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
 
     Example:
         >>> import math, torch
@@ -105,12 +107,14 @@ class DIDEntropy(DIDMetric):
         choices = list(self._values({}))
         if only is not None and only not in choices:
             raise ValueError(f"Expected `only` to be None or one of {', '.join(map(repr, choices))}, but got {only!r}.")
-        # [N, 3] float64: log pi, log rho, log g; [N, 2] int64: prompt and sequence.
-        self._logprobs, self._ids = (
-            state_name("did_entropy", part, {"padding": padding}) for part in ("logprobs", "ids")
+        # [N, 3] float64: log pi, log rho, log g. [N] int64: the prompt. [N, T] int64: what tells sequences apart, with
+        # another T in every update, so that torchmetrics cannot concatenate it.
+        self._logprobs, self._groups, self._sequences = (
+            state_name("did_entropy", part, {"padding": padding}) for part in ("logprobs", "groups", "sequences")
         )
         self.add_state(self._logprobs, [], dist_reduce_fx="cat")
-        self.add_state(self._ids, [], dist_reduce_fx="cat")
+        self.add_state(self._groups, [], dist_reduce_fx="cat")
+        self.add_state(self._sequences, [], dist_reduce_fx=None)
 
     def update(
         self,
@@ -128,9 +132,8 @@ class DIDEntropy(DIDMetric):
             proposal_logprob: [N] log g(y), finite, of the proposal that the completions were drawn from.
             group: [N] integers, one for each prompt, the same in all updates and on all processes.
             sequences: [N] or [N, T] integers that tell a prompt's completions apart: an id each, or token ids, filled
-                up with `padding`. Without it completions count as equal where their three log-probabilities are. In one
-                of the three ways in all updates. Of token ids, 64 bits are kept: that two among a million completions
-                agree by chance has a probability of 3e-8.
+                up with `padding`. Without it completions count as equal if their three log-probabilities are equal. Use
+                the same of the three ways in all updates.
 
         Raises:
             TypeError: An argument is no tensor, or has the wrong kind of dtype.
@@ -150,12 +153,12 @@ class DIDEntropy(DIDMetric):
             )
         logprobs = torch.stack([value.detach().to(self.device, torch.float64) for value in given.values()], -1)
         if sequences is None:
-            sequences = hash_rows((logprobs + 0.0).view(torch.int64))  # + 0.0: there is a -0.0
-        elif sequences.dim() == 2:
-            sequences = hash_rows(sequences, self.padding)
-        ids = torch.stack([value.to(self.device, torch.int64) for value in (group, sequences)], -1)
+            sequences = (logprobs + 0.0).view(torch.int64)  # their bits; + 0.0: there is a -0.0
+        elif sequences.dim() == 1:
+            sequences = sequences[:, None]
         getattr(self, self._logprobs).append(logprobs)
-        getattr(self, self._ids).append(ids)
+        getattr(self, self._groups).append(group.to(self.device, torch.int64))
+        getattr(self, self._sequences).append(sequences.to(self.device, torch.int64))
 
     def compute(self) -> dict[str, Tensor] | Tensor:
         """{name: value}, or the value of `only`, of all updates since the last reset, on all processes."""
@@ -173,19 +176,26 @@ class DIDEntropy(DIDMetric):
             return self._estimates()
 
     def _estimates(self) -> dict[int, DIDEntropyEstimate | None]:
-        if len(getattr(self, self._ids)) == 0:
+        if len(getattr(self, self._groups)) == 0:
             return {}
-        logprobs, ids = (dim_zero_cat(getattr(self, state)).cpu() for state in (self._logprobs, self._ids))
-        order = ids[:, 0].argsort(stable=True)
-        prompts, sizes = ids[order, 0].unique_consecutive(return_counts=True)
+        logprobs, groups = (dim_zero_cat(getattr(self, state)).cpu() for state in (self._logprobs, self._groups))
+        sequences = self._rows(getattr(self, self._sequences)).cpu()
+        order = groups.argsort(stable=True)
+        prompts, sizes = groups[order].unique_consecutive(return_counts=True)
         estimates: dict[int, DIDEntropyEstimate | None] = {}
         for prompt, mine in zip(prompts.tolist(), order.split(sizes.tolist()), strict=True):
-            given, sequences = logprobs[mine].unbind(-1), ids[mine, 1]
-            possible = len(mine) > 1 and (given[0] > -math.inf).any()
-            estimates[prompt] = (
-                estimate_did_entropy(*given, sequences=sequences, confidence=self.confidence) if possible else None
-            )
+            policy, reference, proposal = logprobs[mine].unbind(-1)
+            estimates[prompt] = None
+            if len(mine) > 1 and (policy > -math.inf).any():
+                estimates[prompt] = estimate_did_entropy(
+                    policy, reference, proposal, sequences=sequences[mine], confidence=self.confidence
+                )
         return estimates
+
+    def _rows(self, parts: list[Tensor]) -> Tensor:
+        """[N, T] of parts [n, t], filled up to the longest."""
+        longest = max(part.shape[1] for part in parts)
+        return torch.cat([pad(part, (0, longest - part.shape[1]), value=self.padding) for part in parts])
 
     def _values(self, estimates: dict[int, DIDEntropyEstimate | None]) -> dict[str, float]:
         from scipy.special import stdtrit
@@ -208,8 +218,8 @@ class DIDEntropy(DIDMetric):
         values = {"entropy": entropy, "lower": entropy - margin, "upper": entropy + margin}
         if self.max_new_tokens is not None:
             values["entropy_per_token"] = entropy / self.max_new_tokens
-        if self.vocab_size is not None:
-            values["concentration"] = self.max_new_tokens * math.log(self.vocab_size) - entropy
+            if self.vocab_size is not None:
+                values["concentration"] = self.max_new_tokens * math.log(self.vocab_size) - entropy
         return values | {
             "log_partition": mean("log_partition"),
             "effective_sample_size": mean("effective_sample_size"),
@@ -218,39 +228,15 @@ class DIDEntropy(DIDMetric):
         }
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
-        # A process without samples takes part with states of the others' shapes and dtypes; torchmetrics' own stand-in
-        # is float32 of one dimension.
-        for state, empty in ((self._logprobs, torch.zeros(0, 3).double()), (self._ids, torch.zeros(0, 2).long())):
+        # A process without samples takes part with states of the others' dtypes and numbers of dimensions.
+        # torchmetrics' own stand-in is float32 of one dimension.
+        empty = {
+            self._logprobs: torch.zeros(0, 3, dtype=torch.float64),
+            self._groups: torch.zeros(0, dtype=torch.int64),
+            self._sequences: torch.zeros(0, 1, dtype=torch.int64),
+        }
+        for state, value in empty.items():
             if len(getattr(self, state)) == 0:
-                setattr(self, state, [empty.to(self.device)])
+                setattr(self, state, [value.to(self.device)])
+        setattr(self, self._sequences, [self._rows(getattr(self, self._sequences))])  # one tensor a process
         super()._sync_dist(dist_sync_fn, process_group)
-
-
-def hash_rows(rows: Tensor, padding: int | None = None) -> Tensor:
-    """[N] int64 of integers [N, T]: equal for equal rows, whatever `padding` follows; else different but for 2**-64.
-
-    The sum over positions of splitmix64 (doi 10.1145/2714064.2660195) of the entry and its position.
-
-    Example:
-        >>> one, other = hash_rows(torch.tensor([[5, 6, -1], [6, 5, -1]]), padding=-1)
-        >>> one == hash_rows(torch.tensor([[5, 6]]), padding=-1)[0], one == other
-        (tensor(True), tensor(False))
-    """
-    position = torch.arange(1, rows.shape[1] + 1, device=rows.device)
-    hashes = _mix(rows.long() ^ _mix(position))
-    if padding is not None:
-        # Inside a completion too: where the other tokens stand says that there is one.
-        hashes = hashes.masked_fill(rows == padding, 0)
-    return hashes.sum(1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64 of int64 taken as 64 bits: products wrap around, and shifts bring in zeros."""
-
-    def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ shifted(x, 31)

@@ -102,7 +102,7 @@ class TokenDIDConcentration(MeanOverTokens):
         >>> metric = TokenDIDConcentration(unit="bits")
         >>> metric.update(torch.tensor([[[0.0, 0.0, 2.0, 0.0]]]), torch.zeros(1, 1, 4), torch.tensor([[1]]))
         >>> metric.compute()
-        tensor(0.5050, dtype=torch.float64)
+        tensor(0.6752, dtype=torch.float64)
     """
 
     quantity = "token_did_concentration"

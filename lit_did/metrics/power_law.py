@@ -27,13 +27,14 @@ class PowerLawExponent(DIDMetric):
     `policy_log_ratio` is 0 throughout. One state of fixed size, 276 float64 numbers, merged over processes.
 
     Args:
-        only: The name of the one to return, as a scalar, such as "exponent"; None returns a dict of all.
-        prefix: Before the names in that dict: two metrics' names must not meet in one `log_dict`.
+        only: The name of the one to return, as a scalar, such as "exponent". None returns a dict of all.
+        prefix: Stands before the names in that dict. Two metrics in one `log_dict` must not share names.
         confidence: Of the interval from `lower` to `upper`, in (0, 1).
-        kwargs: Of `torchmetrics.Metric`.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` or `dist_sync_on_step`.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
 
     Example:
         >>> import torch
@@ -47,6 +48,7 @@ class PowerLawExponent(DIDMetric):
 
     is_differentiable = False
     higher_is_better = None
+    power_law_sums: Tensor
 
     def __init__(self, *, only: str | None = None, prefix: str = "", confidence: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -70,7 +72,8 @@ class PowerLawExponent(DIDMetric):
                 not compared, and a prompt in several updates counts as several, each with its own intercept.
 
         Raises:
-            TypeError, ValueError: As `lit_did.functional.fit_power_law`; `group` comes in some updates only.
+            TypeError: An argument is no tensor, or has the wrong kind of dtype.
+            ValueError: Shapes do not agree, a value is not finite, or `group` comes in some updates only.
         """
         added = power_law_sums(reference_log_ratio, policy_log_ratio, group).to(self.power_law_sums.device)
         self.power_law_sums = merge_power_law_sums(torch.stack([self.power_law_sums, added]))

@@ -49,6 +49,7 @@ def completion_statistics(
         reference_bias=reference.layer.bias,
         softcap=tuple(layer.softcap for layer in layers),
         scale=tuple(layer.scale for layer in layers),
+        ignore_index=None,  # a layout has the labels of completion tokens alone
         **options,
     )
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lit_did.functional import DIDEntropyEstimate, estimate_did_entropy
 from lit_did.metrics import DIDEntropy
-from lit_did.metrics.did_entropy import hash_rows
 from tests.metrics.samples import COUNTS, batches_of, completions
 
 
@@ -150,30 +149,6 @@ def test_padding_that_is_a_token():
         assert metric.estimates()[0].num_distinct == num_distinct
 
 
-def test_hashes_of_all_short_strings_differ():
-    strings = torch.cartesian_prod(*[torch.arange(-1, 20)] * 4)
-    ended = (strings == -1).int()
-    strings = strings[(ended[:, 1:] >= ended[:, :-1]).all(1)]  # nothing follows the padding
-    hashes = hash_rows(strings, padding=-1)
-    assert len(hashes.unique()) == len(strings) == 1 + 20 + 20**2 + 20**3 + 20**4
-    assert (hash_rows(strings[:, [1, 0, 2, 3]], padding=-1) == hashes).sum() < 20**3 + 20**2 + 40  # in order
-    # every one of 64 bits is 1 in a half of 168,421: a standard deviation of 0.0012
-    bits = torch.stack([(hashes >> bit) & 1 for bit in range(64)]).double().mean(1)
-    assert (bits - 0.5).abs().max() < 0.006
-
-
-def test_hashes_are_splitmix64():
-    """Published values: the generator's first three numbers from the seed 1234567 are the mixes of its states."""
-    from lit_did.metrics.did_entropy import _mix
-
-    golden = 0x9E3779B97F4A7C15
-    states = [(1234567 + i * golden) % 2**64 for i in range(3)]
-    states = torch.tensor([state - 2**64 if state >= 2**63 else state for state in states])
-    assert [value % 2**64 for value in _mix(states).tolist()] == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423,
-    ]  # fmt: skip
-
-
 def test_forward_reset_pickle_and_clone():
     samples = completions()
     first, *rest = batches_of(samples, (50, 30, 26))
@@ -189,7 +164,7 @@ def test_forward_reset_pickle_and_clone():
             other(**batch)
         assert_estimates(other, estimates_of(samples))
         assert other.compute()["num_prompts"] == 5
-    assert len(metric.metric_state[metric._ids]) == 1  # the original is untouched
+    assert len(metric.metric_state[metric._groups]) == 1  # the original is untouched
 
 
 def test_no_data_yet():
@@ -215,7 +190,11 @@ def test_low_precision_and_the_states_dtypes(dtype):
     metric = make()
     metric(**first)  # which torchmetrics runs with gradients
     metric = updated(torch.nn.ModuleList([metric]).half()[0], rest).to(torch.bfloat16)
-    for state, kind in ((metric._logprobs, torch.float64), (metric._ids, torch.int64)):
+    for state, kind in (
+        (metric._logprobs, torch.float64),
+        (metric._groups, torch.int64),
+        (metric._sequences, torch.int64),
+    ):
         assert {part.dtype for part in metric.metric_state[state]} == {kind}
         assert not any(part.requires_grad for part in metric.metric_state[state])
     assert_estimates(metric, estimates_of(samples))

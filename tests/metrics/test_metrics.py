@@ -484,11 +484,11 @@ def test_wrong_input_is_told(arguments, error, message):
 @pytest.mark.parametrize(
     ("make_wrong", "error", "message"),
     [
-        (lambda: M.TokenDIDEntropy(unit="bit"), ValueError, "`unit` to be 'nats' or 'bits', but got 'bit'"),
+        (lambda: M.TokenDIDEntropy(unit="bit"), ValueError, "`unit` to be one of 'nats', 'bits', but got 'bit'"),
         (lambda: M.RewardMargin(beta="0.1"), TypeError, "`beta` to be an int or a float, but got '0.1'"),
         (lambda: M.RewardMargin(beta=0), ValueError, "`beta` to be above 0, but got 0"),
         (lambda: M.RewardCalibration(num_bins=0), ValueError, "`num_bins` to be an integer of at least 1, but got 0"),
-        (lambda: M.LikelihoodDisplacement(only="chosen"), ValueError, "`only` to be None or one of 'chosen_log_ratio'"),
+        (lambda: M.LikelihoodDisplacement(only="chosen"), ValueError, "`only` to be one of 'chosen_log_ratio'"),
         (lambda: M.PolicyKL(temperature=0), ValueError, "`temperature` to be in"),
         (lambda: M.PolicyKL(ignore_index=1.5), TypeError, "`ignore_index` to be an integer, but got 1.5"),
         (lambda: M.PolicyKL(backend="cuda"), ValueError, "`backend` to be one of"),
