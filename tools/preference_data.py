@@ -113,4 +113,4 @@ if __name__ == "__main__":
         try:
             print(f"{download(name)}: {DATA_SETS[name].what}")
         except (OSError, ValueError) as error:
-            sys.exit(f"error: {name}: {error}")
+            sys.exit(f"error: {name} could not be made from {DATA_SETS[name].url}: {error}")
