@@ -155,7 +155,7 @@ def test_finite_in_float32_however_far_apart(options, formula):
         assert all(torch.isfinite(value).all() for value in (loss, *gradients))
 
 
-@pytest.mark.parametrize("loss", set(LOSSES) - {"sft"})
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sft"])
 def test_gradients_push_apart(loss):
     (chosen, rejected), tokens = arguments(loss, dtype=torch.float32, requires_grad=True)
     preference_loss(chosen, rejected, beta=0.1, loss=loss, **tokens).sum().backward()
