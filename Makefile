@@ -1,9 +1,14 @@
 # Everything a clone needs. `make demo` and `make test` work as the first command: they make .venv themselves.
-#   PYTHON=python3.12   the interpreter that .venv is made with
-#   TORCH=torch==X.Y    another torch than the pinned one
-#   CUDA_TORCH=...      the CUDA build of torch that `make cuda-build` builds against
+#   PYTHON=python3.12      the interpreter that .venv is made with (default: python3)
+#   TORCH=torch==X.Y       a torch other than the pinned one
+#   CONSTRAINTS=FILE       versions other than those of constraints.txt
+#   WORKERS=2              how many processes run the tests, one thread each
+#   CUDA_TORCH=torch==X.Y  the CUDA build of torch that `make cuda-build` builds against
+#   ARGS="..."             further arguments of demo, bench, cuda-check and gpu
 PYTHON ?= python3
 TORCH ?=
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 CUDA_TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,48 +17,56 @@ CHECK_VENV := .venv-cuda-check
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 PACKAGE := $(shell find lit_did -name '*.py')
+# Tests of one file stay in one process, because they share what they build.
+TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-slow models demo data bench lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-all test-long test-slow models demo data bench lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
-help:  ## what can be made
+help:  ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' Makefile | expand -t 20
 
-install: $(VENV)/installed  ## .venv with lit-did and all it needs, the extension built
+install: $(VENV)/installed  ## makes .venv with lit-did and everything it needs, and builds the extension
 
-# The stamp remembers TORCH: another one is another install.
+# The stamp's name holds TORCH, so that another torch makes another .venv.
 $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)):
-	@echo "Making $(VENV): a minute or two for torch and the others, another to build the extension."
+	@echo "Making $(VENV): one or two minutes for torch and the other packages, one more to build the extension."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11 ninja
-	$(PIP) install -qq $(if $(TORCH),"$(TORCH)",--constraint constraints.txt torch)
+	$(PIP) install -qq --constraint $(CONSTRAINTS) setuptools wheel pybind11 ninja
+	$(PIP) install -qq $(if $(TORCH),"$(TORCH)",--constraint $(CONSTRAINTS) torch)
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)) $(SOURCES)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PIP) install -qq --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	$(BIN)/python -m lit_did.doctor | grep -E '^(extension|CPU|CUDA) '
 	touch $@
 
-test: install  ## the tests, doctests included
-	$(BIN)/python -m pytest
+test: install  ## runs the tests and doctests that a change needs: a few minutes on two cores
+	$(TESTS)
 
-test-slow: install  ## the tests that take minutes or many gigabytes
+test-all: install  ## runs the long tests too (every architecture, every instruction set): all that CI runs
+	$(TESTS) -m "not slow"
+
+test-long: install  ## runs the tests that test-all adds to test
+	$(TESTS) -m "long and not slow"
+
+test-slow: install  ## runs the tests that take many minutes or many gigabytes; CI never runs them
 	$(BIN)/python -m pytest -m slow
 
-models: install  ## every architecture of transformers against its own forward pass; writes docs/models.md
-	LIT_DID_WRITE_MODELS=1 $(BIN)/python -m pytest tests/models/test_zoo.py
+models: install  ## compares every architecture of transformers with its own forward pass; writes docs/models.md
+	LIT_DID_WRITE_MODELS=1 $(BIN)/python -m pytest -m "not slow" tests/models/test_zoo.py
 
-demo: install  ## trains a 135M-parameter model with DPO and shows its DID: ARGS="--max-steps 5"
+demo: install  ## trains a 135M-parameter model with DPO and shows what it learned: ARGS="--max-steps 5"
 	$(BIN)/python -m lit_did.demo $(ARGS)
 
 data: install  ## downloads the preference data of some tests and benchmarks (2 MB)
 	$(BIN)/python -m tools.preference_data
 
-bench: install  ## races the operators against torch, some minutes: ARGS="--races table", ARGS=--help
+bench: install  ## measures the operators beside torch, a few minutes: ARGS="--races table", ARGS=--help
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -63,21 +76,21 @@ bench: install  ## races the operators against torch, some minutes: ARGS="--race
 cuda-check: $(CHECK_VENV)/installed  ## compiles the kernels for every architecture and reads their machine code
 	$(CHECK_VENV)/bin/python -m tools.cuda_check $(ARGS)
 
-# What reads machine code is no part of every toolkit; it needs neither torch nor this package.
+# Not every toolkit has the tools that read machine code. They need neither torch nor this package.
 $(CHECK_VENV)/installed: constraints.txt
 	$(PYTHON) -m venv --clear $(CHECK_VENV)
 	$(CHECK_VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
 		rich nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 	touch $@
 
-cuda-build: cuda-folder  ## builds the CUDA extension against a CUDA torch, in .venv-cuda, and tests it
+cuda-build: cuda-folder  ## builds the extension with CUDA against a CUDA build of torch, in .venv-cuda, and tests it
 	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python tools/cuda_build_check.py
 	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python -m pytest -q tests/ops tests/test_doctor.py
 
-gpu:  ## all that needs a GPU, within ten minutes and with PYTHON's torch: speed, tests, memcheck: ARGS=--dry-run
+gpu:  ## runs what needs a GPU, with PYTHON's torch, in ten minutes: speed, tests, memcheck: ARGS=--dry-run
 	PYTHON="$(PYTHON)" tools/gpu.sh $(ARGS)
 
-# What is run there stands apart from lit_did/, so that `import lit_did` finds what was installed.
+# Tests run in a folder without lit_did/, so that `import lit_did` finds what was installed.
 cuda-folder: $(CUDA_VENV)/installed
 	rm -rf $(CUDA_VENV)/run && mkdir $(CUDA_VENV)/run
 	cp -r tests tools benchmarks csrc setup.py pyproject.toml $(CUDA_VENV)/run
@@ -92,7 +105,7 @@ $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)):
 		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich
 	touch $@
 
-# A wheel, built and tried apart from the clone, whose own build/ and lit_did/_C*.so belong to another torch.
+# A wheel, built and tested outside the clone, whose own build/ and lit_did/_C*.so belong to another torch.
 $(CUDA_VENV)/installed: $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)) $(SOURCES) $(PACKAGE)
 	rm -rf $(CUDA_VENV)/wheels $(CUDA_VENV)/build/lib*
 	printf '[build]\nbuild_base = $(CUDA_VENV)/build\n' > $(CUDA_VENV)/build.cfg
@@ -102,18 +115,19 @@ $(CUDA_VENV)/installed: $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)) $(SOURCES)
 	$(CUDA_PIP) install -qq --no-deps --force-reinstall $(CUDA_VENV)/wheels/*.whl
 	touch $@
 
-lint: install  ## ruff, clang-format, codespell
+lint: install  ## checks style, spelling and types: ruff, clang-format, codespell, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/codespell
+	$(BIN)/mypy
 
-format: install  ## rewrites the code as `make lint` wants it
+format: install  ## rewrites the code in the style that lint checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-clean:  ## removes what was built and written
+clean:  ## removes everything that was built or written
 	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
 		demo_output bench_output experiment_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,6 +62,7 @@ def run_ranks(processes: int, work: Callable[..., None], *arguments: Any) -> Non
     fork. They meet in a file: two runs at once cannot take each other's port. Lightning, accelerate and transformers
     find the group and their rank as under torchrun. All ranks end together, because gloo's threads may abort a process
     whose peers are gone. The error of one rank is raised here, with its traceback, after the others have been killed.
+    A single process forms no group.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
@@ -71,6 +72,9 @@ def run_ranks(processes: int, work: Callable[..., None], *arguments: Any) -> Non
 
 def _work_as_rank(rank: int, processes: int, store: str, work: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
+    if processes == 1:
+        work(*arguments)
+        return
     of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in of_rank.items()})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)

@@ -42,6 +42,7 @@ def command(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_dry_run(tmp_path):
     code, steps, said = run(tmp_path, sys.executable, "--dry-run")
     assert steps == dict.fromkeys(STEPS, 0), said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,9 @@ def build(request, tmp_path_factory) -> Callable[..., Emulator]:
     def built(sanitizer: str, csrc: Path = CSRC) -> Emulator:
         if reason := reason_against(sanitizer):
             pytest.skip(reason)
-        return Emulator(sanitizer, folder, csrc)
+        with (folder / f"{sanitizer}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # what one process of the test run has compiled, another need not
+            return Emulator(sanitizer, folder, csrc)
 
     return built
 

@@ -1,6 +1,6 @@
-"""DPOTrainer with DIDCallback on one or two gloo processes: run by test_two_processes.py.
+"""DPOTrainer with DIDCallback on one process and on two: run by test_two_processes.py.
 
-python -m tests.integrations.two_processes PROCESSES FOLDER
+python -m tests.integrations.two_processes FOLDER
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from lit_did.integrations.trl import DIDCallback
 from tests.integrations.tiny_trl import llama, trainer
 from tests.processes import run_ranks
 
 
-def main(folder: Path) -> None:
-    processes, rank = dist.get_world_size(), dist.get_rank()
+def main(processes: int, folder: Path) -> None:
     # 4 pairs a step either way; 5 pairs to evaluate: with two processes one is repeated
     size = 4 // processes
     run = trainer(
@@ -37,9 +35,10 @@ def main(folder: Path) -> None:
     )
     run.add_callback(DIDCallback(run))
     run.train()
-    torch.save(run.state.log_history, folder / f"history.{processes}.{rank}")
+    torch.save(run.state.log_history, folder / f"history.{processes}.{run.args.process_index}")
 
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    run_ranks(int(sys.argv[1]), main, Path(sys.argv[2]))
+    for number in (1, 2):
+        run_ranks(number, main, number, Path(sys.argv[1]))

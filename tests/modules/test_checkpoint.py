@@ -134,6 +134,7 @@ def test_averages_of_weights_resume(tmp_path, average, lora):
     assert equal(whole(straight), whole(resumed))
 
 
+@pytest.mark.long
 def test_a_process_that_trained_hands_its_weights_back(tmp_path):
     # Without a seed of Lightning's, which forked processes would begin with.
     environment = {n: value for n, value in os.environ.items() if n not in ("PL_GLOBAL_SEED", "OMP_NUM_THREADS")}

@@ -14,14 +14,13 @@ from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
+LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "projected", "sharded lora")]
 
-@pytest.mark.parametrize("kind", ["full", "lora", "projected", "sharded", "sharded lora"])
+
+@pytest.mark.parametrize("kind", ["full", "sharded", *LONG])
 def test_two_processes_equal_one(tmp_path, kind):
-    results = {}
-    for processes in (1, 2):
-        path = tmp_path / str(processes)
-        run_program(sys.executable, "-m", "tests.modules.two_processes", processes, kind, path)
-        results[processes] = [torch.load(f"{path}.{rank}") for rank in range(processes)]
+    run_program(sys.executable, "-m", "tests.modules.two_processes", kind, tmp_path)
+    results = {n: [torch.load(tmp_path / f"{n}.{rank}") for rank in range(n)] for n in (1, 2)}
     one = results[1][0]
     assert len(one["steps"]) == 4
     assert kind != "projected" or all(step["train/gradient_cosine"] > 0 for step in one["steps"])  # the premise

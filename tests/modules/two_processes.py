@@ -1,6 +1,8 @@
-"""Trains and validates a module, monitored, on one or two CPU processes: run by test_two_processes.py.
+"""Trains and validates a module, monitored, on one CPU process and then on two: run by test_two_processes.py.
 
-python -m tests.modules.two_processes PROCESSES KIND FILE
+python -m tests.modules.two_processes KIND FOLDER
+
+Writes FOLDER/PROCESSES.RANK, and checkpoints beside them.
 """
 
 from __future__ import annotations
@@ -134,17 +136,13 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
     run.fit(module, datamodule=Pairs(), ckpt_path=checkpoint)
 
 
-def main(processes: int, kind: str, path: str) -> None:
-    if processes == 1:
-        fit(1, kind, path)
-    else:
-        run_ranks(processes, on_rank, processes, kind, path)
-
-
-def on_rank(processes: int, kind: str, path: str) -> None:
-    if kind == "sharded":  # goes on where one process was
-        fit(processes, kind, path, checkpoint=str(Path(path).with_name("1.half")))
-    elif kind == "sharded lora":  # goes on where it was, from shards
+def main(processes: int, kind: str, folder: Path) -> None:
+    path = str(folder / str(processes))
+    if kind == "cached" and processes == 1:  # two processes with a cache train as one without
+        fit(1, "full", path)
+    elif processes > 1 and kind == "sharded":  # goes on where one process was
+        fit(processes, kind, path, checkpoint=str(folder / "1.half"))
+    elif processes > 1 and kind == "sharded lora":  # goes on where it was, from shards
         fit(processes, kind, path, epochs=1)
         fit(processes, kind, path, checkpoint=f"{path}.half")
     else:
@@ -152,5 +150,5 @@ def on_rank(processes: int, kind: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    for number in (1, 2):
+        run_ranks(number, main, number, sys.argv[1], Path(sys.argv[2]))

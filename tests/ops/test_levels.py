@@ -31,6 +31,7 @@ def run(*command, level):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", LEVELS)
 def test_level(level):
     if level not in EXTENSION.module.simd_levels:
