@@ -31,7 +31,7 @@ def main(processes: int, folder: Path) -> None:
         lr_scheduler_type="constant",
         optim="sgd",
         seed=1,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if processes > 1 else None,
     )
     run.add_callback(DIDCallback(run))
     run.train()
