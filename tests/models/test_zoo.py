@@ -219,8 +219,8 @@ def check_lora(name: str, reference: Tensor) -> None:
 
 
 def check_sampling(policy: nn.Module, reference: nn.Module) -> bool:
-    """Whether what `sample_did` says of its draws is right, and it needed no second run without a cache."""
-    with warnings.catch_warnings(record=True) as told:
+    """Checks the log-probabilities that `sample_did` returns. Returns whether it used the models' caches."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         samples = sample_did(
             policy,
@@ -241,7 +241,7 @@ def check_sampling(policy: nn.Module, reference: nn.Module) -> bool:
             if (got - whole).abs().max() > TOLERANCE * whole.abs().max():
                 # A token's probability depends on how much follows it: what counts is what is known when it is drawn.
                 assert_close(got, token_by_token(model, completions), "sample_did")
-    return not any("cache" in str(warning.message) for warning in told)
+    return not any("cache" in str(warning.message) for warning in caught)
 
 
 def token_by_token(model: nn.Module, completions: list[list[int]]) -> Tensor:
@@ -283,6 +283,11 @@ def test_architecture(name: str, table: dict[str, str], tmp_path: Path) -> None:
     check_lora(name, of_reference)
     kind = layout_of(policy, read_sequences(padded())).kind
     _compare(table, name, policy, LAYOUTS[kind], "" if cached else "reads every prefix whole")
+
+
+def test_the_page_is_what_would_be_written():
+    """Its text, and the lines of what is not built, which no other test compares."""
+    assert DOCUMENT.read_text() == _document(_lines())
 
 
 def test_every_exception_is_of_an_architecture_and_few_are_refused():

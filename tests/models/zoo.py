@@ -1,9 +1,9 @@
 """A tiny random model of every causal architecture that transformers can build from a configuration.
 
-`build(name)` makes a model; `NAMES` are the keys of `AutoModelForCausalLM`'s mapping and, after a comma, further
-configurations of some of them. Fields that configurations share have one small value here, whatever they are called;
-`_OWN` has what a configuration needs besides. Windows, chunks and sparse selections are shorter than the sequences, and
-weights large, so that mistakes show. `NOT_BUILT` says why what is missing is missing.
+`build(name)` makes a model. `NAMES` are the keys of `AutoModelForCausalLM`'s mapping and, after a comma, further
+configurations of some of them. `_SHARED` has one small value for the fields of one kind, which have many names. `_OWN`
+has what else a configuration needs. Windows, chunks and sparse selections are shorter than the sequences, and weights
+are large, so that mistakes show. `NOT_BUILT` gives the reason for each architecture that is missing.
 """
 
 from __future__ import annotations
@@ -195,10 +195,10 @@ _OWN: dict[str, dict[str, Any]] = {
 
 NOT_BUILT: dict[str, str] = {
     "gemma3n": "needs the package timm",
-    "gemma4_assistant": "drafts for another model, whose keys and values it reads",
-    "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads",
-    "musicgen": "AutoModelForCausalLM hands it a configuration that it does not take",
-    "musicgen_melody": "AutoModelForCausalLM hands it a configuration that it does not take",
+    "gemma4_assistant": "it drafts tokens for another model and reads its keys and values",
+    "gemma4_unified_assistant": "it drafts tokens for another model and reads its keys and values",
+    "musicgen": "AutoModelForCausalLM passes it a configuration that it does not take",
+    "musicgen_melody": "AutoModelForCausalLM passes it a configuration that it does not take",
 }
 
 REFUSED: dict[str, str] = {
