@@ -1,4 +1,4 @@
-"""The two models of preference optimisation: loading them, adding LoRA, freezing, checks."""
+"""Loads a policy and its reference, adds LoRA, freezes, and checks that the two fit together."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ from lit_did.models.wrappers import adapter_marks, is_peft
 
 
 def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """A causal language model of transformers, from its name or path; a module is returned as it is.
+    """Loads a causal language model of transformers in float32.
 
-    Weights are float32 unless `model_kwargs` says otherwise: AdamW's steps at a learning rate of 1e-6 vanish in
-    bfloat16 weights. Mixed precision is the Trainer's.
+    In bfloat16 weights, AdamW's steps with a learning rate of 1e-6 are lost in rounding. For mixed precision, use the
+    Trainer's `precision`.
+
+    Args:
+        model: Its name or path. A module is returned unchanged.
+        argument: The name of the argument, for errors.
+        model_kwargs: Arguments of `from_pretrained`, which may set another `dtype`.
+
+    Raises:
+        TypeError: `model` is of another type.
+        FileNotFoundError: `model` is a path where nothing is.
     """
     if isinstance(model, nn.Module):
         return model
@@ -36,18 +45,18 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
 
 
 def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`torch_dtype`, the older name, as `dtype`: transformers reads the older one only where the other is absent.
+    """Renames `torch_dtype` to `dtype`. transformers ignores the older name if both are present.
 
     Raises:
-        ValueError: Both are given, with other values.
+        ValueError: Both are present with different values.
     """
     renamed = dict(model_kwargs)
     if "torch_dtype" in renamed:
         dtype = renamed.pop("torch_dtype")
         if renamed.setdefault("dtype", dtype) != dtype:
             raise ValueError(
-                f"Expected `model_kwargs` to hold one of `dtype` and `torch_dtype`, but got {renamed['dtype']} and "
-                f"{dtype}."
+                "Expected `model_kwargs` to hold only one of `dtype` and `torch_dtype`, but got "
+                f"{renamed['dtype']} and {dtype}."
             )
     return renamed
 
@@ -84,10 +93,14 @@ def load_pair(
 
 
 def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) -> nn.Module:
-    """The reference of measurements: a module is checked and left as it is; what is loaded is frozen.
+    """A reference for measurements beside `policy`.
+
+    Args:
+        reference: A module, which stays unchanged, or the name or path of a model, which is loaded and frozen.
+        policy: The policy.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: `reference` is of another type.
         ValueError: It shares parameters with the policy, or has another vocabulary.
     """
     if isinstance(reference, nn.Module):
@@ -99,60 +112,71 @@ def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) 
 
 
 def add_lora(model: nn.Module, lora: Any) -> nn.Module:
-    """`model` with a LoRA adapter: `lora` is a `peft.LoraConfig`, or its arguments as a dict."""
+    """Adds a LoRA adapter to `model`, in place, and returns it as a PeftModel.
+
+    Args:
+        model: A model without an adapter.
+        lora: A `peft.LoraConfig`, or its arguments as a dict.
+
+    Raises:
+        TypeError: A key of the dict is not an argument of `peft.LoraConfig`.
+        ValueError: `model` is a PeftModel.
+    """
     if is_peft(model):
         raise ValueError(
-            "Expected `lora` to be None for a policy that is a PeftModel already, but got a configuration."
+            "Expected `lora` to be None for a policy that is already a PeftModel, but got a configuration."
         )
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("`lora` needs the package peft: pip install 'lit-did[lora]'.") from error
+        raise ModuleNotFoundError("`lora` needs the package peft. Run pip install 'lit-did[lora]'.") from error
     if isinstance(lora, Mapping):
         try:
             lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
         except TypeError as error:
             raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
-    with warnings.catch_warnings():  # of a name that peft uses of transformers
+    with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return peft.get_peft_model(model, lora)
 
 
 def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
-    """Raises ValueError unless a PeftModel with its adapter off stays what it is while it is trained."""
+    """Raises ValueError unless training leaves a PeftModel with its adapter switched off unchanged."""
     check_positions_are_kept(policy)
     marks = adapter_marks(policy)
     outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in marks)]
     if outside:
         raise ValueError(
-            "Expected the adapter to be all that is trained of `policy`, whose reference is itself with the adapter "
-            f"off, but {len(outside)} other parameters are too, {outside[0]} the first: freeze them (LoRA's `bias` "
-            "must be 'none'), or give a `reference` of its own."
+            "Expected only the adapter of `policy` to be trained, because its reference is the policy with the adapter "
+            f"switched off, but {len(outside)} other parameters are trained too. The first is {outside[0]}. Freeze "
+            "them (for LoRA, use bias='none'), or pass a `reference`."
         )
 
 
 def check_positions_are_kept(policy: nn.Module) -> None:
     """Raises ValueError if the adapter of a PeftModel puts virtual tokens before every sequence."""
-    config = policy.active_peft_config
+    peft: Any = policy
+    config = peft.active_peft_config
     if config.is_prompt_learning:
         raise ValueError(
-            f"Expected `policy` to have an adapter inside its layers, such as LoRA, but got {config.peft_type.value}: "
-            "its virtual tokens shift every position."
+            f"Expected `policy` to have an adapter inside its layers, such as LoRA, but got {config.peft_type.value}, "
+            "whose virtual tokens shift every position."
         )
 
 
 def check_separate(policy: nn.Module, reference: nn.Module) -> None:
-    """Raises ValueError if the two models share parameters: freezing or training one would do it to the other."""
+    """Raises ValueError if the two models share parameters, because training one would change the other."""
     own = {id(parameter) for parameter in policy.parameters()}
     if any(id(parameter) in own for parameter in reference.parameters()):
         raise ValueError(
-            "Expected `reference` to be another module than `policy`, but they share parameters. peft changes a model "
-            "in place: for a PeftModel leave `reference` out, its base model is the reference."
+            "Expected `reference` and `policy` to be separate models, but they share parameters. Load the reference "
+            "separately. For a PeftModel, leave `reference` out: peft changes its base model in place, and the "
+            "reference is then the policy with its adapter switched off."
         )
 
 
 def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
-    """Raises ValueError if the two configurations name different vocabulary sizes."""
+    """Raises ValueError if the two configurations have different vocabulary sizes."""
     sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (policy, reference)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(
@@ -162,7 +186,7 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass needs all processes, as under FSDP and tensor parallelism."""
-    # FSDP too: between passes its parameters may look whole.
+    # The parameters of FSDP may look whole between passes.
     units = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return units or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -195,24 +219,26 @@ def checkpoint_activations(model: nn.Module, keep_products: bool = False) -> Non
     """Recomputes the activations of every layer in the backward pass.
 
     Args:
-        keep_products: Matrix products and attention are kept (torch's selective checkpointing), and the rest, which is
-            cheap, is computed again.
+        model: A model of transformers, perhaps with an adapter.
+        keep_products: Whether to keep the results of matrix products and attention, and to recompute only the rest,
+            which is cheap (torch's selective checkpointing).
 
     Raises:
         ValueError: The model does not support checkpointing.
     """
-    # Not reentrant: that kind needs an input with a gradient, which frozen embeddings do not give.
+    # Not reentrant, because that kind needs an input with a gradient, and frozen embeddings have none.
     options: dict[str, Any] = {"use_reentrant": False}
+    transformers_model: Any = model
     if keep_products:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _products())
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        transformers_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        transformers_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _products() -> list[Any]:
-    """Operators whose results are dear to compute: matrix products and attention, as far as this torch has them."""
+    """Operators that are expensive: matrix products and attention, as far as the installed torch has them."""
     names = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", *(f"_scaled_dot_product_{kind}" for kind in _ATTENTION))
     return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
 

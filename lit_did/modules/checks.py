@@ -45,11 +45,11 @@ def check_loading(lora: Any, model_kwargs: Mapping[str, Any] | None) -> None:
 
 
 def cache_folder(cache_reference: Any) -> str | None:
-    """`cache_reference` as text.
+    """`cache_reference` as a string.
 
     Raises:
-        TypeError: It is no path.
-        ValueError: It is an empty one, which would be the working directory.
+        TypeError: It is not a path.
+        ValueError: It is empty, which would be the working directory.
     """
     if cache_reference is None:
         return None
@@ -67,19 +67,22 @@ def check_models(
     reference_free: bool,
     loss: Any,
 ) -> None:
-    """Raises TypeError or ValueError unless they can be a policy and its reference with that loss."""
+    """Raises TypeError or ValueError unless the arguments can be a policy and its reference with this loss."""
     for name, model in (("policy", policy), ("reference", reference)):
         if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
             raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
     if reference is policy and isinstance(policy, nn.Module):
-        raise ValueError("Expected `reference` to be another module than `policy`: training would move both.")
+        raise ValueError(
+            "Expected `reference` to be another module than `policy`, because training would change both. Leave it "
+            "out to get a frozen copy of `policy`, or load a second model."
+        )
     if not reference_free:
         return
     named = reference if reference is None or isinstance(reference, str) else type(reference).__name__
     for name, value in (("cache_reference", cache_reference), ("reference", named)):
         if value is not None:
             raise ValueError(
-                f"Expected `{name}` to be None with `loss={loss!r}`, which has no reference, but got {value}."
+                f"Expected `{name}` to be None with `loss={loss!r}`, which needs no reference, but got {value}."
             )
 
 
@@ -96,9 +99,9 @@ def check_token_did_entropy_weight(weight: float, reference_free: bool, loss: An
 
 
 def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
-    """Warns if the policy draws random numbers in training mode although dropout is switched off, and names where.
+    """Warns if the policy draws random numbers in training mode although dropout is switched off.
 
-    The modules that draw them, such as routers that try experts at random, stay in eval mode where that helps.
+    The modules that draw them, such as routers that try experts at random, stay in eval mode if that stops them.
     """
     input_ids = torch.from_numpy(sequences.input_ids)[None].to(next(policy.parameters()).device)
     noisy = random_modules(policy, input_ids)
@@ -108,41 +111,41 @@ def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
     named = f"{noisy[0] or 'the model'} ({type(modules[noisy[0]]).__name__})"
     training = [module for module in policy.modules() if module.training]
     silenced: list[str] = []
-    while noisy and not set(noisy) & set(silenced):  # the innermost first, then what is around them
+    while noisy and not set(noisy) & set(silenced):  # the innermost modules first, then those around them
         for name in noisy:
             modules[name].eval()
         silenced += noisy
         noisy = random_modules(policy, input_ids)
     if not noisy:
         warnings.warn(
-            f"{len(silenced)} modules of the policy draw random numbers in training mode, whatever its configuration "
-            f"says. The first is {named}. With `disable_dropout=True` they stay in eval mode, so that the log-ratio "
-            "does not compare draws of noise. Pass `disable_dropout=False` if you want the noise.",
+            f"Some modules of the policy ({len(silenced)}, such as {named}) draw random numbers in training mode, "
+            "although all dropout probabilities are 0. With `disable_dropout=True` they stay in eval mode, because "
+            "log-ratios would otherwise contain noise. Pass `disable_dropout=False` if you want the noise.",
             stacklevel=4,
         )
         return
     for module in training:
         module.training = True
     warnings.warn(
-        f"With `disable_dropout=True`, {len(noisy)} modules of the policy still answer the same input differently "
-        f"from one pass to the next in training mode. The first is {named}. The log-ratio then compares draws of "
-        "noise too. Set that module's probability to 0, or pass `disable_dropout=False` if you want the noise.",
+        f"Some modules of the policy ({len(noisy)}, such as {named}) return different outputs for the same input in "
+        "training mode, also with `disable_dropout=True`. Log-ratios then contain noise. Set the modules' probability "
+        "to 0, or pass `disable_dropout=False` if you want the noise.",
         stacklevel=4,
     )
 
 
 def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics: SequenceStatistics) -> None:
-    """Warns, with the cause, if the policy does not start as its reference.
+    """Warns, with the cause, if the policy differs from its reference when training starts.
 
     Args:
-        policy: The policy, in the mode it is trained in.
-        adapter: Whether the reference is the policy with its adapter off.
-        statistics: Of the first batch's sequences.
+        policy: The policy, in the mode in which it is trained.
+        adapter: Whether the reference is the policy with its adapter switched off.
+        statistics: Of the sequences of the first batch, [sequences].
     """
     log_ratio = statistics.log_ratio.detach()
     parameter = next(policy.parameters())
     full = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
-    # Rounding grows with length: a token's log-probability is good to 1e-5 in float32, to 1e-2 in half precision.
+    # Rounding grows with length. A token's log-probability is exact to 1e-5 in float32, to 1e-2 in half precision.
     tolerance = (1e-4 if full else 1e-2) * statistics.num_tokens
     largest = log_ratio.abs().max()
     if not ((log_ratio.abs() > tolerance).any() or largest.isnan()):
@@ -151,13 +154,14 @@ def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics
     if largest.isnan():
         cause = "the logits of the policy or the reference hold NaN"
     elif dropping:
-        cause = f"dropout is active in {len(dropping)} modules of the policy, {dropping[0]} the first"
+        cause = f"dropout is active in {len(dropping)} modules of the policy, the first of which is {dropping[0]}"
     elif adapter:
-        cause = "the adapter does not start at zero: it was trained before, or its initialisation is not zero"
+        cause = "the adapter does not start at zero, because it was trained before or is not initialised to zero"
     else:
-        cause = "the reference's weights are not those that the policy starts from, or its numerics differ"
+        cause = "the reference has other weights than the policy, or it computes in another precision"
     warnings.warn(
-        "At the first step the policy should be its reference and every log-ratio 0, but the largest |log-ratio| is "
-        f"{largest:.4g} nats. Cause: {cause}.",
+        "At the first step the policy should equal its reference, so that every log-ratio is 0, but the largest "
+        f"|log-ratio| is {largest:.4g} nats. Cause: {cause}. Ignore this warning if you want to start from another "
+        "policy than the reference.",
         stacklevel=3,
     )

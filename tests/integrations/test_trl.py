@@ -238,7 +238,7 @@ def test_what_is_given_as_reference_is_not_changed(tmp_path):
     assert all(p.requires_grad for p in base.parameters())
     policy = llama(0)
     adapted = trainer(tmp_path, policy, peft_config=LORA)
-    with pytest.raises(ValueError, match=r"peft changes a model in place: .* leave `reference` out"):
+    with pytest.raises(ValueError, match=r"For a PeftModel, leave `reference` out"):
         DIDCallback(adapted, reference=policy)
     assert any(p.requires_grad for p in adapted.model.parameters())
 
@@ -247,7 +247,7 @@ def test_adapters_that_cannot_be_switched_off_are_refused(tmp_path):
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     for config in (prompt, peft.LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True)):
         run = trainer(tmp_path, gpt2(0), peft_config=config)
-        with pytest.raises(ValueError, match=r"PROMPT_TUNING|`bias` must be 'none'"):
+        with pytest.raises(ValueError, match=r"PROMPT_TUNING|use bias='none'"):
             DIDCallback(run)
 
 
@@ -404,7 +404,7 @@ def test_batches_without_completions_are_refused(tmp_path):
         train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 4),
     )
     run.add_callback(DIDCallback(run, reference=llama(1)))
-    with pytest.raises(TypeError, match="where completions are generated during training"):
+    with pytest.raises(TypeError, match="Trainers that generate completions during training"):
         run.train()
 
 

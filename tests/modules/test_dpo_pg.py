@@ -17,7 +17,9 @@ from lit_did import LitDPO, LitDPOPG
 from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At the first step the policy should be its reference"),  # it is not, on purpose
+    pytest.mark.filterwarnings(
+        "ignore:At the first step the policy should equal its reference"
+    ),  # it is not, on purpose
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 BETA = 0.3

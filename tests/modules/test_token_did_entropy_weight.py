@@ -22,7 +22,7 @@ def rows(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
     return model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.filterwarnings("ignore:At the first step the policy should be its reference")  # it is not, on purpose
+@pytest.mark.filterwarnings("ignore:At the first step the policy should equal its reference")  # it is not, on purpose
 @pytest.mark.parametrize("weight", [-0.5, 2.0])
 def test_gradient_is_that_of_the_loss_and_the_entropy(weight):
     pairs, beta = make_pairs(6), 0.3
