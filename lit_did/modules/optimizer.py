@@ -1,4 +1,4 @@
-"""The optimiser of LitDPO and its learning-rate schedule: AdamW, or what the user's functions return."""
+"""LitDPO's optimiser and learning-rate schedule: AdamW and a schedule, or what the user's functions return."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lit_did.models.wrappers import is_peft, plain_name
 SCHEDULES = ("constant", "linear", "cosine")
 LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 5e-5
-"""of an adapter: it has few parameters, and half of LoRA's start at zero"""
+"""For an adapter: it has few parameters, and half of LoRA's parameters start at zero."""
 SAMPLE = 65_536
-"""weights of a parameter that say how many of its steps are rounded away"""
+"""The number of weights of a parameter from which the share of lost steps is estimated."""
 
 
 def check_optimizer(
@@ -38,11 +38,11 @@ def check_optimizer(
     warmup_steps: float,
     schedule: str,
 ) -> None:
-    """Raises TypeError or ValueError unless they are what LitDPO documents."""
-    for name, value in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
-        if value is not None and not callable(value):
+    """Raises TypeError or ValueError unless the arguments are what LitDPO documents."""
+    for name, function in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+        if function is not None and not callable(function):
             given = "parameters" if name == "optimizer" else "the optimiser"
-            raise TypeError(f"Expected `{name}` to be a function of {given} or None, but got {value!r}.")
+            raise TypeError(f"Expected `{name}` to be a function of {given} or None, but got {function!r}.")
     if learning_rate is not None:
         check_number("learning_rate", learning_rate, "an int, a float or None")
     numbers = {"learning_rate": learning_rate or 0.0, "adam_eps": adam_eps, "weight_decay": weight_decay}
@@ -58,7 +58,10 @@ def check_optimizer(
         if not 0 <= beta < 1:
             raise ValueError(f"Expected `adam_betas` to be in [0, 1), but got {tuple(adam_betas)}.")
     if not 0 <= warmup_steps < math.inf or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
-        raise ValueError(f"Expected `warmup_steps` to be a whole number or a share below 1, but got {warmup_steps}.")
+        raise ValueError(
+            "Expected `warmup_steps` to be a whole number of steps, or a share of all steps below 1, but got "
+            f"{warmup_steps}."
+        )
     if schedule not in SCHEDULES:
         raise ValueError(f"Expected `schedule` to be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")
     adam = {"learning_rate": learning_rate, "adam_betas": tuple(adam_betas), "adam_eps": adam_eps}
@@ -77,11 +80,12 @@ DEFAULTS = {
 
 
 def _check_unused(argument: str, function: Any, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if settings are given whose place a function takes."""
+    """Raises ValueError if a setting is not the default although `function` replaces it."""
     for name, value in settings.items():
         if function is not None and value != DEFAULTS[name]:
             raise ValueError(
-                f"Expected `{name}` to be {DEFAULTS[name]!r} with `{argument}`, which replaces it, but got {value!r}."
+                f"Expected `{name}` to be {DEFAULTS[name]!r}, because `{argument}` replaces it, but got {value!r}. Set "
+                f"it in `{argument}`, or leave `{argument}` out."
             )
 
 
@@ -94,22 +98,27 @@ def optimizer_and_schedule(
     optimizer: Callable[[Iterable], Optimizer] | None = None,
     lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
 ) -> dict[str, Any]:
-    """What `configure_optimizers` returns.
+    """The optimiser and schedule, as `configure_optimizers` returns them.
 
     Args:
-        settings: Whose attributes are LitDPO's arguments.
-        dims: As `adamw`'s.
-        optimizer, lr_scheduler: As LitDPO's.
+        policy: The policy. Its parameters that require gradients are trained.
+        trainer: The Trainer.
+        settings: Its attributes are LitDPO's arguments.
+        dims: By name, how many dimensions an unsharded parameter has.
+        optimizer: A function of the trained parameters that returns the optimiser. None: AdamW.
+        lr_scheduler: A function of the optimiser that returns its scheduler. None: `settings.schedule`.
 
     Raises:
-        TypeError, ValueError: A function returned something else; nothing is trained; training has no known end.
+        TypeError: A function returned something else.
+        ValueError: All parameters are frozen, or the schedule needs an end of training that is not known.
     """
     trained = {plain_name(name): p for name, p in policy.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
-            "Expected `policy` to have trainable parameters, but all are frozen: load an adapter with "
+            "Expected `policy` to have trainable parameters, but all are frozen. Load an adapter with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
+    made: Optimizer
     if optimizer is not None:
         made = optimizer(list(trained.values()))
         if not isinstance(made, Optimizer):
@@ -125,6 +134,7 @@ def optimizer_and_schedule(
             weight_decay=settings.weight_decay,
             fused=getattr(trainer.precision_plugin, "scaler", None) is None,
         )
+    schedule: LRScheduler
     if lr_scheduler is None:
         total = trainer.estimated_stepping_batches
         warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
@@ -141,8 +151,8 @@ def optimizer_and_schedule(
             raise TypeError(
                 f"Expected `lr_scheduler` to return a torch.optim.lr_scheduler.LRScheduler, but got {schedule!r}."
             )
-        if isinstance(schedule, ReduceLROnPlateau):  # it wants a value that is logged: an epoch's
-            monitor = getattr(schedule, "monitor", "val/loss")  # lightning.pytorch.cli's has one
+        if isinstance(schedule, ReduceLROnPlateau):  # it needs a logged value, at the end of each epoch
+            monitor = getattr(schedule, "monitor", "val/loss")  # that of lightning.pytorch.cli names one
             return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "monitor": monitor}}
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
 
@@ -157,44 +167,47 @@ def adamw(
     weight_decay: float,
     fused: bool,
 ) -> AdamW:
-    """AdamW; vectors (biases, norms) are not decayed.
+    """AdamW without weight decay for vectors (biases, norms).
 
     Args:
         trained: Parameters by name.
-        dims: By name, how many dimensions a parameter has whole. Shards of FSDP 1 and of ZeRO 3 are flat.
-        fused: One kernel that reads and writes everything once, where PyTorch has it for all parameters. Not with a
-            gradient scaler: it is not told the scale.
+        dims: By name, how many dimensions an unsharded parameter has. Shards of FSDP 1 and of ZeRO 3 are flat.
+        learning_rate: The learning rate.
+        betas: The decay rates of the two moments.
+        eps: The term that keeps steps finite. It is raised for float16 weights, with a warning.
+        weight_decay: For matrices.
+        fused: Whether to use PyTorch's fused kernel, which reads and writes everything once, if all parameters support
+            it. A gradient scaler does not work with it.
 
     Raises:
-        ValueError: FSDP has made matrices and vectors one parameter.
+        ValueError: FSDP has joined matrices and vectors into one parameter.
     """
     if weight_decay and any(isinstance(parameter, FlatParameter) for parameter in trained.values()):
         raise ValueError(
-            f"Expected FSDP to keep parameters apart with weight_decay={weight_decay}, because vectors are not "
+            f"Expected FSDP to keep parameters separate with weight_decay={weight_decay}, because vectors are not "
             "decayed, but got flat parameters. Pass FSDPStrategy(use_orig_params=True)."
         )
     matrices = {name: p for name, p in trained.items() if dims.get(name, p.dim()) >= 2}
     vectors = {name: p for name, p in trained.items() if name not in matrices}
-    groups = [(matrices, weight_decay), (vectors, 0.0)]
-    groups = [{"params": list(group.values()), "weight_decay": decay} for group, decay in groups if group]
+    decayed = ((matrices, weight_decay), (vectors, 0.0))
+    groups = [{"params": list(group.values()), "weight_decay": decay} for group, decay in decayed if group]
     fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained.values())
-    fused = fused or None  # PyTorch's own choice
     eps = _eps(eps, trained.values())
-    optimizer = AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
-    if fused:  # it could unscale gradients itself, so that Lightning refuses to clip them in mixed precision
+    optimizer: Any = AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused or None)  # None: torch's choice
+    if fused:  # it could unscale gradients itself, and then Lightning would refuse to clip them in mixed precision
         optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def _eps(eps: float, parameters: Iterable[nn.Parameter]) -> float:
-    """`eps`, but of float16 weights at least what keeps a step finite whose gradient's square is 0 in float16."""
+    """`eps`, but for float16 weights at least so large that a step is finite if its gradient's square rounds to 0."""
     float16 = torch.finfo(torch.float16)
-    least = math.sqrt(float16.tiny * float16.eps)  # of the smallest number above 0
+    least = math.sqrt(float16.tiny * float16.eps)  # the root of the smallest number above 0
     if eps >= least or all(parameter.dtype != torch.float16 for parameter in parameters):
         return eps
     warnings.warn(
-        f"Got adam_eps={eps} with float16 weights: squares of gradients below {least:.1e} are 0 in float16, so that a "
-        f"step would divide by `adam_eps` alone. AdamW uses {least:.1e} instead. Train float32 weights with "
+        f"adam_eps={eps} is too small for float16 weights: squares of gradients below {least:.1e} are 0 in float16, so "
+        f"a step would divide by `adam_eps` only. AdamW uses {least:.1e} instead. Train float32 weights with "
         "Trainer(precision='16-mixed'), or pass that `adam_eps`.",
         stacklevel=3,
     )
@@ -202,12 +215,14 @@ def _eps(eps: float, parameters: Iterable[nn.Parameter]) -> float:
 
 
 def warn_if_steps_are_rounded_away(optimizers: Iterable[Optimizer]) -> None:
-    """Warns if most weights are in half precision and so large that a step of Adam's does not change them.
+    """Warns if most weights are in half precision and so large that a step of Adam does not change them.
 
-    Adam's steps are about the learning rate, and smaller where gradients change their sign. A step of less than half
-    the distance to the next number is lost in rounding.
+    Adam's steps are about as large as the learning rate, or smaller if gradients change their sign. A step of less than
+    half the distance to the next number is lost in rounding.
     """
-    lost, numbers, rates, dtypes = 0.0, 0, set(), set()
+    lost, numbers = 0.0, 0
+    rates: set[float] = set()
+    dtypes: set[str] = set()
     for group in (g for o in optimizers if isinstance(o, Adam) for g in o.param_groups):
         rate = float(group.get("initial_lr", group["lr"]))  # before the warmup
         for parameter in group["params"]:
@@ -227,21 +242,24 @@ def warn_if_steps_are_rounded_away(optimizers: Iterable[Optimizer]) -> None:
 
 
 def _share_rounded(weight: Tensor, step: float) -> float:
-    """The share of weights that a step does not change, from a sample."""
+    """The share of weights that a step does not change, estimated from a sample."""
     weight = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
     weight = weight[:: max(1, weight.numel() // SAMPLE)]
     if not step or not weight.numel():
         return 0.0
-    # Numbers from 2^k to 2^(k + 1) are 2^k eps apart.
+    # The distance between numbers from 2^k to 2^(k + 1) is 2^k eps.
     least = 2.0 ** (math.floor(math.log2(2 * step / torch.finfo(weight.dtype).eps)) + 1)
     return (weight.abs().float() >= least).float().mean().item()
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str) -> float:
-    """What the learning rate is multiplied by in optimiser step `step`, counted from 0.
+    """The factor of the learning rate in an optimiser step.
 
-    It rises linearly over `warmup_steps`, reaching 1 in the last of them, then stays ("constant") or falls to 0 at
-    `total_steps`.
+    Args:
+        step: The optimiser step, counted from 0.
+        warmup_steps: The factor rises linearly over these steps and is 1 in the last of them.
+        total_steps: The number of all optimiser steps.
+        schedule: After the warmup, the factor stays 1 ("constant") or falls to 0 at `total_steps` ("linear", "cosine").
 
     Example:
         >>> [learning_rate_factor(s, warmup_steps=2, total_steps=4, schedule="linear") for s in range(5)]
@@ -256,36 +274,44 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: float, sc
 
 
 def count_warmup_steps(warmup_steps: float, total_steps: float, schedule: str) -> int:
-    """Warmup in optimiser steps, where below 1 it is a share of all steps.
+    """The number of warmup steps.
+
+    Args:
+        warmup_steps: A number of optimiser steps. Below 1: a share of all steps.
+        total_steps: The number of all optimiser steps. Infinity: not known.
+        schedule: The schedule after the warmup.
 
     Raises:
-        ValueError: A share or a falling schedule, and nobody knows how many steps there will be.
+        ValueError: The number of all steps is not known, but a share or a falling schedule needs it.
     """
     if math.isinf(total_steps) and (schedule != "constant" or 0 < warmup_steps < 1):
         raise ValueError(
-            "Expected a Trainer with `max_steps`, or `max_epochs` and data of known length, for "
-            f"schedule={schedule!r} and warmup_steps={warmup_steps}, but got no end of training."
+            "Expected a Trainer with `max_steps`, or with `max_epochs` and data of known length, for "
+            f"schedule={schedule!r} and warmup_steps={warmup_steps}, but the end of training is not known."
         )
     return int(warmup_steps) if warmup_steps >= 1 or not warmup_steps else round(warmup_steps * total_steps)
 
 
 def scheduler(optimizer: Optimizer, *, warmup_steps: int, total_steps: float, schedule: str) -> LambdaLR:
-    """The schedule as PyTorch wants it. To be stepped once an optimiser step."""
+    """The schedule as a PyTorch scheduler, which must be stepped after every optimiser step."""
     factor = partial(learning_rate_factor, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule)
     return LambdaLR(optimizer, factor)
 
 
 def follow_finders(trainer: lightning.Trainer, settings: Any) -> None:
-    """Gives a schedule of `scheduler` the rate and the number of steps that Lightning's finders have set since.
+    """Gives the schedule the learning rate and the number of steps that Lightning's finders have set.
 
     `LearningRateFinder` and `BatchSizeFinder` run as callbacks, after `configure_optimizers`.
 
     Args:
-        settings: Whose attributes are LitDPO's arguments.
+        trainer: The Trainer.
+        settings: Its attributes are LitDPO's arguments.
     """
     for config in trainer.lr_scheduler_configs:
         schedule = config.scheduler
-        factor = schedule.lr_lambdas[0] if isinstance(schedule, LambdaLR) else None
+        if not isinstance(schedule, LambdaLR):
+            continue
+        factor: Any = schedule.lr_lambdas[0]
         if not isinstance(factor, partial) or factor.func is not learning_rate_factor:
             continue
         total, rate = trainer.estimated_stepping_batches, settings.learning_rate
@@ -293,7 +319,7 @@ def follow_finders(trainer: lightning.Trainer, settings: Any) -> None:
         if total == factor.keywords["total_steps"] and not found:
             continue
         warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
-        # Not a partial of the old one: after a restore it would nest, and not be recognised the next time.
+        # Not a partial of the old one, which would be nested after a restore, and not be recognised the next time.
         factor = partial(learning_rate_factor, warmup_steps=warmup, total_steps=total, schedule=settings.schedule)
         schedule.lr_lambdas = [factor] * len(schedule.base_lrs)
         if found:

@@ -52,14 +52,16 @@ def test_flat_shards_are_decayed_as_the_whole_parameters(lora):
 
 def test_parameters_that_were_joined_are_refused_with_decay():
     flat = FlatParameter(torch.randn(4))
-    with pytest.raises(ValueError, match=r"FSDP to keep parameters apart with weight_decay=0.5.*use_orig_params=True"):
+    with pytest.raises(
+        ValueError, match=r"FSDP to keep parameters separate with weight_decay=0.5.*use_orig_params=True"
+    ):
         adamw({"_flat_param": flat}, dims={}, **OPTIONS)
     adamw({"_flat_param": flat}, dims={}, **{**OPTIONS, "weight_decay": 0.0})
 
 
 def test_float16_has_an_eps_that_it_holds():
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
-    with pytest.warns(UserWarning, match=r"adam_eps=1e-08 with float16 weights.*AdamW uses 2.4e-04"):
+    with pytest.warns(UserWarning, match=r"adam_eps=1e-08 is too small for float16 weights.*AdamW uses 2.4e-04"):
         optimizer = adamw({"weight": weight}, dims={}, **OPTIONS)
     weight.grad = torch.full_like(weight, 1e-4)  # its square is 0
     optimizer.step()
@@ -83,7 +85,7 @@ def test_float16_has_an_eps_that_it_holds():
         (torch.bfloat16, 1e-6, {"r": 2, "target_modules": "all-linear"}, False),  # peft's adapters are float32
     ],
 )
-def test_steps_that_are_rounded_away_are_told(dtype, learning_rate, lora, warned):
+def test_steps_that_are_rounded_away_are_warned_of(dtype, learning_rate, lora, warned):
     policy = tiny_llama(initializer_range=0.02).to(dtype)
     before = {name: p.clone() for name, p in policy.named_parameters()}
     module = LitDPO(policy, learning_rate=learning_rate, adam_eps=1e-3, lora=lora, warmup_steps=0.5)

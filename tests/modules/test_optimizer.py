@@ -78,13 +78,13 @@ def test_a_plateau_is_one_of_what_validation_logs():
         ({"optimizer": "adam"}, TypeError, "`optimizer` to be a function of parameters or None, but got 'adam'"),
         ({"lr_scheduler": 3}, TypeError, "`lr_scheduler` to be a function of the optimiser or None, but got 3"),
         *(
-            ({"optimizer": SGD, name: value}, ValueError, f"`{name}` to be .* with `optimizer`, which replaces it, but")
+            ({"optimizer": SGD, name: value}, ValueError, f"`{name}` to be .*, because `optimizer` replaces it, but")
             for name, value in (
                 ("learning_rate", 1e-3), ("adam_betas", (0.8, 0.9)), ("adam_eps", 1e-6), ("weight_decay", 0.1)
             )
         ),
         *(
-            ({"lr_scheduler": ConstantLR, name: value}, ValueError, f"`{name}` to be .* with `lr_scheduler`, which")
+            ({"lr_scheduler": ConstantLR, name: value}, ValueError, f"`{name}` to be .*, because `lr_scheduler` repl")
             for name, value in (("warmup_steps", 2), ("schedule", "cosine"))
         ),
     ],

@@ -299,7 +299,7 @@ def test_training_without_an_end():
     run.fit(LitDPO(tiny_llama(), warmup_steps=2), data)
     assert run.global_step > 0
     for arguments in ({"warmup_steps": 0.1}, {"schedule": "cosine"}):
-        with pytest.raises(ValueError, match="but got no end of training"):
+        with pytest.raises(ValueError, match="but the end of training is not known"):
             trainer(max_epochs=-1, max_time={"seconds": 1}).fit(LitDPO(tiny_llama(), **arguments), data)
 
 
