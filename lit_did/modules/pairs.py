@@ -1,4 +1,4 @@
-"""What LitDPO makes of a pair's statistics: what it returns of them, and the metrics that it logs."""
+"""The statistics of pairs: what LitDPO's `predict_step` returns, and the metrics that it logs."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 
 @short_repr
 class PairStatistics(NamedTuple):
-    """What `LitDPO.predict_step` tells of every pair: tensors shaped [pairs], in nats.
+    """The statistics of pairs, as `LitDPO.predict_step` returns them: tensors [pairs], in nats.
 
-    With a loss that has no reference, NaN stands in `chosen` and `rejected` for all that needs one.
+    With a loss that needs no reference, values in `chosen` and `rejected` that need one are NaN.
     """
 
-    index: Tensor
-    """the pair's row in its source, int64; -1 where the batch does not say"""
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
+    """int64: the pair's row in its source. -1: the batch does not have it."""
     chosen: SequenceStatistics
     rejected: SequenceStatistics
     loss: Tensor
-    """what training minimises, so that its mean over a batch is the batch's. A pair's SFT term is its share of a mean
-    over the batch's chosen tokens. A mixture of experts' auxiliary loss, of the tokens given to it at once, is added to
-    each pair"""
+    """The pair's loss. Its mean over a batch is the batch's loss without the entropy term. A pair's SFT term is its
+    share of a mean over the batch's chosen tokens. The auxiliary loss of a mixture of experts, which belongs to all
+    tokens of a forward pass, is added to every pair."""
     reward_margin: Tensor
-    """beta (chosen.log_ratio - rejected.log_ratio); of a loss without a reference, its own: docs/losses.md"""
+    """beta (chosen.log_ratio - rejected.log_ratio). Losses without a reference have their own, see docs/losses.md."""
     preference_loss: Tensor
-    """`loss` without an SFT term"""
+    """`loss` without the SFT term."""
 
 
 def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceStatistics:
@@ -60,20 +60,26 @@ def counted(pairs: PairStatistics, weight: Tensor) -> PairStatistics:
 
 
 class PairMetrics(DIDMetrics):
-    """What is logged of training or validation, all in one pass and one exchange between processes."""
+    """The metrics that are logged in training or validation, computed in one pass and one exchange between processes.
+
+    Args:
+        objective: The loss that training minimises.
+    """
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(beta=objective.beta)
         self._log_ratio = objective.log_ratio
         if objective.reference_free:
-            for name in self.keys() - {"policy_entropy", "reward_margin", "reward_accuracy"}:
+            for name in set(map(str, self.keys())) - {"policy_entropy", "reward_margin", "reward_accuracy"}:
                 del self[name]
-            for side in ("chosen", "rejected"):
-                self.add_metrics({f"{side}_logprob": _Logprob(only=f"{side}_log_ratio")})
+            chosen, rejected = _Logprob(only="chosen_log_ratio"), _Logprob(only="rejected_log_ratio")
+            self.add_metrics({"chosen_logprob": chosen, "rejected_logprob": rejected})
         self.add_metrics({"loss": _Loss(objective.sft)})
 
-    def update(self, pairs: PairStatistics, weight: Tensor | None = None) -> None:
-        """Adds pairs, but for those of weight 0."""
+    def update(  # type: ignore[override]  # pairs with their losses, not logits
+        self, pairs: PairStatistics, weight: Tensor | None = None
+    ) -> None:
+        """Adds the pairs, except those with a `weight` [pairs] of 0."""
         both = both_sides(pairs, weight)
         with torch.no_grad():
             MetricCollection.update(self, both._replace(log_ratio=self._log_ratio(both)), losses=pairs.preference_loss)
@@ -81,22 +87,32 @@ class PairMetrics(DIDMetrics):
     def log_all(
         self, module: lightning.LightningModule, prefix: str, on_progress_bar: tuple[str, ...], suffix: str = ""
     ) -> dict[str, Tensor]:
-        """Logs and returns the values over all processes, and starts anew. `bad_gradients` is returned only."""
+        """Logs and returns the values over all processes, and resets the metrics.
+
+        Args:
+            module: The module that logs.
+            prefix: Is put before each name: "train/" or "val/".
+            on_progress_bar: The names that the progress bar shows.
+            suffix: Is put after each name, such as the number of the dataloader.
+
+        Returns:
+            Scalars by name. `bad_gradients` is not logged.
+        """
         values = self.compute()
         for name in (name for name in values if name != "bad_gradients"):
             module.log(
                 f"{prefix}{name}{suffix}",
                 values[name].float(),
                 prog_bar=name in on_progress_bar,
-                add_dataloader_idx=False,  # the suffix says it
-                sync_dist=prefix == "val/",  # changes nothing, but Lightning warns of epoch ends without it
+                add_dataloader_idx=False,  # the suffix has it
+                sync_dist=prefix == "val/",  # no effect, but without it Lightning warns at the end of an epoch
             )
         self.reset()
         return values
 
 
 class _Loss(StatisticsMetric):
-    """The mean of losses as they were minimised, not computed a second time; and how many gradients were not finite."""
+    """The mean of the losses, which training has already computed, and the number of gradients that are not finite."""
 
     quantity = "loss"
     totals_shape = (2,)
@@ -105,8 +121,11 @@ class _Loss(StatisticsMetric):
     def __init__(self, sft: float) -> None:
         super().__init__()
         self.sft = sft
+        self._losses: Tensor | None = None  # while `update` runs
 
-    def update(self, statistics: SequenceStatistics, *, losses: Tensor) -> None:
+    def update(  # type: ignore[override]  # statistics with their losses
+        self, statistics: SequenceStatistics, *, losses: Tensor
+    ) -> None:
         """Adds statistics [2 pairs] and the losses [pairs] without their SFT term."""
         self._losses = losses
         super().update(statistics)
@@ -119,6 +138,7 @@ class _Loss(StatisticsMetric):
         setattr(self, self._counts, torch.cat([counts[:2], counts[2:] + count]))
 
     def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+        assert self._losses is not None
         totals, counts = loss_sums(statistics, self._losses)
         return totals, torch.nn.functional.pad(counts, (0, 1))
 
@@ -127,7 +147,7 @@ class _Loss(StatisticsMetric):
 
 
 class _Logprob(LikelihoodDisplacement):
-    """Log pi in the place of the log-ratio."""
+    """The mean of the policy's log-probability instead of the log-ratio."""
 
     def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
         return super().sums(statistics._replace(log_ratio=statistics.policy_logprob))
