@@ -160,9 +160,9 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -
         _warn(
             known,
             "longer",
-            f"{_name(model)} is sharded, so how it takes a batch was tried only once, on sequences of at most "
-            f"{max(found.length for found in tried)} tokens. This batch has sequences of {length} tokens, and its "
-            "results have not been checked. Put a batch with the longest sequences first.",
+            f"{_name(model)} is sharded, so its layout was tried only once, on sequences of up to {tried[0].length} "
+            f"tokens and {tried[0].row} tokens in all. This batch has up to {length} tokens and {row} in all, so that "
+            "its results have not been checked. Put a batch with the longest sequences first.",
         )
         return tried[0]
     if sharded:

@@ -37,7 +37,7 @@ def check_training_step(objective: Tensor | None) -> None:
 
 def check_loading(lora: Any, model_kwargs: Mapping[str, Any] | None) -> None:
     """Raises TypeError unless they are what LitDPO documents."""
-    # A PeftConfig, told without importing peft.
+    # A PeftConfig, which is recognised without importing peft.
     if lora is not None and not isinstance(lora, Mapping) and not hasattr(lora, "peft_type"):
         raise TypeError(f"Expected `lora` to be a peft.LoraConfig, its arguments as a dict or None, but got {lora!r}.")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):

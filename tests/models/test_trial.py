@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lit_did.batches.sequences import Sequences, read_sequences
-from lit_did.models import attention
+from lit_did.models import attention, trial
 from lit_did.models.forward import completion_logits, output_layer
 from lit_did.models.trial import find, layout_of, outputs_of
 from tests.models.architectures import VOCABULARY, assert_right, build, logits_alone, logits_in, make_batch
 
 
-def told(record: list) -> list[str]:
+def messages_of(record: list) -> list[str]:
     marks = ("kept in memory", "are padded", "one sequence at a time")
     return [str(w.message) for w in record if any(mark in str(w.message) for mark in marks)]
 
@@ -106,7 +106,7 @@ def test_every_layout_is_right(make, lengths, kind):
         warnings.simplefilter("always")
         for seed in (0, 1):
             assert assert_right_on(model, of_lengths(*lengths, seed=seed)) == kind
-    messages = [m for m in told(record) if "memory" not in m]
+    messages = [m for m in messages_of(record) if "memory" not in m]
     assert len(messages) == (kind != "packed")
     assert type(model).__name__ in "".join(messages) or kind == "packed"
 
@@ -118,7 +118,7 @@ def test_each_size_of_batch_is_tried():
         warnings.simplefilter("always")
         kinds = [assert_right_on(model, of_lengths(*lengths)) for lengths in ((20, 9), (40, 9), (33, 33), (20, 12))]
     assert kinds == ["packed", "alone", "alone", "packed"]
-    assert len(told(record)) == 1
+    assert len(messages_of(record)) == 1
 
 
 def test_order_does_not_matter_to_a_model_that_keeps_its_longest_sequence():
@@ -303,6 +303,20 @@ def test_positions_beyond_the_model(name):
         layout_of(model, of_lengths(49, 20))
 
 
+def test_a_sharded_model_is_tried_once_and_warns_once_of_longer_batches(monkeypatch):
+    monkeypatch.setattr(trial, "is_sharded", lambda model: True)
+    model = build("Llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layout_of(model, of_lengths(20, 15))
+        layout_of(model, of_lengths(40, 15))  # the trial was twice as long as needed
+    with pytest.warns(UserWarning, match=r"tried only once, on sequences of up to 64 .* has up to 70 tokens and 85 in"):
+        layout_of(model, of_lengths(70, 15))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layout_of(model, of_lengths(80, 15))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -450,8 +464,8 @@ def test_logits_where_no_linear_layer_makes_them(make):
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         assert_right(model)
-    assert len(told(record)) == 1
-    assert "does not expose last hidden states" in told(record)[0]
+    assert len(messages_of(record)) == 1
+    assert "does not expose last hidden states" in messages_of(record)[0]
     layout = layout_of(model, read_sequences(make_batch()))
     assert layout.kind == "packed"
     assert outputs_of(model, layout).hidden is None
