@@ -1,4 +1,4 @@
-// The operators' schemas and their CPU implementations, and the pybind11 module lit_did._C, which tells what
+// The operators' schemas and their CPU implementations, and the pybind11 module lit_did._C, which says what
 // was built. Loading the module runs the registrations, those of csrc/cuda included; autograd and fake kernels are in
 // lit_did/ops/fused.py.
 #include <ATen/Parallel.h>

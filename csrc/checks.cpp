@@ -1,5 +1,5 @@
-// What the operators demand of their input, on every device. The Python functions check first, with the same
-// words; these guard calls through torch.ops.
+// What keeps the operators within their tensors' memory, on every device. The Python functions check first and explain
+// what is wrong with which value. These checks are for direct calls through torch.ops.
 #include <algorithm>
 #include <cstdlib>
 #include <utility>
@@ -46,6 +46,8 @@ bool share_memory(const at::Tensor& a, const at::Tensor& b) {
   return !is_injective(sizes, strides);
 }
 
+void need(bool fits, const char* what) { TORCH_CHECK_VALUE(fits, "torch.ops.lit_did needs ", what, "."); }
+
 }  // namespace
 
 at::ScalarType statistics_dtype(const at::Tensor& logits) {
@@ -67,32 +69,20 @@ ScalarKind kind_of(const at::Tensor& logits) {
 
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature) {
-  TORCH_CHECK_VALUE(policy_logits.dim() >= 1 && policy_logits.size(-1) >= 1,
-                    "Expected `policy_logits` to have shape [..., V] with V >= 1, but got ", policy_logits.sizes(),
-                    ".");
-  TORCH_CHECK_VALUE(reference_logits.sizes() == policy_logits.sizes(),
-                    "Expected `reference_logits` to have the shape of `policy_logits`, ", policy_logits.sizes(),
-                    ", but got ", reference_logits.sizes(), ".");
-  TORCH_CHECK_VALUE(labels.sizes() == policy_logits.sizes().slice(0, policy_logits.dim() - 1),
-                    "Expected `labels` to have shape ", policy_logits.sizes().slice(0, policy_logits.dim() - 1),
-                    ", but got ", labels.sizes(), ".");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "Expected `labels` to be int64, but got ", labels.scalar_type(),
-                   ".");
-  TORCH_CHECK_TYPE((policy_logits.scalar_type() == at::kDouble) == (reference_logits.scalar_type() == at::kDouble),
-                   "Expected both logits or neither to be float64, but got ", policy_logits.scalar_type(), " and ",
-                   reference_logits.scalar_type(), ".");
+  need(policy_logits.dim() >= 1 && policy_logits.size(-1) >= 1, "`policy_logits` of shape [..., V]");
+  need(reference_logits.sizes() == policy_logits.sizes(), "`reference_logits` of the shape of `policy_logits`");
+  need(labels.sizes() == policy_logits.sizes().slice(0, policy_logits.dim() - 1), "`labels` of shape [...]");
+  need(labels.scalar_type() == at::kLong, "`labels` of int64");
+  need((policy_logits.scalar_type() == at::kDouble) == (reference_logits.scalar_type() == at::kDouble),
+       "both logits or neither of float64");
   for (const auto& logits : {policy_logits, reference_logits}) {
     const auto dtype = logits.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                     "Expected logits to be float32, bfloat16, float16 or float64, but got ", dtype, ".");
-    TORCH_CHECK_VALUE(logits.numel() == 0 || logits.size(-1) == 1 || logits.stride(-1) == 1,
-                      "Expected logits to be contiguous in the vocabulary, but got strides ", logits.strides(), ".");
+    need(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+         "logits of float32, bfloat16, float16 or float64");
+    need(logits.numel() == 0 || logits.size(-1) == 1 || logits.stride(-1) == 1, "logits contiguous in the vocabulary");
+    need(logits.device() == labels.device(), "all tensors on one device");
   }
-  TORCH_CHECK_VALUE(policy_logits.device() == reference_logits.device() && policy_logits.device() == labels.device(),
-                    "Expected all tensors on one device, but got policy_logits on ", policy_logits.device(),
-                    ", reference_logits on ", reference_logits.device(), " and labels on ", labels.device(), ".");
-  TORCH_CHECK_VALUE(temperature >= 1e-30 && temperature <= 1e30,
-                    "Expected `temperature` to be in [1e-30, 1e30], but got ", temperature, ".");
+  need(temperature >= 1e-30 && temperature <= 1e30, "`temperature` in [1e-30, 1e30]");
 }
 
 void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_logits, bool write_policy,
@@ -118,55 +108,40 @@ void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_l
 
 BackwardTensors check_backward_arguments(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& labels,
                                          at::TensorList statistics, const at::Tensor& normalizers) {
-  TORCH_CHECK_VALUE(grads.size() == kNumStatistics && statistics.size() == kNumStatistics, "Expected ", kNumStatistics,
-                    " gradients and statistics, but got ", grads.size(), " and ", statistics.size(), ".");
-  const auto check_sizes = [](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "Expected `", name, "` to have shape ", sizes, ", but got ",
-                      tensor.sizes(), ".");
-  };
+  need(grads.size() == kNumStatistics && statistics.size() == kNumStatistics, "nine `grads` and `statistics`");
   BackwardTensors result{{}, {}, labels.contiguous(), normalizers.contiguous()};
   for (int i = 0; i < kNumStatistics; ++i) {
     const std::optional<at::Tensor> grad = grads.get(i);
     if (grad.has_value() && grad->defined()) {
-      check_sizes("grads", *grad, labels.sizes());
+      need(grad->sizes() == labels.sizes(), "`grads` of the shape of `labels`");
       result.grads[i] = grad->contiguous();
     }
-    check_sizes("statistics", statistics[i], labels.sizes());
+    need(statistics[i].sizes() == labels.sizes(), "`statistics` of the shape of `labels`");
     result.statistics[i] = statistics[i].contiguous();
   }
   auto normalizer_sizes = labels.sizes().vec();
   normalizer_sizes.push_back(kNumNormalizers);
-  check_sizes("normalizers", normalizers, normalizer_sizes);
+  need(normalizers.sizes() == normalizer_sizes, "`normalizers` of shape [..., 5]");
   return result;
 }
 
 void check_sequence_arguments(at::TensorList statistics, const at::Tensor& labels,
                               const std::optional<at::Tensor>& cu_seqlens) {
-  TORCH_CHECK_VALUE(statistics.size() == kNumTokenStatistics, "Expected ", kNumTokenStatistics,
-                    " `statistics`, but got ", statistics.size(), ".");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "Expected `labels` to be int64, but got ", labels.scalar_type(),
-                   ".");
-  TORCH_CHECK_VALUE(labels.dim() >= 1, "Expected `labels` to have shape [..., T], but got ", labels.sizes(), ".");
+  need(statistics.size() == kNumTokenStatistics, "nine `statistics`");
+  need(labels.scalar_type() == at::kLong, "`labels` of int64");
+  need(labels.dim() >= 1, "`labels` of shape [..., T]");
   const auto dtype = statistics[0].scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "Expected `statistics` to be float32 or float64, but got ", dtype, ".");
+  need(dtype == at::kFloat || dtype == at::kDouble, "`statistics` of float32 or float64");
   for (const at::Tensor& statistic : statistics) {
-    TORCH_CHECK_TYPE(statistic.scalar_type() == dtype, "Expected `statistics` of one dtype, but got ", dtype, " and ",
-                     statistic.scalar_type(), ".");
-    TORCH_CHECK_VALUE(statistic.sizes() == labels.sizes(), "Expected `statistics` to have the shape of `labels`, ",
-                      labels.sizes(), ", but got ", statistic.sizes(), ".");
-    TORCH_CHECK_VALUE(statistic.device() == labels.device(), "Expected all tensors on one device, but got `labels` on ",
-                      labels.device(), " and `statistics` on ", statistic.device(), ".");
+    need(statistic.scalar_type() == dtype, "`statistics` of one dtype");
+    need(statistic.sizes() == labels.sizes(), "`statistics` of the shape of `labels`");
+    need(statistic.device() == labels.device(), "all tensors on one device");
   }
   if (!cu_seqlens.has_value()) return;
-  TORCH_CHECK_VALUE(labels.dim() == 1, "Expected `labels` to have shape [tokens] with `cu_seqlens`, but got ",
-                    labels.sizes(), ".");
-  TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kLong, "Expected `cu_seqlens` to be int64, but got ",
-                   cu_seqlens->scalar_type(), ".");
-  TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                    "Expected `cu_seqlens` to have shape [sequences + 1], but got ", cu_seqlens->sizes(), ".");
-  TORCH_CHECK_VALUE(cu_seqlens->device() == labels.device(), "Expected all tensors on one device, but got `labels` on ",
-                    labels.device(), " and `cu_seqlens` on ", cu_seqlens->device(), ".");
+  need(labels.dim() == 1, "`labels` of shape [tokens] with `cu_seqlens`");
+  need(cu_seqlens->scalar_type() == at::kLong, "`cu_seqlens` of int64");
+  need(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "`cu_seqlens` of shape [sequences + 1]");
+  need(cu_seqlens->device() == labels.device(), "all tensors on one device");
 }
 
 }  // namespace lit_did

@@ -69,7 +69,7 @@ LIT_DID_INLINE Real effective_logit(Real logit, Real limit) {
   return logit < -limit ? minus_infinity<Real>() : logit > limit ? -minus_infinity<Real>() : logit;
 }
 
-// Maxima start at -inf; as an origin for sums that are still empty, 0 serves and avoids inf - inf.
+// Maxima start at -inf; for sums that are still empty the origin is 0, which avoids inf - inf.
 template <typename Real>
 LIT_DID_INLINE Real origin(Real maximum) {
   return maximum == minus_infinity<Real>() ? Real(0) : maximum;

@@ -23,7 +23,7 @@ using SequenceTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tenso
 SequenceTensors sequence_reduction_cpu(at::TensorList statistics, const at::Tensor& labels,
                                        const std::optional<at::Tensor>& cu_seqlens, int64_t ignore_index);
 
-// What both devices demand of shapes, dtypes and devices. Raises ValueError or TypeError with the argument's name.
+// What both devices demand of shapes, dtypes and devices. Raises ValueError with the argument's name.
 void check_sequence_arguments(at::TensorList statistics, const at::Tensor& labels,
                               const std::optional<at::Tensor>& cu_seqlens);
 

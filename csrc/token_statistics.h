@@ -41,7 +41,7 @@ void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Ten
                                            const at::Tensor& normalizers, int64_t ignore_index, double temperature,
                                            bool policy_needs_grad, bool reference_needs_grad);
 
-// What both devices demand of their input. Raises ValueError or TypeError with the argument's name.
+// What both devices demand of their input. Raises ValueError with the argument's name.
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature);
 

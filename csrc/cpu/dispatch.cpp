@@ -1,4 +1,4 @@
-// Chooses the row kernels for the processor at hand, once.
+// Chooses the row kernels for this processor, once.
 #include "dispatch.h"
 
 #include <cstdlib>

@@ -165,7 +165,7 @@ LIT_DID_INLINE void rebase_to_block(const BlockMaxima<Vector<Real>>& m, Real sca
   }
 }
 
-// Adds one block whatever it holds: its maxima first, then its entries relative to them.
+// Adds any block: its maxima first, then its entries relative to them.
 template <typename Real, typename P, typename R>
 __attribute__((noinline)) void rebase_and_add_block(const P* policy, const R* reference, int64_t size, Real scale,
                                                     Real limit, RowStatistics<Real, double>& row) {

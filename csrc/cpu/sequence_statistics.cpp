@@ -15,8 +15,7 @@ void check_offsets(const at::Tensor& cu_seqlens, int64_t tokens) {
   const int64_t* offset = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t* end = offset + cu_seqlens.numel();
   TORCH_CHECK_VALUE(offset[0] == 0 && end[-1] == tokens && std::is_sorted(offset, end),
-                    "Expected `cu_seqlens` to rise from 0 to the number of tokens, ", tokens, ", but got ",
-                    at::IntArrayRef(offset, end), ".");
+                    "torch.ops.lit_did needs `cu_seqlens` that rise from 0 to the number of tokens.");
 }
 
 // `first(s)` is sequence s's first token and the end of the one before it.

@@ -131,7 +131,7 @@ struct Chunk {
 // Loads and stores
 // ---------------------------------------------------------------------------------------------------------
 
-// kReadOnly: nothing writes the row while the kernel runs, so that the read-only cache may serve it.
+// kReadOnly: nothing writes the row while the kernel runs, so that the read-only cache may hold it.
 template <bool kReadOnly>
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) {
   const uint4* words = reinterpret_cast<const uint4*>(from);

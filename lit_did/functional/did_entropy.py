@@ -23,7 +23,7 @@ MAX_PARETO_K = 0.5
 
 @short_repr
 class DIDEntropyEstimate(NamedTuple):
-    """An estimate of H(q) from samples, with what tells whether to believe it. Floats, in nats.
+    """An estimate of H(q) from samples, with what decides whether to believe it. Floats, in nats.
 
     H(q) grows with the longest completion T and the vocabulary V: report it with both, per token or as concentration.
     """
@@ -42,7 +42,7 @@ class DIDEntropyEstimate(NamedTuple):
     """(sum w)^2 / sum w^2 over the samples, in [1, K]"""
     pareto_k: float
     """the weights' tail index, k-hat; -inf where the largest weights are equal, inf where no tail could be fitted; NaN
-    of `sample_did`, whose weights begin anew at every resampling"""
+    from `sample_did`, whose weights start again at every resampling"""
     num_distinct: int
     """different sequences among the samples"""
     effective_distinct: float
@@ -78,8 +78,8 @@ def estimate_did_entropy(
     the jackknife's standard error times a t quantile with (effective sample size - 1) degrees of freedom.
 
     The proposal decides whether this works. q spreads over sequences that neither pi nor rho would write, so their
-    samples rarely serve; samples from the token DIDs (every token from softmax(policy_logits - reference_logits)) do
-    much better. g must give every completion a chance: no top-k or top-p. An estimate is reliable where
+    samples are rarely enough. Samples from the token DIDs (every token from softmax(policy_logits - reference_logits))
+    do much better. g must give every completion a chance: no top-k or top-p. An estimate is reliable where
 
     - the effective sample size, equal sequences pooled, is at least 25;
     - the Pareto k-hat is at most 0.5 (arXiv 1507.02646);
@@ -213,9 +213,9 @@ def estimate_from_islands(
 
 
 def did_entropy_over_candidates(policy_logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """The entropy of pi / rho normalised over the K candidates at hand: exact, comparable between sets of one size.
+    """The entropy of pi / rho normalised over K given candidates: exact, comparable between sets of one size.
 
-    In [0, log K]: log K where all candidates have one log-ratio, 0 where one has all the weight. It tells how evenly
+    In [0, log K]: log K where all candidates have one log-ratio, 0 where one has all the weight. It says how evenly
     the policy's implicit reward rates these candidates, not how wide the DID of all completions is.
 
     Args:
@@ -295,7 +295,7 @@ def _jackknife_error(log_weight: Tensor, log_ratio: Tensor) -> float:
     rest = 1 - weight
     mean_of_rest = (log_partition - entropy - weight * log_ratio) / rest
     left_out = log_partition + rest.log() + math.log(samples / (samples - 1)) - mean_of_rest
-    # The closed form cancels where a weight is near 1, and only the heaviest can be above 1/2: that one anew.
+    # The closed form cancels where a weight is near 1, and only the heaviest can be above 1/2: it is computed again.
     heaviest = int(weight.argmax())
     others = torch.arange(samples) != heaviest
     left_out[heaviest] = _importance_sampling(log_weight[others], log_ratio[others])[1]
@@ -326,7 +326,7 @@ def _verdict(numbers: str, faults: list[str]) -> tuple[bool, str]:
 
 
 def check_samples(given: dict[str, Tensor], sequences: Tensor | None, *, at_least: int) -> None:
-    """Raises TypeError or ValueError unless these are log-probabilities and `sequences` of at least so many samples."""
+    """Raises TypeError or ValueError unless these are log-probabilities and sequences of `at_least` or more samples."""
     _check_logprobs(given)
     policy_logprob = given["policy_logprob"]
     if policy_logprob.dim() != 1 or len(policy_logprob) < at_least:

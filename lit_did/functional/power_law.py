@@ -34,7 +34,8 @@ class PowerLawFit(NamedTuple):
     upper: float
     """where it ends"""
     standard_error: float
-    """of `exponent`, whatever the errors' variances (HC1), and with `group` their correlations within prompts (CR1)"""
+    """of `exponent`; robust to unequal variances of the errors (HC1), with `group` also to correlations in prompts
+    (CR1)"""
     intercept: float
     """in nats; NaN with `group`, where every prompt has its own"""
     r_squared: float

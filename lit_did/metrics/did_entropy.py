@@ -29,9 +29,9 @@ class DIDEntropy(DIDMetric):
     A prompt's samples may come in any number of updates and on any processes. `compute` returns float64 scalars:
 
     - `entropy`: the mean of H(q) over the prompts, in nats
-    - `lower`, `upper`: its confidence interval. It is about the mean of these prompts, of which each is estimated from
-      independent samples, not about prompts that were not drawn; and it is to be believed where `reliable` is 1.
-      Infinite where that of one prompt is.
+    - `lower`, `upper`: its confidence interval. It is about the mean of these prompts, each estimated from
+      independent samples, not about prompts that were not drawn. Believe it where `reliable` is 1. It is infinite if
+      that of one prompt is.
     - `entropy_per_token`: `entropy` / T, with `max_new_tokens`
     - `concentration`: T log V - `entropy`, with `max_new_tokens` and `vocab_size`
     - `log_partition`, `effective_sample_size`: means over the prompts

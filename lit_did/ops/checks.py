@@ -1,4 +1,4 @@
-"""What the operators demand of their input: one clear error that names the argument, whatever the backend."""
+"""What the operators demand of their input: one error that names the argument, the same for every backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_token_arguments(
     """Checks shapes, dtypes, devices and options.
 
     Raises:
-        TypeError: An argument is not a tensor, or of a dtype that is not served.
+        TypeError: An argument is not a tensor, or has the wrong dtype.
         ValueError: Shapes, devices or `temperature` do not fit.
     """
     named = {"policy_logits": policy_logits, "reference_logits": reference_logits, "labels": labels}
@@ -68,7 +68,7 @@ def check_linear_arguments(
     Vocabularies are not compared: where they are sliced, that takes all processes.
 
     Raises:
-        TypeError: An argument is not a tensor or a number, or of a dtype that is not served.
+        TypeError: An argument is not a tensor or a number, or has the wrong dtype.
         ValueError: Shapes, devices, `softcap` or `scale` do not fit.
     """
     _check_labels_type(labels)
@@ -178,7 +178,7 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def check_tokens(tokens: TokenStatistics, labels: Tensor, ignore_index: int) -> None:
-    """Checks token statistics at hand, and the labels that belong to them.
+    """Checks token statistics, and the labels that belong to them.
 
     Raises:
         TypeError: `tokens` is no TokenStatistics of float32 or float64, `labels` no integer tensor.

@@ -1,4 +1,4 @@
-"""Loading the compiled extension, and choosing what serves a tensor: the fused operators or the reference."""
+"""Loads the compiled extension, and chooses between the fused operators and the reference in plain torch."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def _load() -> Extension:
 
 EXTENSION = _load()
 if EXTENSION.problem:
-    warnings.warn(f"{EXTENSION.problem}. Until then the slower reference serves.", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{EXTENSION.problem}. Until then the slower reference is used.", RuntimeWarning, stacklevel=2)
 
 _announced: set[str] = set()
 
 
 def fused_devices() -> tuple[str, ...]:
-    """Device types that the fused operators of this install serve."""
+    """Device types that the fused operators of this install support."""
     if EXTENSION.module is None:
         return ()
     return ("cpu", "cuda") if EXTENSION.module.cuda_version else ("cpu",)
@@ -106,7 +106,7 @@ def choose_backend(
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
-        RuntimeError: `backend` is "fused" and the fused operators do not serve `device` or transformed tensors.
+        RuntimeError: `backend` is "fused", and the fused operators do not support `device` or transformed tensors.
     """
     check_backend(backend)
     if backend == "reference":
@@ -118,11 +118,11 @@ def choose_backend(
             "Expected `backend` to be 'auto' or 'reference' under torch.func's transforms (vmap, grad, jvp, ...) and "
             "forward-mode differentiation, which the fused operators do not support, but got 'fused'."
         )
-    served = fused_devices()
-    if device.type in served:
+    supported = fused_devices()
+    if device.type in supported:
         return "fused"
     if backend == "fused":
-        has = ", ".join(["reference", *(f"fused ({name})" for name in served)])
+        has = ", ".join(["reference", *(f"fused ({name})" for name in supported)])
         cause = f" {EXTENSION.problem}." if EXTENSION.problem else ""
         raise RuntimeError(
             f"Expected a fused operator for `backend='fused'` on {device.type}, but this install has: {has}.{cause}"
@@ -130,7 +130,7 @@ def choose_backend(
     if EXTENSION.problem is None and device.type not in _announced:
         _announced.add(device.type)
         warnings.warn(
-            f"lit_did's extension has no kernels for {device.type} tensors: the slower reference serves.",
+            f"lit_did's extension has no kernels for {device.type} tensors, so the slower reference is used.",
             RuntimeWarning,
             stacklevel=3,
         )

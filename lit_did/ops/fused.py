@@ -1,4 +1,4 @@
-"""The compiled operators to PyTorch: their fake kernels, which tell shapes to torch.compile, and their gradients.
+"""The compiled operators to PyTorch: fake kernels, from which torch.compile learns shapes, and gradients.
 
 Imported only where the extension loaded. Schemas and kernels: csrc/bindings.cpp.
 """

@@ -1,11 +1,7 @@
 """The specification in plain torch: slow, short, differentiable, on any device. The fused code is tested against it.
 
-With z and r the two rows of logits divided by the temperature, pi = softmax(z), rho = softmax(r) and
-q = softmax(z - r). An entry that is -inf on both sides is outside the support and skipped; -inf on the policy side
-only has weight 0 and makes KL(rho, pi) infinite; -inf on the reference side only makes log Z and KL(pi, rho) infinite
-and H(q) NaN. A statistic that is not finite for this reason passes no gradient. NaN or +inf anywhere in a row, or a
-side without any finite entry, makes every statistic and gradient of that row NaN. Logits beyond
-1e6 once divided by the temperature count as infinite: masks such as -1e9 or finfo.min mean -inf.
+z and r are the two rows of logits divided by the temperature, pi = softmax(z), rho = softmax(r) and q = softmax(z - r).
+docs/theory.md has the formulas, and the rules for infinite and NaN logits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """sequence_statistics: the token statistics of every sequence, summed or averaged over its labelled tokens.
 
-sequence_reduction: the same from token statistics at hand."""
+sequence_reduction does the same from token statistics.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +33,26 @@ def sequence_statistics(
     """Log-ratio rewards, DID statistics, entropies and divergences of every sequence.
 
     Args:
-        policy_logits: [..., T, V], or [tokens, V] with `cu_seqlens`. Dtypes and strides as in `token_statistics`.
-        reference_logits: The same shape.
-        labels: [..., T], or [tokens]: the token that each position's logits predict.
+        policy_logits: [..., T, V], or [tokens, V] with `cu_seqlens`. float32, bfloat16, float16 or float64.
+        reference_logits: The same shape; its dtype may differ.
+        labels: [..., T], or [tokens], integers: the token that each position's logits predict.
         cu_seqlens: [sequences + 1] int32 or int64: sequence i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]. Without
             it the last dimension of `labels` is one sequence.
-        ignore_index, temperature, backend, inplace_backward: As in `token_statistics`.
+        ignore_index: Tokens with this label are not read and do not count.
+        temperature: Both logits are divided by it.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
+        inplace_backward: The backward writes each gradient over its logits. `token_statistics` describes the
+            consequences.
 
     Returns:
         SequenceStatistics: tensors [...] (or [sequences]) of sums and means over labelled tokens, in nats.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `token_statistics`; also where `cu_seqlens` does not rise from 0 to the
-            number of tokens (checked on the CPU), or `labels` has no dimension to sum over.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or values do not fit, `cu_seqlens` does not rise from 0 to the number of tokens
+            (checked on the CPU), or `labels` has no dimension to sum over. `inplace_backward=True` is refused where
+            `token_statistics` refuses it.
+        RuntimeError: `backend="fused"` does not support the device, or a transform.
 
     Example:
         >>> import torch
@@ -87,17 +95,19 @@ def sequence_reduction(
     Args:
         tokens: Nine tensors [..., T] float32 or float64, or [tokens] with `cu_seqlens`, in nats.
         labels: The same shape, integers: those that the tokens' statistics were made with.
-        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end, as in `sequence_statistics`.
-        ignore_index: Tokens with this label count nothing.
-        backend: As in `token_statistics`.
+        cu_seqlens: [sequences + 1] int32 or int64: where packed sequences begin and end.
+        ignore_index: Tokens with this label do not count.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
     Returns:
         SequenceStatistics: tensors [...] (or [sequences]) of sums and means over labelled tokens, in nats,
         differentiable in `tokens`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: An argument has the wrong type, dtype, shape or device, `cu_seqlens` does
-            not rise from 0 to the number of tokens (checked on the CPU), or `backend` does not serve.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit, or `cu_seqlens` does not rise from 0 to the number of tokens (checked
+            on the CPU).
+        RuntimeError: `backend="fused"` does not support the device, or a transform.
 
     Example:
         >>> import torch

@@ -168,7 +168,7 @@ class _Tiles:
         self.tiles, self.buffer, self.held = tiles, buffer, held
 
     def memory(self, index: int) -> Tensor:
-        """[rows, columns]: where the tile lies, whatever is there now."""
+        """[rows, columns]: where the tile lies. It may hold another tile now."""
         rows, columns = self.tiles[index]
         shape = rows.stop - rows.start, columns.stop - columns.start
         return self.buffer[self._slot(index), : shape[0] * shape[1]].view(shape)

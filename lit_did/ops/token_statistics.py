@@ -1,9 +1,10 @@
-"""token_statistics: everything that one position's two rows of logits say, in one pass over both.
+"""token_statistics: the statistics of a policy's and a reference's logits for every token, in one pass over both.
 
 In plain torch, for z = policy_logits / temperature and r = reference_logits / temperature:
 
     policy_logprob = z.log_softmax(-1)[label]           reference_logprob = r.log_softmax(-1)[label]
     token_did_entropy = Categorical(logits=z - r).entropy()
+    token_did_concentration = log(V) - token_did_entropy
     token_did_log_partition = log(sum(softmax(z) / softmax(r)))
     policy_entropy, reference_entropy = entropy of softmax(z), of softmax(r)
     kl = KL(softmax(z), softmax(r))                     reverse_kl = KL(softmax(r), softmax(z))
@@ -40,37 +41,37 @@ def token_statistics(
             contiguous is copied.
         reference_logits: [..., V], the same shape; its dtype may differ.
         labels: [...] integers: labels[t] is the token that position t's logits predict, so callers shift.
-        ignore_index: Rows with this label are not read; they return 0 and get a gradient of 0.
+        ignore_index: Rows with this label are not read. They return 0 and get a gradient of 0.
         temperature: Both logits are divided by it.
-        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused where it serves, else the reference.
-            Under `torch.func`'s transforms and forward-mode differentiation the reference alone serves.
-        inplace_backward: Give the logits up: the backward writes each gradient over its logits instead of into new
-            memory. See below.
+        backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device. Under
+            `torch.func`'s transforms and forward-mode differentiation only the reference works.
+        inplace_backward: The backward writes each gradient over its logits instead of into new memory. See below.
 
     Returns:
         TokenStatistics: nine tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
-        number of times with the reference) in both logits. No rows give empty tensors. Infinite and NaN logits: see
-        `lit_did.ops.reference`.
+        number of times with the reference) in both logits. No rows give empty tensors. docs/theory.md says what
+        infinite and NaN logits give.
 
     With `inplace_backward=True` the backward allocates nothing of size [..., V]: one such tensor less for each side
     that requires a gradient, and the time to touch its memory first. In exchange those logits hold their gradients
-    after the backward. Whatever else in the graph kept their values (the backward of a final tanh or softmax, another
-    loss, a second backward) then raises autograd's error for variables "modified by an inplace operation"; code that
-    reads them outside the graph, after the backward, reads gradients. Values and gradients are the same, bit for bit.
-    - Only the logits that the kernel itself reads are written: where this function copies first (one side float64 and
-      the other not, or a last dimension that is not contiguous) the copy is, and the caller's logits stay.
+    after the backward. Another part of the graph that needs their values (the backward of a final tanh or softmax,
+    another loss, a second backward) then raises autograd's error for variables "modified by an inplace operation". Code
+    that reads them outside the graph, after the backward, reads gradients. Values and gradients are the same, bit for
+    bit.
+    - Only the logits that the kernel itself reads are written. If this function copies first (one side float64 and the
+      other not, or a last dimension that is not contiguous), the copy is written and the caller's logits stay.
     - Logits that require no gradient, or under `torch.no_grad`, are left alone.
     - The ordinary backward runs instead under `torch.compile`, which plans the memory itself; with `create_graph=True`;
-      and within hooks on saved tensors (activation checkpointing or offloading), where autograd does not check for
-      overwritten values. So it does where "auto" chooses the reference.
+      within hooks on saved tensors (activation checkpointing or offloading), where autograd does not check for
+      overwritten values; and if "auto" chooses the reference.
 
     Raises:
-        TypeError: An argument has a type or dtype that is not served.
+        TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes or devices do not fit, a label is out of range (checked on the CPU and by the reference),
             `temperature` is not in [1e-30, 1e30], or `backend` is unknown. With `inplace_backward=True`: `backend` is
             "reference"; logits that require a gradient are a leaf or a view of one; or, from the backward, they have
             rows that overlap (expanded) or share memory with the other side.
-        RuntimeError: `backend="fused"` where it does not serve the device, or under a transform.
+        RuntimeError: `backend="fused"` does not support the device, or a transform.
 
     Example:
         >>> import torch

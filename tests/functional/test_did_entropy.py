@@ -69,7 +69,7 @@ def model(vocab_size: int, max_new_tokens: int, scale: float) -> Model:
     policy = reference + scale * torch.randn(vocab_size, vocab_size, generator=generator, dtype=torch.float64)
 
     def bigram(logits: Tensor):
-        # No completion goes on after token 0, the end: its row serves the first token.
+        # No completion goes on after token 0, the end: its row gives the first token.
         return lambda prefixes: logits[prefixes[:, -1] if prefixes.shape[1] else torch.zeros(1, dtype=torch.long)]
 
     exact = enumerate_did(bigram(policy), bigram(reference), max_new_tokens=max_new_tokens, eos_token_id=0)

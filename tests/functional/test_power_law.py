@@ -90,7 +90,7 @@ def test_against_scipy():
     assert fit.r_squared == pytest.approx(line.rvalue**2, rel=1e-12)
 
 
-def test_prompts_are_told_apart_not_ordered():
+def test_prompts_are_distinguished_not_ordered():
     u, v, prompt = samples(2)
     order = torch.randperm(len(u), generator=generator(0))
     fit = fit_power_law(u, v, group=prompt)

@@ -238,7 +238,7 @@ def test_an_empty_completion_is_no_nan(loss):
         ("cpo", ("rejected",), "chosen"),
     ],
 )
-def test_a_missing_length_is_told(loss, given, missing):
+def test_a_missing_length_is_refused(loss, given, missing):
     sides, tokens = arguments(loss)
     tokens = {
         name: value for name, value in tokens.items() if name.removesuffix("_num_tokens") in (*given, "chosen_logprob")

@@ -289,7 +289,7 @@ def test_nan_is_not_hidden(name):
 
 
 @pytest.mark.parametrize("name", [name for name, (cls, *_) in CASES.items() if cls.is_differentiable])
-def test_is_differentiable_tells_the_truth(name):
+def test_is_differentiable_is_true(name):
     _, _, twin, arguments = CASES[name]
     policy, reference, labels = (side[:4] for side in make_batches(sizes=(2,), vocabulary=4)[0])
     policy, reference = policy.double().requires_grad_(), reference.double().requires_grad_()
@@ -474,7 +474,7 @@ TOKENS = token_statistics(LOGITS, LOGITS, LABELS)
         ((LOGITS, LOGITS, LABELS + 3), ValueError, r"`labels` to be in \[0, 3\)"),
     ],
 )
-def test_wrong_input_is_told(arguments, error, message):
+def test_wrong_input_is_refused(arguments, error, message):
     metric = M.RewardMargin()
     with pytest.raises(error, match=message):
         metric.update(*arguments)
@@ -497,6 +497,6 @@ def test_wrong_input_is_told(arguments, error, message):
         (lambda: F.policy_kl(STATISTICS, unit="bit"), ValueError, "`unit`"),
     ],
 )
-def test_wrong_arguments_are_told(make_wrong, error, message):
+def test_wrong_arguments_are_refused(make_wrong, error, message):
     with pytest.raises(error, match=message):
         make_wrong()

@@ -127,7 +127,7 @@ def overlapping_logits():
 
 @pytest.mark.parametrize("case", overlapping_logits())
 def test_overlapping_logits_are_refused(case):
-    """Before anything is written. Read only, the same logits are served."""
+    """Before anything is written. The same logits are accepted where they are only read."""
     policy, reference, needs, message = overlapping_logits()[case]
     labels = torch.zeros(ROWS, dtype=torch.long)
     arguments = operator_arguments(policy, reference, labels)
@@ -294,7 +294,7 @@ def test_bad_switch(function):
         function(logits, logits, labels, inplace_backward=True, backend="reference")
 
 
-@pytest.mark.filterwarnings("ignore:.*slower reference serves")
+@pytest.mark.filterwarnings("ignore:.*slower reference is used")
 def test_without_effect_where_auto_is_the_reference(monkeypatch):
     monkeypatch.setattr(extension, "fused_devices", lambda: ())
     expected, _ = grads_through(torch.tanh)
@@ -382,7 +382,7 @@ def test_compiled_with_logits_as_inputs():
 
 @pytest.mark.usefixtures("compiler")
 def test_compiled_with_leaves():
-    """Nothing is overwritten, so leaves are served."""
+    """Nothing is overwritten, so leaves are accepted."""
     compiled = torch.compile(token_loss, fullgraph=True, backend="aot_eager")
     policy, reference, labels = random_logits(ROWS, VOCABULARY, torch.float32, torch.float32)
     policy.requires_grad_()

@@ -118,7 +118,7 @@ def test_labels_that_differ_are_refused(results):
         assert all(re.match(expected, result["refusals"][spoiled]) for result in results)
 
 
-def test_what_all_processes_refuse_each_tells_itself(results):
+def test_what_all_processes_refuse_each_says_itself(results):
     for result in results:
         assert re.match(r"Expected `labels` to be in .*, but got -1 at row 0", result["refusals"]["negative, all"])
 

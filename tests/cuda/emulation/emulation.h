@@ -225,7 +225,7 @@ inline void run_block(dim3 grid, dim3 size, uint3 index, const std::function<voi
     run_host_threads(threads);
 }
 
-// What `kernel<<<grid, threads>>>` is on a device. Whole warps in one dimension serve here.
+// What `kernel<<<grid, threads>>>` is on a device. Here whole warps in one dimension are enough.
 inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
   const bool fits = grid.x > 0 && grid.x <= 0x7fffffffu && grid.y > 0 && grid.y <= 0xffff && grid.z > 0 &&
                     grid.z <= 0xffff && threads.x > 0 && threads.x <= kMaxThreads && threads.x % kLanes == 0 &&
