@@ -64,7 +64,14 @@ def pair_margin(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor, beta: floa
 
 
 def pair_accuracy(chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> Tensor:
-    """[pairs] 1 where the policy's implicit reward prefers `chosen`, 0 where `rejected`, 1/2 for a tie, NaN for NaN.
+    """Whether the policy's implicit reward prefers `chosen`.
+
+    Args:
+        chosen_log_ratio: [pairs] log pi(y_w) - log rho(y_w), summed over the completion.
+        rejected_log_ratio: [pairs] the same of the rejected completion.
+
+    Returns:
+        [pairs] 1 if it prefers `chosen`, 0 if `rejected`, 1/2 for a tie, NaN for NaN.
 
     Example:
         >>> pair_accuracy(torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 1.0]))

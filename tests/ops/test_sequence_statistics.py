@@ -12,7 +12,7 @@ from tests.helpers import DTYPES, FIELDS, naive, random_logits
 
 BACKENDS = ("fused", "reference")
 SUMS = ("policy_logprob", "reference_logprob", "log_ratio", "token_did_log_partition")
-MEANS = ("token_did_entropy", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
+MEANS = ("token_did_entropy", "token_did_concentration", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
 VOCABULARY = 37  # two vectors and a tail
 
 
