@@ -1,93 +1,18 @@
-"""How the sequences of a batch lie in what a model is given: against plain Python over lists of tokens."""
+"""How the sequences of a batch lie in a model's arguments: against plain Python over lists of tokens."""
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from lit_did.batches.layout import SHORTEST_SHARED, packed_layout, padded_layout
-from lit_did.batches.sequences import read_sequences, split_pairs
+from lit_did.batches.sequences import read_sequences
+from tests.batches.samples import PROMPT, examples, expected, packed_batch, padded_batch, unpacked
 
 CPU = torch.device("cpu")
-PROMPT = list(range(20, 20 + SHORTEST_SHARED))
-PAIRS = [  # (prompt, chosen, rejected)
-    (PROMPT, [1, 2, 3], [4, 5]),
-    (PROMPT, [1, 2, 3, 4], [1, 2, 9, 9, 9]),  # in common: more than the prompt
-    (PROMPT, [6, 7, 8], [6, 7, 8]),  # identical
-    (PROMPT, [6, 7], [6, 7, 8, 9]),  # one is the beginning of the other
-    ([20, 21], [1, 2], [3]),  # too little in common
-    (PROMPT, [1], [2]),  # nothing but the prompt in common, and nothing after it but labels
-]
-
-
-def examples() -> list[tuple[list[int], list[int]]]:
-    """(prompt, completion) of every sequence, the chosen ones first; the last pair has no beginning in common."""
-    chosen = [(p, c) for p, c, _ in PAIRS] + [([*PROMPT[:3], 50, *PROMPT[4:]], [5, 6])]
-    rejected = [(p, r) for p, _, r in PAIRS] + [(PROMPT[::-1], [5, 6, 7])]
-    return chosen + rejected
-
-
-def expected(examples) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) of every sequence: a completion's last token is no input."""
-    return [((p + c)[:-1], [-100] * (len(p) - 1) + c) for p, c in examples]
-
-
-def padded_batch(examples, side: str = "right") -> dict[str, torch.Tensor]:
-    """Longer by two than the longest, with a tail that nothing is asked of after every completion."""
-    tail = [60, 61]
-    length = max(len(p) + len(c) for p, c in examples) + len(tail) + 2
-    names = ("input_ids", "attention_mask", "labels")
-    batch = {name: torch.full((len(examples), length), -100 if name == "labels" else 0) for name in names}
-    for row, (prompt, completion) in enumerate(examples):
-        ids = prompt + completion + tail
-        place = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
-        batch["input_ids"][row, place] = torch.tensor(ids)
-        batch["attention_mask"][row, place] = 1
-        first = place.start + len(prompt) - 1
-        batch["labels"][row, first : first + len(completion)] = torch.tensor(completion)
-    return batch
-
-
-def packed_batch(examples) -> dict[str, torch.Tensor]:
-    lengths = [len(p) + len(c) for p, c in examples]
-    return {
-        "input_ids": torch.tensor([[token for p, c in examples for token in p + c]]),
-        "labels": torch.tensor([[x for p, c in examples for x in [-100] * (len(p) - 1) + c + [-100]]]),
-        "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-    }
-
-
-def unpacked(sequences) -> list[tuple[list[int], list[int], list[int]]]:
-    return [
-        tuple(array[sequences.slice(i)].tolist() for array in (sequences.input_ids, sequences.labels))
-        for i in range(sequences.num_sequences)
-    ]
-
-
-@pytest.mark.parametrize(
-    "batch", [padded_batch(examples()), padded_batch(examples(), "left"), packed_batch(examples())]
-)
-def test_every_batch_holds_the_same_sequences(batch):
-    sequences = read_sequences(batch)
-    assert unpacked(sequences) == expected(examples())
-    assert sequences.num_labels == sum(len(c) for _, c in examples())
-    lengths = [len(ids) for ids, _ in expected(examples())]
-    assert sequences.position_ids.tolist() == [t for length in lengths for t in range(length)]
-    assert np.diff(sequences.cu_seqlens).tolist() == lengths
-
-
-def test_position_ids_of_the_batch_are_kept():
-    batch = padded_batch(examples(), "left")
-    length = batch["input_ids"].shape[1]
-    for position_ids in (torch.arange(length).expand_as(batch["input_ids"]), torch.arange(length)[None]):
-        sequences = read_sequences(batch | {"position_ids": position_ids})
-        for row, (prompt, completion) in enumerate(examples()):
-            start = length - len(prompt + completion) - 2  # the tail
-            kept = sequences.position_ids[sequences.slice(row)]
-            assert kept.tolist() == list(range(start, start + len(prompt + completion) - 1))
 
 
 def test_a_sequence_without_labels_keeps_one_token_and_one_without_tokens_none():
@@ -100,59 +25,6 @@ def test_a_sequence_without_labels_keeps_one_token_and_one_without_tokens_none()
     assert unpacked(sequences) == truth
     for layout in (packed_layout(sequences, CPU, share=True), padded_layout(sequences, CPU)):
         assert layout.cu_labels.diff().tolist() == [3, 0, 0, 2]
-
-
-def test_select():
-    sequences = read_sequences(padded_batch(examples()))
-    chosen = sequences.select([3, 0, 3])
-    assert unpacked(chosen) == [expected(examples())[i] for i in (3, 0, 3)]
-    nothing = sequences.select([])
-    assert (nothing.num_sequences, nothing.num_labels, len(nothing.position_ids)) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("form", [padded_batch, packed_batch])
-def test_whole_sequences_have_what_follows_their_last_label(form):
-    given = examples()
-    batch = form(given)
-    if form is padded_batch:
-        rows = [row[mask != 0].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    else:
-        rows = [row.tolist() for row in batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())]
-    sequences = read_sequences(batch)
-    assert sequences.num_labels == sequences.whole().num_labels
-    for indices in (range(len(given)), [3, 1]):
-        whole = sequences.select(indices).whole()
-        assert whole.positions_count_from_zero
-        got = [whole.input_ids[whole.slice(i)].tolist() for i in range(whole.num_sequences)]
-        assert got == [rows[i] for i in indices]
-        for index, row in enumerate(indices):
-            own, labels = sequences.slice(row), whole.labels[whole.slice(index)]
-            assert labels.tolist() == [*sequences.labels[own].tolist(), *[-100] * (len(labels) - own.stop + own.start)]
-        assert whole.whole() is whole
-
-
-def test_parts_hold_every_pair_once_in_order_and_within_the_budget():
-    sequences = read_sequences(padded_batch(examples()))
-    truth, pairs = expected(examples()), sequences.num_sequences // 2
-    sizes = [len(truth[i][0]) + len(truth[pairs + i][0]) for i in range(pairs)]
-    for tokens in (1, max(sizes), sizes[0] + sizes[1], sizes[0] + sizes[1] - 1, 50, sum(sizes) - 1, sum(sizes)):
-        parts = split_pairs(sequences, tokens)
-        halves = [
-            (unpacked(part)[: part.num_sequences // 2], unpacked(part)[part.num_sequences // 2 :]) for part in parts
-        ]
-        assert [s for first, _ in halves for s in first] == truth[:pairs]
-        assert [s for _, second in halves for s in second] == truth[pairs:]
-        lengths = [len(part.input_ids) for part in parts]
-        assert all(length <= tokens or part.num_sequences == 2 for length, part in zip(lengths, parts, strict=True))
-        # Of all ways to cut the pairs: the fewest parts, and of those the smallest largest one.
-        ways = [
-            [sum(sizes[a:b]) for a, b in pairwise((0, *cuts, pairs))]
-            for count in range(pairs)
-            for cuts in combinations(range(1, pairs), count)
-        ]
-        fits = [way for way in ways if all(size <= tokens or size in sizes for size in way)]
-        best = min((len(way), max(way)) for way in fits)
-        assert (len(lengths), max(lengths)) == best
 
 
 @pytest.mark.parametrize("share", [False, True])
