@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lit_did.callbacks import DIDMonitor
     from lit_did.data import PreferenceDataModule
     from lit_did.metrics import DIDMetrics
+    from lit_did.models import PolicyAndReference
     from lit_did.modules import LitDPO, LitDPOPG
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "DIDMonitor",
     "LitDPO",
     "LitDPOPG",
+    "PolicyAndReference",
     "PreferenceDataModule",
     "SequenceStatistics",
     "TokenStatistics",
@@ -45,6 +47,7 @@ _LAZY = {
     "DIDMonitor": "lit_did.callbacks",
     "LitDPO": "lit_did.modules",
     "LitDPOPG": "lit_did.modules",
+    "PolicyAndReference": "lit_did.models",
     "PreferenceDataModule": "lit_did.data",
 }
 

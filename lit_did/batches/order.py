@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lit_did.batches import IGNORE_INDEX
-from lit_did.batches.sequences import Sequences, read_sequences
+from lit_did.batches.sequences import Sequences
 
 
-def check_pairs(batch: Mapping[str, Any], read: Mapping[str, Tensor]) -> None:
+def check_pairs(batch: Mapping[str, Any], sequences: Sequences) -> None:
     """Checks that another trainer's batch holds pairs: the chosen sequences, then the rejected ones in the same order.
 
     Prompts that were cut at either end, or that differ in their last token, count as the same.
 
     Args:
         batch: The trainer's batch.
-        read: What `read_batch` returned for it.
+        sequences: The batch's sequences.
 
     Raises:
         ValueError: The batch has a `label` for each sequence or an odd number of sequences. Or chosen and rejected
@@ -29,7 +28,6 @@ def check_pairs(batch: Mapping[str, Any], read: Mapping[str, Tensor]) -> None:
     expected = "Expected a batch of pairs, the chosen sequences first and then the rejected ones in the same order"
     if "label" in batch:
         raise ValueError(f"{expected}, but got a batch with a `label` for each sequence. {remedy}")
-    sequences = read_sequences(read)
     if sequences.num_sequences % 2:
         raise ValueError(
             "Expected an even number of sequences, the chosen ones first and then as many rejected ones, but got "

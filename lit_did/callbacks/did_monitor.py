@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lit_did.arguments import check_integer
 from lit_did.batches.order import check_pairs
-from lit_did.batches.reading import read_batch
 from lit_did.functional.inputs import Statistics
 from lit_did.metrics import DIDMetrics
-from lit_did.models.finding import find_attribute, find_policy, find_reference
-from lit_did.models.loading import load_reference
-from lit_did.models.measuring import check_every_n_steps, measure
+from lit_did.models.finding import find_models
+from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quiet import evaluating, random_numbers_kept
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
 LogitsFn = Callable[[lightning.LightningModule, Any], tuple[Tensor, Tensor, Tensor] | SequenceStatistics]
 
@@ -27,38 +27,42 @@ LogitsFn = Callable[[lightning.LightningModule, Any], tuple[Tensor, Tensor, Tens
 class DIDMonitor(Callback):
     """Logs `lit_did.metrics.DIDMetrics` as `did/train/...`, `did/val/...` and `did/test/...`.
 
-    Training: every `every_n_steps` optimiser steps, over all micro-batches of that step and all processes, measured
-    before the step, with the weights that its losses are of. Validation and test: over the whole epoch. The callback
-    measures with forward passes of its own, in eval mode and without gradients, and leaves modes, gradients and random
-    numbers as they were: training is the same to the bit with and without it. A measured training step costs two more
-    forward passes; with the default of every 50 steps about one percent.
+    In training it measures every `every_n_steps` optimiser steps, over all micro-batches of that step and all
+    processes. It measures before the step, with the weights that the step's losses belong to. In validation and test it
+    measures whole epochs. It runs forward passes of its own, in eval mode and without gradients, and restores modes,
+    gradients and random numbers. So training is the same to the bit with and without it. A measured training step
+    costs two more forward passes, about one percent of the time with the default of every 50 steps.
 
-    Not needed with `LitDPO`, which logs the same metrics of every step, from the forward passes of its training.
+    `LitDPO` does not need it. It logs the same metrics at every step, from the forward passes of its training.
+
+    Under several processes, rows that a sampler repeats to give all processes equally many count twice.
+    `PreferenceDataModule` marks such rows, and they do not count. With `logits_fn` everything counts that it returns.
 
     Args:
-        logits_fn: `logits_fn(module, batch)` returns the policy's logits [sequences, T, V], the reference's, and labels
-            [sequences, T] with labels[:, t] the token that position t predicts, or -100; or `SequenceStatistics`.
-            Without it the batch is read as `lit_did.batches.reading.read_batch` tells, and the models are found as
-            follows.
-        policy: Which part of the module is the policy: an attribute's name, such as "model" or "net.lm". None: the one
-            child of the module that is a causal language model with parameters that train.
-        reference: A model; the name of an attribute of the module; or the name or path of a model. None: the one child
-            of the module that is a causal language model without parameters that train; or, of a PeftModel, itself
-            with its adapter off.
+        logits_fn: `logits_fn(module, batch)` returns the policy's logits [sequences, T, V], the reference's logits, and
+            labels [sequences, T], where labels[:, t] is the token that position t predicts, or -100. Or it returns
+            `SequenceStatistics` [sequences]. None: the batch is read by `lit_did.batches.reading.read_batch`, and the
+            models are found as `policy` and `reference` describe.
+        policy: The attribute of the module that is the policy, such as "model" or "net.lm". None: the policy of the
+            module's `lit_did.PolicyAndReference`, or else its one child that is a causal language model and has
+            parameters that train.
+        reference: A model, an attribute of the module, or the name or path of a model. None: the reference of the
+            module's `lit_did.PolicyAndReference`. Or else its one child that is a causal language model without
+            parameters that train. Or else a policy that is a `PeftModel`, with its adapter switched off.
         beta: DPO's inverse temperature. None: `hparams.beta` or `beta` of the module, or 0.1.
         pairs: Whether the sequences of a batch are pairs: the chosen ones first, then the rejected ones in the same
-            order; batches that hold none are refused. False leaves out the metrics of pairs.
-        every_n_steps: Optimiser steps from one measurement to the next; 0: none in training. None: the Trainer's
+            order. Batches that hold no pairs are refused. False leaves out the metrics of pairs.
+        every_n_steps: Optimiser steps from one measurement to the next. 0: none in training. None: the Trainer's
             `log_every_n_steps`.
-        metrics: Further arguments of `lit_did.metrics.DIDMetrics`, such as `unit`, `temperature` or `ignore_index`.
-
-    Under several processes, rows that a sampler repeats to give all processes equally many count twice, as Lightning's
-    own DistributedSampler repeats them; `PreferenceDataModule` marks them, and they do not (of what `logits_fn` returns
-    everything counts).
+        unit: The unit of the metrics of tokens.
+        num_bins: The number of bins of `calibration_error`.
+        ignore_index: The label of tokens that are not part of a completion.
+        temperature: Divides both models' logits.
+        backend: The operators' implementation, see `lit_did.token_statistics`.
 
     Raises:
-        TypeError, ValueError: An argument is out of range; at the first step that it measures, what is missing in the
-            module or the batch.
+        TypeError, ValueError: An argument is out of range; or at the first step that it measures, the module or the
+            batch lacks something.
 
     Example:
         >>> from lightning import Trainer
@@ -75,7 +79,11 @@ class DIDMonitor(Callback):
         beta: float | None = None,
         pairs: bool = True,
         every_n_steps: int | None = None,
-        **metrics: Any,
+        unit: Literal["nats", "bits"] = "nats",
+        num_bins: int = 10,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        backend: Backend = "auto",
     ) -> None:
         if logits_fn is not None and not callable(logits_fn):
             raise TypeError(f"Expected `logits_fn` to be callable, but got {type(logits_fn).__name__}.")
@@ -85,20 +93,25 @@ class DIDMonitor(Callback):
             raise TypeError(f"Expected `policy` to be the name of an attribute, but got {type(policy).__name__}.")
         if reference is not None and not isinstance(reference, str | os.PathLike | nn.Module):
             raise TypeError(f"Expected `reference` to be a model or its name, but got {type(reference).__name__}.")
-        check_every_n_steps(every_n_steps)
+        if every_n_steps is not None:
+            check_integer("every_n_steps", every_n_steps, 0)
         self.logits_fn, self.policy, self.reference = logits_fn, policy, reference
         self.beta, self.every_n_steps = beta, every_n_steps
-        self._options = {"beta": 0.1 if beta is None else beta, "pairs": pairs, **metrics}
-        self._train_metrics = DIDMetrics(**self._options)  # here too, so that a wrong argument is told at once
+        self._reading = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
+        self._options = {"beta": 0.1 if beta is None else beta, "pairs": pairs, "unit": unit, "num_bins": num_bins}
+        self._train_metrics = self._metrics()  # here too, so that a wrong argument raises at once
         self._eval_metrics: list[DIDMetrics] = []  # one a dataloader
         self._measured = False  # whether `_train_metrics` hold anything
-        self._models: tuple[nn.Module, nn.Module | None] | None = None
+        self._models: PolicyAndReference | None = None
         self._loaded: nn.Module | None = None  # the reference, where it was given by name
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._models = None  # the module may be another than the last time; not in `teardown`, which an error skips
         if self.beta is None:
             self._options["beta"] = pl_module.hparams.get("beta", getattr(pl_module, "beta", 0.1))
+
+    def _metrics(self) -> DIDMetrics:
+        return DIDMetrics(**self._options, **self._reading)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if self._loaded is not None:
@@ -109,7 +122,7 @@ class DIDMonitor(Callback):
     # -----------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._train_metrics = DIDMetrics(**self._options).to(pl_module.device)
+        self._train_metrics = self._metrics().to(pl_module.device)
         self._measured = False
 
     def on_train_batch_start(
@@ -128,7 +141,7 @@ class DIDMonitor(Callback):
         self._measured = False
         values = {f"did/train/{name}": value.float() for name, value in self._train_metrics.compute().items()}
         self._train_metrics.reset()
-        # Not `pl_module.log`: what it is told once, Lightning writes again at every later step that it logs.
+        # Not `pl_module.log`: Lightning writes a value again at every later step that it logs.
         trainer.callback_metrics.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({name: value.item() for name, value in values.items()}, step=_step(trainer))
@@ -164,7 +177,7 @@ class DIDMonitor(Callback):
         self._log_evaluation(pl_module, "test")
 
     def _start_evaluation(self, pl_module: lightning.LightningModule, batches_of_loaders: list) -> None:
-        self._eval_metrics = [DIDMetrics(**self._options).to(pl_module.device) for _ in batches_of_loaders]
+        self._eval_metrics = [self._metrics().to(pl_module.device) for _ in batches_of_loaders]
 
     def _log_evaluation(self, pl_module: lightning.LightningModule, stage: str) -> None:
         for i, metrics in enumerate(self._eval_metrics):
@@ -195,24 +208,12 @@ class DIDMonitor(Callback):
 
     def _measure(self, pl_module: lightning.LightningModule, batch: Any) -> SequenceStatistics:
         if self._models is None:
-            self._models = self._find_models(pl_module)
-        policy, reference = self._models
-        options = self._train_metrics.options
-        read = read_batch(batch, options["ignore_index"])
+            models, self._loaded = find_models(pl_module, self.policy, self.reference, loaded=self._loaded)
+            self._models = models.with_options(**self._reading)
+        sequences = self._models.read(batch)
         if self._options["pairs"]:
-            check_pairs(batch, read)
-        return measure(policy, reference, read, temperature=options["temperature"], backend=options["backend"])
-
-    def _find_models(self, pl_module: lightning.LightningModule) -> tuple[nn.Module, nn.Module | None]:
-        policy = find_policy(pl_module, self.policy)
-        if self.reference is None:
-            return policy, find_reference(pl_module, policy)
-        reference = find_attribute(pl_module, self.reference) if isinstance(self.reference, str) else self.reference
-        if isinstance(reference, nn.Module):
-            return policy, load_reference(reference, policy)
-        if self._loaded is None:
-            self._loaded = load_reference(self.reference, policy)
-        return policy, self._loaded.to(pl_module.device)
+            check_pairs(batch, sequences)
+        return self._models.measure(sequences)
 
 
 def _step(trainer: lightning.Trainer) -> int:

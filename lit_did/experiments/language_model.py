@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_did.batches import IGNORE_INDEX
-from lit_did.models.measuring import measure
+from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.modules import LitDPO
 from lit_did.ops import SequenceStatistics
 
@@ -148,8 +148,8 @@ def sample(
 
 def score(policy: nn.Module, prompt: Tensor, completions: Tensor) -> SequenceStatistics:
     """Statistics [n] of `completions` [n, T] (-1 after the end) of one prompt, under a LoRA policy and its base."""
-    batch = batch_of([(prompt, row[row >= 0]) for row in completions])
-    return measure(policy, None, batch)
+    models = PolicyAndReference(policy)
+    return models.measure(models.read(batch_of([(prompt, row[row >= 0]) for row in completions])))
 
 
 def score_all(
@@ -159,11 +159,12 @@ def score_all(
 
     Sequences of similar lengths share a batch, so that there is little padding.
     """
+    models = PolicyAndReference(policy, policy if reference is None else reference, freeze=False)
     order = sorted(range(len(sequences)), key=lambda i: sum(part.numel() for part in sequences[i]))
     parts = []
     for start in range(0, len(order), 8):
         batch = batch_of([sequences[i] for i in order[start : start + 8]])
-        parts.append(measure(policy, policy if reference is None else reference, batch))
+        parts.append(models.measure(models.read(batch)))
     back = torch.tensor(order).argsort()
     return SequenceStatistics(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 

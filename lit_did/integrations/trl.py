@@ -6,21 +6,21 @@ import functools
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from lit_did.arguments import check_integer
 from lit_did.batches.order import check_pairs
-from lit_did.batches.reading import read_batch
 from lit_did.functional.information import Unit
 from lit_did.metrics import DIDMetrics
 from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
-from lit_did.models.measuring import check_every_n_steps, measure
+from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import Backend
@@ -87,7 +87,8 @@ class DIDCallback(TrainerCallback):
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"Expected `trainer` to be a transformers.Trainer, but got {type(trainer).__name__}.")
-        check_every_n_steps(every_n_steps)
+        if every_n_steps is not None:
+            check_integer("every_n_steps", every_n_steps, 0)
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self._reference = self._find_reference(reference)
         beta = (getattr(trainer, "beta", None) or 0.1) if beta is None else beta  # GRPO's may be 0: no KL term
@@ -179,23 +180,15 @@ class DIDCallback(TrainerCallback):
     def _measure(self, model: nn.Module, inputs: Any) -> SequenceStatistics:
         device = self.trainer.args.device
         options = self._metrics["train"].options
-        if isinstance(inputs, Mapping):
-            inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
-        batch = read_batch(inputs, options["ignore_index"])
-        if self._pairs:
-            check_pairs(inputs, batch)
         reference = None if self._reference is None else self._reference.to(device)
         adapter = "ref" if reference is None and _has_reference_adapter(unwrapped(model)) else None
+        models = PolicyAndReference(model, reference, adapter=adapter, freeze=False).with_options(**options)
+        sequences = models.read(inputs)
+        if self._pairs:
+            check_pairs(inputs, sequences)
         # In the loss's own autocast context, the loss would reuse weights that were cast here without gradients.
         with self.trainer.accelerator.autocast():
-            return measure(
-                model,
-                reference,
-                batch,
-                adapter=adapter,
-                temperature=options["temperature"],
-                backend=options["backend"],
-            )
+            return models.measure(sequences)
 
     def _find_reference(self, given: str | os.PathLike | nn.Module | None) -> nn.Module | None:
         """The reference. None: the policy with the adapter "ref", or with its adapter off."""

@@ -1,1 +1,17 @@
-"""Language models of transformers, policy and reference: loading, running, measuring without side effects."""
+"""Language models of transformers: loading, finding, and running a policy beside its reference."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_did.models.policy_and_reference import PolicyAndReference
+
+__all__ = ["PolicyAndReference"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lit_did.models.policy_and_reference"), name)
+    raise AttributeError(f"module 'lit_did.models' has no attribute {name!r}")

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import inspect
+import os
 from operator import attrgetter
 
 from torch import nn
 
-from lit_did.models.loading import check_adapter_is_all_that_trains
+from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
+from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import inner, is_peft, unwrapped
+
+
+def find_models(
+    module: nn.Module,
+    policy: str | None,
+    reference: str | os.PathLike | nn.Module | None,
+    *,
+    loaded: nn.Module | None = None,
+) -> tuple[PolicyAndReference, nn.Module | None]:
+    """The policy of `module` beside its reference, both as they are: neither is frozen, copied or put into a mode.
+
+    Args:
+        module: A module that trains a language model.
+        policy: The name of the attribute that is the policy. None: it is found.
+        reference: A model, the name of an attribute, or a model's name or path. None: it is found.
+        loaded: The model of the name `reference`, if it was loaded before.
+
+    Returns:
+        The two models, and the reference if it was loaded by its name.
+
+    Raises:
+        TypeError: `reference` is of another type.
+        ValueError: There is no such attribute, or not exactly one policy or reference.
+    """
+    held = [child for child in module.children() if isinstance(child, PolicyAndReference)]
+    if policy is None and reference is None and len(held) == 1 and held[0].reference_kind != "policy":
+        return held[0], loaded
+    found = find_policy(module, policy)
+    if reference is None:
+        return PolicyAndReference(found, find_reference(module, found), freeze=False), loaded
+    model = find_attribute(module, reference) if isinstance(reference, str) else reference
+    if isinstance(model, nn.Module):
+        return PolicyAndReference(found, load_reference(model, found), freeze=False), loaded
+    if loaded is None:
+        loaded = load_reference(reference, found)
+    return PolicyAndReference(found, loaded.to(next(found.parameters()).device), freeze=False), loaded
 
 
 def find_policy(module: nn.Module, name: str | None) -> nn.Module:
@@ -70,20 +108,19 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
     if not found and is_peft(unwrapped(policy)):
         check_adapter_is_all_that_trains(unwrapped(policy))
         return None
-    hint = "Pass `reference` or `logits_fn`."
-    if getattr(getattr(module, "hparams", None), "cache_reference", None) is not None:
-        hint = (
-            "With `cache_reference` the reference's layers are freed. LitDPO logs these metrics itself. For a callback "
-            "beside it, pass `logits_fn=lambda module, batch: module(batch)`."
-        )
     raise ValueError(
         f"Expected one child of {type(module).__name__} to be a causal language model that does not train, or the "
-        f"policy to be a PeftModel, but got {len(found)}{_names(module)}. {hint}"
+        f"policy to be a PeftModel, but got {len(found)}{_names(module)}. Pass `reference` "
+        "or `logits_fn`."
     )
 
 
 def _language_models(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in module.named_children() if _is_language_model(child)}
+    children = dict(module.named_children())
+    for name, child in list(children.items()):
+        if isinstance(child, PolicyAndReference):
+            children |= {f"{name}.{part}": model for part, model in child.named_children()}
+    return {name: child for name, child in children.items() if _is_language_model(child)}
 
 
 def _is_language_model(module: nn.Module) -> bool:

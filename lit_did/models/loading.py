@@ -69,27 +69,18 @@ def load_pair(
     model_kwargs: Mapping[str, Any],
     needs_reference: bool,
 ) -> tuple[nn.Module, nn.Module | None]:
-    """A policy to train and its frozen reference, as LitDPO documents them.
+    """A policy, with its adapter, and the reference model if one is given, as LitDPO documents them.
 
-    No reference: it is the policy with its adapter off, or (unless `needs_reference`) there is none.
+    A sharded policy that is given by name cannot be copied, so that its reference is loaded too.
     """
     given, policy = policy, load_model(policy, "policy", model_kwargs)
-    if reference is None and lora is None and needs_reference and not is_peft(policy) and is_sharded(policy):
-        reference = _named(given)
+    copied = reference is None and lora is None and needs_reference and not is_peft(policy)
+    if copied and is_sharded(policy) and not isinstance(given, nn.Module):
+        reference = given
     if reference is not None:
         reference = load_model(reference, "reference", model_kwargs)
-        check_separate(policy, reference)
-        check_same_vocabulary(policy, reference)
-        freeze(reference)
-    elif lora is None and not is_peft(policy) and needs_reference:
-        reference = frozen_copy(policy)
-    if lora is not None:
-        policy = add_lora(policy, lora)
-    if is_peft(policy):
-        check_positions_are_kept(policy)
-    if reference is None and needs_reference:
-        check_adapter_is_all_that_trains(policy)
-    return policy, reference
+        check_separate(policy, reference)  # before peft changes the policy in place
+    return policy if lora is None else add_lora(policy, lora), reference
 
 
 def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) -> nn.Module:
@@ -191,18 +182,13 @@ def is_sharded(model: nn.Module) -> bool:
     return units or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _named(policy: str | os.PathLike | nn.Module) -> str | os.PathLike:
-    """The name of a sharded policy, by which it can be loaded once more as its reference.
-
-    Raises:
-        ValueError: It was given as a module. Copies of sharded modules fail, on some processes or on all.
-    """
-    if isinstance(policy, nn.Module):
+def check_can_be_copied(policy: nn.Module) -> None:
+    """Raises ValueError if the policy is sharded. Copies of sharded modules fail, on some processes or on all."""
+    if is_sharded(policy):
         raise ValueError(
             "Expected `reference` to be given for a `policy` whose parameters are sharded, because such a module "
             "cannot be copied, but got None. Pass a second model that was loaded and sharded in the same way."
         )
-    return policy
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

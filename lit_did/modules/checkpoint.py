@@ -13,29 +13,31 @@ import lightning
 from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
+from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import FSDP_PREFIX, is_peft, plain_name
 from lit_did.modules.optimizer_state import by_names
 
 if TYPE_CHECKING:
     from typing import Self
 
-_OWN = re.compile(r"\b(policy|reference)\..*")
+_OWN = re.compile(r"\bmodels\.(policy|reference)\..*")
 
 
 class TrainedState(lightning.LightningModule):
-    """A LightningModule whose `state_dict` leaves out `reference` and the frozen parts of `policy`.
+    """A LightningModule whose `state_dict` leaves out the reference and the frozen parts of the policy.
 
     This holds in every strategy's checkpoints, in Lightning's averages of weights, and in the weights that a spawned
     process returns. `load_state_dict` does not miss what was left out.
     """
 
-    policy: nn.Module | None
-    reference: nn.Module | None
+    models: PolicyAndReference | None
     _reference_digest: str | None
     _start_checked: bool
 
     def __init__(self) -> None:
         super().__init__()
+        self.models = None
+        self._reference_digest = None
         self._saved_optimizer: str | None = None  # the class of the optimiser in the checkpoint that is being restored
         # Strategies would compare the names of all parameters. on_load_checkpoint checks those of what was trained.
         self.strict_loading = False
@@ -102,11 +104,12 @@ class TrainedState(lightning.LightningModule):
             )
         self._saved_optimizer = checkpoint.get("optimizer_class")
         self.configure_model()
-        assert self.policy is not None
+        assert self.models is not None
         if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning would do it after float64 weights have been rounded to float32
         if "state_dict" in checkpoint:
-            own = {f"policy.{plain_name(name)}": f"policy.{name}" for name in self.policy.state_dict()}
+            names = [f"models.policy.{name}" for name in self.models.policy.state_dict()]
+            own = {plain_name(name): name for name in names}
             saved = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
             self._check_names(saved.keys(), own.keys())
             # One of the two policies may be compiled.
@@ -129,7 +132,7 @@ class TrainedState(lightning.LightningModule):
                 f"{len(missing)} are missing. The first is {missing[0]}. Pass the `policy` and `lora` of the run that "
                 "saved it."
             )
-        surplus = sorted(name for name in saved - own if name.startswith("policy."))
+        surplus = sorted(name for name in saved - own if name.startswith("models.policy."))
         if surplus:
             raise ValueError(
                 f"Expected the checkpoint to hold parameters of this policy only, but this policy does not have "
@@ -186,12 +189,12 @@ def _left_out(module: TrainedState) -> Callable[[str], bool]:
     for name, trains in parameters.items():
         for part in accumulate(name.split("."), "{}.{}".format):
             trained[part] = trained.get(part, False) or trains
-    without = not (module.policy is not None and is_peft(module.policy))
+    without = not (module.models is not None and is_peft(module.models.policy))
     trained = dict.fromkeys((plain_name(name) for name, _ in module.named_modules()), without) | trained
 
     def left_out(name: str) -> bool:
-        if not name.startswith("policy."):
-            return name.startswith("reference.")
+        if not name.startswith("models.policy."):
+            return name.startswith("models.reference.")
         while name not in trained:  # a buffer, or several levels below a parameter
             name = name.rpartition(".")[0]
         return not trained[name]

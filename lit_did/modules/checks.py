@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lit_did.arguments import check_number
+from lit_did.arguments import check_choice
 from lit_did.batches.sequences import Sequences
 from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.extension import Backend
 
 
 def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
@@ -26,18 +26,19 @@ def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
         )
 
 
-def check_training_step(objective: Tensor | None) -> None:
-    """Raises RuntimeError if LitDPO's own training step, which keeps its `objective`, was left out."""
-    if objective is None:
+def check_training_step(micro_batches: Any) -> None:
+    """Raises RuntimeError if LitDPO's own training step, which makes the `micro_batches`, was not called."""
+    if micro_batches is None:
         raise RuntimeError(
             "Expected an overridden `training_step` to call `super().training_step(batch, batch_idx)`, which adds the "
             "batch to the metrics, but it was not called. Pass a function as `loss` to minimise another loss."
         )
 
 
-def check_loading(lora: Any, model_kwargs: Mapping[str, Any] | None) -> None:
-    """Raises TypeError unless they are what LitDPO documents."""
-    # A PeftConfig, which is recognised without importing peft.
+def check_loading(lora: Any, model_kwargs: Any, backend: Any) -> None:
+    """Raises TypeError or ValueError unless they are what LitDPO documents."""
+    check_choice("backend", backend, Backend)
+    # A PeftConfig is recognised without importing peft.
     if lora is not None and not isinstance(lora, Mapping) and not hasattr(lora, "peft_type"):
         raise TypeError(f"Expected `lora` to be a peft.LoraConfig, its arguments as a dict or None, but got {lora!r}.")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
@@ -84,18 +85,6 @@ def check_models(
             raise ValueError(
                 f"Expected `{name}` to be None with `loss={loss!r}`, which needs no reference, but got {value}."
             )
-
-
-def check_token_did_entropy_weight(weight: float, reference_free: bool, loss: Any) -> None:
-    """Raises TypeError or ValueError unless `token_did_entropy_weight` is a finite number that suits the loss."""
-    check_number("token_did_entropy_weight", weight)
-    if not math.isfinite(weight):
-        raise ValueError(f"Expected `token_did_entropy_weight` to be finite, but got {weight}.")
-    if weight and reference_free:
-        raise ValueError(
-            f"Expected `token_did_entropy_weight` to be 0 with `loss={loss!r}`, whose DID has no reference, but got "
-            f"{weight}."
-        )
 
 
 def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:

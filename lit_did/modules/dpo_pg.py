@@ -10,36 +10,79 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lit_did.batches.sequences import Sequences
-from lit_did.modules.checks import check_training_step
 from lit_did.modules.dpo import LitDPO
+from lit_did.modules.objective import Objective
 from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
 
 
-class LitDPOPG(LitDPO):
-    """Trains as `LitDPO` does, but drops from each step the part that lowers the chosen completions' likelihood.
+class _Sigmoid(Objective):
+    """The one objective whose gradient LitDPOPG projects."""
 
-    DPO's gradient has two terms. With the margin m and s = sigmoid(-m), held constant, g_w = grad of the mean of
-    beta s log pi(y_w) is to be ascended and g_l = grad of the mean of beta s log pi(y_l) to be descended: DPO's ascent
+    def __init__(self, **options: Any) -> None:
+        plain = {"loss": "sigmoid", "label_smoothing": 0, "nll_weight": None, "token_did_entropy_weight": 0}
+        for name, only in plain.items():
+            if options[name] != only:
+                raise ValueError(f"Expected `{name}` to be {only!r} with LitDPOPG, but got {options[name]!r}.")
+        super().__init__(**options)
+
+
+class LitDPOPG(LitDPO):
+    """Trains as `LitDPO` does, but leaves out of each step what lowers the chosen completions' likelihood.
+
+    DPO's gradient has two terms. With the margin m and s = sigmoid(-m), held constant, g_w is the gradient of the mean
+    of beta s log pi(y_w), and g_l that of the mean of beta s log pi(y_l). DPO ascends g_w and descends g_l, so its
     direction is g_w - g_l. Where the two agree, <g_l, g_w> > 0, descending g_l takes back part of g_w. This class
     leaves that part out and ascends
 
         g_w - [g_l - max(0, <g_l, g_w>) / |g_w|^2 g_w].
 
-    A step along it never lowers the weighted chosen log-likelihood to first order. AdamW rescales every parameter, so
-    its steps are not along it, and carry no such promise. The DPO-PG of arXiv 2505.23761 is known to us by its name
-    only: we have not seen its formula. This projection is our own.
+    To first order, a step along it never lowers the weighted chosen log-likelihood. AdamW rescales every parameter, so
+    its steps have another direction, and this does not hold for them. The DPO-PG of arXiv 2505.23761 is known to us by
+    its name only: we have not seen its formula. This projection is our own.
 
-    One product over all trained parameters, of the gradients over all micro-batches and processes of an optimiser
-    step; accumulation, clipping (of the projected gradient) and mixed precision are the Trainer's. It keeps one more
-    gradient in memory than LitDPO, and runs the models once a side. Adds to what LitDPO logs `train/gradient_cosine`,
-    the cosine of g_w and g_l: above 0 the step was projected, else it was DPO's.
+    The inner product is one over all trained parameters, of the gradients over all micro-batches and processes of an
+    optimiser step. The Trainer accumulates, clips (the projected gradient) and does mixed precision as always. One more
+    gradient is kept in memory than with LitDPO, and the models run once for each side. `train/gradient_cosine` is
+    logged too. It is the cosine of g_w and g_l. Above 0 the step was projected, else it was DPO's.
 
-    Args: as `LitDPO`, with `loss="sigmoid"`, no `nll_weight`, and `label_smoothing` and `token_did_entropy_weight` 0.
+    Args:
+        policy: A causal language model of transformers, or its name or path. A `PeftModel` keeps its adapter.
+        reference: A second model or its name, which is never trained. None: a policy with an adapter is its own
+            reference with the adapter switched off. Any other policy gets a frozen copy of its present weights.
+        beta: DPO's inverse temperature.
+        loss: "sigmoid".
+        label_smoothing: 0.
+        gamma: None.
+        nll_weight: None.
+        token_did_entropy_weight: 0.
+        lora: Adds a LoRA adapter to the policy: a `peft.LoraConfig`, or its arguments as a dict.
+        optimizer: A function of the trained parameters that returns the optimiser. None: AdamW.
+        lr_scheduler: A function of the optimiser that returns its scheduler, which steps at every optimiser step.
+        learning_rate: AdamW's. None: 5e-5 for a policy with an adapter, else 1e-6.
+        adam_betas: AdamW's decay rates of its two averages.
+        adam_eps: AdamW's epsilon.
+        weight_decay: AdamW's, for matrices.
+        warmup_steps: Optimiser steps over which the learning rate rises. Below 1: a share of all steps.
+        schedule: The learning rate after the warmup. "linear" and "cosine" fall to 0 at the end of training.
+        disable_dropout: Sets the policy's dropout probabilities to 0.
+        gradient_checkpointing: Recomputes the policy's activations in the backward pass.
+        padding_free: Gives the models the sequences of a batch end to end, without padding.
+        share_prompts: Has no effect, because the two sides run one after the other.
+        recompute_elementwise: Recomputes all but matrix products and attention in the backward pass.
+        micro_batch_tokens: Micro-batches have at most this many tokens, and at least one pair. "auto": 2,048 on a CPU,
+            16,384 elsewhere. None: all at once.
+        cache_reference: A folder for the reference's last hidden states, see `LitDPO`.
+        model_kwargs: Arguments of `from_pretrained` for models that are given by name.
+        backend: The operators' implementation, see `lit_did.token_statistics`.
 
     Raises:
         TypeError, ValueError: An argument is out of range; when training starts, a strategy that shards gradients.
     """
+
+    objective_class = _Sigmoid
+    _log_ratios: tuple[Tensor, Tensor] | None = None
+    _rejected_gradient: list[Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuses a strategy under which no process holds whole gradients."""
@@ -54,12 +97,29 @@ class LitDPOPG(LitDPO):
     def on_fit_start(self) -> None:
         """Forgets what an interrupted run may have left."""
         super().on_fit_start()
-        self._rejected_gradient: list[Tensor] | None = None
+        self._log_ratios = self._rejected_gradient = None
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Adds the two terms of the loss's gradient up apart: the chosen one in `.grad`, the rejected one beside it."""
-        check_training_step(self._first_objective)
-        log_ratios, self._log_ratios, self._first_objective = self._log_ratios, None, None
+    def run_sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, None]:
+        """Runs one side after the other, so that a term's backward pass goes through its own graph alone."""
+        pairs = sequences.num_sequences // 2
+        halves = (range(pairs), range(pairs, 2 * pairs))
+        sides = [self.statistics(sequences.select(half), sequences) for half in halves]
+        if any(auxiliary is not None for _, auxiliary in sides):
+            raise ValueError(
+                "Expected a `policy` without an auxiliary loss with LitDPOPG, which projects the preference loss's "
+                "gradient, but its configuration has `output_router_logits=True`. Set it to False."
+            )
+        return sides[0][0], sides[1][0], None
+
+    def training_objective(self, pairs: PairStatistics, whole: Sequences) -> Tensor:
+        """As LitDPO's. Keeps the log-ratios for `backward_pass`."""
+        self._log_ratios = (pairs.chosen.log_ratio, pairs.rejected.log_ratio)
+        return super().training_objective(pairs, whole)
+
+    def backward_pass(self, loss: Tensor) -> None:
+        """Adds up the two terms of the gradient apart: the chosen one in `.grad`, the rejected one beside it."""
+        log_ratios, self._log_ratios = self._log_ratios, None
+        assert log_ratios is not None
         # -beta s / pairs and beta s / pairs, times what Lightning and the gradient scaler multiplied the loss by.
         chosen_weight, rejected_weight = torch.autograd.grad(loss, log_ratios)
         # Unlike backward, grad sets off no exchange of gradients: DDP sees one backward pass, the chosen term's.
@@ -82,7 +142,7 @@ class LitDPOPG(LitDPO):
         """A step of the optimiser from the projected gradient."""
 
         def closure() -> Any:
-            result = optimizer_closure()
+            result = None if optimizer_closure is None else optimizer_closure()
             # Before a gradient scaler looks at `.grad`: an overflow in either term then reaches it. Both are scaled
             # alike, and the projection scales with them.
             self._project()
@@ -92,38 +152,13 @@ class LitDPOPG(LitDPO):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _check_objective(self, **options: Any) -> None:
-        super()._check_objective(**options)
-        plain = {"loss": "sigmoid", "label_smoothing": 0, "nll_weight": None, "token_did_entropy_weight": 0}
-        for name, only in plain.items():
-            if options[name] != only:
-                raise ValueError(f"Expected `{name}` to be {only!r} with LitDPOPG, but got {options[name]!r}.")
-
-    def _split(self, sequences: Sequences) -> list[Sequences]:
-        return [sequences]  # the projection wants both terms' gradients of the whole batch
-
-    def _sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, None]:
-        # A graph for each side: a term's backward pass then walks its own alone, and costs half of DPO's.
-        pairs = sequences.num_sequences // 2
-        halves = (range(pairs), range(pairs, 2 * pairs))
-        sides = [self._statistics(sequences.select(half), sequences) for half in halves]
-        if any(auxiliary is not None for _, auxiliary in sides):
-            raise ValueError(
-                "Expected a `policy` without an auxiliary loss with LitDPOPG, whose projection is of the preference "
-                "loss's gradient, but its configuration has `output_router_logits=True`. Set it to False."
-            )
-        return sides[0][0], sides[1][0], None
-
-    def _objective(self, pairs: PairStatistics) -> Tensor:
-        self._log_ratios = (pairs.chosen.log_ratio, pairs.rejected.log_ratio)
-        return super()._objective(pairs)
-
     def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.loaded_models().policy.parameters() if parameter.requires_grad]
 
     def _project(self) -> None:
         """Turns `.grad` from the chosen term's gradient into the step's, and logs the two terms' cosine."""
         rejected, self._rejected_gradient = self._rejected_gradient, None
+        assert rejected is not None
         if self.trainer.world_size > 1:
             flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in rejected]), reduce_op="mean")
             rejected = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in rejected]), rejected, strict=True)]

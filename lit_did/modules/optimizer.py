@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from lit_did.arguments import check_number
+from lit_did.arguments import check_choice, check_number
 from lit_did.models.wrappers import is_peft, plain_name
 
-SCHEDULES = ("constant", "linear", "cosine")
+Schedule = Literal["constant", "linear", "cosine"]
 LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 5e-5
 """For an adapter: it has few parameters, and half of LoRA's parameters start at zero."""
@@ -62,8 +62,7 @@ def check_optimizer(
             "Expected `warmup_steps` to be a whole number of steps, or a share of all steps below 1, but got "
             f"{warmup_steps}."
         )
-    if schedule not in SCHEDULES:
-        raise ValueError(f"Expected `schedule` to be one of {', '.join(map(repr, SCHEDULES))}, but got {schedule!r}.")
+    check_choice("schedule", schedule, Schedule)
     adam = {"learning_rate": learning_rate, "adam_betas": tuple(adam_betas), "adam_eps": adam_eps}
     _check_unused("optimizer", optimizer, {**adam, "weight_decay": weight_decay})
     _check_unused("lr_scheduler", lr_scheduler, {"warmup_steps": warmup_steps, "schedule": schedule})
@@ -327,3 +326,15 @@ def follow_finders(trainer: lightning.Trainer, settings: Any) -> None:
             schedule.base_lrs = [rate] * len(schedule.base_lrs)
         for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = base * factor(schedule.last_epoch)
+
+
+def resume_data(trainer: lightning.Trainer) -> None:
+    """Lets a resumed run continue with the batch that would have come next.
+
+    `configure_optimizers` asks for the number of steps. So Lightning makes the dataloaders before it reads their states
+    from the checkpoint, and it gives those states only to dataloaders that it makes later.
+    """
+    loop = trainer.fit_loop
+    if getattr(loop, "_combined_loader_states_to_load", None):
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)

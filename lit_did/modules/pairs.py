@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
 import torch
@@ -12,12 +12,14 @@ from torchmetrics import MetricCollection
 from lit_did.functional.rewards import loss_sums, loss_value
 from lit_did.metrics import DIDMetrics, LikelihoodDisplacement
 from lit_did.metrics.base import StatisticsMetric
-from lit_did.modules.objective import Objective
 from lit_did.ops import SequenceStatistics
 from lit_did.representing import short_repr
 
+if TYPE_CHECKING:
+    from lit_did.modules.objective import Objective
+
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
-"""what `SequenceStatistics` can tell of a policy alone"""
+"""the fields of `SequenceStatistics` that need no reference"""
 
 
 @short_repr
@@ -46,12 +48,21 @@ def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceS
     both = SequenceStatistics(*(torch.cat(sides) for sides in zip(pairs.chosen, pairs.rejected, strict=True)))
     if weight is None:
         return both
-    return both._replace(num_tokens=both.num_tokens * (weight > 0).repeat(2))
+    counts = (weight > 0).repeat(2).to(both.num_tokens.device)
+    return both._replace(num_tokens=both.num_tokens * counts)
+
+
+def of_policy_alone(statistics: SequenceStatistics) -> SequenceStatistics:
+    """The statistics with NaN in the place of all that needs a reference."""
+    undefined = torch.full_like(statistics.policy_logprob, torch.nan, requires_grad=False)
+    kept = {name: getattr(statistics, name) for name in WITHOUT_REFERENCE}
+    return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
 
 
 def counted(pairs: PairStatistics, weight: Tensor) -> PairStatistics:
     """The pairs of a weight above 0: without the rows that only pad a process's share."""
-    kept = weight > 0
+    # Rows found on the CPU: a mask on a GPU would make the process wait for it.
+    kept = (weight > 0).nonzero()[:, 0].to(pairs.loss.device)
 
     def select(value: Any) -> Any:
         return value[kept] if isinstance(value, Tensor) else type(value)(*map(select, value))

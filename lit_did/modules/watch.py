@@ -109,6 +109,17 @@ class Watch:
         )
 
 
+def warn_if_not_finite(name: str, loss: Tensor) -> None:
+    """Warns if a validation loss, logged as `name`, is NaN or infinite."""
+    if not loss.isfinite():
+        warnings.warn(
+            f"`{name}` is NaN or infinite, so nothing can be chosen by it: not a checkpoint, nor when to stop. Likely "
+            "causes: a logit of the policy or the reference is NaN, or -inf at a completion token, or values overflow "
+            "in half precision. `trainer.predict(module, dataloader)` returns the loss of every pair.",
+            stacklevel=2,
+        )
+
+
 def _tries_rates(trainer: lightning.Trainer) -> bool:
     """Whether the run is a trial of Lightning's learning-rate finder, which has set its own scheduler."""
     return any(type(config.scheduler).__module__ == lr_finder.__name__ for config in trainer.lr_scheduler_configs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.batches.sequences import Sequences, read_sequences
-from lit_did.models.measuring import completion_statistics
+from lit_did.models.policy_and_reference import completion_statistics
 from lit_did.models.trial import layout_of, outputs_of
 from tests.models.architectures import (
     LAYOUTS,

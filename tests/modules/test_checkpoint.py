@@ -67,8 +67,8 @@ def test_state_dict_holds_what_is_trained_and_loads_strictly(lora):
     name, value = state.popitem()
     with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
         again.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"policy\.other"'):
-        again.load_state_dict({**state, name: value, "policy.other": value})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"models\.policy\.other"'):
+        again.load_state_dict({**state, name: value, "models.policy.other": value})
 
 
 def test_frozen_layers_are_left_out_and_kept():
@@ -78,7 +78,7 @@ def test_frozen_layers_are_left_out_and_kept():
     policy.model.layers[1].register_buffer("scale", torch.ones(1))
     module = LitDPO(policy)
     assert not any("layers.0" in name for name in module.state_dict())
-    assert "policy.model.layers.1.scale" in module.state_dict()
+    assert "models.policy.model.layers.1.scale" in module.state_dict()
     again = LitDPO(copy.deepcopy(policy))
     again.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
     moved = {name for name, p in whole(again).items() if not torch.equal(p, whole(module)[name])}
@@ -128,7 +128,7 @@ def test_averages_of_weights_resume(tmp_path, average, lora):
     straight = run(3)
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)
     names = [*checkpoint["state_dict"], *checkpoint.get("current_model_state", ())]
-    assert not any(name.startswith("reference.") for name in names)
+    assert not any(name.startswith("models.reference.") for name in names)
     assert lora is None or all("lora_" in name for name in names)
     resumed = run(3, str(tmp_path / "epoch=1.ckpt"))
     assert equal(whole(straight), whole(resumed))

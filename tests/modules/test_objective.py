@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 from lit_did import LitDPO
 from lit_did.functional import preference_loss
 from lit_did.models.wrappers import is_peft
+from lit_did.modules.objective import Objective
 from tests.modules.steps import OPTIMISER, assert_same, loader, make, train
 from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
 from tests.modules.tiny import loader as tiny_loader
@@ -57,9 +58,13 @@ def test_a_function_is_the_loss_by_name(switches):
     assert_same(got, expected)
 
 
+class Squared(Objective):
+    def __init__(self, **options) -> None:
+        super().__init__(**{**options, "loss": squared})
+
+
 class Overridden(LitDPO):
-    def _loss(self, chosen, rejected):
-        return squared(chosen, rejected)
+    objective_class = Squared
 
 
 @pytest.mark.parametrize("make_module", [lambda **o: make(loss=squared, **o), lambda **o: make(Overridden, **o)])
@@ -168,7 +173,7 @@ def test_a_checkpoint_brings_a_mixture_back(tmp_path):
 def test_a_function_as_loss_is_wanted_again(tmp_path):
     save(tmp_path, loss=squared)
     assert "loss" not in torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
-    with pytest.raises(ValueError, match=r"`loss` to be given as it was to the run .*, but got none.*loss=\.\.\."):
+    with pytest.raises(ValueError, match=r"`loss` to be the function of the run .*, but got None.*loss=\.\.\."):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt")
     module = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", loss=squared)
     statistics = module.pair_statistics(collate(make_pairs(3)))

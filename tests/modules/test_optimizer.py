@@ -115,15 +115,15 @@ def test_functions_are_wanted_again_to_train_on(tmp_path):
 
     run = fitted(module(**functions))
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match=r"`optimizer` to be given as it was .* Pass it again if you train on"):
+    with pytest.warns(UserWarning, match=r"`optimizer` to be the function of the run .* Pass it again if you train on"):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*given as it was.*")
+        warnings.filterwarnings("error", message=".*the function of the run.*")
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **functions)
     resumed, data = trainer(max_steps=2), loader(make_pairs(4), 2)
     resumed.fit(module(**functions), data, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.global_step == 2
-    with pytest.raises(ValueError, match="`lr_scheduler` to be given as it was"):
+    with pytest.raises(ValueError, match="`lr_scheduler` to be the function of the run"):
         trainer(max_steps=2).fit(module(optimizer=functions["optimizer"]), data, ckpt_path=tmp_path / "last.ckpt")
 
 

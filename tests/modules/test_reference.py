@@ -61,10 +61,10 @@ def test_modes_during_training_and_after_validation(pairs, lora):
     seen = set()
 
     class Watch(LitDPO):
-        def _pair_statistics(self, *arguments):
+        def run_sides(self, *arguments):
             reference = self.reference and self.reference.training
             seen.add((self.trainer.state.stage.value, self.policy.training, reference))
-            return super()._pair_statistics(*arguments)
+            return super().run_sides(*arguments)
 
     module = Watch(tiny_gpt2().eval(), lora=lora)  # from_pretrained gives models in eval mode
     trainer(max_epochs=2, num_sanity_val_steps=1, val_check_interval=1).fit(module, loader(pairs, 3), loader(pairs, 6))

@@ -15,8 +15,8 @@ from lit_did import LitDPO
 from lit_did.batches.sequences import read_sequences
 from lit_did.callbacks import DIDMonitor
 from lit_did.functional import REFERENCE_FREE_LOSSES
+from lit_did.models import policy_and_reference
 from lit_did.models.trial import find
-from lit_did.modules import dpo
 from tests.modules.test_statistics import log_prob
 from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
@@ -102,7 +102,7 @@ def test_nothing_is_copied_and_one_forward_pass_is_run(loss, lora, pairs, monkey
     def never(*_):
         raise AssertionError("the adapter was switched off")
 
-    monkeypatch.setattr(dpo, "adapter_off", never)
+    monkeypatch.setattr(policy_and_reference, "adapter_off", never)
     # Without the two passes that look for noise.
     module = LitDPO(tiny_llama(), loss=loss, lora=lora, disable_dropout=False)
     assert module.reference is None

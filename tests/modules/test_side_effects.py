@@ -109,9 +109,18 @@ def test_a_second_run_adds_no_callback(capsys):
     assert run.callbacks == callbacks
 
 
-def test_data_without_validation_are_told_by_that_name():
-    with pytest.warns(UserWarning, match="`NoValidation`"):
-        trainer(max_epochs=1).fit(module(), PreferenceDataModule(ROWS, TOKENIZER))
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("val", [None, ROWS])
+def test_no_warning_of_lightnings_about_what_is_on_purpose(steps, val):
+    data_connector.warning_cache.clear()  # Lightning's, which shows a warning once a process
+    run = trainer(max_epochs=1, num_sanity_val_steps=steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module(), PreferenceDataModule(ROWS, TOKENIZER, val=val))
+        trainer().validate(module(), PreferenceDataModule(ROWS, TOKENIZER, val=ROWS), verbose=False)
+    told = [str(warning.message) for warning in caught]
+    assert not [text for text in told if "overridden" in text or "NoValidation" in text or "eval mode" in text]
+    assert any("At the first step" in text for text in told)  # other warnings show
 
 
 def test_sampling_leaves_nothing_behind():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_did import LitDPO
 from lit_did.batches.sequences import read_sequences
-from lit_did.models import measuring
+from lit_did.models import policy_and_reference
 from lit_did.models.trial import find
 from tests.modules.steps import OPTIMISER, PLAIN, SWITCHES, assert_same, loader, make, train
 from tests.modules.tiny import tiny_gpt2, tiny_llama, trainer
@@ -125,13 +125,13 @@ class Largest(TorchDispatchMode):
 def test_no_logits_in_memory(monkeypatch):
     vocabulary, hidden, bound = 20_000, 8, 2**20
     rows, bounds = [], {}
-    kernel = measuring.linear_sequence_statistics
+    kernel = policy_and_reference.linear_sequence_statistics
 
     def watched(policy_hidden, *arguments, **options):
         rows.append(len(policy_hidden))
         return kernel(policy_hidden, *arguments, **options, **bounds)
 
-    monkeypatch.setattr(measuring, "linear_sequence_statistics", watched)
+    monkeypatch.setattr(policy_and_reference, "linear_sequence_statistics", watched)
     data = loader()
     labels = [int((batch["labels"] != -100).sum()) for batch in data]
 

@@ -20,8 +20,8 @@ from tests.processes import run_program
 REFUSED = {
     "nothing sharded": "over the 2 processes.*ModelParallelStrategy neither holds for 21 of 21.*apply `fully_shard`",
     "one layer sharded": "ModelParallelStrategy neither holds for 12 of 21 parameters",
-    "adapters beside shards": "neither holds for 28 of 28 parameters.* first is policy.*lora_A",
-    "adapters beside tensor parallelism": r"neither holds for \d+ of 28 parameters.* first is policy.*lora_A",
+    "adapters beside shards": "neither holds for 28 of 28 parameters.* first is models.policy.*lora_A",
+    "adapters beside tensor parallelism": r"neither holds for \d+ of 28 parameters.* first is models.policy.*lora_A",
     "tensor parallelism with two batches": "neither holds for 21 of 21 parameters",
     "adapters beside shards under DDP": "models that are not sharded with DDP.*without `distributed_config`",
     "a sharded module to copy": "`reference` to be given for a `policy` whose parameters are sharded",

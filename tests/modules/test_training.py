@@ -195,7 +195,7 @@ def test_checkpoint_holds_what_is_trained_and_resumes_to_the_same_weights(tmp_pa
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
     trained = {n for n, p in whole.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert trained <= state.keys()
-    assert not any(name.startswith("reference.") for name in state)
+    assert not any(name.startswith("models.reference.") for name in state)
     if lora:
         assert all("lora_" in name for name in state)
 
@@ -262,7 +262,7 @@ def test_a_deeper_policys_checkpoint_is_refused(tmp_path):
     run.fit(LitDPO(tiny_llama()), loader(make_pairs(2), 2))
     run.save_checkpoint(tmp_path / "deep.ckpt")
     with pytest.raises(
-        ValueError, match=r"parameters of this policy only, but .* 9 of them.* first is policy.model.layers.1"
+        ValueError, match=r"parameters of this policy only, but .* 9 of them.* first is models.policy.model.layers.1"
     ):
         LitDPO.load_from_checkpoint(tmp_path / "deep.ckpt", policy=tiny_llama(num_hidden_layers=1))
 
@@ -339,5 +339,5 @@ def test_buffers_of_the_reference_stay_out_of_the_checkpoint(tmp_path):
     run.fit(LitDPO(policy), loader(make_pairs(2), 2))
     run.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert "policy.calibration" in state
-    assert not any(name.startswith("reference.") for name in state)
+    assert "models.policy.calibration" in state
+    assert not any(name.startswith("models.reference.") for name in state)

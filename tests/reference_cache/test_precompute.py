@@ -195,7 +195,7 @@ def test_of_the_reference_only_the_output_layer_is_kept(tmp_path, tied):
     assert not weight.requires_grad
     run.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert state.keys() == {f"policy.{name}" for name in module.policy.state_dict()}
+    assert state.keys() == {f"models.policy.{name}" for name in module.policy.state_dict()}
 
 
 def test_a_bias_and_the_scales_of_the_output_layer_are_kept(tmp_path):
@@ -458,13 +458,9 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
 
 
 def test_monitored(tmp_path):
-    """The monitor runs models itself: of a reference without layers it tells, and takes what LitDPO says instead."""
-    with pytest.raises(
-        ValueError,
-        match=r"With `cache_reference` the reference's layers are freed.* `logits_fn=lambda module, batch: mod",
-    ):
-        fit(pairs_of(tmp_path / "bare"), loader(TRAIN, 3), callbacks=[DIDMonitor(every_n_steps=1)])
+    """The monitor uses the cache, and what `logits_fn` returns."""
     for lora, monitor in (
+        (None, DIDMonitor(every_n_steps=1)),
         (None, DIDMonitor(lambda module, batch: module(batch), every_n_steps=1)),
         (LORA, DIDMonitor(every_n_steps=1)),
     ):

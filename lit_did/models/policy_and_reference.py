@@ -1,0 +1,327 @@
+"""PolicyAndReference: a policy beside its reference, and the statistics of a batch's completions under both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.layout import Layout
+from lit_did.batches.reading import read_batch
+from lit_did.batches.sequences import Sequences, read_sequences
+from lit_did.models import attention
+from lit_did.models.forward import Outputs, text_config
+from lit_did.models.loading import (
+    check_adapter_is_all_that_trains,
+    check_can_be_copied,
+    check_positions_are_kept,
+    check_same_vocabulary,
+    check_separate,
+    frozen_copy,
+)
+from lit_did.models.loading import freeze as freeze_model
+from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.models.trial import layout_of, outputs_of
+from lit_did.models.wrappers import inner, is_peft, unwrapped
+from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
+from lit_did.ops.extension import Backend
+
+MAX_LOGITS_BYTES = 2**30
+ReferenceKind = Literal["model", "adapter off", "recorded", "policy"]
+
+
+@runtime_checkable
+class RecordedReference(Protocol):
+    """A reference whose last hidden states were recorded, such as a reference cache."""
+
+    def outputs(self, sequences: Sequences, device: torch.device) -> Outputs:
+        """What the reference answers at the completion tokens of `sequences`, on `device`."""
+        ...
+
+
+class PolicyAndReference(nn.Module):
+    """Runs a policy beside its reference and returns the statistics of a batch's completions.
+
+    Register it as a submodule of your own LightningModule. Then device moves, strategies and checkpoints include both
+    models, and `DIDMonitor` finds them. The result is differentiable in the policy. Call it under `torch.no_grad()` to
+    measure.
+
+    The models are given no padding, and what both sequences of a pair begin with is encoded once, where the models
+    give the same results that way. Last hidden states go straight into the fused operator, so that no logits are kept
+    in memory, where the output layer is a plain `nn.Linear`. A warning names a model that needs a slower way.
+
+    Args:
+        policy: A causal language model of transformers. Its mode (train or eval) and its parameters stay as they are.
+        reference: The model that the policy is compared with. It is frozen and stays in eval mode. None: a `PeftModel`
+            is its own reference with its adapter switched off, and any other policy gets a frozen copy of its present
+            weights. A recorded reference, which is an object with a method `outputs(sequences, device)`. Or `policy`
+            itself: then it runs once, and every log-ratio is 0.
+        adapter: The name of the policy's adapter that is the reference, in place of no adapter. Only for a `PeftModel`
+            without `reference`.
+        freeze: False leaves a `reference` model's parameters and mode as they are. It still runs in eval mode and
+            without gradients.
+        padding_free: Whether the models are given the sequences of a batch end to end, without padding.
+        share_prompts: Whether the models are given once what both sequences of a pair begin with. Sequence i and
+            sequence i + n / 2 of n are a pair.
+        ignore_index: The label of tokens that are not part of a completion.
+        temperature: Divides both models' logits.
+        backend: Of the operators: "auto", "fused" or "reference".
+
+    Raises:
+        ValueError: The two models share parameters or have different vocabularies, or the adapter is not all that is
+            trained of a `PeftModel` without `reference`.
+
+    Example:
+        >>> from lightning import LightningModule
+        >>> class MyDPO(LightningModule):
+        ...     def __init__(self, policy, reference=None):
+        ...         super().__init__()
+        ...         self.models = PolicyAndReference(policy, reference)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         statistics = self.models(batch)  # SequenceStatistics [sequences]
+        ...         chosen, rejected = statistics.log_ratio.chunk(2)
+        ...         return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    """
+
+    policy: nn.Module
+    reference: nn.Module | None
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module | RecordedReference | None = None,
+        *,
+        adapter: str | None = None,
+        freeze: bool = True,
+        padding_free: bool = True,
+        share_prompts: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+        temperature: float = 1.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.policy, self.adapter = policy, adapter
+        self.padding_free, self.share_prompts = padding_free, share_prompts
+        self.ignore_index, self.temperature, self.backend = ignore_index, temperature, backend
+        self._freeze, self._recorded = freeze, None
+        self.reference = None
+        if is_peft(unwrapped(policy)):
+            check_positions_are_kept(unwrapped(policy))
+        if reference is policy:
+            self.reference_kind: ReferenceKind = "policy"
+        elif reference is None and is_peft(unwrapped(policy)):
+            check_adapter_is_all_that_trains(unwrapped(policy))
+            self.reference_kind = "adapter off"
+        elif reference is None:
+            check_can_be_copied(policy)
+            self.reference, self.reference_kind = frozen_copy(policy), "model"
+        elif isinstance(reference, nn.Module):
+            check_separate(policy, reference)
+            check_same_vocabulary(policy, reference)
+            self.reference, self.reference_kind = freeze_model(reference) if freeze else reference, "model"
+        elif isinstance(reference, RecordedReference):
+            self._recorded, self.reference_kind = reference, "recorded"
+        else:
+            raise TypeError(f"Expected `reference` to be a model or None, but got {type(reference).__name__}.")
+        if adapter is not None and self.reference_kind != "adapter off":
+            raise ValueError(
+                f"Expected `adapter` to be None unless a PeftModel is its own reference, but got {adapter!r}."
+            )
+
+    def forward(self, batch: Mapping[str, Any]) -> SequenceStatistics:
+        """The statistics of every completion, [sequences].
+
+        Args:
+            batch: In any form that `lit_did.batches.reading.read_batch` documents, on any device. It is read on the
+                CPU, so keep it there.
+        """
+        return self.statistics(self.read(batch))[0]
+
+    def read(self, batch: Mapping[str, Any]) -> Sequences:
+        """The sequences of a batch in any form that `lit_did.batches.reading.read_batch` documents, on the CPU."""
+        if isinstance(batch, Mapping):  # read back once, where it is on another device
+            batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return read_sequences(read_batch(batch, self.ignore_index))
+
+    def statistics(
+        self, sequences: Sequences, whole: Sequences | None = None
+    ) -> tuple[SequenceStatistics, Tensor | None]:
+        """The statistics [sequences], and the auxiliary loss of a mixture of experts that is configured to return one.
+
+        Args:
+            sequences: What `read` returned, or some of it.
+            whole: All sequences that one backward pass goes through, if `sequences` are some of them.
+        """
+        return self._run(self.policy, self.reference, sequences, whole)
+
+    def measure(self, sequences: Sequences, *, max_logits_bytes: int = MAX_LOGITS_BYTES) -> SequenceStatistics:
+        """The statistics [sequences], without gradients and without a trace in the models or in random numbers.
+
+        Both models run in eval mode. What distributes or compiles a model does not run.
+
+        Args:
+            sequences: What `read` returned.
+            max_logits_bytes: About how many bytes the logits of all completion tokens may take at a time. Sequences
+                take turns, at least one each.
+        """
+        policy, reference = (model if model is None else unwrapped(model) for model in (self.policy, self.reference))
+        assert policy is not None
+        with random_numbers_kept(_device(policy)), evaluating(policy):
+            portions = _portions(sequences, policy, max_logits_bytes)
+            parts = [self._run(policy, reference, portion)[0] for portion in portions]
+        return SequenceStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def reference_outputs(self, sequences: Sequences) -> Outputs:
+        """What the reference model answers at the completion tokens, without gradients, even where it is recorded.
+
+        Args:
+            sequences: What `read` returned.
+        """
+        return self._reference_outputs(self.policy, self.reference, sequences)
+
+    def with_options(self, *, ignore_index: int, temperature: float, backend: Backend) -> PolicyAndReference:
+        """The same two models with other options, which the constructor describes."""
+        other = copy.copy(self)
+        other.ignore_index, other.temperature, other.backend = ignore_index, temperature, backend
+        return other
+
+    def use_recorded(self, recorded: RecordedReference, output_layer: nn.Module | None) -> None:
+        """Takes the reference's answers from a record from now on.
+
+        Args:
+            recorded: It holds the answers.
+            output_layer: What takes the place of the `reference` model, whose layers are no longer needed.
+        """
+        self._recorded, self.reference, self.reference_kind = recorded, output_layer, "recorded"
+
+    def use_own_attention(self) -> None:
+        """Gives the policy its own attention back.
+
+        With gradient checkpointing the policy keeps the attention for packed sequences after a training forward pass,
+        because the backward pass runs its layers again. Call this when training ends.
+        """
+        attention.use_own_attention(inner(self.policy))
+
+    def train(self, mode: bool = True) -> PolicyAndReference:
+        """Puts the policy into train or eval mode. A frozen reference stays in eval mode."""
+        super().train(mode)
+        if self._freeze and self.reference is not None:
+            self.reference.eval()
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, policy: nn.Module, reference: nn.Module | None, sequences: Sequences, whole: Sequences | None = None
+    ) -> tuple[SequenceStatistics, Tensor | None]:
+        layout = self._layout(policy, sequences, whole)
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()):
+            # Until the next batch, not for the forward pass alone: the backward pass runs layers again.
+            packed = layout.packing == "segments"
+            (attention.use_packed_attention if packed else attention.use_own_attention)(inner(policy))
+        of_policy = outputs_of(policy, layout)
+        device = layout.labels.device
+        if self.reference_kind == "policy":
+            of_reference = of_policy.detach()
+        elif self._recorded is not None:
+            of_reference = self._recorded.outputs(sequences, device)
+        else:
+            of_reference = self._reference_outputs(policy, reference, sequences, layout).to(device)
+        statistics = completion_statistics(
+            of_policy,
+            of_reference,
+            layout.labels,
+            layout.cu_labels,
+            temperature=self.temperature,
+            backend=self.backend,
+        )
+        return statistics, of_policy.auxiliary_loss
+
+    def _reference_outputs(
+        self, policy: nn.Module, reference: nn.Module | None, sequences: Sequences, layout: Layout | None = None
+    ) -> Outputs:
+        """What the reference answers. `layout`: the policy's, which also suits the policy without its adapter."""
+        if reference is None:
+            with adapter_off(policy, self.adapter):
+                return outputs_of(policy, layout or self._layout(policy, sequences))
+        with evaluating(reference):
+            return outputs_of(reference, self._layout(reference, sequences))
+
+    def _layout(self, model: nn.Module, sequences: Sequences, whole: Sequences | None = None) -> Layout:
+        return layout_of(model, sequences, padding_free=self.padding_free, share=self.share_prompts, batch=whole)
+
+
+def completion_statistics(
+    policy: Outputs,
+    reference: Outputs,
+    labels: Tensor,
+    cu_labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+) -> SequenceStatistics:
+    """The statistics of every completion, [sequences].
+
+    Args:
+        policy: What the policy answers at the completion tokens.
+        reference: What the reference answers at the same tokens.
+        labels: [completion tokens] int64, those tokens.
+        cu_labels: [sequences + 1] int64, where each sequence's tokens begin and end.
+        temperature: Divides both models' logits.
+        backend: Of the operators.
+    """
+    if policy.hidden is None or reference.hidden is None:
+        return sequence_statistics(
+            *map(_logits, (policy, reference)), labels, cu_seqlens=cu_labels, temperature=temperature, backend=backend
+        )
+    one, other = policy.layer, reference.layer
+    assert one is not None
+    assert other is not None
+    return linear_sequence_statistics(
+        policy.hidden,
+        one.weight,
+        reference.hidden,
+        other.weight,
+        labels,
+        policy_bias=one.bias,
+        reference_bias=other.bias,
+        softcap=(one.softcap, other.softcap),
+        scale=(one.scale, other.scale),
+        ignore_index=None,  # a layout has the labels of completion tokens alone
+        cu_seqlens=cu_labels,
+        temperature=temperature,
+        backend=backend,
+    )
+
+
+def _logits(outputs: Outputs) -> Tensor:
+    if outputs.hidden is None:
+        assert outputs.logits is not None
+        return outputs.logits
+    assert outputs.layer is not None
+    return outputs.layer.logits(outputs.hidden)
+
+
+def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) -> Iterator[Sequences]:
+    """The sequences in portions whose completions' logits take at most `max_logits_bytes`, or of one sequence."""
+    token = 2 * 4 * getattr(text_config(policy), "vocab_size", 1)  # two models, float32 at the most
+    limit = max_logits_bytes // token
+    portion: list[int] = []
+    tokens = 0
+    for index in range(sequences.num_sequences):
+        completion = int((sequences.labels[sequences.slice(index)] != IGNORE_INDEX).sum())
+        if portion and tokens + completion > limit:
+            yield sequences.select(portion)
+            portion, tokens = [], 0
+        portion.append(index)
+        tokens += completion
+    yield sequences.select(portion)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,180 @@
+"""PolicyModule: a LightningModule that holds a policy beside its reference, without an objective."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_did.batches.checks import checked_sequences
+from lit_did.batches.sequences import Sequences
+from lit_did.models import forward, loading
+from lit_did.models.dropout import switch_off_dropout
+from lit_did.models.policy_and_reference import PolicyAndReference
+from lit_did.models.wrappers import plain_name
+from lit_did.modules.checkpoint import TrainedState
+from lit_did.modules.checks import keep_noise_out, warn_unless_policy_is_reference
+from lit_did.modules.pairs import of_policy_alone
+from lit_did.modules.quiet_start import QuietStart
+from lit_did.modules.strategies import (
+    check_averages_of_weights,
+    check_backward_is_run,
+    check_gradients_are_exchanged,
+    check_unsharded_with_ddp,
+)
+from lit_did.ops import SequenceStatistics
+from lit_did.reference_cache.fingerprint import quick_digest
+from lit_did.reference_cache.precompute import CachedReference, cached_reference
+
+
+class PolicyModule(TrainedState):
+    """Loads a policy and its reference, checks that the strategy trains them right, and reads batches.
+
+    A subclass saves hyperparameters that are named as LitDPO's, sets `given` and calls `configure_model`.
+    """
+
+    given: dict[str, Any]
+    """the arguments of `lit_did.models.loading.load_pair`, until the models are loaded"""
+    _cache: CachedReference | None = None
+    _noise_checked = False
+    _start_checked = False
+
+    @property
+    def policy(self) -> nn.Module | None:
+        """The model in training. None until a policy that was given by name is loaded."""
+        return None if self.models is None else self.models.policy
+
+    @property
+    def reference(self) -> nn.Module | None:
+        """The reference model. None where there is none, and where it is the policy with its adapter switched off."""
+        return None if self.models is None else self.models.reference
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module would otherwise be registered under this name, and the properties would hide it.
+        if name in ("policy", "reference"):
+            setattr(self.models, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def configure_model(self) -> None:
+        """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
+        if self.models is not None:
+            return
+        options = self.hparams
+        policy, reference = loading.load_pair(**self.given)
+        models = PolicyAndReference(
+            policy,
+            reference if self.given["needs_reference"] else policy,
+            padding_free=options.padding_free,
+            share_prompts=options.share_prompts,
+            backend=options.backend,
+        )
+        if options.disable_dropout:
+            switch_off_dropout(policy)
+        if options.gradient_checkpointing or options.recompute_elementwise:
+            loading.checkpoint_activations(policy, keep_products=not options.gradient_checkpointing)
+        self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards
+        if self.given["needs_reference"]:  # now: later it may be sharded, cast or freed
+            self._reference_digest = quick_digest(policy if models.reference is None else models.reference)
+        policy.train()  # from_pretrained leaves eval mode, which Lightning keeps
+        self.models, self.given = models, {}
+        if options.cache_reference is not None:  # else DDP would hold on to what is freed
+            values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+            names = [name for name, _ in values if name.startswith("models.reference.")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+        if self._trainer is not None:
+            check_unsharded_with_ddp(self)
+
+    def loaded_models(self) -> PolicyAndReference:
+        """The models, which are loaded now if they were given by name and no Trainer has loaded them."""
+        self.configure_model()
+        assert self.models is not None
+        return self.models
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves the batch on the CPU, where it is checked and laid out. Only the models' inputs go to the device."""
+        return batch
+
+    def read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
+        """The sequences of a batch in one of the forms that LitDPO documents.
+
+        Args:
+            batch: The batch.
+            weighted: Whether pairs of `weight` 0 need no labels.
+
+        Raises:
+            TypeError, ValueError: The batch has another form.
+        """
+        policy = self.loaded_models().policy
+        return checked_sequences(
+            batch,
+            num_embeddings=forward.num_embeddings(policy),
+            num_positions=forward.num_positions(policy),
+            weighted=weighted,
+        )
+
+    def statistics(
+        self, sequences: Sequences, whole: Sequences | None = None
+    ) -> tuple[SequenceStatistics, Tensor | None]:
+        """As `PolicyAndReference.statistics`. Without a reference, all but `WITHOUT_REFERENCE` is NaN."""
+        models = self.loaded_models()
+        statistics, auxiliary = models.statistics(sequences, whole)
+        return of_policy_alone(statistics) if models.reference_kind == "policy" else statistics, auxiliary
+
+    def check_noise(self, sequences: Sequences) -> None:
+        """With `disable_dropout`, keeps other noise out of the policy too, and warns of it, before the first step."""
+        if not self._noise_checked and self.hparams.disable_dropout:
+            keep_noise_out(self.loaded_models().policy, sequences)
+        self._noise_checked = True
+
+    def check_start(self, statistics: SequenceStatistics) -> None:
+        """Warns if a policy that starts training differs from its reference in the first batch."""
+        models = self.loaded_models()
+        if not self._start_checked and models.reference_kind != "policy":
+            warn_unless_policy_is_reference(models.policy, models.reference_kind == "adapter off", statistics)
+        self._start_checked = True
+
+    def configure_callbacks(self) -> list[Callback]:
+        """`QuietStart`, unless the Trainer has it from an earlier run."""
+        return [] if any(isinstance(c, QuietStart) for c in self.trainer.callbacks) else [QuietStart()]
+
+    def setup(self, stage: str) -> None:
+        """Refuses a strategy that ignores `backward`, DDP with sharded models, and averages of other weights."""
+        if stage == "fit":
+            check_backward_is_run(self.trainer)
+            check_averages_of_weights(self)
+        check_unsharded_with_ddp(self)
+
+    def on_fit_start(self) -> None:
+        """Refuses a strategy under which parameters would drift apart."""
+        check_gradients_are_exchanged(self)
+
+    def on_train_start(self) -> None:
+        """With `cache_reference`, runs the reference over all pairs or finds its answers, and frees its layers."""
+        path = self.hparams.cache_reference
+        if path is None:
+            return
+        models = self.loaded_models()
+        self._cache = cached_reference(
+            path,
+            self.trainer,
+            models.policy if models.reference is None else models.reference,
+            partial(self.read, weighted=True),
+            models.reference_outputs,
+            self._cache,
+        )
+        kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
+        models.use_recorded(self._cache, kept)
+        gc.collect()  # save_hyperparameters left frames that hold the reference, and one another
+
+    def teardown(self, stage: str) -> None:
+        """Gives the policy its own attention back."""
+        if self.models is not None:
+            self.models.use_own_attention()
