@@ -334,7 +334,7 @@ def resume_data(trainer: lightning.Trainer) -> None:
     `configure_optimizers` asks for the number of steps. So Lightning makes the dataloaders before it reads their states
     from the checkpoint, and it gives those states only to dataloaders that it makes later.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     if getattr(loop, "_combined_loader_states_to_load", None):
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)

@@ -19,7 +19,7 @@ from lit_did.models.loading import is_sharded
 from lit_did.models.wrappers import is_peft
 
 if TYPE_CHECKING:
-    from lit_did.modules.dpo import LitDPO
+    from lit_did.modules.policy_module import PolicyModule
 
 
 def check_backward_is_run(trainer: lightning.Trainer) -> None:
@@ -32,7 +32,7 @@ def check_backward_is_run(trainer: lightning.Trainer) -> None:
         )
 
 
-def check_unsharded_with_ddp(module: LitDPO) -> None:
+def check_unsharded_with_ddp(module: PolicyModule) -> None:
     """Raises ValueError if a model is sharded and DDP gives the processes different batches."""
     models = [model for model in (module.policy, module.reference) if model is not None]
     if isinstance(module.trainer.strategy, DDPStrategy) and any(map(is_sharded, models)):
@@ -43,7 +43,7 @@ def check_unsharded_with_ddp(module: LitDPO) -> None:
         )
 
 
-def check_averages_of_weights(module: LitDPO) -> None:
+def check_averages_of_weights(module: PolicyModule) -> None:
     """Raises ValueError if a callback averages the weights of a copy that does not have the module's parameters."""
     trainer: Any = module.trainer
     settings: Any = module.hparams
@@ -63,7 +63,7 @@ def check_averages_of_weights(module: LitDPO) -> None:
         )
 
 
-def check_gradients_are_exchanged(module: LitDPO) -> None:
+def check_gradients_are_exchanged(module: PolicyModule) -> None:
     """Raises ValueError if the processes' copies of a parameter would drift apart.
 
     All processes have the same modules and strategy, so either all raise or none.

@@ -9,6 +9,7 @@ from lit_did import LitDPO
 from lit_did.batches.checks import checked_sequences
 from lit_did.batches.order import check_pairs
 from lit_did.batches.reading import read_batch
+from lit_did.batches.sequences import read_sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import Example
 from tests.modules.tiny import collate, make_pairs, tiny_llama
@@ -84,7 +85,7 @@ def test_a_shared_prompt_does_not_hide_the_others():
 
 
 def unpadded(*rows):
-    """What `read_batch` returns for (prompt, completion) token lists."""
+    """The sequences of (prompt, completion) token lists, as another trainer's batch gives them."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
     completion_mask = torch.zeros_like(mask)
@@ -92,7 +93,8 @@ def unpadded(*rows):
         ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         mask[row, : len(prompt) + len(completion)] = 1
         completion_mask[row, len(prompt) : len(prompt) + len(completion)] = 1
-    return read_batch({"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask})
+    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask}
+    return read_sequences(read_batch(batch))
 
 
 @pytest.mark.parametrize(
