@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import trainers
+from lit_did.models import policy_and_reference
 from lit_did.models.loading import is_peft
 from lit_did.modules import dpo
 
@@ -78,11 +79,11 @@ class Parts(lightning.Callback):
     def watching(self) -> Iterator[None]:
         """LitDPO's calls and torch's backward, timed."""
         backward = self._timed("policy backward", Tensor.backward)
-        output = self._timed("output layer and statistics", dpo.completion_statistics)
+        output = self._timed("output layer and statistics", policy_and_reference.completion_statistics)
         check = self._timed("metrics", dpo.count_bad_gradients)
         with (
             mock.patch.object(Tensor, "backward", backward),
-            mock.patch.object(dpo, "completion_statistics", output),
+            mock.patch.object(policy_and_reference, "completion_statistics", output),
             mock.patch.object(dpo, "count_bad_gradients", check),
         ):
             yield
