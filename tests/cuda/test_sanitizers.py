@@ -30,7 +30,7 @@ def test_no_race(build):
     # Each side's words around a chunk hold entries that other threads write.
     both = moved(random_case(1, 1000, ("f32", "f32"), grads=("in place", "in place")), 1, 3)
     logprobs = moved(random_case(1, 1000, ("bf16", "bf16"), grads=("in place", "in place")), 3, 2)
-    logprobs.upstream[2:] = [None] * 6
+    logprobs.upstream[2:] = [None] * 7
     run_and_check(emulator, [two_splits, ignored, both, logprobs, random_case(1, 70, ("f64", "f64"))])
     emulator.run(sequence_cases()[:1])
 
