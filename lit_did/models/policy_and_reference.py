@@ -277,7 +277,12 @@ def completion_statistics(
     """
     if policy.hidden is None or reference.hidden is None:
         return sequence_statistics(
-            *map(_logits, (policy, reference)), labels, cu_seqlens=cu_labels, temperature=temperature, backend=backend
+            _logits(policy),
+            _logits(reference),
+            labels,
+            cu_seqlens=cu_labels,
+            temperature=temperature,
+            backend=backend,
         )
     one, other = policy.layer, reference.layer
     assert one is not None
