@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from lit_did import DIDMetrics, DIDMonitor, PreferenceDataModule
+from lit_did import DIDMetrics, DIDMonitor, PolicyAndReference, PreferenceDataModule
 from lit_did.demo import PAIRS, smollm2
 
 
@@ -21,18 +21,14 @@ class MyDPO(lightning.LightningModule):
     def __init__(self, model: str, beta: float = 0.1) -> None:
         super().__init__()
         self.beta = beta
-        self.policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
-        self.did = DIDMetrics(beta=beta, prefix="my/")  # the logits are here anyway
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.models = PolicyAndReference(policy)  # the reference is a frozen copy of the policy
+        self.did = DIDMetrics(beta=beta, prefix="my/")
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        logits = self.policy(**inputs).logits
-        with torch.no_grad():
-            reference_logits = self.reference.eval()(**inputs).logits
-        self.did.update(logits.detach(), reference_logits, batch["labels"])
-        log_ratio = logprob(logits, batch["labels"]) - logprob(reference_logits, batch["labels"])
-        chosen, rejected = log_ratio.chunk(2)
+        statistics = self.models(batch)  # SequenceStatistics [2 pairs], the chosen completions first
+        self.did.update(statistics)
+        chosen, rejected = statistics.log_ratio.chunk(2)
         return -logsigmoid(self.beta * (chosen - rejected)).mean()
 
     def on_train_epoch_end(self) -> None:
@@ -43,13 +39,7 @@ class MyDPO(lightning.LightningModule):
         pass  # the callback measures the batches
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
-
-
-def logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log-probability of every completion, [sequences]; labels[:, t] is the token that position t predicts, or -100."""
-    picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return (picked * (labels != -100)).sum(1)
+        return torch.optim.AdamW(self.models.policy.parameters(), lr=1e-5)
 
 
 def main() -> None:

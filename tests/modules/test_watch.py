@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import lightning
@@ -191,3 +192,19 @@ def test_training_that_lowers_both_sides_says_so():
         assert fit(nll_weight=1.0) > 0  # the remedy
         LitDPO(tiny_gpt2(), loss="simpo")  # which has no log-ratio
         trainer(max_epochs=6).fit(LitDPO(tiny_gpt2(), loss="simpo", learning_rate=1e-3), loader(pairs, 4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_is_warned_of(value):
+    class Broken(LitDPO):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pairs = self.pair_statistics(batch)
+            loss = torch.full_like(pairs.loss, value)
+            self.val_metrics[dataloader_idx].update(pairs._replace(loss=loss, preference_loss=loss))
+
+    data = loader(make_pairs(2), 2)
+    with pytest.warns(UserWarning, match=r"`val/loss` is NaN or infinite.*`trainer.predict"):
+        trainer(max_epochs=1, num_sanity_val_steps=0).fit(Broken(tiny_gpt2()), data, data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*NaN or infinite.*")
+        trainer(max_epochs=1, num_sanity_val_steps=0).fit(LitDPO(tiny_gpt2()), data, data)
