@@ -97,8 +97,13 @@ class DIDMonitor(Callback):
             check_integer("every_n_steps", every_n_steps, 0)
         self.logits_fn, self.policy, self.reference = logits_fn, policy, reference
         self.beta, self.every_n_steps = beta, every_n_steps
-        self._reading = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
-        self._options = {"beta": 0.1 if beta is None else beta, "pairs": pairs, "unit": unit, "num_bins": num_bins}
+        self._reading: dict[str, Any] = {"ignore_index": ignore_index, "temperature": temperature, "backend": backend}
+        self._options: dict[str, Any] = {
+            "beta": 0.1 if beta is None else beta,
+            "pairs": pairs,
+            "unit": unit,
+            "num_bins": num_bins,
+        }
         self._train_metrics = self._metrics()  # here too, so that a wrong argument raises at once
         self._eval_metrics: list[DIDMetrics] = []  # one a dataloader
         self._measured = False  # whether `_train_metrics` hold anything
@@ -128,7 +133,8 @@ class DIDMonitor(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        logs: Any = trainer  # whose attribute mypy does not see
+        every = logs.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
         if every and (_step(trainer) + 1) % every == 0:
             self._train_metrics.update(*self._arguments(trainer, pl_module, batch))
             self._measured = True

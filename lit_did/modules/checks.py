@@ -13,6 +13,7 @@ from torch import nn
 from lit_did.arguments import check_choice
 from lit_did.batches.sequences import Sequences
 from lit_did.models.dropout import active_dropout, random_modules
+from lit_did.modules.micro_batches import MicroBatches
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import Backend
 
@@ -26,13 +27,14 @@ def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
         )
 
 
-def check_training_step(micro_batches: Any) -> None:
-    """Raises RuntimeError if LitDPO's own training step, which makes the `micro_batches`, was not called."""
+def check_training_step(micro_batches: MicroBatches | None) -> MicroBatches:
+    """Returns the `micro_batches`. Raises RuntimeError if LitDPO's `training_step`, which makes them, did not run."""
     if micro_batches is None:
         raise RuntimeError(
             "Expected an overridden `training_step` to call `super().training_step(batch, batch_idx)`, which adds the "
             "batch to the metrics, but it was not called. Pass a function as `loss` to minimise another loss."
         )
+    return micro_batches
 
 
 def check_loading(lora: Any, model_kwargs: Any, backend: Any) -> None:

@@ -154,7 +154,8 @@ class LitDPO(PolicyModule):
         )
         loss, reference_free = plain_loss(loss), self.objective.reference_free
         cache_reference = cache_folder(cache_reference)
-        policy, reference = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (policy, reference))
+        policy = os.fspath(policy) if isinstance(policy, os.PathLike) else policy
+        reference = os.fspath(reference) if isinstance(reference, os.PathLike) else reference
         check_models(policy, reference, cache_reference, reference_free, loss)
         check_loading(lora, model_kwargs, backend)
         check_bools(disable_dropout=disable_dropout, gradient_checkpointing=gradient_checkpointing)
@@ -180,7 +181,7 @@ class LitDPO(PolicyModule):
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._watch = Watch()
         self.train_metrics = PairMetrics(self.objective)
-        self.val_metrics = nn.ModuleList()  # one a validation dataloader
+        self.val_metrics: Any = nn.ModuleList()  # one a validation dataloader
         if not isinstance(policy, str) and not isinstance(reference, str):
             self.configure_model()
 
@@ -214,7 +215,7 @@ class LitDPO(PolicyModule):
         # Where gradients are exchanged in a backward pass, there has to be one. Not isinstance: subclasses shard.
         if self._trainer is None or type(self.trainer.strategy) is not SingleDeviceStrategy:
             return [sequences]
-        return micro_batches_of(sequences, self.hparams.micro_batch_tokens, self.device)
+        return micro_batches_of(sequences, self.hparams["micro_batch_tokens"], self.device)
 
     def training_objective(self, pairs: PairStatistics, whole: Sequences) -> Tensor:
         """What a micro-batch adds to what training minimises, a scalar.
@@ -270,8 +271,7 @@ class LitDPO(PolicyModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here."""
-        check_training_step(self._micro_batches)
-        micro_batches, self._micro_batches = self._micro_batches, None
+        micro_batches, self._micro_batches = check_training_step(self._micro_batches), None
         micro_batches.backward(loss, self.backward_pass, self.trainer.precision_plugin.train_step_context)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -283,10 +283,10 @@ class LitDPO(PolicyModule):
         pairs = self.pair_statistics(batch)
         return pairs if "weight" not in batch else counted(pairs, batch["weight"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimiser of the trained parameters, and its schedule, which steps at every optimiser step."""
         configuration = optimizer_and_schedule(
-            self.policy,
+            self.loaded_models().policy,
             self.trainer,
             self.hparams,
             dims=self._dims,
@@ -319,11 +319,11 @@ class LitDPO(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the metrics over all micro-batches and processes of this optimiser step, and checks them."""
-        metrics = self.train_metrics
+        metrics: Any = self.train_metrics
         if not metrics["loss"].update_called:  # a `training_step` may have skipped all batches
             return
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips steps that overflow
-            metrics["loss"].add_bad_gradients(count_bad_gradients(self.policy.parameters()))
+            metrics["loss"].add_bad_gradients(count_bad_gradients(self.loaded_models().policy.parameters()))
         self._watch.add(
             self.trainer, metrics.log_all(self, "train/", ("loss", "reward_margin", "token_did_concentration"))
         )

@@ -136,7 +136,7 @@ class LitDPOPG(LitDPO):
         self,
         epoch: int,
         batch_idx: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """A step of the optimiser from the projected gradient."""

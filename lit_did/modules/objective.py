@@ -60,7 +60,7 @@ class Objective:
         self.beta = beta
         self.custom = loss if callable(loss) else None
         self.token_did_entropy_weight = token_did_entropy_weight
-        self._options = {"beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
+        self._label_smoothing, self._gamma = label_smoothing, gamma
         if callable(loss):
             check_beta(beta)
             check_smoothing_and_gamma({}, label_smoothing, gamma, "a function as `loss`")
@@ -68,7 +68,9 @@ class Objective:
                 check_nll_weight(nll_weight)
             self.terms = LossTerms({}, float(nll_weight or 0.0))
         else:
-            self.terms = check_preference_loss(loss=loss, nll_weight=nll_weight, **self._options)
+            self.terms = check_preference_loss(
+                loss=loss, beta=beta, label_smoothing=label_smoothing, gamma=gamma, nll_weight=nll_weight
+            )
         check_number("token_did_entropy_weight", token_did_entropy_weight)
         if not math.isfinite(token_did_entropy_weight):
             raise ValueError(f"Expected `token_did_entropy_weight` to be finite, but got {token_did_entropy_weight}.")
@@ -140,11 +142,14 @@ class Objective:
         if self.custom is not None:
             return _checked(self.custom(chosen, rejected), chosen)
         return pair_losses(
-            *(compared_log_ratio(side, self.terms) for side in (chosen, rejected)),
+            compared_log_ratio(chosen, self.terms),
+            compared_log_ratio(rejected, self.terms),
             self.terms.preference,
             chosen_num_tokens=chosen.num_tokens,
             rejected_num_tokens=rejected.num_tokens,
-            **self._options,
+            beta=self.beta,
+            label_smoothing=self._label_smoothing,
+            gamma=self._gamma,
         )
 
 

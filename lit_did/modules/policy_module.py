@@ -67,7 +67,7 @@ class PolicyModule(TrainedState):
         """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
         if self.models is not None:
             return
-        options = self.hparams
+        options: Any = self.hparams
         policy, reference = loading.load_pair(**self.given)
         models = PolicyAndReference(
             policy,
@@ -130,7 +130,7 @@ class PolicyModule(TrainedState):
 
     def check_noise(self, sequences: Sequences) -> None:
         """With `disable_dropout`, keeps other noise out of the policy too, and warns of it, before the first step."""
-        if not self._noise_checked and self.hparams.disable_dropout:
+        if not self._noise_checked and self.hparams["disable_dropout"]:
             keep_noise_out(self.loaded_models().policy, sequences)
         self._noise_checked = True
 
@@ -143,7 +143,8 @@ class PolicyModule(TrainedState):
 
     def configure_callbacks(self) -> list[Callback]:
         """`QuietStart`, unless the Trainer has it from an earlier run."""
-        return [] if any(isinstance(c, QuietStart) for c in self.trainer.callbacks) else [QuietStart()]
+        trainer: Any = self.trainer
+        return [] if any(isinstance(c, QuietStart) for c in trainer.callbacks) else [QuietStart()]
 
     def setup(self, stage: str) -> None:
         """Refuses a strategy that ignores `backward`, DDP with sharded models, and averages of other weights."""
@@ -158,7 +159,7 @@ class PolicyModule(TrainedState):
 
     def on_train_start(self) -> None:
         """With `cache_reference`, runs the reference over all pairs or finds its answers, and frees its layers."""
-        path = self.hparams.cache_reference
+        path = self.hparams["cache_reference"]
         if path is None:
             return
         models = self.loaded_models()
