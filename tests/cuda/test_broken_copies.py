@@ -86,7 +86,13 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
+# One for each of the plain build's checks; each copy is compiled, which takes seconds.
+OFTEN = ("a sum over half the lanes", "one entry too many written", "warps that leave before the barrier")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in BREAKAGES]
+)
 def test_caught(name, build, tmp_path):
     header, right, wrong, cases, sanitizer, report = BREAKAGES[name]
     copy = tmp_path / "csrc"
