@@ -57,6 +57,7 @@ def test_functions_make_the_optimiser_and_its_schedule():
     assert optimizer.param_groups[0]["lr"] == 0.5**4  # stepped every step, of which an epoch has two
 
 
+@pytest.mark.filterwarnings("ignore:The learning rate still rises when training ends")
 def test_each_may_be_given_without_the_other():
     run = fitted(LitDPO(tiny_llama(), optimizer=partial(SGD, lr=0.5), warmup_steps=4))
     assert run.optimizers[0].param_groups[0]["lr"] == 0.25  # before the second step
@@ -115,7 +116,11 @@ def test_functions_are_wanted_again_to_train_on(tmp_path):
 
     run = fitted(module(**functions))
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match=r"`optimizer` to be the function of the run .* Pass it again if you train on"):
+    told = r"`{}` to be the function of the run .* Pass it again if you train on"
+    with (
+        pytest.warns(UserWarning, match=told.format("optimizer")),
+        pytest.warns(UserWarning, match=told.format("lr_scheduler")),
+    ):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*the function of the run.*")
