@@ -94,7 +94,8 @@ class PolicyModule(TrainedState):
 
     def loaded_models(self) -> PolicyAndReference:
         """The models, which are loaded now if they were given by name and no Trainer has loaded them."""
-        self.configure_model()
+        if self.models is None:  # an override of `configure_model` may not bear a second call
+            self.configure_model()
         assert self.models is not None
         return self.models
 

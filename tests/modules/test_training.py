@@ -341,3 +341,17 @@ def test_buffers_of_the_reference_stay_out_of_the_checkpoint(tmp_path):
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert "models.policy.calibration" in state
     assert not any(name.startswith("models.reference.") for name in state)
+
+
+def test_an_override_of_configure_model_runs_when_lightning_and_the_module_load_models_only():
+    calls = []
+
+    class Sharded(LitDPO):
+        def configure_model(self):
+            super().configure_model()
+            calls.append(self._trainer is not None)
+
+    module = Sharded(tiny_llama())
+    run = trainer(max_epochs=1, num_sanity_val_steps=0)
+    run.fit(module, loader(make_pairs(2), 2), loader(make_pairs(2), 2))
+    assert calls == [False, True]
