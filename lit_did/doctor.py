@@ -73,7 +73,7 @@ def _cuda(built: Any) -> str:
 def _operators(device: str) -> str:
     from lit_did.ops.extension import fused_devices
 
-    return "fused operators" if device in fused_devices() else "reference operators, in plain torch"
+    return "fused operators" if device in fused_devices() else "plain PyTorch implementation (slower)"
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ def test_report():
     lines = {line[:13].strip(): line[13:].strip() for line in result.stdout.splitlines() if line}
     assert lines["torch"] == torch.__version__
     assert lines["trl"] == "not installed" or lines["trl"][0].isdigit()
-    expected = "fused operators" if "cpu" in fused_devices() else "reference"
+    expected = "fused operators" if "cpu" in fused_devices() else "plain PyTorch"
     assert expected in lines["cpu tensors"]
     if torch.version.cuda is None:
         assert lines["cuda tensors"] == "not possible: this torch is a build without CUDA"
     elif not torch.cuda.is_available():
-        expected = "fused operators" if "cuda" in fused_devices() else "reference"
+        expected = "fused operators" if "cuda" in fused_devices() else "plain PyTorch"
         assert expected in lines["cuda tensors"]
         assert lines["cuda tensors"].endswith("but no CUDA device is found")
     if EXTENSION.module is None:

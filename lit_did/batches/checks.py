@@ -179,7 +179,8 @@ def _warn_of_positions(sequences: Sequences, num_positions: float) -> None:
     """Warns of sequences that are longer than the model knows positions: some models then fail without a cause."""
     if sequences.position_ids.max(initial=0) >= num_positions:
         warnings.warn(
-            f"Expected sequences of at most {num_positions} tokens, the policy's `max_position_embeddings`, but got "
-            "longer ones. The policy may fail or answer badly there. Lower `max_length`.",
+            f"The batch has sequences of more than {num_positions} tokens, the policy's `max_position_embeddings`. The "
+            "policy was not made for longer ones: it may raise an error, or its probabilities may be poor. Lower "
+            f"`max_length` to {num_positions}.",
             stacklevel=5,
         )

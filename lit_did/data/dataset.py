@@ -226,7 +226,8 @@ class PreferenceDataset(Dataset):
         if self._lacks_turns:
             texts["turns"] = (
                 f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was trained on "
-                "chats then sees text without turns. Pass `as_chat=True` to wrap prompts and answers as messages."
+                "chats then sees text without turns. Pass `as_chat=True` to wrap prompts and answers as messages. If "
+                "the model continues plain text, ignore this."
             )
         if self._header:
             header, tokens = self._header
@@ -239,8 +240,9 @@ class PreferenceDataset(Dataset):
         if self.num_spelling_control:
             texts["control"] = (
                 f"{name}: The text of {self.num_spelling_control} of {len(self)} pairs spells control tokens of the "
-                f"tokenizer (the first is {self._first_spelled}). They are encoded as text. If a chat template made "
-                "the text, pass `parse_special_tokens=True`, or the messages instead of the text."
+                f"tokenizer (the first is {self._first_spelled}). They are encoded as text, so they end no turn. "
+                "If you want that, ignore this. If a chat template made the text, pass `parse_special_tokens=True`, or "
+                "the messages instead of the text."
             )
         return texts
 

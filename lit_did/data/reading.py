@@ -135,7 +135,10 @@ def read_rows(
     if missing and (rows or skipped):
         raise ValueError(f"{name}: Expected the columns that `columns` names, but no row has {sorted(missing)}.")
     if found := "; or ".join(sorted({describe_columns(names, columns) for names in layouts} - {""})):
-        warn(f'{name}: Reads {found}. To choose the columns, pass `columns`, such as {{"prompt": "question"}}.')
+        warn(
+            f"{name}: Reads {found}. To choose the columns, which also silences this warning, pass `columns`, such as "
+            '{"prompt": "question"}.'
+        )
     parsed, rows = rows, []
     certain = _repeats_prompts([row.pair for row in parsed])
     for row in parsed:
@@ -159,7 +162,7 @@ def _with_prompts(rows: list[SourceRow], name: str, skip: Callable[..., None], w
         if rows:
             warn(
                 f"{name}: No row has a prompt, so only BOS precedes each answer. "
-                'If a column holds the prompts, name it: `columns={"prompt": ...}`.'
+                'If a column holds the prompts, name it: `columns={"prompt": ...}`. If there are none, ignore this.'
             )
         return rows
     for row in without:
@@ -176,8 +179,8 @@ def _warn_of_roles(rows: list[SourceRow], warn: Warn) -> None:
             if message["role"] not in KNOWN_ROLES:
                 warn(
                     f"{row.where}: A message has the role '{one_line(message['role'])}', which is not one of "
-                    f"{in_words(KNOWN_ROLES)}. The chat template decides what becomes of such messages. Rename the "
-                    "role, or look at the text with `PreferenceDataModule.preview()`. Later rows are not checked."
+                    f"{in_words(KNOWN_ROLES)}. Some chat templates drop such messages, others write them out. Rename "
+                    "the role, or look at the text with `PreferenceDataModule.preview()`. Later rows are not checked."
                 )
                 return
 

@@ -41,6 +41,6 @@ def describe_unread(
     names = ", ".join(f"`{variable}`" for variable in unread)
     return (
         f"{name}: The chat template does not use {names}, so their values in the rows or in `chat_template_kwargs` "
-        "have no effect. Pass another `chat_template`, or leave them out; columns of the rows with "
-        '`columns={"tools": None}` or `columns={"chat_template_kwargs": None}`.'
+        "have no effect. If they should have one, pass another `chat_template`. Otherwise leave them out: "
+        '`columns={"tools": None}` or `columns={"chat_template_kwargs": None}` leaves out columns of the rows.'
     )

@@ -160,9 +160,10 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -
         _warn(
             known,
             "longer",
-            f"{_name(model)} is sharded, so its layout was tried only once, on sequences of up to {tried[0].length} "
-            f"tokens and {tried[0].row} tokens in all. This batch has up to {length} tokens and {row} in all, so that "
-            "its results have not been checked. Put a batch with the longest sequences first.",
+            f"The results for this batch have not been checked and may be wrong. {_name(model)} is sharded, so it was "
+            f"checked only once that batches give the results of single sequences, with up to {tried[0].length} tokens "
+            f"a sequence and {tried[0].row} in all. This batch has up to {length} tokens a sequence and {row} in all. "
+            "Put a batch with the longest sequences first.",
         )
         return tried[0]
     if sharded:
@@ -267,7 +268,8 @@ def _try(
                 known,
                 "body",
                 f"{name} does not expose last hidden states followed by a plain nn.Linear, so the logits of all "
-                "completion tokens are kept in memory.",
+                "completion tokens are kept in memory. Results are right, but training takes more memory. If memory "
+                "runs out, use smaller batches. docs/performance.md lists the causes, such as LoRA on `lm_head`.",
             )
 
     def right(values: list[Layout], of_gradients: Layout) -> bool:
@@ -309,24 +311,23 @@ def _warn_of(model: nn.Module, known: _Model, found: Found, padding_free: bool) 
         _warn(
             known,
             "alone",
-            f"{name} attends to the {kept} tokens with the highest scores. The place in the row decides between equal "
-            "scores, such as those of repeated tokens. So batches with longer sequences run one sequence at a time. "
-            f"{effect}",
+            f"{name} attends to the {kept} tokens with the highest scores. Between equal scores the place in the row "
+            "decides, so batches could give other results. Batches with longer sequences run one sequence at a time. "
+            f"{effect} A `max_length` of at most {int(kept) // 2} avoids this.",
         )
     elif found.kind == "alone":
         _warn(
             known,
             "alone",
-            f"{name} gives different results when sequences of {found.length} and of {SHORT} tokens are padded to one "
-            f"length, or when tokens after the last label are left out{raised}. So batches with sequences this long "
-            f"run one sequence at a time. {effect}",
+            f"{name} does not support batches with sequences of {found.length} tokens: a check found other results "
+            f"than for each sequence alone{raised}. So they run one sequence at a time. {effect}",
         )
     elif padding_free:
         _warn(
             known,
             "padded",
-            f"{name} gives different results when sequences lie end to end in one row (attention "
-            f"{attention.implementation(inner(model))!r}){raised}, so they are padded instead. {effect}",
+            f"{name} does not support packed batches with attention {attention.implementation(inner(model))!r}"
+            f"{raised}, so they are padded instead. {effect} `padding_free=False` silences this warning.",
         )
 
 

@@ -145,8 +145,9 @@ def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
     """Warns if the digests of two references differ: of a checkpoint's run and of this module. None: unknown."""
     if None not in (saved, own) and saved != own:
         warnings.warn(
-            "The reference's weights differ from those of the run that saved the checkpoint, so rewards are measured "
-            "against another model. If you passed a model as `policy` or `reference`, pass a freshly loaded one: "
+            "The reference's weights differ from those of the run that saved the checkpoint, so losses, rewards and "
+            "the DID are measured against another model than before. If you want that, ignore this. Otherwise pass "
+            "the `policy` and `reference` of that run. If they are models and not names, load them again, because "
             "training modifies the policy in place.",
             stacklevel=3,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_did.arguments import check_choice
+from lit_did.arguments import check_choice, check_integer
 from lit_did.batches.sequences import Sequences
 from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.modules.micro_batches import MicroBatches
@@ -19,12 +19,9 @@ from lit_did.ops.extension import Backend
 
 
 def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
-    """Raises ValueError unless it is what LitDPO documents."""
-    number = isinstance(micro_batch_tokens, int) and not isinstance(micro_batch_tokens, bool) and micro_batch_tokens > 0
-    if not number and micro_batch_tokens is not None and micro_batch_tokens != "auto":
-        raise ValueError(
-            f"Expected `micro_batch_tokens` to be a positive integer, 'auto' or None, but got {micro_batch_tokens!r}."
-        )
+    """Raises TypeError or ValueError unless it is what LitDPO documents."""
+    if micro_batch_tokens is not None and micro_batch_tokens != "auto":
+        check_integer("micro_batch_tokens", micro_batch_tokens, 1, ", 'auto' or None")
 
 
 def check_training_step(micro_batches: MicroBatches | None) -> MicroBatches:
@@ -110,8 +107,8 @@ def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
     if not noisy:
         warnings.warn(
             f"Some modules of the policy ({len(silenced)}, such as {named}) draw random numbers in training mode, "
-            "although all dropout probabilities are 0. With `disable_dropout=True` they stay in eval mode, because "
-            "log-ratios would otherwise contain noise. Pass `disable_dropout=False` if you want the noise.",
+            "although all dropout probabilities are 0. LitDPO keeps them in eval mode, so results contain no noise and "
+            "you need to do nothing. Pass `disable_dropout=False` if you want the noise.",
             stacklevel=4,
         )
         return
@@ -119,14 +116,14 @@ def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
         module.training = True
     warnings.warn(
         f"Some modules of the policy ({len(noisy)}, such as {named}) return different outputs for the same input in "
-        "training mode, also with `disable_dropout=True`. Log-ratios then contain noise. Set the modules' probability "
-        "to 0, or pass `disable_dropout=False` if you want the noise.",
+        "training mode, also with `disable_dropout=True`. So losses and log-ratios contain noise. Set the modules' "
+        "probability to 0. If you want the noise, `disable_dropout=False` silences this warning.",
         stacklevel=4,
     )
 
 
 def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics: SequenceStatistics) -> None:
-    """Warns, with the cause, if the policy differs from its reference when training starts.
+    """Warns, with cause and remedy, if the policy differs from its reference when training starts.
 
     Args:
         policy: The policy, in the mode in which it is trained.
@@ -144,15 +141,26 @@ def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics
     dropping = active_dropout(policy)
     if largest.isnan():
         cause = "the logits of the policy or the reference hold NaN"
+        remedy = "Stop, because no result of this run is right. Check the weights, and the Trainer's `precision`."
     elif dropping:
         cause = f"dropout is active in {len(dropping)} modules of the policy, the first of which is {dropping[0]}"
+        remedy = (
+            "Log-ratios contain its noise. `disable_dropout=True`, the default, removes it. Ignore this if you want it."
+        )
     elif adapter:
         cause = "the adapter does not start at zero, because it was trained before or is not initialised to zero"
+        remedy = (
+            "If you continue with a trained adapter on purpose, ignore this: the reference is the model without it. To "
+            "make the trained model the reference, merge the adapter (`merge_and_unload`) and pass a new `lora`."
+        )
     else:
         cause = "the reference has other weights than the policy, or it computes in another precision"
+        remedy = (
+            "If you passed another reference on purpose, ignore this: results are right. Otherwise leave `reference` "
+            "out, which makes the reference a copy of the policy, or load both from one checkpoint in one dtype."
+        )
     warnings.warn(
         "At the first step the policy should equal its reference, so that every log-ratio is 0, but the largest "
-        f"|log-ratio| is {largest:.4g} nats. Cause: {cause}. Ignore this warning if you want to start from another "
-        "policy than the reference.",
+        f"|log-ratio| is {largest:.4g} nats. Cause: {cause}. {remedy}",
         stacklevel=3,
     )

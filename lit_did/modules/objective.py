@@ -172,13 +172,17 @@ def check_functions_given_again(saved: Mapping[str, Any], functions: Mapping[str
     for name, function in functions.items():
         if not saved or name in saved or function is not None:
             continue
-        message = (
-            f"Expected `{name}` to be the function of the run that saved the checkpoint, but got None. A checkpoint "
-            "does not hold functions."
-        )
         if resuming or name == "loss":
-            raise ValueError(f"{message} Pass it again: `LitDPO.load_from_checkpoint(path, {name}=...)`.")
-        warnings.warn(f"{message} Pass it again if you train on.", stacklevel=4)
+            raise ValueError(
+                f"Expected `{name}` to be the function of the run that saved the checkpoint, but got None. A "
+                f"checkpoint does not hold functions. Pass it again: `LitDPO.load_from_checkpoint(path, {name}=...)`."
+            )
+        warnings.warn(
+            f"The checkpoint does not hold the `{name}` function of the run that saved it. Validation and prediction "
+            f"do not need it. To resume training, pass it again: `LitDPO.load_from_checkpoint(path, {name}=...)`. "
+            "Otherwise `fit` raises an error.",
+            stacklevel=4,
+        )
 
 
 def _checked(losses: Any, chosen: SequenceStatistics) -> Tensor:

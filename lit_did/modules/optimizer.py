@@ -139,8 +139,9 @@ def optimizer_and_schedule(
         warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
         if warmup > total:
             warnings.warn(
-                f"The learning rate still rises when training ends: `warmup_steps` is {warmup}, and training has "
-                f"{total:g} optimiser steps. Lower `warmup_steps`. A number below 1 is a share of all steps.",
+                "The learning rate still rises when training ends, so it never reaches `learning_rate`. Cause: "
+                f"`warmup_steps` is {warmup}, and training has {total:g} optimiser steps. Lower `warmup_steps`. A "
+                "number below 1 is a share of all steps.",
                 stacklevel=2,
             )
         schedule = scheduler(made, warmup_steps=warmup, total_steps=total, schedule=settings.schedule)
@@ -205,9 +206,9 @@ def _eps(eps: float, parameters: Iterable[nn.Parameter]) -> float:
     if eps >= least or all(parameter.dtype != torch.float16 for parameter in parameters):
         return eps
     warnings.warn(
-        f"adam_eps={eps} is too small for float16 weights: squares of gradients below {least:.1e} are 0 in float16, so "
-        f"a step would divide by `adam_eps` only. AdamW uses {least:.1e} instead. Train float32 weights with "
-        "Trainer(precision='16-mixed'), or pass that `adam_eps`.",
+        f"adam_eps={eps} is too small for float16 weights: the square of a gradient below {least:.1e} rounds to 0, so "
+        f"steps would become far too large. AdamW uses {least:.1e} instead. Better train float32 weights: load the "
+        "policy in float32 and use Trainer(precision='16-mixed'). `adam_eps=2.5e-4` silences this warning.",
         stacklevel=3,
     )
     return least
@@ -232,10 +233,10 @@ def warn_if_steps_are_rounded_away(optimizers: Iterable[Optimizer]) -> None:
                 dtypes.add(str(parameter.dtype).removeprefix("torch."))
     if lost > numbers / 2:
         warnings.warn(
-            f"{lost / numbers:.0%} of the trained weights, which are {' and '.join(sorted(dtypes))}, are too large for "
-            f"steps of the learning rate {max(rates):g} to change them: the steps are lost in rounding. Train float32 "
-            "weights: load the policy with `dtype=torch.float32` and use Trainer(precision='bf16-mixed') or '32-true'. "
-            "Or raise `learning_rate`.",
+            f"The model hardly trains: its weights are {' and '.join(sorted(dtypes))}, and at the learning rate "
+            f"{max(rates):g} the updates of {lost / numbers:.0%} of them round to zero. Train float32 weights: load "
+            "the policy in float32 (the default for a policy by name; `dtype=torch.float32` in `from_pretrained`), "
+            "and use Trainer(precision='bf16-mixed') or '32-true'.",
             stacklevel=3,
         )
 

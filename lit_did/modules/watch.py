@@ -101,10 +101,9 @@ class Watch:
         warnings.warn(
             "The log-ratio of the chosen completions (`train/chosen_log_ratio`) fell steadily, by about "
             f"{fall:.3g} nats over {steps} optimiser steps to about {end:.3g}: the policy has become less likely to "
-            "write them. DPO is expected to do this where the chosen completions come from the reference or from a "
-            "model near it. Their mean log-likelihood then falls by the KL divergence of the reference from the "
-            "optimum. Elsewhere, or if you do not want it, add an SFT term (`nll_weight=0.2`), use `LitDPOPG` or "
-            "another `loss`, lower the learning rate or raise `beta`. docs/losses.md says more.",
+            "write them. This is normal for DPO if the chosen completions come from the reference or from a similar "
+            "model. If they do not, or if `val/reward_accuracy` does not rise, add an SFT term (`nll_weight=0.2`), use "
+            "`LitDPOPG` or another `loss`, lower the learning rate, or raise `beta`. docs/losses.md says more.",
             stacklevel=2,
         )
 
@@ -113,9 +112,10 @@ def warn_if_not_finite(name: str, loss: Tensor) -> None:
     """Warns if a validation loss, logged as `name`, is NaN or infinite."""
     if not loss.isfinite():
         warnings.warn(
-            f"`{name}` is NaN or infinite, so nothing can be chosen by it: not a checkpoint, nor when to stop. Likely "
-            "causes: a logit of the policy or the reference is NaN, or -inf at a completion token, or values overflow "
-            "in half precision. `trainer.predict(module, dataloader)` returns the loss of every pair.",
+            f"`{name}` is NaN or infinite, so checkpoints and early stopping cannot use it. Likely causes: a logit of "
+            "the policy or the reference is NaN, or -inf at a completion token, or values overflow in half precision. "
+            "`trainer.predict(module, dataloader)` returns the loss of every pair, which shows the pairs that cause "
+            "it. If all pairs do, check the weights, or try Trainer(precision='32-true').",
             stacklevel=2,
         )
 

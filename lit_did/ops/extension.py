@@ -1,4 +1,4 @@
-"""Loads the compiled extension, and chooses between the fused operators and the reference in plain torch."""
+"""Loads the compiled extension, and chooses between the fused operators and the plain PyTorch implementation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ def _load() -> Extension:
 
 EXTENSION = _load()
 if EXTENSION.problem:
-    warnings.warn(f"{EXTENSION.problem}. Until then the slower reference is used.", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"lit_did uses its plain PyTorch implementation: results are the same, but slower. {EXTENSION.problem}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _announced: set[str] = set()
 
@@ -129,8 +133,14 @@ def choose_backend(
         )
     if EXTENSION.problem is None and device.type not in _announced:
         _announced.add(device.type)
+        if device.type == "cuda":
+            cause = "was built without CUDA kernels"
+            remedy = "To build them, install nvcc and then lit_did again, see docs/install.md."
+        else:
+            cause = f"has no kernels for {device.type} tensors"
+            remedy = "Nothing needs to be done. `backend='reference'` silences this warning."
         warnings.warn(
-            f"lit_did's extension has no kernels for {device.type} tensors, so the slower reference is used.",
+            f"lit_did {cause}, so it uses its plain PyTorch implementation. Results are the same, but slower. {remedy}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -83,9 +83,9 @@ class _SecondModelProcessor(LogitsProcessor):
     def _warn_of_wrong_cache(self, model: CachedModel, num_tokens: int, num_reads: int) -> None:
         self._use_cache = False
         warnings.warn(
-            f"{model.name} gives other results with its cache than in its own forward pass after {num_tokens} tokens. "
-            f"Up to the last {num_reads // 2} tokens may have been drawn from wrong logits. Generate again with this "
-            "processor: it no longer uses the cache, which is slower.",
+            f"Up to the last {num_reads // 2} tokens may have been drawn from wrong logits: {model.name} gives other "
+            f"results with its cache than in its own forward pass after {num_tokens} tokens. Generate again with this "
+            "processor. It no longer uses the cache, so that results are right, but slower.",
             stacklevel=4,
         )
 
@@ -218,8 +218,8 @@ class DIDLogitsProcessor(_SecondModelProcessor):
             model,
             attention_mask,
             without_adapter=without_adapter,
-            advice="So every token is equally likely in their token DID. This is right before training. Otherwise "
-            "check that the model that generates is the trained policy.",
+            advice="So every token is equally likely in their token DID. Before training this is right. After "
+            "training, check that the model that generates is the trained policy.",
         )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -281,8 +281,9 @@ class TargetLogitsProcessor(_SecondModelProcessor):
         super().__init__(
             rejected,
             attention_mask,
-            advice="So the target is the reference itself. If `rejected` is a PeftModel, the model that generates may "
-            "be its base model, which peft has put the adapter into: load the reference separately.",
+            advice="So the target is the reference itself. If you passed two different models, one of them was "
+            "changed: peft puts the adapter of a PeftModel into its base model in place. Then load the reference "
+            "separately.",
         )
         check_beta(beta)
         self._beta = beta

@@ -186,7 +186,8 @@ class CachedModel:
 def warn_without_cache(name: str, reason: str) -> None:
     """Warns that a model reads everything again at every step."""
     warnings.warn(
-        f"{name} {reason}, so it reads every prefix whole at every step. Results are right, but sampling is slower.",
+        f"{name} {reason}, so it reads the whole prefix again at every step. Results are right, but sampling "
+        "is slower.",
         stacklevel=3,
     )
 

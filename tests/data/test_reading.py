@@ -195,7 +195,7 @@ def test_a_source_without_any_prompt_is_a_warning():
     assert (len(rows), skipped) == (2, [])
     assert warned == [
         "source: No row has a prompt, so only BOS precedes each answer. If a column holds the prompts, name it: "
-        '`columns={"prompt": ...}`.'
+        '`columns={"prompt": ...}`. If there are none, ignore this.'
     ]
 
 

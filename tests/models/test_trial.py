@@ -238,7 +238,7 @@ def test_what_a_layout_raised_is_told():
 
     model = of_class(Fussy)
     model.lm_head.register_forward_hook(lambda m, i, o: o)  # the whole model is called, not its body
-    with pytest.warns(UserWarning, match=r"gives different results .*raised RuntimeError: one sequence, please"):
+    with pytest.warns(UserWarning, match=r"does not support batches .*raised RuntimeError: one sequence, please"):
         assert layout_of(model, of_lengths(20, 15)).kind == "alone"
 
 

@@ -116,14 +116,14 @@ def test_functions_are_wanted_again_to_train_on(tmp_path):
 
     run = fitted(module(**functions))
     run.save_checkpoint(tmp_path / "last.ckpt")
-    told = r"`{}` to be the function of the run .* Pass it again if you train on"
+    told = r"does not hold the `{}` function of the run .* To resume training, pass it again"
     with (
         pytest.warns(UserWarning, match=told.format("optimizer")),
         pytest.warns(UserWarning, match=told.format("lr_scheduler")),
     ):
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*the function of the run.*")
+        warnings.filterwarnings("error", message=".*function of the run.*")
         LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **functions)
     resumed, data = trainer(max_steps=2), loader(make_pairs(4), 2)
     resumed.fit(module(**functions), data, ckpt_path=tmp_path / "last.ckpt")

@@ -44,10 +44,10 @@ def test_packed_batches_have_no_use_for_a_mask():
         (
             {"micro_batch_tokens": 0},
             ValueError,
-            "`micro_batch_tokens` to be a positive integer, 'auto' or None, but got 0",
+            "`micro_batch_tokens` to be an integer of at least 1, 'auto' or None, but got 0",
         ),
-        ({"micro_batch_tokens": True}, ValueError, "`micro_batch_tokens` to be a positive integer"),
-        ({"micro_batch_tokens": "all"}, ValueError, "`micro_batch_tokens` to be a positive integer"),
+        ({"micro_batch_tokens": True}, TypeError, "`micro_batch_tokens` to be an integer of at least 1, .* got True"),
+        ({"micro_batch_tokens": "all"}, TypeError, "`micro_batch_tokens` to be an integer of at least 1, .* got 'all'"),
     ],
 )
 def test_switches_out_of_range_are_refused(arguments, error, message):

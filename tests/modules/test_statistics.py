@@ -206,7 +206,7 @@ def test_positions_that_the_policy_does_not_know_are_warned_of(recwarn):
     longest = int(batch["attention_mask"].sum(1).max())  # the last token is no input
     LitDPO(tiny_llama(max_position_embeddings=longest - 1))(batch)
     assert not [w for w in recwarn if "max_position_embeddings" in str(w.message)]
-    with pytest.warns(UserWarning, match=rf"at most {longest - 2} tokens, .* Lower `max_length`"):
+    with pytest.warns(UserWarning, match=rf"more than {longest - 2} tokens, .* Lower `max_length` to {longest - 2}"):
         LitDPO(tiny_llama(max_position_embeddings=longest - 2))(batch)
 
 

@@ -149,7 +149,7 @@ def test_a_steady_fall_is_told_once(values):
     (message,) = watched(values)
     assert FELL in message
     assert f"over {len(values)} optimiser steps" in message
-    assert "come from the reference or from a model near it" in message
+    assert "come from the reference or from a similar model" in message
     assert "nll_weight" in message
 
 

@@ -294,7 +294,7 @@ def test_bad_switch(function):
         function(logits, logits, labels, inplace_backward=True, backend="reference")
 
 
-@pytest.mark.filterwarnings("ignore:.*slower reference is used")
+@pytest.mark.filterwarnings("ignore:.*plain PyTorch implementation")
 def test_without_effect_where_auto_is_the_reference(monkeypatch):
     monkeypatch.setattr(extension, "fused_devices", lambda: ())
     expected, _ = grads_through(torch.tanh)
