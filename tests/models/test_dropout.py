@@ -93,7 +93,7 @@ def test_litdpo_keeps_what_is_left_in_eval_mode(lora):
             warnings.simplefilter("always")
             for _ in range(2):
                 module.training_step(make_batch(), 0)
-        return module, [str(w.message) for w in record if "noise" in str(w.message)]
+        return module, [str(w.message) for w in record if "in training mode" in str(w.message)]
 
     for kind in (Noisy, NoisyGradient):
         module, (message,) = run(noisy(kind))

@@ -310,7 +310,9 @@ def test_a_sharded_model_is_tried_once_and_warns_once_of_longer_batches(monkeypa
         warnings.simplefilter("error")
         layout_of(model, of_lengths(20, 15))
         layout_of(model, of_lengths(40, 15))  # the trial was twice as long as needed
-    with pytest.warns(UserWarning, match=r"tried only once, on sequences of up to 64 .* has up to 70 tokens and 85 in"):
+    with pytest.warns(
+        UserWarning, match=r"checked only once .* up to 64 tokens .* has up to 70 tokens a sequence and 85 in"
+    ):
         layout_of(model, of_lengths(70, 15))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

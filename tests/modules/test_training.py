@@ -253,7 +253,7 @@ def test_loading_warns_of_another_reference_and_of_nothing_else(tmp_path, kind):
         with pytest.warns(UserWarning, match="reference's weights differ from those of the run"):
             LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **{**again(), "reference": tiny_llama(5)})
     if kind in ("full", "bf16-true"):  # trained in place
-        with pytest.warns(UserWarning, match="pass a freshly loaded one"):
+        with pytest.warns(UserWarning, match="load them again, because training modifies"):
             LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", **given)
 
 
