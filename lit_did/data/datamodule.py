@@ -313,8 +313,7 @@ class PreferenceDataModule(LightningDataModule):
             if kind not in self._warned or kind not in ("turns", "header"):  # these hold for all splits
                 rank_zero_warn(text)
             self._warned.add(kind)
-        log = rank_zero_warn if dataset.num_identical else rank_zero_info
-        log(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
+        rank_zero_info(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
 
     def preview(self, n: int = 3) -> None:

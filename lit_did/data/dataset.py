@@ -223,6 +223,12 @@ class PreferenceDataset(Dataset):
             texts["skipped"] = describe_skipped(name, self.skipped, self.num_rows)
         if self.num_truncated + self.num_too_long > _MANY * (len(self) + self.num_too_long):
             texts["length"] = f"{name}: {self._describe_length()}"
+        if self.num_identical:
+            texts["identical"] = (
+                f"{name}: {self.num_identical} of {len(self)} pairs have the same tokens in chosen and rejected, so "
+                "they carry no preference and DPO learns nothing from them. Remove them. If only `max_length` made "
+                "them equal, raise it."
+            )
         if self._lacks_turns:
             texts["turns"] = (
                 f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was trained on "

@@ -270,7 +270,8 @@ def test_counts_are_logged_once(no_specials):
         'Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.',
         "train: 3 of 11 pairs are longer than max_length=3: 0 lost the start of their prompt, 3 the end of a "
         "completion. Raise `max_length`, or choose what is cut with `truncation` and `min_completion_tokens`.",
-        "train: 11 pairs of 12 rows: 1 skipped, 1 with identical chosen and rejected, 3 truncated to max_length=3.",
+        "train: 1 of 11 pairs have the same tokens in chosen and rejected, so they carry no preference and DPO learns "
+        "nothing from them. Remove them. If only `max_length` made them equal, raise it.",
     ]
 
 
