@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_did.batches import IGNORE_INDEX
+from lit_did.batches.moving import to_device
 from lit_did.batches.sequences import Sequences
 
 SHORTEST_SHARED = 8  # tokens: encoding fewer twice costs less than attending to a shared beginning
@@ -144,4 +145,4 @@ def _common_beginning(sequences: Sequences, one: slice, other: slice) -> int:
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)), device)

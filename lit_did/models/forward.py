@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_did.batches.layout import Layout
+from lit_did.batches.moving import to_device
 from lit_did.models import attention
 from lit_did.models.wrappers import compiled_like, inner, unwrapped
 
@@ -44,7 +45,7 @@ class Outputs(NamedTuple):
 
     def to(self, device: torch.device) -> Outputs:
         """The same, on `device`."""
-        return self._each(lambda tensor: tensor.to(device))
+        return self._each(lambda tensor: to_device(tensor, device))
 
     def detach(self) -> Outputs:
         """The same, without gradients."""

@@ -80,6 +80,7 @@ def load_pair(
     if reference is not None:
         reference = load_model(reference, "reference", model_kwargs)
         check_separate(policy, reference)  # before peft changes the policy in place
+        check_same_vocabulary(policy, reference)
     return policy if lora is None else add_lora(policy, lora), reference
 
 

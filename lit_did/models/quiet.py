@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_did.models.wrappers import unwrapped
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -38,10 +40,10 @@ def adapter_off(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Makes a PeftModel its own reference: without its adapter, in eval mode, without gradients.
 
     Args:
-        model: The PeftModel.
+        model: The PeftModel, perhaps wrapped.
         adapter: The name of the adapter to use instead, such as a frozen copy of the first one's start. None: none.
     """
-    peft: Any = model
+    peft: Any = unwrapped(model)
     active = peft.active_adapter
     # peft makes every parameter of an adapter trainable when it activates the adapter again.
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -51,11 +53,13 @@ def adapter_off(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
                 with peft.disable_adapter():
                     yield
             else:
+                all_active = peft.base_model.active_adapter  # one name or several
                 try:
                     peft.set_adapter(adapter)
                     yield
                 finally:
                     peft.set_adapter(active)
+                    peft.base_model.set_adapter(all_active)  # a PeftModel's own method takes one name
     finally:
         for parameter, requires_grad in trains:
             parameter.requires_grad_(requires_grad)

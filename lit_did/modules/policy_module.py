@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import UserDict
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -100,8 +101,11 @@ class PolicyModule(TrainedState):
         return self.models
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves the batch on the CPU, where it is checked and laid out. Only the models' inputs go to the device."""
-        return batch
+        """Leaves the batch on the CPU, where it is checked and laid out. Only the models' inputs go to the device.
+
+        A dict becomes a UserDict, because DDP and FSDP move the tensors of every dict among a step's arguments.
+        """
+        return UserDict(batch) if isinstance(batch, dict) else batch
 
     def read(self, batch: Mapping[str, Tensor], *, weighted: bool = False) -> Sequences:
         """The sequences of a batch in one of the forms that LitDPO documents.

@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_did.batches.moving import to_device
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -327,7 +329,7 @@ class ReferenceCache:
                 f"{len(keys)} are missing. Use the pairs, template and `max_length` of the run that wrote it."
             )
         rows = [self._hidden[shard][start:end] for shard, start, end in map(self._places.__getitem__, keys)]
-        return torch.cat([self._hidden[0][:0], *rows]).to(device)
+        return to_device(torch.cat([self._hidden[0][:0], *rows]), torch.device(device or "cpu"))
 
     def keys(self) -> KeysView[bytes]:
         """Returns the keys of all sequences."""

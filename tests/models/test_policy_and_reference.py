@@ -251,6 +251,20 @@ def test_adapters_as_reference():
     assert (without.reference_logprob - other.reference_logprob).abs().min() > 1e-3
 
 
+def test_several_active_adapters_are_active_again():
+    model = two_adapters()
+    model.add_adapter("third", peft.LoraConfig(**LORA))
+    model.base_model.set_adapter(["default", "third"])
+    with adapter_off(model, "ref"):
+        assert model.active_adapters == ["ref"]
+    assert model.active_adapters == ["default", "third"]
+
+
+def test_a_wrapped_peft_model_is_its_own_reference():
+    batch = collate(make_pairs(3))
+    assert_same(PolicyAndReference(nn.DataParallel(adapted()))(batch), PolicyAndReference(adapted())(batch))
+
+
 def test_wrapped_models_are_seen_through():
     batch = collate(make_pairs(3))
     expected = measure(tiny_llama(0), tiny_llama(1), batch)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from types import FrameType
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.distributed.utils import _to_kwargs
 
 from lit_did import LitDPO, LitDPOPG
 from lit_did.batches import layout
@@ -101,5 +104,10 @@ def test_a_batch_that_is_moved_first_is_read_back(monkeypatch):
 
 @pytest.mark.parametrize("kind", [LitDPO, LitDPOPG])
 def test_the_batch_stays_where_it_is(kind):
-    batch = next(iter(loader()))
-    assert make(kind).transfer_batch_to_device(batch, torch.device("meta"), 0) is batch
+    """Even where DDP and FSDP move the tensors among a step's arguments."""
+    device, batch = torch.device("meta"), next(iter(loader()))
+    left = make(kind).transfer_batch_to_device(batch, device, 0)
+    (arguments,), _ = _to_kwargs((left, 0), {}, device, False)
+    assert {value.device.type for value in arguments[0].values()} == {"cpu"}
+    assert all(arguments[0][name] is value for name, value in batch.items())
+    assert extract_batch_size(pickle.loads(pickle.dumps(left))) == extract_batch_size(batch)

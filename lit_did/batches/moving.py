@@ -1,0 +1,15 @@
+"""Copies to a device that do not wait for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`.
+
+    A copy from the CPU to a CUDA device is queued behind the device's earlier work, and the CPU does not wait. Other
+    copies are complete when the function returns.
+    """
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type == "cuda")
