@@ -33,10 +33,13 @@ def check_pairs(batch: Mapping[str, Any], sequences: Sequences) -> None:
             "Expected an even number of sequences, the chosen ones first and then as many rejected ones, but got "
             f"{sequences.num_sequences}. {remedy}"
         )
-    check_order(sequences)
     prompts = _prompts(sequences)
     pairs = len(prompts) // 2
-    if pairs and not any(map(_alike_but_for_last, prompts[:pairs], prompts[pairs:])):
+    alike = list(map(_alike_but_for_last, prompts[:pairs], prompts[pairs:]))
+    if all(alike):
+        return
+    check_order(sequences)
+    if not any(alike):
         raise ValueError(
             f"{expected}, but no sequence of the first half has the prompt of its partner in the second half. {remedy}"
         )

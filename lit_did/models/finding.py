@@ -32,7 +32,7 @@ def find_models(
         The two models, and the reference if it was loaded by its name.
 
     Raises:
-        TypeError: `reference` is of another type.
+        TypeError: `reference` is of another type, or the attribute `policy` is no module.
         ValueError: There is no such attribute, or not exactly one policy or reference.
     """
     held = [child for child in module.children() if isinstance(child, PolicyAndReference)]
@@ -58,6 +58,7 @@ def find_policy(module: nn.Module, name: str | None) -> nn.Module:
             trainable parameters.
 
     Raises:
+        TypeError: The attribute is no module.
         ValueError: There is no such attribute, or not exactly one such child.
     """
     if name is not None:
@@ -68,7 +69,7 @@ def find_policy(module: nn.Module, name: str | None) -> nn.Module:
                 f"Expected `policy` to be an attribute of {type(module).__name__}, but got {name!r}."
             ) from error
         if not isinstance(policy, nn.Module):
-            raise ValueError(f"Expected `policy` ({name!r}) to be a module, but got {type(policy).__name__}.")
+            raise TypeError(f"Expected `policy` ({name!r}) to be a module, but got {type(policy).__name__}.")
         return policy
     found = [child for child in _language_models(module).values() if _trains(child)]
     if len(found) != 1:

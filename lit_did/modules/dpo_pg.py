@@ -68,7 +68,8 @@ class LitDPOPG(LitDPO):
         disable_dropout: Sets the policy's dropout probabilities to 0.
         gradient_checkpointing: Recomputes the policy's activations in the backward pass.
         padding_free: Gives the models the sequences of a batch end to end, without padding.
-        share_prompts: Has no effect, because the two sides run one after the other.
+        share_prompts: Gives the models only once what two pairs' sequences of one side begin with, for pairs i and
+            i + n / 2 of n. The two sides run one after the other, so a pair's prompt runs once for each.
         recompute_elementwise: Recomputes all but matrix products and attention in the backward pass.
         micro_batch_tokens: Micro-batches have at most this many tokens, and at least one pair. "auto": 2,048 on a CPU,
             16,384 elsewhere. None: all at once.

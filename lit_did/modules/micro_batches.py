@@ -29,6 +29,9 @@ class MicroBatches(Generic[Part]):
         objective: A function that runs a micro-batch forward and returns its share of what training minimises, a
             scalar. The shares of all micro-batches add up to what training minimises.
 
+    Raises:
+        ValueError: There are no micro-batches.
+
     Example:
         >>> weight = torch.ones((), requires_grad=True)
         >>> batch = MicroBatches([2.0, 3.0], lambda part: part * weight)
@@ -38,6 +41,8 @@ class MicroBatches(Generic[Part]):
     """
 
     def __init__(self, parts: Sequence[Part], objective: Callable[[Part], Tensor]) -> None:
+        if not parts:
+            raise ValueError("Expected `parts` to hold at least one micro-batch, but got none.")
         self._first, *self._rest = parts
         self._objective = objective
         self._share: Tensor | None = None

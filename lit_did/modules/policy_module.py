@@ -60,6 +60,12 @@ class PolicyModule(TrainedState):
     def __setattr__(self, name: str, value: Any) -> None:
         # A module would otherwise be registered under this name, and the properties would hide it.
         if name in ("policy", "reference"):
+            if self.models is None:
+                raise RuntimeError(
+                    f"Expected the models to be loaded before `{name}` is set, but they are not. To load another model "
+                    f"than the named one, set `given[{name!r}]` to it instead, and then call "
+                    "`PolicyModule.configure_model`, as a Trainer does."
+                )
             setattr(self.models, name, value)
         else:
             super().__setattr__(name, value)
@@ -143,7 +149,7 @@ class PolicyModule(TrainedState):
         """Warns if a policy that starts training differs from its reference in the first batch."""
         models = self.loaded_models()
         if not self._start_checked and models.reference_kind != "policy":
-            warn_unless_policy_is_reference(models.policy, models.reference_kind == "adapter off", statistics)
+            warn_unless_policy_is_reference(models.policy, models.reference is None, statistics)
         self._start_checked = True
 
     def configure_callbacks(self) -> list[Callback]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 
 from lit_did.data import PreferenceDataModule
+from lit_did.modules.checkpoint import TrainedState
 
 
 class QuietStart(Callback):
@@ -21,30 +21,47 @@ class QuietStart(Callback):
     - Lightning reports that LitDPO moves batches itself.
     - Lightning reports modules in eval mode. The reference is meant to be; a policy with such modules is reported.
 
-    It is a callback because Lightning reports exceptions to callbacks only.
+    It is a callback because Lightning reports exceptions to callbacks only. Under a Trainer that then runs another
+    LightningModule, it does nothing.
     """
 
     def __init__(self) -> None:
-        self._filtered = ExitStack()
+        self._own: list[object] = []  # the entries of `warnings.filters` that were added here
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._filtered.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`")
-        warnings.filterwarnings("ignore", message="Total length of `NoValidation` across ranks is zero")
+        if not isinstance(pl_module, TrainedState):
+            return
+        self._ignore(".*LeafSpec", FutureWarning)
+        self._ignore("You have overridden `transfer_batch_to_device` in `LightningModule`")
+        self._ignore("Total length of `NoValidation` across ranks is zero")
         if isinstance(getattr(trainer, "datamodule", None), PreferenceDataModule):
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            self._ignore(".*does not have many workers")
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if all(module.training for module in pl_module.policy.modules()):
-            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        models = pl_module.models if isinstance(pl_module, TrainedState) else None
+        if models is not None and all(module.training for module in models.policy.modules()):
+            self._ignore(r".*module\(s\) in eval mode at the start of training")
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        self._filtered.close()
+        self._restore()
 
-    teardown = on_train_batch_start
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._restore()
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-        self._filtered.close()
-        if pl_module.models is not None:  # Lightning calls no `teardown` of the module then
-            pl_module.models.use_own_attention()
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        self._restore()
+        if isinstance(pl_module, TrainedState) and pl_module.models is not None:
+            pl_module.models.use_own_attention()  # Lightning calls no `teardown` of the module then
+
+    def _ignore(self, message: str, category: type[Warning] = Warning) -> None:
+        filters: Any = warnings.filters
+        before = list(filters)
+        warnings.filterwarnings("ignore", message=message, category=category)
+        self._own.append(filters[0])
+        filters[1:] = before  # with a user's equal filter, which `filterwarnings` removes
+
+    def _restore(self) -> None:
+        """Removes the own filters. Not `catch_warnings`: a user may have added others since."""
+        filters: Any = warnings.filters
+        filters[:] = [entry for entry in filters if not any(entry is own for own in self._own)]
+        self._own.clear()

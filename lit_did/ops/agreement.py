@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,14 @@ def _exchange(numbers: list[int], process_group: dist.ProcessGroup) -> list[list
         group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)  # this process is one of the ranks
         _host_groups[process_group] = group
+        finalize(process_group, _destroy, group).atexit = False
     own = torch.tensor(numbers)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(gathered, own, group=group)
     return torch.stack(gathered).tolist()
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    """Destroys the group on the CPU with the one that it belongs to."""
+    with suppress(ValueError, AssertionError):  # all groups may have been destroyed together
+        dist.destroy_process_group(group)

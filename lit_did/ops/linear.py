@@ -245,9 +245,10 @@ def _token_statistics(
         check_backend(backend)
         if isinstance(labels, Tensor) and torch.is_autocast_enabled(labels.device.type):
             dtype = torch.get_autocast_dtype(labels.device.type)
-            values: set[Any] = {value for layer in layers.values() for value in layer}  # once each
-            cast: dict[Any, Any] = {value: _as_autocast(value, dtype) for value in values}
-            layers = {side: Layer(*(cast[value] for value in layer)) for side, layer in layers.items()}
+            # Once each, by identity: what is no tensor is refused below, and need not be hashable.
+            values: dict[int, Any] = {id(value): value for layer in layers.values() for value in layer}
+            cast: dict[int, Any] = {key: _as_autocast(value, dtype) for key, value in values.items()}
+            layers = {side: Layer(*(cast[id(value)] for value in layer)) for side, layer in layers.items()}
         check_linear_arguments(layers, labels, softcap, scale)
         tensors = [labels, *layers["policy"], *layers["reference"]]
         chosen = choose_backend(backend, labels.device, tensors)

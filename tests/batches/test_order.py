@@ -97,10 +97,13 @@ def unpadded(*rows):
     return read_sequences(read_batch(batch))
 
 
+MERGED = (A, A, [*A[:-1], 19], [*A[:-1], 19])
+
+
 @pytest.mark.parametrize(
     "prompts",
-    [(A, B, A, B), (A, A), (A, A, A, A), ([10], [11]), (B, B[2:]), (B, B[:2]), (A, [*A[:-1], 19]), (A, B, A, C)],
-    ids=["pairs", "one", "of one prompt", "a token", "cut left", "cut right", "merged", "one of two"],
+    [(A, B, A, B), (A, A), (A, A, A, A), ([10], [11]), (B, B[2:]), (B, B[:2]), MERGED[1:3], MERGED, (A, B, A, C)],
+    ids=["pairs", "one", "of one prompt", "a token", "cut left", "cut right", "merged", "merged twice", "one of two"],
 )
 def test_pairs_are_recognised(prompts):
     check_pairs({}, unpadded(*((prompt, [20 + row]) for row, prompt in enumerate(prompts))))
@@ -112,10 +115,11 @@ def test_pairs_are_recognised(prompts):
         ({"label": torch.ones(2)}, (A, A), "got a batch with a `label` for each sequence. Pass `pairs=False`"),
         ({}, (A, A, A), "an even number of sequences, .* but got 3. Pass `pairs=False`"),
         ({}, (A, A, B, B), "got them in turn"),
+        ({}, (A, A, A, A, B, B), "got them in turn"),
         ({}, (A, B), "no sequence of the first half has the prompt of its partner .* Pass `pairs=False`"),
         ({}, (A, B, C, A), "no sequence of the first half has the prompt"),
     ],
-    ids=["label", "odd", "interleaved", "others", "another order"],
+    ids=["label", "odd", "interleaved", "interleaved, a prompt twice", "others", "another order"],
 )
 def test_what_is_no_pair_is_refused(batch, prompts, message):
     with pytest.raises(ValueError, match=message):

@@ -505,7 +505,6 @@ class Two(Own):
         (lambda: Two(), {}, r"one child of Two to be a causal language model that trains, but got 2 \(.*net, frozen"),
         (lambda: Own(tiny_llama(0)), {}, r"policy to be a PeftModel, but got 0 .*\. Pass `reference` or `logits_fn`"),
         (lambda: Two(), {"policy": "nett"}, "`policy` to be an attribute of Two, but got 'nett'"),
-        (lambda: Two(), {"policy": "training"}, r"`policy` \('training'\) to be a module, but got bool"),
         (
             lambda: Own(tiny_llama(0)),
             {"reference": tiny_llama(1, vocab_size=68)},
@@ -517,6 +516,12 @@ def test_what_is_missing_is_told(module, options, message):
     run = trainer(callbacks=[DIDMonitor(**options)])
     with pytest.raises(ValueError, match=message):
         run.validate(module(), transformers_loader(make_pairs(2), 2), verbose=False)
+
+
+def test_a_policy_that_is_no_module_is_a_type_error():
+    run = trainer(callbacks=[DIDMonitor(policy="training")])
+    with pytest.raises(TypeError, match=r"`policy` \('training'\) to be a module, but got bool"):
+        run.validate(Two(), transformers_loader(make_pairs(2), 2), verbose=False)
 
 
 def test_the_policy_by_name():

@@ -62,3 +62,8 @@ def test_each_pass_runs_once():
     micro_batches.backward(micro_batches.forward())
     with pytest.raises(RuntimeError, match="`forward` to be called before `backward`"):
         micro_batches.backward(torch.ones(()))
+
+
+def test_no_part_at_all_is_refused():
+    with pytest.raises(ValueError, match="`parts` to hold at least one micro-batch, but got none"):
+        MicroBatches([], Objective())

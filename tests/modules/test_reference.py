@@ -10,9 +10,11 @@ import peft
 import pytest
 import torch
 
-from lit_did import LitDPO
-from tests.modules.tiny import collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
+from lit_did import LitDPO, PreferenceDataModule
+from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
+TOKENIZER = byte_tokenizer()
+ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}
 
 
@@ -120,6 +122,14 @@ def broken_weights() -> LitDPO:
 def test_another_start_is_warned_of_with_its_cause(pairs, make, cause):
     with pytest.warns(UserWarning, match=f"At the first step the policy should equal its reference, .*{cause}"):
         trainer(max_steps=1).fit(make(), loader(pairs, 6))
+
+
+def test_the_cause_is_the_same_with_a_reference_cache(tmp_path):
+    adapter = {"r": 4, "target_modules": "all-linear"}
+    module = LitDPO(tiny_llama(vocab_size=len(TOKENIZER)), lora=adapter, cache_reference=tmp_path / "cache")
+    scramble_adapter(module)
+    with pytest.warns(UserWarning, match="At the first step .* the adapter does not start at zero"):
+        trainer(max_steps=1).fit(module, PreferenceDataModule(ROWS, TOKENIZER, as_chat=False))
 
 
 def test_weights_that_are_not_finite_are_warned_of_before_the_step_and_end_training(pairs):

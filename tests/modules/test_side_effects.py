@@ -8,10 +8,12 @@ import random
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.connectors import data_connector
 
 from lit_did import LitDPO, PreferenceDataModule
@@ -107,6 +109,33 @@ def test_a_second_run_adds_no_callback(capsys):
     callbacks = list(run.callbacks)
     run.fit(model, PreferenceDataModule(ROWS, TOKENIZER))
     assert run.callbacks == callbacks
+
+
+@pytest.mark.parametrize("hook", [None, "on_train_start"], ids=["runs", "fails"])
+def test_the_same_trainer_runs_another_module_with_its_warnings(hook):
+    class Other(BoringModel):
+        def on_fit_start(self):
+            warnings.warn("is LeafSpec deprecated?", FutureWarning, stacklevel=1)
+
+    run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    run.fit(module(), PreferenceDataModule(ROWS, TOKENIZER))
+    run.fit_loop.epoch_progress.reset()
+    run.callbacks += [Fails(hook)] if hook else []
+    with pytest.warns(FutureWarning, match="LeafSpec"), pytest.raises(KeyError) if hook else nullcontext():
+        run.fit(Other())
+
+
+def test_filters_that_are_added_while_a_run_starts_are_kept():
+    class Adds(lightning.Callback):
+        def on_train_start(self, *_):
+            warnings.filterwarnings("ignore", message="mine")
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        trainer(max_epochs=1, callbacks=[Adds()]).fit(module(), PreferenceDataModule(ROWS, TOKENIZER))
+        added = warnings.filters[: -len(before)]
+    assert [entry[1].pattern for entry in added] == [".*LeafSpec", "mine"]
 
 
 @pytest.mark.parametrize("steps", [0, 2])

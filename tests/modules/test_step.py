@@ -118,6 +118,16 @@ def test_activations_of_one_part_are_held_at_a_time():
         assert most[tokens] < 1.3 * most[None] * max(seen[tokens]) / max(seen[None])
 
 
+@pytest.mark.parametrize("arguments", [((), {"retain_graph": True}), ((None,), {})])
+def test_arguments_of_the_backward_pass_are_refused(arguments):
+    class Retains(LitDPO):
+        def backward(self, loss, *args, **kwargs):
+            super().backward(loss, *arguments[0], **arguments[1])
+
+    with pytest.raises(TypeError, match=r"to get the loss alone.* but got (retain_graph|None) too"):
+        train(make(Retains))
+
+
 def test_no_gradients_are_held_through_a_forward_pass():
     module, held = make(micro_batch_tokens=None), []
     parameters = list(module.policy.parameters())

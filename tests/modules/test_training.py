@@ -273,6 +273,19 @@ def test_a_policy_by_name_is_loaded_when_it_is_first_needed(tmp_path):
     assert torch.equal(LitDPO(tmp_path)(batch).policy_logprob, LitDPO(tiny_llama())(batch).policy_logprob)
 
 
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_a_model_is_set_after_loading_or_instead_of_the_name(name, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    module, other = LitDPO(tmp_path), tiny_llama(1)
+    with pytest.raises(RuntimeError, match=rf"to be loaded before `{name}` is set.* set `given\['{name}'\]`"):
+        setattr(module, name, other)
+    module.given[name] = other
+    module.configure_model()
+    assert getattr(module, name) is other
+    setattr(module, name, last := tiny_llama(2))
+    assert getattr(module, name) is getattr(module.models, name) is last
+
+
 def test_another_policys_checkpoint_is_refused(tmp_path):
     run = trainer(max_steps=1)
     run.fit(LitDPO(tiny_llama(), lora=LORA), loader(make_pairs(2), 2))

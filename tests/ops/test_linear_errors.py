@@ -146,6 +146,15 @@ def test_bad_offsets(cu_seqlens, error, message):
         linear_sequence_statistics(**packed, cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.parametrize("given", [[1.0] * 5, 1.0], ids=["unhashable", "hashable"])
+def test_the_argument_is_named_under_autocast_too(given):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=f"`policy_bias` to be a tensor, but got {type(given).__name__}"),
+    ):
+        linear_token_statistics(**GOOD, policy_bias=given)
+
+
 def test_offsets_of_tokens_that_are_not_packed():
     message = r"Expected `policy_hidden` to have shape \[tokens, H\] with `cu_seqlens`, but got \(2, 3, 4\)"
     with pytest.raises(ValueError, match=message):

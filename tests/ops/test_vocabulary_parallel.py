@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import sys
@@ -139,6 +140,20 @@ def test_what_one_process_refuses_all_refuse(spoiled, own, results):
     for rank, result in enumerate(results):
         expected = f"Expected {own}" if rank == 1 else "Expected all processes .* but rank 1 of the group refused"
         assert re.match(expected, result["refusals"][spoiled])
+
+
+def test_the_group_on_the_cpu_is_destroyed_with_the_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        linear(make_case(), make_case().inputs(), process_group=group)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        # Where a group of the same processes were left over, torch would take the new one for it and raise.
+        linear(make_case(), make_case().inputs(), process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_group_of_another_type_and_the_reference_backend_are_refused(tmp_path):
