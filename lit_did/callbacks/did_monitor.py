@@ -214,12 +214,12 @@ class DIDMonitor(Callback):
 
     def _measure(self, pl_module: lightning.LightningModule, batch: Any) -> SequenceStatistics:
         if self._models is None:
-            models, self._loaded = find_models(pl_module, self.policy, self.reference, loaded=self._loaded)
-            self._models = models.with_options(**self._reading)
-        sequences = self._models.read(batch)
+            self._models, self._loaded = find_models(pl_module, self.policy, self.reference, loaded=self._loaded)
+        options = dict(self._reading)
+        sequences = self._models.read(batch, ignore_index=options.pop("ignore_index"))
         if self._options["pairs"]:
             check_pairs(batch, sequences)
-        return self._models.measure(sequences)
+        return self._models.measure(sequences, **options)
 
 
 def _step(trainer: lightning.Trainer) -> int:

@@ -19,7 +19,7 @@ from lit_did.arguments import check_integer
 from lit_did.batches.order import check_pairs
 from lit_did.functional.information import Unit
 from lit_did.metrics import DIDMetrics
-from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
+from lit_did.models.loading import load_reference
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
@@ -90,7 +90,9 @@ class DIDCallback(TrainerCallback):
         if every_n_steps is not None:
             check_integer("every_n_steps", every_n_steps, 0)
         self.trainer, self.every_n_steps = trainer, every_n_steps
-        self._reference = self._find_reference(reference)
+        assert trainer.model is not None  # A Trainer without a model raises itself.
+        policy = unwrapped(trainer.model)
+        self._reference = self._find_reference(policy, reference)
         beta = (getattr(trainer, "beta", None) or 0.1) if beta is None else beta  # GRPO's may be 0: no KL term
         self._pairs = pairs = _trains_on_pairs(trainer) if pairs is None else pairs
         self._metrics = {
@@ -105,6 +107,7 @@ class DIDCallback(TrainerCallback):
             ).to(trainer.args.device)
             for stage in ("train", "eval")
         }
+        self._models = self._beside_reference(policy)
         self._measured = dict.fromkeys(self._metrics, False)
         self._every, self._first = 0, False
         # The Trainer passes no batches to its callbacks.
@@ -178,22 +181,24 @@ class DIDCallback(TrainerCallback):
         self._measured[stage] = True
 
     def _measure(self, model: nn.Module, inputs: Any) -> SequenceStatistics:
-        device = self.trainer.args.device
-        options = self._metrics["train"].options
-        reference = None if self._reference is None else self._reference.to(device)
-        adapter = "ref" if reference is None and _has_reference_adapter(unwrapped(model)) else None
-        models = PolicyAndReference(model, reference, adapter=adapter, freeze=False).with_options(**options)
-        sequences = models.read(inputs)
+        if unwrapped(model) is not self._models.policy:  # The trainer makes a new one with `model_init`.
+            self._models = self._beside_reference(unwrapped(model))
+        if self._models.reference is not None:
+            self._models.reference.to(self.trainer.args.device)
+        sequences = self._models.read(inputs)
         if self._pairs:
             check_pairs(inputs, sequences)
         # In the loss's own autocast context, the loss would reuse weights that were cast here without gradients.
         with self.trainer.accelerator.autocast():
-            return models.measure(sequences)
+            return self._models.measure(sequences)
 
-    def _find_reference(self, given: str | os.PathLike | nn.Module | None) -> nn.Module | None:
+    def _beside_reference(self, policy: nn.Module) -> PolicyAndReference:
+        adapter = "ref" if self._reference is None and _has_reference_adapter(policy) else None
+        options = self._metrics["train"].options
+        return PolicyAndReference(policy, self._reference, adapter=adapter, freeze=False, **options)
+
+    def _find_reference(self, policy: nn.Module, given: str | os.PathLike | nn.Module | None) -> nn.Module | None:
         """The reference. None: the policy with the adapter "ref", or with its adapter off."""
-        assert self.trainer.model is not None  # A Trainer without a model raises itself.
-        policy = unwrapped(self.trainer.model)
         if given is not None:
             return load_reference(given, policy)
         reference = getattr(self.trainer, "ref_model", None)
@@ -205,7 +210,6 @@ class DIDCallback(TrainerCallback):
                 "None (as with precomputed log-probabilities) and its model is not a PeftModel. Pass the model that "
                 "the policy started from."
             )
-        check_adapter_is_all_that_trains(policy)
         return None
 
 

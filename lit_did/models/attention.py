@@ -89,7 +89,7 @@ def uses_packed_attention(model: nn.Module) -> bool:
 def packed_attention(model: nn.Module, packed: bool = True) -> Iterator[None]:
     """`use_packed_attention` within a block, or `use_own_attention` if `packed` is False.
 
-    With gradient checkpointing the attention must stay for the backward pass, which runs layers again.
+    With gradient checkpointing, the backward pass needs it too, see `use_packed_attention_in_backward`.
     """
     before = uses_packed_attention(model)
     try:
@@ -97,6 +97,21 @@ def packed_attention(model: nn.Module, packed: bool = True) -> Iterator[None]:
         yield
     finally:
         (use_packed_attention if before else use_own_attention)(model)
+
+
+@torch.compiler.disable  # hooks
+def use_packed_attention_in_backward(model: nn.Module, output: Tensor) -> None:
+    """Makes `model` use packed attention in backward passes through `output`, which is a result of it.
+
+    With gradient checkpointing they run layers of the model again. Afterwards the model has its own attention.
+    """
+    engine = torch.autograd.Variable._execution_engine
+
+    def during_backward(gradient: Tensor) -> None:
+        engine.queue_callback(lambda: use_own_attention(model))  # at the end
+        use_packed_attention(model)
+
+    output.register_hook(during_backward)
 
 
 def _rename(model: nn.Module, rename: Callable[[str], str]) -> None:

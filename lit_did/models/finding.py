@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from lit_did.models.loading import check_adapter_is_all_that_trains, load_reference
+from lit_did.models.loading import load_reference
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 
@@ -101,13 +101,12 @@ def find_reference(module: nn.Module, policy: nn.Module) -> nn.Module | None:
         off.
 
     Raises:
-        ValueError: There is not exactly one, and the policy is not a PeftModel, or trains more than its adapter.
+        ValueError: There is not exactly one, and the policy is not a PeftModel.
     """
     found = [child for child in _language_models(module).values() if child is not policy and not _trains(child)]
     if len(found) == 1:
         return found[0]
     if not found and is_peft(unwrapped(policy)):
-        check_adapter_is_all_that_trains(unwrapped(policy))
         return None
     raise ValueError(
         f"Expected one child of {type(module).__name__} to be a causal language model that does not train, or the "

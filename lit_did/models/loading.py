@@ -88,19 +88,15 @@ def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) 
     """A reference for measurements beside `policy`.
 
     Args:
-        reference: A module, which stays unchanged, or the name or path of a model, which is loaded and frozen.
-        policy: The policy.
+        reference: A module, which is returned unchanged, or the name or path of a model, which is loaded and frozen.
+        policy: The policy, whose dtype the loaded model gets.
 
     Raises:
         TypeError: `reference` is of another type.
-        ValueError: It shares parameters with the policy, or has another vocabulary.
     """
     if isinstance(reference, nn.Module):
-        check_separate(policy, reference)
-    else:
-        reference = freeze(load_model(reference, "reference", {"dtype": next(policy.parameters()).dtype}))
-    check_same_vocabulary(policy, reference)
-    return reference
+        return reference
+    return freeze(load_model(reference, "reference", {"dtype": next(policy.parameters()).dtype}))
 
 
 def add_lora(model: nn.Module, lora: Any) -> nn.Module:
@@ -132,16 +128,48 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
         return peft.get_peft_model(model, lora)
 
 
-def check_adapter_is_all_that_trains(policy: nn.Module) -> None:
-    """Raises ValueError unless training leaves a PeftModel with its adapter switched off unchanged."""
-    check_positions_are_kept(policy)
+def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = None) -> None:
+    """Raises ValueError unless training leaves a PeftModel unchanged but for its adapters.
+
+    Args:
+        policy: The PeftModel.
+        adapter: The adapter that is the reference, for the error. None: none.
+    """
     marks = adapter_marks(policy)
     outside = [n for n, p in policy.named_parameters() if p.requires_grad and not any(mark in n for mark in marks)]
     if outside:
         raise ValueError(
-            "Expected only the adapter of `policy` to be trained, because its reference is the policy with the adapter "
-            f"switched off, but {len(outside)} other parameters are trained too. The first is {outside[0]}. Freeze "
-            "them (for LoRA, use bias='none'), or pass a `reference`."
+            "Expected only the adapter of `policy` to be trained, because its reference is the policy with "
+            f"{'the adapter switched off' if adapter is None else f'the adapter {adapter!r}'}, but {len(outside)} "
+            f"other parameters are trained too. The first is {outside[0]}. Freeze them (for LoRA, use bias='none'), or "
+            "pass a `reference`."
+        )
+
+
+def check_adapter(adapter: Any, policy: nn.Module | None) -> None:
+    """Checks the name of the adapter that is the reference.
+
+    Args:
+        adapter: The name.
+        policy: The PeftModel. None: the policy is not its own reference.
+
+    Raises:
+        TypeError: `adapter` is not a string.
+        ValueError: The policy is not its own reference, has no such adapter, or trains this one.
+    """
+    peft: Any = policy
+    if not isinstance(adapter, str):
+        raise TypeError(f"Expected `adapter` to be the name of an adapter or None, but got {type(adapter).__name__}.")
+    if peft is None:
+        raise ValueError(f"Expected `adapter` to be None unless a PeftModel is its own reference, but got {adapter!r}.")
+    if adapter not in peft.peft_config:
+        names = ", ".join(map(repr, peft.peft_config))
+        raise ValueError(f"Expected `adapter` to be one of the adapters of `policy`, {names}, but got {adapter!r}.")
+    if adapter in peft.active_adapters:
+        raise ValueError(
+            f"Expected `adapter` to be another adapter than the active one, but got {adapter!r}, which is active. The "
+            "policy would be its own reference, and every log-ratio 0. Activate the adapter in training with "
+            "`policy.set_adapter`."
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from lit_did.arguments import check_bools
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.layout import Layout
 from lit_did.batches.reading import read_batch
@@ -16,19 +16,22 @@ from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models import attention
 from lit_did.models.forward import Outputs, text_config
 from lit_did.models.loading import (
+    check_adapter,
     check_adapter_is_all_that_trains,
     check_can_be_copied,
     check_positions_are_kept,
     check_same_vocabulary,
     check_separate,
     frozen_copy,
+    is_sharded,
 )
 from lit_did.models.loading import freeze as freeze_model
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
-from lit_did.ops.extension import Backend
+from lit_did.ops.checks import check_options
+from lit_did.ops.extension import Backend, check_backend
 
 MAX_LOGITS_BYTES = 2**30
 ReferenceKind = Literal["model", "adapter off", "recorded", "policy"]
@@ -72,8 +75,10 @@ class PolicyAndReference(nn.Module):
         backend: Of the operators: "auto", "fused" or "reference".
 
     Raises:
-        ValueError: The two models share parameters or have different vocabularies, or the adapter is not all that is
-            trained of a `PeftModel` without `reference`.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, the two models share parameters or have different vocabularies, the
+            adapter is not all that is trained of a `PeftModel` without `reference`, or `adapter` is not the name of
+            another adapter of it.
 
     Example:
         >>> from lightning import LightningModule
@@ -105,6 +110,14 @@ class PolicyAndReference(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        if not isinstance(policy, nn.Module):
+            raise TypeError(
+                f"Expected `policy` to be a model, but got {type(policy).__name__}. Load a model by its name with "
+                "AutoModelForCausalLM.from_pretrained."
+            )
+        check_bools(freeze=freeze, padding_free=padding_free, share_prompts=share_prompts)
+        check_options(ignore_index, temperature)
+        check_backend(backend)
         self.policy, self.adapter = policy, adapter
         self.padding_free, self.share_prompts = padding_free, share_prompts
         self.ignore_index, self.temperature, self.backend = ignore_index, temperature, backend
@@ -115,7 +128,7 @@ class PolicyAndReference(nn.Module):
         if reference is policy:
             self.reference_kind: ReferenceKind = "policy"
         elif reference is None and is_peft(unwrapped(policy)):
-            check_adapter_is_all_that_trains(unwrapped(policy))
+            check_adapter_is_all_that_trains(unwrapped(policy), adapter)
             self.reference_kind = "adapter off"
         elif reference is None:
             check_can_be_copied(policy)
@@ -127,11 +140,13 @@ class PolicyAndReference(nn.Module):
         elif isinstance(reference, RecordedReference):
             self._recorded, self.reference_kind = reference, "recorded"
         else:
-            raise TypeError(f"Expected `reference` to be a model or None, but got {type(reference).__name__}.")
-        if adapter is not None and self.reference_kind != "adapter off":
-            raise ValueError(
-                f"Expected `adapter` to be None unless a PeftModel is its own reference, but got {adapter!r}."
+            raise TypeError(
+                "Expected `reference` to be a model, None, or a recorded reference with a method "
+                f"`outputs(sequences, device)`, but got {type(reference).__name__}. Load a model by its name with "
+                "AutoModelForCausalLM.from_pretrained."
             )
+        if adapter is not None:
+            check_adapter(adapter, unwrapped(policy) if self.reference_kind == "adapter off" else None)
 
     def forward(self, batch: Mapping[str, Any]) -> SequenceStatistics:
         """The statistics of every completion, [sequences].
@@ -142,11 +157,16 @@ class PolicyAndReference(nn.Module):
         """
         return self.statistics(self.read(batch))[0]
 
-    def read(self, batch: Mapping[str, Any]) -> Sequences:
-        """The sequences of a batch in any form that `lit_did.batches.reading.read_batch` documents, on the CPU."""
+    def read(self, batch: Mapping[str, Any], *, ignore_index: int | None = None) -> Sequences:
+        """The sequences of a batch, on the CPU.
+
+        Args:
+            batch: In any form that `lit_did.batches.reading.read_batch` documents, on any device.
+            ignore_index: The label of tokens that are not part of a completion. None: the constructor's.
+        """
         if isinstance(batch, Mapping):  # read back once, where it is on another device
             batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return read_sequences(read_batch(batch, self.ignore_index))
+        return read_sequences(read_batch(batch, self.ignore_index if ignore_index is None else ignore_index))
 
     def statistics(
         self, sequences: Sequences, whole: Sequences | None = None
@@ -159,13 +179,23 @@ class PolicyAndReference(nn.Module):
         """
         return self._run(self.policy, self.reference, sequences, whole)
 
-    def measure(self, sequences: Sequences, *, max_logits_bytes: int = MAX_LOGITS_BYTES) -> SequenceStatistics:
+    def measure(
+        self,
+        sequences: Sequences,
+        *,
+        temperature: float | None = None,
+        backend: Backend | None = None,
+        max_logits_bytes: int = MAX_LOGITS_BYTES,
+    ) -> SequenceStatistics:
         """The statistics [sequences], without gradients and without a trace in the models or in random numbers.
 
-        Both models run in eval mode. What distributes or compiles a model does not run.
+        Both models run in eval mode. DDP and `torch.compile` around a model do not run. With a sharded model, all
+        processes call this together.
 
         Args:
             sequences: What `read` returned.
+            temperature: Divides both models' logits. None: the constructor's.
+            backend: Of the operators. None: the constructor's.
             max_logits_bytes: About how many bytes the logits of all completion tokens may take at a time. Sequences
                 take turns, at least one each.
         """
@@ -173,8 +203,13 @@ class PolicyAndReference(nn.Module):
         assert policy is not None
         with random_numbers_kept(_device(policy)), evaluating(policy):
             portions = _portions(sequences, policy, max_logits_bytes)
-            parts = [self._run(policy, reference, portion)[0] for portion in portions]
-        return SequenceStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+            # Processes with fewer portions repeat their last one: the others need them in every forward pass.
+            repeats = _most(len(portions), policy, reference) - len(portions)
+            parts = [
+                self._run(policy, reference, portion, temperature=temperature, backend=backend)[0]
+                for portion in [*portions, *[portions[-1]] * repeats]
+            ]
+        return SequenceStatistics(*(torch.cat(values) for values in zip(*parts[: len(portions)], strict=True)))
 
     def reference_outputs(self, sequences: Sequences) -> Outputs:
         """What the reference model answers at the completion tokens, without gradients, even where it is recorded.
@@ -184,12 +219,6 @@ class PolicyAndReference(nn.Module):
         """
         return self._reference_outputs(self.policy, self.reference, sequences)
 
-    def with_options(self, *, ignore_index: int, temperature: float, backend: Backend) -> PolicyAndReference:
-        """The same two models with other options, which the constructor describes."""
-        other = copy.copy(self)
-        other.ignore_index, other.temperature, other.backend = ignore_index, temperature, backend
-        return other
-
     def use_recorded(self, recorded: RecordedReference, output_layer: nn.Module | None) -> None:
         """Takes the reference's answers from a record from now on.
 
@@ -198,14 +227,6 @@ class PolicyAndReference(nn.Module):
             output_layer: What takes the place of the `reference` model, whose layers are no longer needed.
         """
         self._recorded, self.reference, self.reference_kind = recorded, output_layer, "recorded"
-
-    def use_own_attention(self) -> None:
-        """Gives the policy its own attention back.
-
-        With gradient checkpointing the policy keeps the attention for packed sequences after a training forward pass,
-        because the backward pass runs its layers again. Call this when training ends.
-        """
-        attention.use_own_attention(inner(self.policy))
 
     def train(self, mode: bool = True) -> PolicyAndReference:
         """Puts the policy into train or eval mode. A frozen reference stays in eval mode."""
@@ -217,14 +238,21 @@ class PolicyAndReference(nn.Module):
     # -----------------------------------------------------------------------------------------------------------
 
     def _run(
-        self, policy: nn.Module, reference: nn.Module | None, sequences: Sequences, whole: Sequences | None = None
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        sequences: Sequences,
+        whole: Sequences | None = None,
+        *,
+        temperature: float | None = None,
+        backend: Backend | None = None,
     ) -> tuple[SequenceStatistics, Tensor | None]:
         layout = self._layout(policy, sequences, whole)
-        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()):
-            # Until the next batch, not for the forward pass alone: the backward pass runs layers again.
-            packed = layout.packing == "segments"
-            (attention.use_packed_attention if packed else attention.use_own_attention)(inner(policy))
         of_policy = outputs_of(policy, layout)
+        if layout.packing == "segments" and any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()):
+            for tensor in (of_policy.hidden, of_policy.logits, of_policy.auxiliary_loss):
+                if tensor is not None and tensor.requires_grad:
+                    attention.use_packed_attention_in_backward(inner(policy), tensor)
         device = layout.labels.device
         if self.reference_kind == "policy":
             of_reference = of_policy.detach()
@@ -237,8 +265,8 @@ class PolicyAndReference(nn.Module):
             of_reference,
             layout.labels,
             layout.cu_labels,
-            temperature=self.temperature,
-            backend=self.backend,
+            temperature=self.temperature if temperature is None else temperature,
+            backend=backend or self.backend,
         )
         return statistics, of_policy.auxiliary_loss
 
@@ -312,20 +340,30 @@ def _logits(outputs: Outputs) -> Tensor:
     return outputs.layer.logits(outputs.hidden)
 
 
-def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) -> Iterator[Sequences]:
+def _portions(sequences: Sequences, policy: nn.Module, max_logits_bytes: int) -> list[Sequences]:
     """The sequences in portions whose completions' logits take at most `max_logits_bytes`, or of one sequence."""
     token = 2 * 4 * getattr(text_config(policy), "vocab_size", 1)  # two models, float32 at the most
     limit = max_logits_bytes // token
-    portion: list[int] = []
+    portions: list[list[int]] = [[]]
     tokens = 0
     for index in range(sequences.num_sequences):
         completion = int((sequences.labels[sequences.slice(index)] != IGNORE_INDEX).sum())
-        if portion and tokens + completion > limit:
-            yield sequences.select(portion)
-            portion, tokens = [], 0
-        portion.append(index)
+        if portions[-1] and tokens + completion > limit:
+            portions.append([])
+            tokens = 0
+        portions[-1].append(index)
         tokens += completion
-    yield sequences.select(portion)
+    return [sequences.select(portion) for portion in portions]
+
+
+def _most(number: int, policy: nn.Module, reference: nn.Module | None) -> int:
+    """The largest `number` of all processes if a model is sharded, else `number`."""
+    sharded = any(is_sharded(model) for model in (policy, reference) if model is not None)
+    if not sharded or not torch.distributed.is_initialized():
+        return number
+    most = torch.tensor(number, device=_device(policy))
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _device(model: nn.Module) -> torch.device:

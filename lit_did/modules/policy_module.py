@@ -185,8 +185,3 @@ class PolicyModule(TrainedState):
         kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
         models.use_recorded(self._cache, kept)
         gc.collect()  # save_hyperparameters left frames that hold the reference, and one another
-
-    def teardown(self, stage: str) -> None:
-        """Gives the policy its own attention back."""
-        if self.models is not None:
-            self.models.use_own_attention()

@@ -9,6 +9,8 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from lit_did.data import PreferenceDataModule
+from lit_did.models.attention import use_own_attention
+from lit_did.models.wrappers import inner
 from lit_did.modules.checkpoint import TrainedState
 
 
@@ -51,7 +53,7 @@ class QuietStart(Callback):
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
         self._restore()
         if isinstance(pl_module, TrainedState) and pl_module.models is not None:
-            pl_module.models.use_own_attention()  # Lightning calls no `teardown` of the module then
+            use_own_attention(inner(pl_module.models.policy))  # the error may have come in a backward pass
 
     def _ignore(self, message: str, category: type[Warning] = Warning) -> None:
         filters: Any = warnings.filters

@@ -14,6 +14,7 @@ from trl import DPOTrainer
 
 from lit_did import DIDMetrics
 from lit_did.integrations.trl import DIDCallback
+from lit_did.models.policy_and_reference import PolicyAndReference
 from tests.integrations.tiny_trl import LORA, dataset, gpt2, llama, trainer
 from tests.modules.tiny import byte_tokenizer, collate, make_pairs, tiny_llama
 
@@ -249,6 +250,29 @@ def test_adapters_that_cannot_be_switched_off_are_refused(tmp_path):
         run = trainer(tmp_path, gpt2(0), peft_config=config)
         with pytest.raises(ValueError, match=r"PROMPT_TUNING|use bias='none'"):
             DIDCallback(run)
+
+
+def test_the_models_are_put_together_once(tmp_path, monkeypatch):
+    made, make = [], PolicyAndReference.__init__
+    monkeypatch.setattr(
+        PolicyAndReference, "__init__", lambda *given, **options: made.append(1) or make(*given, **options)
+    )
+    run = trainer(tmp_path, llama(0), llama(1))
+    run.add_callback(DIDCallback(run, every_n_steps=1))
+    run.train()
+    assert len(made) == 1
+
+
+def test_errors_of_the_reference_adapter_name_it(tmp_path):
+    run = trainer(tmp_path, trained_adapter())
+    assert "ref" in run.model.peft_config  # the premise
+    run.model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="its reference is the policy with the adapter 'ref', but 1 other"):
+        DIDCallback(run)
+    run.model.get_input_embeddings().requires_grad_(False)
+    run.model.set_adapter("ref")
+    with pytest.raises(ValueError, match="got 'ref', which is active"):
+        DIDCallback(run)
 
 
 def test_compiled_models(tmp_path):

@@ -139,33 +139,64 @@ def test_it_moves_and_is_saved_with_the_module_around_it():
     assert torch.equal(again.models(collate(make_pairs(2))).log_ratio, own.models(collate(make_pairs(2))).log_ratio)
 
 
-def test_with_other_options_it_is_the_same_models():
+def test_a_measurement_with_other_options():
     models = PolicyAndReference(tiny_llama(0), tiny_llama(1))
-    warm = models.with_options(ignore_index=-1, temperature=2.0, backend="reference")
     batch = collate(make_pairs(2))
     labels = batch["labels"].masked_fill(batch["labels"] == -100, -1)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         logits = [model(**inputs).logits for model in (models.policy, models.reference)]
-        expected = sequence_statistics(*logits, batch["labels"], temperature=2.0)
-        assert_same(warm(batch | {"labels": labels}), expected)
-    assert models.temperature == 1.0
+        warm, plain = (sequence_statistics(*logits, batch["labels"], temperature=t) for t in (2.0, 1.0))
+    sequences = models.read(batch | {"labels": labels}, ignore_index=-1)
+    assert_same(models.measure(sequences, temperature=2.0, backend="reference"), warm)
+    assert_same(models.measure(sequences), plain)
 
 
-def test_a_policy_with_gradient_checkpointing_gets_its_attention_back():
-    policy = tiny_llama(0).train()
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_policy_with_gradient_checkpointing_has_its_attention_back_after_each_pass(use_reentrant):
+    policy, seen = tiny_llama(0).train(), []
+    policy.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    policy.enable_input_require_grads()
+    policy.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda *_: seen.append(policy.config._attn_implementation)
+    )
     models = PolicyAndReference(policy, tiny_llama(1))
-    models(collate(make_pairs(3))).log_ratio.sum().backward()
-    assert policy.config._attn_implementation == "lit_did_sdpa"
-    models.use_own_attention()
+    plain = PolicyAndReference(tiny_llama(0).train(), tiny_llama(1))
+    batch = collate(make_pairs(3))
+    log_ratio = models(batch).log_ratio.sum()
+    plain(batch).log_ratio.sum().backward()
     assert policy.config._attn_implementation == "sdpa"
+    for times in (1, 2):  # a graph that is kept runs the layers again each time
+        seen.clear()
+        log_ratio.backward(retain_graph=True)
+        assert seen == ["lit_did_sdpa"]
+        assert policy.config._attn_implementation == "sdpa"
+        for one, other in zip(policy.parameters(), plain.policy.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, times * other.grad)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: PolicyAndReference(tiny_llama(0), 3), TypeError, "`reference` to be a model or None, but got int"),
+        (
+            lambda: PolicyAndReference("gpt2"),
+            TypeError,
+            "`policy` to be a model, but got str. Load",
+        ),
+        (lambda: PolicyAndReference(tiny_llama(0), "gpt2"), TypeError, "a method `outputs.*`, but got str. Load a mod"),
+        (lambda: PolicyAndReference(tiny_llama(0), freeze=1), TypeError, "`freeze` to be a bool, but got 1"),
+        (lambda: PolicyAndReference(tiny_llama(0), padding_free=None), TypeError, "`padding_free` to be a bool"),
+        (lambda: PolicyAndReference(tiny_llama(0), share_prompts="no"), TypeError, "`share_prompts` to be a bool"),
+        (lambda: PolicyAndReference(tiny_llama(0), ignore_index=0.5), TypeError, "`ignore_index` to be an integer"),
+        (lambda: PolicyAndReference(tiny_llama(0), temperature=0), ValueError, "`temperature` to be in"),
+        (lambda: PolicyAndReference(tiny_llama(0), backend="cuda"), ValueError, "`backend` to be one of 'auto'"),
+        (
+            lambda: PolicyAndReference(two_adapters(), adapter=1),
+            TypeError,
+            "name of an adapter or None, but got int",
+        ),
+        (lambda: PolicyAndReference(two_adapters(), adapter="old"), ValueError, "'default', 'ref', but got 'old'"),
+        (lambda: PolicyAndReference(two_adapters(), adapter="default"), ValueError, "got 'default', which is active"),
         (lambda: PolicyAndReference(tiny_llama(0), tiny_llama(1, vocab_size=68)), ValueError, "vocabulary, 67 entries"),
         (lambda: PolicyAndReference(tiny_llama(0), adapter="ref"), ValueError, "`adapter` to be None unless"),
     ],
@@ -190,6 +221,21 @@ def test_portions_of_a_batch(limit, monkeypatch):
     assert_same(measure(policy, reference, batch, max_logits_bytes=limit), whole)
     assert all(rows == 1 or size <= limit for rows, size in sizes)
     assert len(sizes) > 2  # the premise
+
+
+def test_processes_with_a_sharded_model_run_equally_many_portions(monkeypatch):
+    batch, runs = collate(make_pairs(3)), []
+    models = PolicyAndReference(tiny_llama(0), tiny_llama(1))
+    expected = models.measure(models.read(batch))
+    monkeypatch.setattr(policy_and_reference, "is_sharded", lambda model: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, operation: tensor.fill_(5))  # another has 5
+    run = models._run
+    monkeypatch.setattr(models, "_run", lambda *given, **options: runs.append(given) or run(*given, **options))
+    whole, by_row = (models.measure(models.read(batch), max_logits_bytes=limit) for limit in (10**9, 20_000))
+    assert len(runs) == 10
+    assert_same(whole, expected)
+    assert_same(by_row, expected)
 
 
 def test_modes_and_random_numbers_are_kept():
