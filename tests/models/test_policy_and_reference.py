@@ -223,21 +223,6 @@ def test_portions_of_a_batch(limit, monkeypatch):
     assert len(sizes) > 2  # the premise
 
 
-def test_processes_with_a_sharded_model_run_equally_many_portions(monkeypatch):
-    batch, runs = collate(make_pairs(3)), []
-    models = PolicyAndReference(tiny_llama(0), tiny_llama(1))
-    expected = models.measure(models.read(batch))
-    monkeypatch.setattr(policy_and_reference, "is_sharded", lambda model: True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, operation: tensor.fill_(5))  # another has 5
-    run = models._run
-    monkeypatch.setattr(models, "_run", lambda *given, **options: runs.append(given) or run(*given, **options))
-    whole, by_row = (models.measure(models.read(batch), max_logits_bytes=limit) for limit in (10**9, 20_000))
-    assert len(runs) == 10
-    assert_same(whole, expected)
-    assert_same(by_row, expected)
-
-
 def test_modes_and_random_numbers_are_kept():
     policy, reference = tiny_gpt2(0, resid_pdrop=0.5).train(), tiny_gpt2(1, resid_pdrop=0.5).train()
     policy.transformer.h[0].eval()
