@@ -69,8 +69,8 @@ def runners(size: Size, spread: float) -> list[Runner]:
     return [
         runner(LIMIT, LIMIT, 2, lambda _: target.copy_(policy)),
         runner("statistics", "forward", 2, forward, lambda values: truth.verify("statistics", FIELDS, values)),
-        runner(both, "backward", 4, partial(backward, 8, True, True), partial(right, both, truth, FIELDS)),
-        runner(alone, "backward", 3, partial(backward, 8, True, False), partial(right, alone, truth, FIELDS)),
+        runner(both, "backward", 4, partial(backward, len(FIELDS), True, True), partial(right, both, truth, FIELDS)),
+        runner(alone, "backward", 3, partial(backward, len(FIELDS), True, False), partial(right, alone, truth, FIELDS)),
         runner(logprob, "backward", 2, partial(backward, 1, True, False), partial(right, logprob, of_logprobs, two)),
     ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from benchmarks.token_statistics import RACES
 TINY = ["--rows", "16", "--vocabulary", "256", "--repeats", "2", "--dtype", "float32"]
 
 
+@pytest.mark.long
 def test_every_race_from_the_command_line_to_csv_and_chart(tmp_path, capsys):
     main([*TINY, "bfloat16", "--contestants", "fused", "eager", "--output", str(tmp_path)])
     with (tmp_path / "benchmarks.csv").open() as file:

@@ -241,7 +241,7 @@ def test_bad_offsets_in_a_compiled_function():
     policy, reference, labels = random_logits(6, 20, DTYPES["f32"], DTYPES["f32"])
     compiled = torch.compile(sequence_statistics, fullgraph=True, backend="aot_eager")
     compiled(policy, reference, labels, cu_seqlens=torch.tensor([0, 4, 6]))
-    with pytest.raises(ValueError, match="Expected `cu_seqlens` to rise from 0"):
+    with pytest.raises(ValueError, match="`cu_seqlens` that rise from 0"):
         compiled(policy, reference, labels, cu_seqlens=torch.tensor([0, 7, 6]))
     torch.compiler.reset()
 
@@ -275,7 +275,7 @@ def test_gradient_of_tokens_in_no_sequence():
     labels, offsets = torch.tensor([1, 1, -100, 1, 1, 1]), torch.tensor([1, 3, 3, 5])
     context = SimpleNamespace(saved_tensors=(labels, offsets, torch.tensor([1, 0, 2])), ignore_index=-100)
     gradient = torch.tensor([2.0, 3.0, 4.0])
-    (of_policy_logprob, *_), *_ = _reduction_backward(context, gradient, *[None] * 9)
+    (of_policy_logprob, *_), *_ = _reduction_backward(context, gradient, *[None] * (len(SequenceStatistics._fields) - 1))
     assert of_policy_logprob.tolist() == [0, 2, 0, 4, 4, 0]
 
 
