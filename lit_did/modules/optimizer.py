@@ -137,7 +137,7 @@ def optimizer_and_schedule(
     if lr_scheduler is None:
         total = trainer.estimated_stepping_batches
         warmup = count_warmup_steps(settings.warmup_steps, total, settings.schedule)
-        if warmup > total:
+        if 0 <= total < warmup:  # -1: of data without a length, nobody knows
             warnings.warn(
                 "The learning rate still rises when training ends, so it never reaches `learning_rate`. Cause: "
                 f"`warmup_steps` is {warmup}, and training has {total:g} optimiser steps. Lower `warmup_steps`. A "

@@ -12,6 +12,10 @@ from benchmarks import parts, step, trainers
 from benchmarks.trainers import Run, Task
 from lit_did.demo import PAIRS
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Reads system from `system`", "ignore:.* pairs are longer than max_length"
+)
+
 
 @pytest.fixture
 def task(tiny_model, tmp_path) -> Task:

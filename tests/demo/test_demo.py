@@ -21,6 +21,7 @@ from lit_did.demo import __main__ as demo
 from lit_did.demo.model import load_model, smollm2
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.* pairs are longer than max_length")
 
 
 def run(*arguments: object) -> int:
@@ -155,6 +156,7 @@ def test_more_tokens_than_positions_and_folders_that_cannot_be_made(tiny_model, 
         run("--seed", 2**32)
 
 
+@pytest.mark.filterwarnings("ignore:`val/loss` is NaN or infinite")
 def test_a_run_that_diverges_ends_with_one_line(tiny_model, tmp_path, capsys):
     arguments = ["--max-pairs", 10, "--max-steps", 3, "--learning-rate", 1e30]
     assert run("--model", tiny_model, "--output", tmp_path / "out", *arguments) == 2

@@ -101,7 +101,7 @@ def test_litdpo_keeps_what_is_left_in_eval_mode(lora):
         assert f"model.layers.1.mlp ({kind.__name__})" in message
         quiet = [m for m in module.policy.modules() if not m.training]
         assert [type(m) for m in quiet if isinstance(m, LlamaMLP)] == [kind]
-        losses = {float(module.training_step(make_batch(), 0)) for _ in range(3)}
+        losses = {module.training_step(make_batch(), 0).item() for _ in range(3)}
         assert len(losses) == 1
     module, (message,) = run(noisy(Stubborn))
     assert re.search(r"modules of the policy \(1, such as .*\) return different outputs for the same input", message)

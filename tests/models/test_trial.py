@@ -121,6 +121,7 @@ def test_each_size_of_batch_is_tried():
     assert len(messages_of(record)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.* does not support batches with sequences of 64 tokens")
 def test_order_does_not_matter_to_a_model_that_keeps_its_longest_sequence():
     model = dynamic()
     fresh = {n: torch.cat(logits_alone(dynamic(), of_lengths(n, n)))[: n - 2].detach().float() for n in (40, 60)}

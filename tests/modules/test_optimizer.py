@@ -9,6 +9,7 @@ import peft
 import pytest
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 
 from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
@@ -141,3 +142,16 @@ def test_another_optimiser_does_not_resume(tmp_path, other):
         trainer(max_steps=2).fit(LitDPO(tiny_llama(), optimizer=other), data, ckpt_path=tmp_path / "last.ckpt")
     module = LitDPO.load_from_checkpoint(tmp_path / "last.ckpt", policy=tiny_llama(), optimizer=other)
     trainer(max_steps=1).fit(module, data)  # the remedy
+
+
+def test_data_without_a_length_are_not_warned_of():
+    """Lightning then expects -1 optimiser steps, which are fewer than 0 steps of warmup."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from loader(make_pairs(4), 2)
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        trainer(max_epochs=1).fit(LitDPO(tiny_llama()), DataLoader(Stream(), batch_size=None))
+    assert not [str(w.message) for w in record if "learning rate" in str(w.message)]

@@ -275,7 +275,9 @@ def test_gradient_of_tokens_in_no_sequence():
     labels, offsets = torch.tensor([1, 1, -100, 1, 1, 1]), torch.tensor([1, 3, 3, 5])
     context = SimpleNamespace(saved_tensors=(labels, offsets, torch.tensor([1, 0, 2])), ignore_index=-100)
     gradient = torch.tensor([2.0, 3.0, 4.0])
-    (of_policy_logprob, *_), *_ = _reduction_backward(context, gradient, *[None] * (len(SequenceStatistics._fields) - 1))
+    (of_policy_logprob, *_), *_ = _reduction_backward(
+        context, gradient, *[None] * (len(SequenceStatistics._fields) - 1)
+    )
     assert of_policy_logprob.tolist() == [0, 2, 0, 4, 4, 0]
 
 
