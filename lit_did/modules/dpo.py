@@ -269,18 +269,8 @@ class LitDPO(PolicyModule):
         self._micro_batches = MicroBatches(self.split(sequences), run)
         return self._micro_batches.forward()
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here.
-
-        Raises:
-            TypeError: There are other arguments than the loss. Each micro-batch has a graph of its own, and they would
-                be valid for the first one only.
-        """
-        if args or kwargs:
-            raise TypeError(
-                "Expected `backward` to get the loss alone, because it runs micro-batches with a graph each, but got "
-                f"{', '.join([*map(repr, args), *kwargs])} too. Override `backward_pass` to run it differently."
-            )
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]  # `retain_graph` would be for one graph of many
+        """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here."""
         micro_batches, self._micro_batches = check_training_step(self._micro_batches), None
         micro_batches.backward(loss, self.backward_pass, self.trainer.precision_plugin.train_step_context)
 

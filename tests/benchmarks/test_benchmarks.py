@@ -34,6 +34,7 @@ def test_every_race_from_the_command_line_to_csv_and_chart(tmp_path, capsys):
         assert text in shown
 
 
+@pytest.mark.long
 def test_both_is_the_sum_of_its_steps_and_the_limit_is_100_percent(tmp_path):
     results = main([*TINY, "--races", "table", "--contestants", "fused", "--repeats", "1", "--output", str(tmp_path)])
     times = {(r.contestant, r.direction): r for r in results}
@@ -75,6 +76,7 @@ def test_trl_is_asked_for_but_missing(monkeypatch, capsys):
     assert "pip install 'lit-did[trl]'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_without_a_compiler_all_but_the_limit_is_raced(monkeypatch, tmp_path, capsys):
     def no_compiler():
         raise RuntimeError("there is no compiler")

@@ -53,6 +53,7 @@ def test_a_wrong_contestant_is_refused(inputs, wrong, words):
         inputs.verify("eager", returned)
 
 
+@pytest.mark.long
 def test_from_the_command_line_to_the_csv(tmp_path, capsys, monkeypatch):
     # The start of a process takes seconds.
     monkeypatch.setattr(linear, "in_own_process", lambda threads, function, *arguments: function(*arguments))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from tests.processes import run_program
 
 
+@pytest.mark.long
 def test_on_a_tiny_model(tiny_model):
     sizes = ("--model", tiny_model, "--steps", 3, "--max-length", 64)
     printed = run_program(sys.executable, "-m", "benchmarks.logging_cost", *sizes)

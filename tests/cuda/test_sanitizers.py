@@ -21,6 +21,7 @@ def sequence_cases():
     ]
 
 
+@pytest.mark.long
 def test_no_race(build):
     """Each kernel once, with a host thread for every thread of a block: seconds a row."""
     emulator = build("thread")
@@ -50,6 +51,7 @@ def places(pair, offsets):
     return [*cases, moved(ignored, 1, 2, gap=16)], beyond
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_no_access_outside(pair, build):
     emulator = build("address")

@@ -239,6 +239,7 @@ def test_means_over_prompts():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* longer than max_length=160")
 @pytest.mark.parametrize("name", ["entropy", "dynamics"])
 def test_whole_run(name, tiny, tmp_path, monkeypatch, capsys):

@@ -275,6 +275,7 @@ def test_errors_of_the_reference_adapter_name_it(tmp_path):
         DIDCallback(run)
 
 
+@pytest.mark.long
 def test_compiled_models(tmp_path):
     run = trainer(tmp_path, llama(0), llama(1), torch_compile=True, torch_compile_backend="eager", max_steps=2)
     run.add_callback(DIDCallback(run))

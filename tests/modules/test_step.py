@@ -124,7 +124,9 @@ def test_arguments_of_the_backward_pass_are_refused(arguments):
         def backward(self, loss, *args, **kwargs):
             super().backward(loss, *arguments[0], **arguments[1])
 
-    with pytest.raises(TypeError, match=r"to get the loss alone.* but got (retain_graph|None) too"):
+    with pytest.raises(
+        TypeError, match=r"backward\(\) (got an unexpected keyword argument 'retain_graph'|takes 2 positional)"
+    ):
         train(make(Retains))
 
 

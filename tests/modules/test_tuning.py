@@ -57,6 +57,7 @@ def test_batch_size_of_evaluation_is_found(method):
     assert given.eval_batch_size == 4
 
 
+@pytest.mark.long
 def test_batch_size_finder_is_a_callback_too(tmp_path):
     given, run = data(), trainer(max_epochs=2, callbacks=[BatchSizeFinder(max_trials=2, steps_per_trial=1)])
     run.fit(module(cache_reference=tmp_path / "cache"), given)

@@ -180,6 +180,7 @@ def test_where_the_policy_is_its_reference_nothing_is_left_to_chance():
     assert samples.estimate.reliable
 
 
+@pytest.mark.long
 def test_nothing_overflows():
     # 256 tokens of 262,144: there are e^3195 completions. Tokens do not depend on each other: by recursion.
     generator = torch.Generator().manual_seed(0)
