@@ -35,6 +35,7 @@ def test_own_lightning_module(tiny_model, tmp_path):
     assert [row["step"] for row in rows if row["did/train/kl"]] == ["4", "9"]
 
 
+@pytest.mark.long
 def test_trl(tiny_model, tmp_path):
     printed = run("trl_dpo.py", tmp_path, tiny_model, 10)
     lines = [line for line in printed.splitlines() if line[:1].isdigit()]  # the trainer prints its entries too
@@ -42,6 +43,7 @@ def test_trl(tiny_model, tmp_path):
     assert [line.split()[0] for line in lines if "'eval_did/kl'" in line] == ["10"]
 
 
+@pytest.mark.long
 def test_plain_loop(tiny_model, tmp_path):
     printed = run("plain_loop.py", tmp_path, tiny_model, 3)
     assert "step 0: loss 0.6931" in printed
