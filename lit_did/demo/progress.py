@@ -1,4 +1,4 @@
-"""The demo's progress: one line, whatever is going on, with seconds a step."""
+"""The demo's progress: one line, in training and while held-out pairs are measured, with seconds per step."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class DIDEntropy(DIDMetric):
         choices = list(self._values({}))
         if only is not None and only not in choices:
             raise ValueError(f"Expected `only` to be None or one of {', '.join(map(repr, choices))}, but got {only!r}.")
-        # [N, 3] float64: log pi, log rho, log g. [N] int64: the prompt. [N, T] int64: what tells sequences apart, with
+        # [N, 3] float64: log pi, log rho, log g. [N] int64: the prompt. [N, T] int64: the sequences, with
         # another T in every update, so that torchmetrics cannot concatenate it.
         self._logprobs, self._groups, self._sequences = (
             state_name("did_entropy", part, {"padding": padding}) for part in ("logprobs", "groups", "sequences")

@@ -47,7 +47,6 @@ class TokenDIDEntropy(MeanOverTokens):
     is an average of the entropies of single tokens' DIDs, not the entropy of the DID of whole completions: that is
     `lit_did.metrics.DIDEntropy`.
 
-
     `update` takes logits [..., T, V] of policy and reference with labels [..., T], or `TokenStatistics` with labels, or
     `SequenceStatistics`. `compute` returns a float64 scalar, NaN before the first labelled token.
 
@@ -81,7 +80,6 @@ class TokenDIDConcentration(MeanOverTokens):
     in both models do not count. It is an average over tokens, not the concentration of the DID of whole completions:
     that is `concentration` of `lit_did.metrics.DIDEntropy`.
 
-
     `update` takes logits [..., T, V] of policy and reference with labels [..., T], or `TokenStatistics` with labels, or
     `SequenceStatistics`. `compute` returns a float64 scalar, NaN before the first labelled token.
 
@@ -114,7 +112,6 @@ class TokenDIDLogPartition(MeanOverTokens):
     It is at least 0, without an upper bound, and log V where the policy is its reference. Large: the policy gives mass
     to tokens that the reference all but excludes.
 
-
     `update` takes logits [..., T, V] of policy and reference with labels [..., T], or `TokenStatistics` with labels, or
     `SequenceStatistics`. `compute` returns a float64 scalar, NaN before the first labelled token.
 
@@ -143,7 +140,6 @@ class TokenDIDLogPartition(MeanOverTokens):
 
 class PolicyEntropy(MeanOverTokens):
     """Mean over tokens of the policy's entropy over the next token, at the data's prefixes. In [0, log V].
-
 
     `update` takes logits [..., T, V] of policy and reference with labels [..., T], or `TokenStatistics` with labels, or
     `SequenceStatistics`. `compute` returns a float64 scalar, NaN before the first labelled token.
@@ -176,7 +172,6 @@ class PolicyKL(MeanOverTokens):
 
     It is exact: a sum over the vocabulary at the data's prefixes. It is neither the divergence of whole completions nor
     an estimate from samples.
-
 
     `update` takes logits [..., T, V] of policy and reference with labels [..., T], or `TokenStatistics` with labels, or
     `SequenceStatistics`. `compute` returns a float64 scalar, NaN before the first labelled token.

@@ -63,8 +63,8 @@ def linear_token_statistics(
             a (policy, reference) tuple.
         scale: Logits, bias included, are multiplied by it before that, as in Cohere and Granite; or such a tuple.
         ignore_index: Tokens with this label are dropped before anything is computed. They return 0 and get a gradient
-            of 0, whatever their hidden states hold. None: every label counts, and the number of tokens is known without
-            waiting for the device.
+            of 0, even if their hidden states are NaN. None: every label counts, and the number of tokens is known
+            without waiting for the device.
         temperature: Both logits are divided by it.
         chunk_tokens: The largest number of tokens at a time. "auto": all, unless the blocks of the vocabulary would
             become too narrow.

@@ -204,7 +204,8 @@ def publish(folder: Path, fingerprint: Mapping[str, str], processes: int = 1) ->
 
     Args:
         folder: The folder of `unfinished_cache`.
-        fingerprint: The digests of `fingerprint`, and whatever else a cache must agree with, such as the precision.
+        fingerprint: The digests of `fingerprint`, and other properties that a cache must share with a run, such as
+            the precision.
         processes: The number of processes that wrote.
 
     Raises:

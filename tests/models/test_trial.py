@@ -178,7 +178,7 @@ def test_a_model_that_sees_the_next_token_alone_is_refused(length):
 )
 @pytest.mark.parametrize("distinct", [1, 2])
 def test_batches_of_few_different_tokens_decide_as_others(make, kind, distinct):
-    """Attention over equal values is the same whatever it attends to."""
+    """Attention over equal values is the same for all positions that it may attend to."""
     sequences = of_lengths(60, 40, 50, 20)
     model = make()
     with warnings.catch_warnings():

@@ -460,7 +460,7 @@ def run(path, batches):
         assert (cache.hidden(keys(batch)) == batch).all()
     return after_writing, after_opening, own()
 
-run(sys.argv[1] + "/small", 4)  # whatever is allocated once
+run(sys.argv[1] + "/small", 4)  # allocates what is allocated only once
 before = own()
 print(*(after - before for after in run(sys.argv[1] + "/large", 32)))
 """
