@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of `__getattr__
     from lit_did.data.dataset import *  # noqa: F403
     from lit_did.data.loading import *  # noqa: F403
     from lit_did.data.pairs import *  # noqa: F403
+    from lit_did.data.prompt_files import *  # noqa: F403
     from lit_did.data.reading import *  # noqa: F403
     from lit_did.data.token_batches import *  # noqa: F403
     from lit_did.data.tokenizing import *  # noqa: F403
@@ -24,6 +25,7 @@ _MODULES = {
     "dataset": ("PreferenceDataset",),
     "loading": ("EvaluationSampler", "ResumableDataLoader", "ResumableSampler"),
     "pairs": ("PreferencePair", "UnusableRowError", "parse_pair"),
+    "prompt_files": ("PromptRow", "encode_prompts", "read_prompts"),
     "reading": ("SkippedRow", "SourceRow", "read_pairs", "read_rows"),
     "token_batches": ("TokenBatchSampler",),
     "tokenizing": ("Context", "TokenizedPair", "tokenize_pair", "truncate_pair"),

@@ -62,7 +62,7 @@ def find_files(path: str) -> list[Path]:
     if _is_glob(path):
         paths = [Path(found) for found in sorted(glob.glob(path, recursive=True))]
         if not paths:
-            raise FileNotFoundError(f"Expected files of preference pairs, but no path matches {path}.")
+            raise FileNotFoundError(f"Expected data files, but no path matches {path}.")
         return [file for found in paths for file in (_find_in_folder(found) if found.is_dir() else [found])]
     if stat.S_ISDIR(_stat(Path(path)).st_mode):
         return _find_in_folder(Path(path))
@@ -82,11 +82,7 @@ def read_file(path: Path, choose: Choose) -> Iterator[Row]:
             message names the line (from 1) or the row (from 0).
         ImportError: For a .parquet file, if pyarrow is not installed.
     """
-    mode = _stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        is_a = next((name for check, name in _KINDS if check(mode)), "something else")
-        link = f" (through the link to {os.readlink(path)})" if path.is_symlink() else ""
-        raise ValueError(f"{path}: Expected a file of preference pairs, but got {is_a}{link}.")
+    _check_is_regular(path)
     name = path.name.lower()
     if name.endswith(_JSON_LINES):
         return _read_json_lines(path)
@@ -99,10 +95,27 @@ def read_file(path: Path, choose: Choose) -> Iterator[Row]:
     raise ValueError(f"{path}: Expected a file name ending in one of {', '.join(SUFFIXES)}, but got {path.name!r}.")
 
 
+def read_text(path: Path) -> Iterator[tuple[str, str]]:
+    """Reads the lines of a text file, each with its place and without the line end. Blank lines are skipped."""
+    _check_is_regular(path)
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        if line.strip():
+            yield where, _decode(line, where).rstrip("\r\n")
+
+
 def read_table(table: Any, name: str, choose: Choose) -> Iterator[Row]:
     """Reads the rows of a pyarrow.Table or RecordBatch; see `read_file`."""
     table = table.select(choose(table.schema.names, name))
     return _read_batches(table.to_batches(max_chunksize=_ROWS) if hasattr(table, "to_batches") else [table], name)
+
+
+def _check_is_regular(path: Path) -> None:
+    mode = _stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        is_a = next((name for check, name in _KINDS if check(mode)), "something else")
+        link = f" (through the link to {os.readlink(path)})" if path.is_symlink() else ""
+        raise ValueError(f"{path}: Expected a data file, but got {is_a}{link}.")
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -112,13 +125,13 @@ def _stat(path: Path) -> os.stat_result:
     except FileNotFoundError:
         if path.is_symlink():
             raise FileNotFoundError(
-                f"Expected a file of preference pairs, but {path} links to {os.readlink(path)}, which does not exist."
+                f"Expected a data file, but {path} links to {os.readlink(path)}, which does not exist."
             ) from None
-        raise FileNotFoundError(f"Expected a file of preference pairs, but {path} does not exist.") from None
+        raise FileNotFoundError(f"Expected a data file, but {path} does not exist.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         loops = isinstance(error, OSError) and error.errno == errno.ELOOP
         got = "a loop of links" if loops else getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{str(path)!r}: Expected a file of preference pairs, but got: {got}.") from None
+        raise ValueError(f"{str(path)!r}: Expected a data file, but got: {got}.") from None
 
 
 def _find_in_folder(folder: Path) -> list[Path]:
@@ -136,7 +149,7 @@ def _find_in_folder(folder: Path) -> list[Path]:
     ]
     if not files:
         raise FileNotFoundError(
-            f"Expected files of preference pairs in {folder}, but it has none ending in one of {', '.join(SUFFIXES)}."
+            f"Expected data files in {folder}, but it has none ending in one of {', '.join(SUFFIXES)}."
         )
     splits = {match[1]: file.parent / match[1] for file in files if (match := _SPLIT.match(file.name.lower()))}
     if len(splits) > 1:

@@ -148,12 +148,46 @@ def read_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None
     else:
         _read_prompt(fields, row, found, where)
     fields = {name: _parse_json(name, value, where) for name, value in fields.items()}
+    _refuse_media(row, where)
+    fields["unknown"] = [name for name in found.unknown if _is_text(row[name])]
+    return fields
+
+
+def holds_pairs(names: Any, columns: Mapping[str, str | None] | None) -> bool:
+    """Whether a row or table with columns of these names holds pairs, and not prompts alone."""
+    try:
+        return _find_columns(tuple(names), tuple((columns or {}).items())) is not None
+    except ValueError:
+        return False
+
+
+def read_prompt_fields(row: Mapping[str, Any], columns: Mapping[str, str | None] | None, where: str) -> dict[str, Any]:
+    """The values of a row without completions, by the names in `FIELDS`.
+
+    Args:
+        row: A row of the source.
+        columns: The names that the user gives; see `read_rows`.
+        where: What errors call the row.
+
+    Raises:
+        ValueError: If there is no column with the prompt.
+    """
+    named = {name: name for name in FIELDS if name not in _REQUIRED} | dict(columns or {})
+    if named["prompt"] not in row:
+        raise ValueError(
+            f"{where}: Expected the column `{named['prompt']}` with the prompt, or a preference pair, but got "
+            f'{in_words(row)}. Name the prompt\'s column: `columns={{"prompt": ...}}`.'
+        )
+    _refuse_media(row, where)
+    found = {name: row[column] for name, column in named.items() if column is not None and column in row}
+    return {name: _parse_json(name, value, where) for name, value in found.items()}
+
+
+def _refuse_media(row: Mapping[str, Any], where: str) -> None:
     for name in _MEDIA:
         if name in row and _filled(row[name]):
             got = f"content in the column `{name}` too. Media cannot be read: remove it"
-            raise malformed(where, "a pair of texts", got)
-    fields["unknown"] = [name for name in found.unknown if _is_text(row[name])]
-    return fields
+            raise malformed(where, "texts", got)
 
 
 def _is_swift(named: dict[str, str]) -> bool:

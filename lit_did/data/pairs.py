@@ -175,6 +175,18 @@ def _turns(dialogue: str) -> list[Message]:
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def parse_prompt(fields: dict[str, Any], where: str) -> PreferencePair:
+    """The pair of a row without completions, which are then empty.
+
+    Args:
+        fields: From `read_prompt_fields`.
+        where: What errors call the row.
+    """
+    prompt = _parse_text("prompt", fields["prompt"], where)
+    nothing: Any = "" if isinstance(prompt, str) else []
+    return _with_others(PreferencePair(prompt, nothing, nothing), fields, where)
+
+
 def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
     prompt = None if fields.get("prompt") is None else _parse_text("prompt", fields["prompt"], where)
     chosen, rejected = (_parse_text(name, fields[name], where) for name in _SIDES)
@@ -188,6 +200,10 @@ def _parse(fields: dict[str, Any], where: str) -> PreferencePair:
     else:
         got = f"`chosen`: {kind(chosen)}, `rejected`: {kind(rejected)}"
         raise malformed(where, "all strings or all lists of messages", got)
+    return _with_others(pair, fields, where)
+
+
+def _with_others(pair: PreferencePair, fields: dict[str, Any], where: str) -> PreferencePair:
     return pair._replace(
         tag=_optional(fields, "tag", str, "a string", where) or "",
         tools=_read_tools(fields, where),

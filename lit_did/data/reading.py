@@ -125,7 +125,7 @@ def read_rows(
 
     layouts: dict[tuple[str, ...], None] = {}
     missing = {column for column in (columns or {}).values() if column is not None}
-    for index, (where, row) in enumerate(_read(source, name, partial(columns_to_read, columns=columns))):
+    for index, (where, row) in enumerate(read_raw(source, name, partial(columns_to_read, columns=columns))):
         try:
             rows.append(SourceRow(index, where, parse_row(row, where, columns)))
         except UnusableRowError as error:
@@ -210,8 +210,14 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
     )
 
 
-def _read(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:
-    """The raw rows of a source, each with what errors call it."""
+def read_raw(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:
+    """The raw rows of a source, each with what errors call it.
+
+    Args:
+        source: As for `read_rows`.
+        name: What errors call a source that is not a file.
+        choose: Chooses the columns to read from a table.
+    """
     if isinstance(source, (str, os.PathLike)):
         return _read_path(os.fspath(source), choose)
     if isinstance(source, (list, tuple)):
@@ -238,7 +244,7 @@ def _read(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:
 
 def _read_path(path: str, choose: Choose) -> Iterator[tuple[str, Any]]:
     if not path:
-        raise FileNotFoundError("Expected a path of preference pairs, but got an empty one.")
+        raise FileNotFoundError("Expected a path, but got an empty one.")
     if "://" in path:
         raise ValueError(
             f"{path}: Expected a path, or a name of the hub such as 'org/name:train', but got a URL. Download the "

@@ -113,17 +113,39 @@ class Renderer:
         spelled = "" if self.parse_special_tokens else self.control.first(texts)
         prompt, chosen, rejected, tools, kwargs = self.control.mark(texts) if spelled else texts
         if pair.is_chat:
-            check_template_kwargs(kwargs)
-            options = {**self.chat_template_kwargs, **(kwargs or {})}
-            if tools:
-                options["tools"] = tools
-            return self._chat(prompt, chosen, rejected, options)._replace(spelled=spelled)
+            return self._chat(prompt, chosen, rejected, self._options(tools, kwargs))._replace(spelled=spelled)
         if not prompt:
             first_token(self.tokenizer)  # raises if no token can replace the empty prompt
         # Two whole dialogues as in HH-RLHF may differ before their last turn.
         sides = [_OTHER_TURNS.split(text) if pair.holds_turns else [text] for text in (chosen, rejected)]
         first, second = (RenderedCompletion(tuple(pieces), ended=False) for pieces in sides)
         return RenderedPair(prompt, first, second, is_chat=False, spelled=spelled)
+
+    def prompt(self, pair: PreferencePair) -> RenderedPair:
+        """The text of a prompt that is to be answered: that of a chat ends in the header of the assistant's turn.
+
+        Args:
+            pair: A prompt whose completions are empty.
+
+        Raises:
+            UnusableRowError, ValueError: As for a pair.
+        """
+        nothing = RenderedCompletion(("",), ended=True)
+        bare = pair.prompt if pair.is_chat else self._bare(*pair.texts)[0]
+        given: list[Any] = [bare, pair.tools, pair.chat_template_kwargs]
+        spelled = "" if self.parse_special_tokens else self.control.first(given)
+        text, tools, kwargs = self.control.mark(given) if spelled else given
+        if pair.is_chat:
+            text = self._apply(text, True, self._options(tools, kwargs))
+        elif not text:
+            first_token(self.tokenizer)  # raises if no token can replace the empty prompt
+        return RenderedPair(text, nothing, nothing, is_chat=pair.is_chat, spelled=spelled)
+
+    def _options(self, tools: list | None, kwargs: dict | None) -> dict[str, Any]:
+        """The variables of the template for one row."""
+        check_template_kwargs(kwargs)
+        options = {**self.chat_template_kwargs, **(kwargs or {})}
+        return {**options, "tools": tools} if tools else options
 
     def _bare(self, prompt: str, chosen: str, rejected: str) -> list[str]:
         """Plain text without a BOS that the tokenizer adds, and completions without the EOS at their end."""

@@ -255,13 +255,13 @@ def test_what_is_no_file_is_named_and_never_blocks(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.jsonl")
         for name, error, message in (
-            ("fifo.jsonl", ValueError, "fifo.jsonl: Expected a file of preference pairs, but got a FIFO (named pipe)."),
+            ("fifo.jsonl", ValueError, "fifo.jsonl: Expected a data file, but got a FIFO (named pipe)."),
             ("zero.jsonl", ValueError, "but got a character device (through the link to /dev/zero)."),
             ("link.jsonl", ValueError, "but got a FIFO (named pipe) (through the link to fifo.jsonl)."),
             ("socket.jsonl", ValueError, "but got a socket."),
             ("a.jsonl", ValueError, "but got: a loop of links."),
             ("broken.jsonl", FileNotFoundError, "broken.jsonl links to nowhere.jsonl, which does not exist."),
-            ("null\0.jsonl", ValueError, "Expected a file of preference pairs, but got"),
+            ("null\0.jsonl", ValueError, "Expected a data file, but got"),
             ("x" * 300 + ".jsonl", ValueError, "but got: File name too long."),
             ("fifo.jsonl/a.jsonl", ValueError, "but got: Not a directory."),
         ):

@@ -140,7 +140,7 @@ def test_wrong_paths(tmp_path, write_jsonl):
         ValueError, match=r"https://host/a\.jsonl: Expected a path, .* but got a URL\. Download the file"
     ):
         read_pairs("https://host/a.jsonl")
-    with pytest.raises(FileNotFoundError, match="Expected a path of preference pairs, but got an empty one"):
+    with pytest.raises(FileNotFoundError, match="Expected a path, but got an empty one"):
         read_pairs("")
     with pytest.raises(FileNotFoundError, match=r"has none ending in one of \.jsonl, .*\.parquet"):
         read_pairs(tmp_path)
