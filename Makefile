@@ -42,7 +42,7 @@ $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)):
 $(VENV)/installed: $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)) $(SOURCES)
 	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PIP) install -qq --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
-	$(BIN)/python -m lit_did.doctor | grep -E '^(extension|CPU|CUDA) '
+	$(BIN)/lit-did doctor | grep -E '^(extension|CPU|CUDA) '
 	touch $@
 
 test: install  ## runs the tests and doctests that a change needs: a few minutes on two cores
@@ -61,7 +61,7 @@ models: install  ## compares every architecture of transformers with its own for
 	LIT_DID_WRITE_MODELS=1 $(BIN)/python -m pytest -m "not slow" tests/models/test_zoo.py
 
 demo: install  ## trains a 135M-parameter model with DPO and shows what it learned: ARGS="--max-steps 5"
-	$(BIN)/python -m lit_did.demo $(ARGS)
+	$(BIN)/lit-did demo $(ARGS)
 
 data: install  ## downloads the preference data of some tests and benchmarks (2 MB)
 	$(BIN)/python -m tools.preference_data

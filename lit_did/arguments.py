@@ -5,7 +5,6 @@ Each error names the argument, what was expected and what came.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -83,13 +82,6 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     if not fits or value not in allowed:
         error = ValueError if fits else TypeError
         raise error(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
-
-
-def check_name(argument: str, name: str | os.PathLike) -> None:
-    """Raises FileNotFoundError if `name`, a model's or a tokenizer's, is a path where no folder is."""
-    path = os.fspath(name)
-    if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.exists(path):
-        raise FileNotFoundError(f"Expected `{argument}` to be a name or a folder, but {path} does not exist.")
 
 
 def is_plain(value: Any) -> bool:

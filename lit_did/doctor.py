@@ -1,7 +1,8 @@
-"""`python -m lit_did.doctor`: the installed packages, the built extension, and what each device uses."""
+"""`lit-did doctor`: the installed packages, the built extension, and what each device uses."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 import warnings
@@ -14,7 +15,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "peft", "trl",
 
 
 def report() -> str:
-    """Returns the whole report as text."""
+    """Says what is installed, what is built and which backend runs on which device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report names the problem
         import lit_did
@@ -76,5 +77,12 @@ def _operators(device: str) -> str:
     return "fused operators" if device in fused_devices() else "plain PyTorch implementation (slower)"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report. It takes no arguments."""
+    argparse.ArgumentParser(prog="lit-did doctor", description=report.__doc__).parse_args(arguments)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lit_did.arguments import check_bools, check_choice, check_integer, check_name, check_range
+from lit_did.arguments import check_bools, check_choice, check_integer, check_range
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
@@ -22,6 +22,7 @@ from lit_did.data.rendering import Renderer, check_template_kwargs
 from lit_did.data.templates import describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
 from lit_did.data.tokenizing import Truncation, check_tokens, check_truncation, tokenize_rendered, truncate_pair
+from lit_did.models.names import load_tokenizer
 
 Rows = tuple[list[SourceRow], list[SkippedRow]]
 
@@ -164,10 +165,7 @@ class PreferenceDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer. A name or path is loaded on first use."""
         if isinstance(self._tokenizer, str | os.PathLike):
-            check_name("tokenizer", self._tokenizer)
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+            self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`python -m lit_did.demo`: trains a LoRA policy with DPO, logs its DID, and shows what changed on held-out pairs.
+"""`lit-did demo`: trains a LoRA policy with DPO, logs its DID, and shows what changed on held-out pairs.
 
 Without arguments: SmolLM2-135M-Instruct on the pairs shipped with this package, some minutes on two CPU cores.
 """
@@ -6,16 +6,16 @@ Without arguments: SmolLM2-135M-Instruct on the pairs shipped with this package,
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+from lit_did.cli.errors import run_command
+from lit_did.cli.quiet import quieten
 from lit_did.demo import PAIRS
-from lit_did.demo.model import SMOLLM2
 
 Number = TypeVar("Number", int, float)
 
@@ -28,12 +28,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as it can be without loading anything."""
     parser = argparse.ArgumentParser(
-        prog="python -m lit_did.demo",
+        prog="lit-did demo",
         description="Trains a LoRA policy with DPO, logs its DID, and compares held-out pairs before and after.",
         formatter_class=_Help,
     )
     add = parser.add_argument
-    add("--model", default=SMOLLM2, help="a transformers causal language model: hub name or folder")
+    add("--model", default="smollm2", help="a causal language model of transformers: a folder, a hub name, or smollm2")
     add("--data", type=Path, default=PAIRS, help="preference pairs: .jsonl, .jsonl.gz or .parquet; `tag` is optional")
     add("--output", type=Path, default=Path("demo_output"), help="folder for metrics.csv and the pictures")
     add("--save", type=Path, help="new or empty folder for the policy: its LoRA adapter and its tokenizer")
@@ -84,34 +84,14 @@ def _share(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; the exit status is 2 if the input cannot be used or training diverges."""
     options = parse_arguments(arguments)
-    missing = [name for name in ("gguf", "matplotlib", "peft", "rich") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "peft", "rich") if find_spec(name) is None]
     if missing:
         print(f"error: the demo needs {', '.join(missing)}: pip install 'lit-did[demo]'.", file=sys.stderr)
         return 2
-    _quieten()
+    quieten()
     from lit_did.demo import run
 
-    for name in ("lightning.pytorch", "lightning.fabric"):  # after the import, which sets their levels
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        run.run(options)
-    except (run.InputError, FloatingPointError) as error:  # the second: a loss that is not finite
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns the first into the second.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _quieten() -> None:
-    """Keeps the libraries' own progress bars and hints off the screen."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return run_command(partial(run.run, options), stopped="Stopped; nothing was written.")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lit_did.command_line import InputError, make_parent
+from lit_did.cli.errors import InputError
+from lit_did.cli.output import make_parent
 from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo.held_out import HeldOut, print_table
-from lit_did.demo.model import load_model
 from lit_did.demo.pictures import held_out_picture, training_picture
 from lit_did.demo.progress import OneLineProgress
+from lit_did.models.loading import load_model
+from lit_did.models.names import load_tokenizer
 from lit_did.modules import LitDPO, PairStatistics
 
 
@@ -41,7 +43,7 @@ class MeasuredDPO(LitDPO):
         return pairs
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """Trains and writes `metrics.csv`, `training.png` and `held_out.png` into `options.output`.
 
     With `options.save` it also saves the policy there.
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if options.save is not None:
             _check_empty(options.save)
         rows = read_pairs(options.data)[: options.max_pairs]
-        tokenizer, model = load_model(options.model)
+        tokenizer, model = load_tokenizer(options.model, "--model"), load_model(options.model, "--model", {})
         _check_context(model, options.max_length)
         data = PreferenceDataModule(
             # The file itself where all of it is used: errors in tokenising then name its lines.
@@ -124,6 +126,7 @@ def run(options: argparse.Namespace) -> None:
             f'AutoModelForCausalLM.from_pretrained("{options.save}") loads it onto {model.name_or_path}.'
         )
     print(f"{options.max_steps} steps; {time.perf_counter() - begun:.0f} s in all.")
+    return 0
 
 
 def _fields(pair: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Controlled experiments on what the DID's theory claims: `python -m lit_did.experiments NAME`.
+"""Controlled experiments on what the DID's theory claims: `lit-did experiment NAME`.
 
 Each is a module of this package with a function `run(options: Options) -> Report` (`lit_did.experiments.reporting`),
 loaded on request. A new experiment needs its module and a line here.

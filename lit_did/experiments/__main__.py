@@ -1,4 +1,4 @@
-"""`python -m lit_did.experiments NAME`: runs an experiment, prints its tables and writes CSV and PNG files."""
+"""`lit-did experiment NAME`: runs an experiment, prints its tables and writes CSV and PNG files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import importlib
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from lit_did.command_line import InputError, make_parent
+from lit_did.cli.errors import run_command
+from lit_did.cli.output import make_parent
 from lit_did.experiments import EXPERIMENTS
 from lit_did.experiments.reporting import Options, header, render, write
 
@@ -24,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         The options by name.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lit_did.experiments",
+        prog="lit-did experiment",
         description="Runs a controlled experiment, prints its tables and writes CSV files and a picture.",
         epilog="experiments:\n"
         + "\n".join(f"  {name:10} {experiment.question}" for name, experiment in EXPERIMENTS.items()),
@@ -72,19 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"error: experiments need {' and '.join(missing)}: pip install 'lit-did[demo]'.", file=sys.stderr)
         return 2
+    return run_command(partial(_run, parsed), stopped="Stopped; nothing was written.")
+
+
+def _run(parsed: argparse.Namespace) -> int:
     options = Options(parsed.quick, parsed.seeds, parsed.seed)
     begun = time.perf_counter()
-    try:
-        make_parent(parsed.output)
-        report = importlib.import_module(f"lit_did.experiments.{parsed.name}").run(options)
-        text = render(report, header(parsed.name, options))
-        written = write(report, text, parsed.name, parsed.output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
+    make_parent(parsed.output)
+    report = importlib.import_module(f"lit_did.experiments.{parsed.name}").run(options)
+    text = render(report, header(parsed.name, options))
+    written = write(report, text, parsed.name, parsed.output)
     print(text)
     print(f"\nWritten: {', '.join(map(str, written))}")
     print(f"{time.perf_counter() - begun:.0f} s in all.")

@@ -250,7 +250,7 @@ def header(name: str, options: Options) -> str:
         if options.seeds == 2
         else f"mean ± half of its {CONFIDENCE:.0%} interval (Student's t) over {options.seeds} seeds"
     )
-    command = f"python -m lit_did.experiments {name}{' --quick' if options.quick else ''}"
+    command = f"lit-did experiment {name}{' --quick' if options.quick else ''}"
     return (
         f"{command} --seeds {options.seeds} --seed {options.seed}\n"
         f"lit-did {lit_did.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from lit_did.arguments import check_name
+from lit_did.models.names import load_by_name
 from lit_did.models.wrappers import adapter_marks, is_peft
 
 
@@ -26,22 +26,27 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
     Trainer's `precision`.
 
     Args:
-        model: Its name or path. A module is returned unchanged.
+        model: "smollm2", a folder or a name of the hub. A module is returned unchanged.
         argument: The name of the argument, for errors.
         model_kwargs: Arguments of `from_pretrained`, which may set another `dtype`.
 
     Raises:
         TypeError: `model` is of another type.
-        FileNotFoundError: `model` is a path where nothing is.
+        FileNotFoundError: There is no such folder, and the hub has no such model.
+        ConnectionError: The hub cannot be reached, and the model is not on this machine.
     """
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"Expected `{argument}` to be a model or its name, but got {type(model).__name__}.")
-    check_name(argument, model)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(os.fspath(model), **{"dtype": torch.float32, **_renamed(model_kwargs)})
+    def load(name: str, **options: Any) -> nn.Module:
+        # transformers looks for an adapter of the same name, and would ask the hub for it.
+        where = {key: value for key, value in options.items() if key == "local_files_only"}
+        return AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
+
+    return load_by_name(load, model, argument, **{"dtype": torch.float32, **_renamed(model_kwargs)})
 
 
 def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m lit_did.experiments`: what it prints and writes, whole or not at all, and its answers to bad input."""
+"""`lit-did experiment`: what it prints and writes, whole or not at all, and its answers to bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import pytest
 from scipy import stats
 
-from lit_did.command_line import InputError
+from lit_did.cli.errors import InputError
 from lit_did.experiments import EXPERIMENTS, dynamics, tempered
 from lit_did.experiments import __main__ as command
 from lit_did.experiments.reporting import Options, Report, Table, mean_and_half_width, points, render, sign, summary
@@ -52,7 +52,7 @@ def test_prints_and_overwrites(small, tmp_path, capsys):
     for _ in range(2):
         assert run("dynamics", "--quick", "--seeds", 2, "--output", output) == 0
     printed = capsys.readouterr().out
-    assert "python -m lit_did.experiments dynamics --quick --seeds 2 --seed 0" in printed
+    assert "lit-did experiment dynamics --quick --seeds 2 --seed 0" in printed
     assert "log pi - log rho" in printed
     assert "Numbers: the lower to the higher of 2 seeds" in printed
     assert "Found: the chosen log-likelihood stayed below its start at every step of all 32 runs" in printed

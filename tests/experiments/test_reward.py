@@ -67,7 +67,7 @@ def test_quick_run_and_what_it_finds(tmp_path, capsys):
     assert (tmp_path / "out" / "reward.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out" / "reward.txt").read_text()
     assert text.strip() in capsys.readouterr().out
-    assert text.startswith("python -m lit_did.experiments reward --quick --seeds 2 --seed 0\nlit-did ")
+    assert text.startswith("lit-did experiment reward --quick --seeds 2 --seed 0\nlit-did ")
 
     def read(name):
         return list(csv.DictReader((tmp_path / "out" / name).open()))

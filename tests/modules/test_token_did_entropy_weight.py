@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lit_did import LitDPO, PreferenceDataModule
 from lit_did.data import read_pairs
 from lit_did.demo import PAIRS
-from lit_did.demo.model import smollm2
+from lit_did.models.smollm2 import smollm2
 from tests.modules.tiny import VOCABULARY, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
 

@@ -1,0 +1,56 @@
+"""What a user can mend ends a command in one line, without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+class InputError(Exception):
+    """The user's input cannot be used. Commands print the message without a traceback."""
+
+
+def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
+    """Runs a command and prints what a user can mend as one line on stderr.
+
+    With the environment variable LIT_DID_TRACEBACK=1, errors keep their traceback.
+
+    Args:
+        command: The command, which returns its exit status.
+        stopped: What to print after an interrupt.
+
+    Returns:
+        The command's exit status, 2 after such an error, or 130 after an interrupt.
+    """
+    try:
+        return command()
+    except Exception as error:
+        if os.environ.get("LIT_DID_TRACEBACK", "0") != "0" or not can_be_mended(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns the first into the second.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(stopped, file=sys.stderr)
+        return 130
+
+
+def can_be_mended(error: Exception) -> bool:
+    """Whether the error is about input, and not a fault of the program.
+
+    These are all `InputError`s, files and hubs that cannot be read, losses that diverge, packages that are missing, and
+    what this package raises on purpose: such messages say what was expected.
+    """
+    if isinstance(error, InputError | OSError | FloatingPointError | ModuleNotFoundError):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    ours = traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
+    return ours and "Expected " in str(error)

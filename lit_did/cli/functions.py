@@ -1,0 +1,50 @@
+"""Turns a Python function into a command: its signature gives the options, and its docstring gives their help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from lit_did.cli.errors import InputError
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(message) from ex
+
+
+def call(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+    """Calls a function with a command line.
+
+    Parameters without a default that can be passed by position are positional on the command line too. All others are
+    options. `-c FILE` reads options from a YAML file.
+
+    Args:
+        function: The function. Its docstring has a section Args.
+        command: The command's name, for the help.
+        arguments: The command line after that name.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InputError: The command line cannot be used.
+    """
+    documented = docstring_parser.parse(inspect.getdoc(function) or "")
+    helps = {parameter.arg_name: parameter.description for parameter in documented.params}
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    parser = Parser(prog=f"lit-did {command}", description=documented.description)
+    parser.add_argument("-c", "--config", action="config", help="A YAML file with options.")
+    for name in positional:
+        parser.add_argument(name, type=get_type_hints(function)[name], help=helps[name])
+    parser.add_function_arguments(function, skip=set(positional), fail_untyped=True)
+    values = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    values.pop("config")
+    return function(**values)

@@ -1,0 +1,96 @@
+"""Finds what a model's name means: "smollm2", a folder, or a name of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lit_did.models.smollm2 import SMOLLM2, smollm2
+
+HUB_TIMEOUT = 5  # seconds for the hub to answer
+_SMOLLM2_NAMES = ("smollm2", SMOLLM2.lower())
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def local_folder(name: str | os.PathLike, argument: str) -> Path | None:
+    """The folder of a model on this machine. None: the name is one of the hub.
+
+    Args:
+        name: "smollm2", a folder's path, or a name of the hub.
+        argument: The name of the argument, for errors.
+
+    Raises:
+        FileNotFoundError: It is a path where no folder is, or the folder holds no model.
+        ModuleNotFoundError, RuntimeError: SmolLM2 cannot be fetched.
+    """
+    text = os.fspath(name)
+    if text.lower() in _SMOLLM2_NAMES and not os.path.isdir(text):
+        return smollm2()
+    path = Path(text).expanduser()
+    if not (os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or path.exists()):
+        return None
+    if not any((path / file).is_file() for file in _MODEL_FILES):
+        what = f"{path} holds neither {' nor '.join(_MODEL_FILES)}" if path.is_dir() else f"{path} is not a folder"
+        raise FileNotFoundError(f"Expected `{argument}` to be a folder with a transformers model, but {what}.")
+    return path.resolve()
+
+
+def load_by_name(load: Callable[..., Any], name: str | os.PathLike, argument: str, **options: Any) -> Any:
+    """Calls a `from_pretrained` of transformers or peft with the folder or the hub's name that `name` means.
+
+    What the hub's client has downloaded before is loaded without asking the hub. Otherwise the hub is asked once,
+    because transformers would try for most of a minute if it cannot be reached.
+
+    Args:
+        load: The function, such as `AutoTokenizer.from_pretrained`.
+        name: "smollm2", a folder's path, or a name of the hub.
+        argument: The name of the argument, for errors.
+        **options: Further arguments of `load`.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and the hub has no such model.
+        ConnectionError: The hub cannot be reached, and the model is not on this machine.
+        OSError: The folder's model does not load.
+    """
+    folder = local_folder(name, argument)
+    if folder is not None:
+        try:
+            return load(str(folder), **{"local_files_only": True, **options})
+        except (OSError, ValueError, KeyError) as error:  # what transformers raises for broken files
+            raise OSError(
+                f"Expected `{argument}` to be a folder that transformers loads, but {folder} does not: "
+                f"{first_line(error)}"
+            ) from error
+    try:
+        return load(os.fspath(name), **{**options, "local_files_only": True})
+    except Exception:  # it is not on this machine, or not whole
+        _ask_hub(os.fspath(name), argument)
+        return load(os.fspath(name), **options)
+
+
+def load_tokenizer(name: str | os.PathLike, argument: str = "tokenizer") -> Any:
+    """Loads a tokenizer of transformers by its name, or by that of its model. Raises as `load_by_name`."""
+    from transformers import AutoTokenizer
+
+    return load_by_name(AutoTokenizer.from_pretrained, name, argument)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _ask_hub(name: str, argument: str) -> None:
+    """Raises unless the hub answers that it has the model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    expected = f"Expected `{argument}` to be a folder on this machine or a model of the Hugging Face hub, but {name} is"
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{expected} neither: {first_line(error)}") from error
+    except Exception as error:  # of the HTTP client, which differs between versions
+        raise ConnectionError(f"{expected} no folder, and the hub cannot be reached: {first_line(error)}") from error
