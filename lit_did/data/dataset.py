@@ -72,10 +72,11 @@ class PreferenceDataset(Dataset):
         skipped: All rows left out because they cannot be trained on, with those that the reader skipped.
         num_too_long: Rows left out by `truncation="drop"`.
         num_identical: Rows kept although chosen and rejected have the same token ids, so that they carry no preference.
-        truncated: The row numbers, in the source, of rows kept that lost tokens to `max_length`.
-        num_cut_prompts: Truncated rows whose prompt lost tokens.
-        num_cut_completions: Truncated rows of which at least one completion lost tokens.
+        num_truncated: Rows kept that lost tokens to `max_length`.
+        num_cut_prompts: Those of them whose prompt lost tokens.
+        num_cut_completions: Those of them of which at least one completion lost tokens.
         num_spelling_control: Rows kept whose text spells control tokens, which are encoded as text.
+        num_chats: Rows kept that a chat template rendered.
         num_with_context: Rows kept with turns within a completion that are not scored.
 
     Raises:
@@ -103,9 +104,8 @@ class PreferenceDataset(Dataset):
         self.num_rows = len(rows) + len(skipped)
         self.skipped = list(skipped)
         self.num_too_long = self.num_identical = self.num_spelling_control = self.num_with_context = 0
-        self._num_chats = 0
-        self.num_cut_prompts = self.num_cut_completions = 0
-        self.truncated: set[int] = set()
+        self.num_chats = 0
+        self.num_truncated = self.num_cut_prompts = self.num_cut_completions = 0
         self._examples: list[Example] = []
         self._headers: Counter[str] = Counter()
         self._first_spelled = ""
@@ -147,12 +147,7 @@ class PreferenceDataset(Dataset):
         header, self.num_with_header = next(iter(self._headers.most_common(1)), ("", 0))
         self._header = (header, tokenizer.tokenize(header)) if header else None
         rendered_before = parse_special_tokens or 2 * self.num_spelling_control > len(self)
-        self._lacks_turns = not self._num_chats and renderer.has_template and not rendered_before
-
-    @property
-    def num_truncated(self) -> int:
-        """Rows kept that lost tokens to `max_length`."""
-        return len(self.truncated)
+        self._lacks_turns = not self.num_chats and renderer.has_template and not rendered_before
 
     @property
     def num_dropped(self) -> int:
@@ -166,10 +161,9 @@ class PreferenceDataset(Dataset):
         self.skipped.append(SkippedRow(row.index, row.where, reason))
 
     def _add(self, row: SourceRow, rendered: RenderedPair, whole: TokenizedPair, pair: TokenizedPair) -> None:
-        self._num_chats += rendered.is_chat
+        self.num_chats += rendered.is_chat
         self.num_identical += pair.chosen_ids == pair.rejected_ids
-        if pair != whole:
-            self.truncated.add(row.index)
+        self.num_truncated += pair != whole
         self.num_cut_prompts += pair.prompt_ids != whole.prompt_ids
         self.num_cut_completions += pair[1:] != whole[1:]
         contexts = (pair.chosen_context, pair.rejected_context)

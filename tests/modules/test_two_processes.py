@@ -38,6 +38,10 @@ def test_two_processes_equal_one(tmp_path, kind):
             assert len(expected) >= 14 + 13  # LitDPO's own and the monitor's
             for name, value in expected.items():
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    completions = [(tmp_path / str(n) / "completions.jsonl").read_text().splitlines() for n in (1, 2)]
+    # What is resumed after the first epoch has fewer rows, and two runs of one process have some twice.
+    assert set(completions[1]) <= set(completions[0])
+    assert completions[1][-2:] == completions[0][-2:] != completions[0][:2]
     if kind == "sharded":
         last = [torch.load(tmp_path / f"{processes}.last", weights_only=True) for processes in (1, 2)]
         assert_close(*(checkpoint["state_dict"] for checkpoint in last))

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
-from tests.modules.tiny import collate, make_pairs, tiny_llama, trainer
+from lit_did.callbacks import SampleCompletions
+from tests.modules.tiny import byte_tokenizer, collate, make_pairs, tiny_llama, trainer
 from tests.processes import run_ranks
 
 
@@ -127,9 +128,13 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
         accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        default_root_dir=path,
         callbacks=[
             DIDMonitor(statistics if kind == "cached" else None, every_n_steps=1),
             Save(path),
+            SampleCompletions(
+                ["ABC", "A"], every_n_steps=1, tokenizer=byte_tokenizer(), as_chat=False, max_new_tokens=6
+            ),
             *[Checkpoints(path)] * kind.startswith("sharded"),
         ],
     )

@@ -1,0 +1,90 @@
+"""Greedy completions of many prompts, without a trace in the model or in random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_did.models.quiet import random_numbers_kept
+from lit_did.sampling.readers import CachedModel, ends_of, warn_without_cache
+
+BATCH_SIZE = 16
+
+
+def complete(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    without_adapter: bool = False,
+) -> list[list[int]]:
+    """The most likely next token after each prompt, again and again, up to the end of the completion.
+
+    The model's `generation_config` says which tokens end a completion; nothing else of it is used. The model runs in
+    eval mode: without dropout and without gradient checkpointing. DDP and `torch.compile` around it do not run. With a
+    sharded model, all processes call this together, with the same prompts.
+
+    Args:
+        model: A causal language model of transformers, perhaps with an adapter.
+        prompts: The token ids of each prompt, at least one.
+        max_new_tokens: The most tokens of a completion.
+        batch_size: How many prompts run at once. Shorter ones are padded on the left.
+        without_adapter: Whether to run `model`, a PeftModel, without its adapter.
+
+    Returns:
+        The token ids of each completion, with the token that ends it, if it ends.
+
+    Raises:
+        ValueError: A prompt is empty, or has no room for `max_new_tokens` within the positions of the model.
+    """
+    if not all(map(len, prompts)):
+        raise ValueError("Expected `prompts` to have at least one token each, but got an empty one.")
+    longest, limit = max(map(len, prompts)) + max_new_tokens, CachedModel(model).max_tokens
+    if longest > limit:  # even if the completion may end earlier: it need not do so the next time
+        raise ValueError(
+            f"Expected the longest prompt and `max_new_tokens` to be at most {limit} tokens together, the positions of "
+            f"the model, but got {longest}."
+        )
+    ends = ends_of(model, "auto")
+    device = next(model.parameters()).device
+    completions: list[list[int]] = []
+    cache = True
+    with random_numbers_kept(device), torch.no_grad():
+        for start in range(0, len(prompts), batch_size):
+            token_ids, mask = _padded(prompts[start : start + batch_size])
+            reader = CachedModel(model, without_adapter=without_adapter, cache=cache)
+            rows, agrees = _complete(reader, token_ids, mask, max_new_tokens, ends)
+            if not agrees:
+                warn_without_cache(reader.name, "gives other results with its cache than in its own forward pass")
+                cache = False
+                reader = CachedModel(model, without_adapter=without_adapter, cache=cache)
+                rows, _ = _complete(reader, token_ids, mask, max_new_tokens, ends)
+            completions += rows
+    return completions
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [n, t] int64, padded on the left. Padding is masked, so any token can be it."""
+    width = max(map(len, prompts))
+    token_ids = torch.tensor([[0] * (width - len(prompt)) + list(map(int, prompt)) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return token_ids, mask
+
+
+def _complete(
+    reader: CachedModel, token_ids: Tensor, mask: Tensor, max_new_tokens: int, ends: list[int]
+) -> tuple[list[list[int]], bool]:
+    """The completions, and whether the model's own forward pass confirms the last token's logits."""
+    completions: list[list[int]] = [[] for _ in token_ids]
+    logits = reader.read(token_ids, mask)
+    for step in range(max_new_tokens):
+        for completion, token in zip(completions, logits.argmax(-1).tolist(), strict=True):
+            if not completion or completion[-1] not in ends:
+                completion.append(token)
+        if step == max_new_tokens - 1 or all(completion[-1] in ends for completion in completions):
+            break
+        logits = reader.read(torch.tensor([[completion[-1]] for completion in completions]))
+    return completions, not reader.has_cached or reader.agrees(logits)
