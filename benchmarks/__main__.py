@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             for result in RACES[name](plan):
                 results.append(result)
                 size = f"{name}: {result.rows} x {result.vocabulary} {result.dtype}"
-                if size not in sizes:
+                if size not in sizes and not options.quiet:
                     print(f"  {size} done after {time.perf_counter() - begin:.0f} s", flush=True)
                 sizes.add(size)
     except KeyboardInterrupt:
@@ -126,6 +126,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads; the targets are for 2")
     add("--output", type=Path, default=Path("bench_output"), help="folder for benchmarks.csv and benchmarks.png")
+    add("--quiet", action="store_true", help="without a line when a size is done")
     options = parser.parse_args(arguments)
     device = options.device
     options.rows = ROWS[device] if options.rows is None else options.rows

@@ -6,6 +6,7 @@ import argparse
 import platform
 import sys
 import warnings
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -71,17 +72,35 @@ def _cuda(built: Any) -> str:
     return f"{built.cuda_version}, architectures {', '.join(built.cuda_architectures)}"
 
 
-def _operators(device: str) -> str:
+def _fused_devices() -> Collection[str]:
     from lit_did.ops.extension import fused_devices
 
-    return "fused operators" if device in fused_devices() else "plain PyTorch implementation (slower)"
+    return fused_devices()
+
+
+def _operators(device: str) -> str:
+    return "fused operators" if device in _fused_devices() else "plain PyTorch implementation (slower)"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report. It takes no arguments."""
-    argparse.ArgumentParser(prog="lit-did doctor", description=report.__doc__).parse_args(arguments)
-    print(report())
-    return 0
+    """Prints the report.
+
+    Args:
+        arguments: The arguments after the program's name. None: those of this process.
+
+    Returns:
+        The exit status: 0 if fused operators run on the CPU, 1 if the plain PyTorch implementation does.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lit-did doctor",
+        description=report.__doc__,
+        epilog="The exit status is 0 if fused operators run on the CPU, else 1.",
+    )
+    parser.add_argument("--quiet", action="store_true", help="prints nothing: look at the exit status")
+    text = report()
+    if not parser.parse_args(arguments).quiet:
+        print(text)
+    return 0 if "cpu" in _fused_devices() else 1
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import sys
 
 import torch
 
+from lit_did import doctor
 from lit_did.ops.extension import EXTENSION, fused_devices
 from tests.processes import run_program
 
 
 def test_report():
-    result = subprocess.run([sys.executable, "-m", "lit_did.doctor"], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-m", "lit_did.doctor"], capture_output=True, text=True, check=False)
     assert result.stderr == ""
+    assert result.returncode == (0 if "cpu" in fused_devices() else 1)
     lines = {line[:13].strip(): line[13:].strip() for line in result.stdout.splitlines() if line}
     assert lines["torch"] == torch.__version__
     assert lines["trl"] == "not installed" or lines["trl"][0].isdigit()
@@ -42,3 +44,11 @@ def test_an_unknown_simd_level_is_reported():
     environment = {**os.environ, "LIT_DID_SIMD": "mmx"}
     printed = run_program(sys.executable, "-m", "lit_did.doctor", environment=environment)
     assert EXTENSION.module is None or "LIT_DID_SIMD to be one of baseline" in printed
+
+
+def test_quiet_leaves_the_exit_status(capsys, monkeypatch):
+    monkeypatch.setattr("lit_did.ops.extension.fused_devices", lambda: {"cpu": None})
+    assert doctor.main(["--quiet"]) == 0
+    monkeypatch.setattr("lit_did.ops.extension.fused_devices", dict)
+    assert doctor.main(["--quiet"]) == 1
+    assert capsys.readouterr().out == ""

@@ -8,7 +8,10 @@ import sys
 
 
 def quieten() -> None:
-    """Silences transformers, tokenizers, the hub's client, and hints of Lightning and jsonargparse. Call it before they are imported."""
+    """Silences what transformers, tokenizers, the hub's client, Lightning and jsonargparse say by themselves.
+
+    Call it before they are imported.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

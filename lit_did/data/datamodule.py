@@ -19,7 +19,7 @@ from lit_did.data.pairs import UnusableRowError, prepare_pair
 from lit_did.data.preview import print_pair
 from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns, read_rows
 from lit_did.data.rendering import Renderer, check_template_kwargs
-from lit_did.data.templates import describe_unread
+from lit_did.data.templates import check_chat_template, describe_unread
 from lit_did.data.token_batches import TokenBatchSampler
 from lit_did.data.tokenizing import Truncation, check_tokens, check_truncation, tokenize_rendered, truncate_pair
 from lit_did.models.names import load_tokenizer
@@ -115,13 +115,7 @@ class PreferenceDataModule(LightningDataModule):
                 f"Expected `tokenizer` to be a tokenizer of transformers, or its name or path, but got "
                 f"{type(tokenizer).__name__}."
             )
-        if chat_template is not None and not isinstance(chat_template, str):
-            raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
-        if chat_template is not None and "{" not in chat_template:
-            raise ValueError(
-                f"Expected `chat_template` to be a Jinja template, but got {chat_template[:100]!r}, which has no "
-                "expression. Pass the text of the template, not the name of a file."
-            )
+        check_chat_template(chat_template)
         check_template_kwargs(chat_template_kwargs)
         check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
         check_bools(shuffle=shuffle, drop_last=drop_last)

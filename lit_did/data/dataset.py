@@ -72,9 +72,9 @@ class PreferenceDataset(Dataset):
         skipped: All rows left out because they cannot be trained on, with those that the reader skipped.
         num_too_long: Rows left out by `truncation="drop"`.
         num_identical: Rows kept although chosen and rejected have the same token ids, so that they carry no preference.
-        num_truncated: Rows kept that lost tokens to `max_length`.
-        num_cut_prompts: Those of them whose prompt lost tokens.
-        num_cut_completions: Those of them of which at least one completion lost tokens.
+        truncated: The row numbers, in the source, of rows kept that lost tokens to `max_length`.
+        num_cut_prompts: Truncated rows whose prompt lost tokens.
+        num_cut_completions: Truncated rows of which at least one completion lost tokens.
         num_spelling_control: Rows kept whose text spells control tokens, which are encoded as text.
         num_chats: Rows kept that a chat template rendered.
         num_with_context: Rows kept with turns within a completion that are not scored.
@@ -105,7 +105,8 @@ class PreferenceDataset(Dataset):
         self.skipped = list(skipped)
         self.num_too_long = self.num_identical = self.num_spelling_control = self.num_with_context = 0
         self.num_chats = 0
-        self.num_truncated = self.num_cut_prompts = self.num_cut_completions = 0
+        self.num_cut_prompts = self.num_cut_completions = 0
+        self.truncated: set[int] = set()
         self._examples: list[Example] = []
         self._headers: Counter[str] = Counter()
         self._first_spelled = ""
@@ -150,6 +151,11 @@ class PreferenceDataset(Dataset):
         self._lacks_turns = not self.num_chats and renderer.has_template and not rendered_before
 
     @property
+    def num_truncated(self) -> int:
+        """Rows kept that lost tokens to `max_length`."""
+        return len(self.truncated)
+
+    @property
     def num_dropped(self) -> int:
         """Rows left out, because they were skipped or too long."""
         return len(self.skipped) + self.num_too_long
@@ -163,7 +169,8 @@ class PreferenceDataset(Dataset):
     def _add(self, row: SourceRow, rendered: RenderedPair, whole: TokenizedPair, pair: TokenizedPair) -> None:
         self.num_chats += rendered.is_chat
         self.num_identical += pair.chosen_ids == pair.rejected_ids
-        self.num_truncated += pair != whole
+        if pair != whole:
+            self.truncated.add(row.index)
         self.num_cut_prompts += pair.prompt_ids != whole.prompt_ids
         self.num_cut_completions += pair[1:] != whole[1:]
         contexts = (pair.chosen_context, pair.rejected_context)

@@ -1,4 +1,4 @@
-"""Finds variables that a chat template is given but does not use. Templates ignore them silently."""
+"""Checks a chat template, and finds variables that it is given but does not use, which templates ignore silently."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lit_did.data.pairs import PreferencePair
+
+
+def check_chat_template(chat_template: Any) -> None:
+    """Raises TypeError or ValueError unless `chat_template` is None or the text of a Jinja template."""
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise TypeError(f"Expected `chat_template` to be a Jinja template or None, but got {chat_template!r}.")
+    if chat_template is not None and "{" not in chat_template:
+        raise ValueError(
+            f"Expected `chat_template` to be a Jinja template, but got {chat_template[:100]!r}, which has no "
+            "expression. Pass the text of the template, not the name of a file."
+        )
 
 
 def describe_unread(

@@ -40,6 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-steps", type=_positive(int), default=32, help="optimiser steps")
     add("--batch-size", type=_positive(int), default=4, help="pairs a micro-batch")
     add("--accumulate", type=_positive(int), default=1, help="micro-batches an optimiser step")
+    add("--quiet", action="store_true", help="without progress bars")
     add("--max-pairs", type=_positive(int), help="use only the first pairs of the data (default: all)")
     add("--max-length", type=_positive(int), default=256, help="most tokens of a prompt and its completion together")
     add("--val-fraction", type=_share, default=0.2, help="share of the pairs to hold out: the last ones")

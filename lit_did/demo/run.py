@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> int:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=CSVLogger(work, name="", version=""),
-            callbacks=[OneLineProgress()],
+            callbacks=None if options.quiet else OneLineProgress(),
+            enable_progress_bar=not options.quiet,
             enable_checkpointing=False,
             enable_model_summary=False,
         )

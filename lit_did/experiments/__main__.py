@@ -44,6 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     usual = ", ".join(f"{experiment.seeds} for {name}" for name, experiment in EXPERIMENTS.items())
     add("--seeds", type=_whole_number(2, 1000), help=f"number of replicates (default: {usual}; with --quick 2)")
     add("--seed", type=_whole_number(0, 2**32 - 1), default=0, help="first replicate's seed (default: %(default)s)")
+    add("--quiet", action="store_true", help="without progress bars")
     parsed = parser.parse_args(arguments)
     parsed.seeds = parsed.seeds or (2 if parsed.quick else EXPERIMENTS[parsed.name].seeds)
     return parsed
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    options = Options(parsed.quick, parsed.seeds, parsed.seed)
+    options = Options(parsed.quick, parsed.seeds, parsed.seed, parsed.quiet)
     begun = time.perf_counter()
     make_parent(parsed.output)
     report = importlib.import_module(f"lit_did.experiments.{parsed.name}").run(options)

@@ -77,7 +77,7 @@ def run(options: Options) -> Report:
     language_model = load(options.quick)
     rows, smc_rows = [], []
     runs = [(seed, kind, method) for seed in options.all_seeds() for kind in KINDS for method in METHODS]
-    for seed, kind, method in tqdm(runs, desc="policies", unit="policy"):
+    for seed, kind, method in tqdm(runs, desc="policies", unit="policy", disable=options.quiet):
         train_pairs, held_out = split(seed, size.held_out)
         data = PreferenceDataModule(
             train_pairs[kind],

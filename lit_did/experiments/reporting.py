@@ -35,6 +35,8 @@ class Options(NamedTuple):
     """replicates, at least 2"""
     seed: int = 0
     """of the first replicate; the next ones follow it"""
+    quiet: bool = False
+    """without progress bars"""
 
     def all_seeds(self) -> range:
         return range(self.seed, self.seed + self.seeds)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lit_did.experiments.energy_models import (
     Minimum,
@@ -87,16 +88,18 @@ def run(options: Options) -> Report:
     models = {size: random_power_law(size, seeds, BETA) for size in (QUICK_SIZES if options.quick else SIZES)}
     size, preferences = list(models.items())[1]
     steps = QUICK_STEPS if options.quick else STEPS
+    bar = tqdm(total=4, desc="parts", unit="part", disable=options.quiet)
     grid, tuned = tune(preferences, seeds, steps)
+    bar.update()
     noise = gaussian(3, size, seeds)[2]  # the model took the first two
     sizes = QUICK_OFF_LAW if options.quick else OFF_LAW
     off_law, worst = _off_the_law(preferences, noise, tuned, seeds, steps, sizes)
-    tables = [
-        _on_the_law(models, tuned, seeds, steps),
-        off_law,
-        _training(preferences, tuned, seeds, steps),
-        Table("reward_grid", "", grid),
-    ]
+    bar.update()
+    on_law = _on_the_law(models, tuned, seeds, steps)
+    bar.update()
+    tables = [on_law, off_law, _training(preferences, tuned, seeds, steps), Table("reward_grid", "", grid)]
+    bar.update()
+    bar.close()
     notes = [
         f"Divergence: Jensen-Shannon, in nats, of the loss's minimiser from pi*. The preferences' exponent is {BETA}. "
         f"Tuned: the least mean divergence of a grid at {size} completions, chosen on these very models.",

@@ -65,7 +65,7 @@ def rows(options: Options) -> list[dict]:
     size = QUICK if options.quick else FULL
     language_model = load(options.quick)
     found = []
-    for seed in tqdm(options.all_seeds(), desc="seeds", unit="seed"):
+    for seed in tqdm(options.all_seeds(), desc="seeds", unit="seed", disable=options.quiet):
         for name, temperature in TARGETS.items():
             pairs = draw(language_model, temperature, size, seed)
             train_pairs, test_pairs = pairs[: size.train_prompts * size.pairs], pairs[size.train_prompts * size.pairs :]

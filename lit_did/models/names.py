@@ -12,14 +12,16 @@ from lit_did.models.smollm2 import SMOLLM2, smollm2
 HUB_TIMEOUT = 5  # seconds for the hub to answer
 _SMOLLM2_NAMES = ("smollm2", SMOLLM2.lower())
 _MODEL_FILES = ("config.json", "adapter_config.json")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
-def local_folder(name: str | os.PathLike, argument: str) -> Path | None:
+def local_folder(name: str | os.PathLike, argument: str, files: tuple[str, ...] = _MODEL_FILES) -> Path | None:
     """The folder of a model on this machine. None: the name is one of the hub.
 
     Args:
         name: "smollm2", a folder's path, or a name of the hub.
         argument: The name of the argument, for errors.
+        files: The folder holds at least one of these.
 
     Raises:
         FileNotFoundError: It is a path where no folder is, or the folder holds no model.
@@ -31,13 +33,20 @@ def local_folder(name: str | os.PathLike, argument: str) -> Path | None:
     path = Path(text).expanduser()
     if not (os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or path.exists()):
         return None
-    if not any((path / file).is_file() for file in _MODEL_FILES):
+    if not any((path / file).is_file() for file in files):
         what = f"{path} holds neither {' nor '.join(_MODEL_FILES)}" if path.is_dir() else f"{path} is not a folder"
         raise FileNotFoundError(f"Expected `{argument}` to be a folder with a transformers model, but {what}.")
     return path.resolve()
 
 
-def load_by_name(load: Callable[..., Any], name: str | os.PathLike, argument: str, **options: Any) -> Any:
+def load_by_name(
+    load: Callable[..., Any],
+    name: str | os.PathLike,
+    argument: str,
+    *,
+    files: tuple[str, ...] = _MODEL_FILES,
+    **options: Any,
+) -> Any:
     """Calls a `from_pretrained` of transformers or peft with the folder or the hub's name that `name` means.
 
     What the hub's client has downloaded before is loaded without asking the hub. Otherwise the hub is asked once,
@@ -47,6 +56,7 @@ def load_by_name(load: Callable[..., Any], name: str | os.PathLike, argument: st
         load: The function, such as `AutoTokenizer.from_pretrained`.
         name: "smollm2", a folder's path, or a name of the hub.
         argument: The name of the argument, for errors.
+        files: A folder holds at least one of these.
         **options: Further arguments of `load`.
 
     Raises:
@@ -54,7 +64,7 @@ def load_by_name(load: Callable[..., Any], name: str | os.PathLike, argument: st
         ConnectionError: The hub cannot be reached, and the model is not on this machine.
         OSError: The folder's model does not load.
     """
-    folder = local_folder(name, argument)
+    folder = local_folder(name, argument, files)
     if folder is not None:
         try:
             return load(str(folder), **{"local_files_only": True, **options})
@@ -74,7 +84,8 @@ def load_tokenizer(name: str | os.PathLike, argument: str = "tokenizer") -> Any:
     """Loads a tokenizer of transformers by its name, or by that of its model. Raises as `load_by_name`."""
     from transformers import AutoTokenizer
 
-    return load_by_name(AutoTokenizer.from_pretrained, name, argument)
+    files = (*_MODEL_FILES, *_TOKENIZER_FILES)
+    return load_by_name(AutoTokenizer.from_pretrained, name, argument, files=files)
 
 
 def first_line(error: Exception) -> str:

@@ -211,6 +211,23 @@ class PolicyAndReference(nn.Module):
             ]
         return SequenceStatistics(*(torch.cat(values) for values in zip(*parts[: len(portions)], strict=True)))
 
+    def choose_layouts(self, sequences: Sequences, *, max_logits_bytes: int = MAX_LOGITS_BYTES) -> None:
+        """Tries the models on the shapes of these sequences, as `measure` would, but does not measure.
+
+        A layout that was found for some sequences is kept for later ones. So a run that goes on in the middle of its
+        data, and calls this for the data before, gives the bits of a run without an interruption.
+
+        Args:
+            sequences: What `read` returned.
+            max_logits_bytes: As for `measure`.
+        """
+        policy, reference = (model if model is None else unwrapped(model) for model in (self.policy, self.reference))
+        assert policy is not None
+        with random_numbers_kept(_device(policy)), evaluating(policy):
+            for portion in _portions(sequences, policy, max_logits_bytes):
+                for model in (policy, reference) if reference is not None else (policy,):
+                    self._layout(model, portion)
+
     def reference_outputs(self, sequences: Sequences) -> Outputs:
         """What the reference model answers at the completion tokens, without gradients, even where it is recorded.
 

@@ -40,7 +40,7 @@ def test_every_experiment_is_there():
 
 def test_same_seed_same_bytes(small, tmp_path):
     for folder, seed in (("first", 1), ("second", 1), ("third", 2)):
-        assert run("dynamics", "--quick", "--seeds", 2, "--seed", seed, "--output", tmp_path / folder) == 0
+        assert run("dynamics", "--quick", "--quiet", "--seeds", 2, "--seed", seed, "--output", tmp_path / folder) == 0
     for path in sorted((tmp_path / "first").iterdir()):
         same = path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
         assert same, path

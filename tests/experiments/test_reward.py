@@ -66,7 +66,9 @@ def test_quick_run_and_what_it_finds(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert (tmp_path / "out" / "reward.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out" / "reward.txt").read_text()
-    assert text.strip() in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert text.strip() in printed.out
+    assert "parts: 100%" in printed.err
     assert text.startswith("lit-did experiment reward --quick --seeds 2 --seed 0\nlit-did ")
 
     def read(name):

@@ -1,0 +1,289 @@
+"""PairScorer and score_pairs: the statistics of preference pairs under a policy and its reference, a row a pair."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lit_did.arguments import check_bools, check_integer, check_range
+from lit_did.batches.checks import checked_sequences
+from lit_did.batches.sequences import Sequences
+from lit_did.data.collating import collate_packed
+from lit_did.data.columns import read_columns
+from lit_did.data.dataset import Example, PreferenceDataset
+from lit_did.data.reading import Columns, OnBadRows, read_rows
+from lit_did.data.rendering import check_template_kwargs
+from lit_did.data.templates import check_chat_template, describe_unread
+from lit_did.data.tokenizing import Truncation, check_truncation
+from lit_did.models import PolicyAndReference
+from lit_did.models.forward import num_embeddings, num_positions
+from lit_did.models.loading import load_model
+from lit_did.models.names import load_tokenizer, local_folder
+from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.ops import SequenceStatistics
+from lit_did.scoring.table import Row, data_frame, margin, rows_of, with_columns
+
+Model = str | os.PathLike | nn.Module
+
+
+def score_pairs(
+    pairs: Any,
+    policy: Model,
+    reference: Model | None = None,
+    *,
+    tokenizer: Any = None,
+    texts: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Any:
+    """Scores preference pairs. docs/scoring.md describes the columns.
+
+    A warning says how many rows of the source are not in the table, because they cannot be read or are too long.
+
+    Args:
+        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        policy: A causal language model of transformers, or its name or path.
+        reference: The model that the policy is compared with, or its name or path. None: a `PeftModel` is compared with
+            its base model.
+        tokenizer: A transformers tokenizer, or its name or path. None: the policy's.
+        texts: Whether the table has the columns with the pairs' texts too.
+        dtype: Of models that are given by name. None: float32.
+        device: Of models that are given by name. None: the GPU if there is one, else the CPU.
+        model_kwargs: Arguments of `from_pretrained` for models that are given by name.
+        progress: Whether a terminal shows a progress bar.
+        **options: Further arguments of `PairScorer`, such as `beta` and `max_length`.
+
+    Returns:
+        A pandas DataFrame with a row a pair, in the order of the source.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range, the data is malformed, or the models do not fit together.
+        FileNotFoundError: There is no such file or model.
+        ImportError: pandas is not installed.
+    """
+    check_bools(texts=texts)
+    check_models(policy, reference)
+    scorer = PairScorer(pairs, tokenizer_of(policy) if tokenizer is None else tokenizer, **options)
+    scorer.load(policy, reference, dtype=dtype, device=device, model_kwargs=model_kwargs)
+    rows = [row for batch in scorer.batches(progress=progress) for row in batch]
+    return data_frame(scorer.table(rows, texts=texts))
+
+
+class PairScorer:
+    """Scores preference pairs in batches that depend on the arguments only, so that a run can go on after any batch.
+
+    Args:
+        pairs: As for `score_pairs`.
+        tokenizer: A transformers tokenizer, or its name or path.
+        columns, on_bad_rows, max_length, truncation, min_completion_tokens, chat_template, chat_template_kwargs,
+            parse_special_tokens, as_chat: As for `PreferenceDataModule`.
+        batch_size: Pairs a forward pass.
+        beta: DPO's inverse temperature. With it, the table has `reward_margin`, which is beta times `margin`.
+
+    Attributes:
+        dataset: The tokenised pairs.
+    """
+
+    def __init__(
+        self,
+        pairs: Any,
+        tokenizer: Any,
+        *,
+        columns: Columns | None = None,
+        on_bad_rows: OnBadRows = "skip",
+        max_length: int = 1024,
+        truncation: Truncation = "completion",
+        min_completion_tokens: int | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special_tokens: bool = False,
+        as_chat: bool = False,
+        batch_size: int = 8,
+        beta: float | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size, 1)
+        if beta is not None:
+            check_range("beta", beta, "(0, inf)")
+        check_truncation(max_length, truncation, min_completion_tokens)
+        check_chat_template(chat_template)
+        check_template_kwargs(chat_template_kwargs)
+        check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = load_tokenizer(tokenizer)
+        self.pairs, self.columns = pairs, columns
+        self.beta, self.batch_size = beta, batch_size
+        self.models: PolicyAndReference | None = None
+        """None until `load`"""
+        rows, skipped = read_rows(pairs, "pairs", columns=columns, on_bad_rows=on_bad_rows)
+        self.dataset = PreferenceDataset(
+            rows,
+            tokenizer,
+            max_length,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            as_chat=as_chat,
+            parse_special_tokens=parse_special_tokens,
+            truncation=truncation,
+            min_completion_tokens=min_completion_tokens,
+            skipped=skipped,
+            on_bad_rows=on_bad_rows,
+        )
+        texts = self.dataset.warnings("pairs")
+        texts["unread"] = describe_unread(
+            "pairs", (row.pair for row in rows), tokenizer, chat_template, chat_template_kwargs
+        )
+        if self.dataset.num_too_long:
+            texts["length"] = (
+                f"pairs: {self.dataset.num_too_long} of {self.dataset.num_rows} rows are longer than "
+                f"max_length={max_length} and are left out of the table. Raise `max_length`, or pass "
+                '`truncation="completion"`.'
+            )
+        for text in filter(None, texts.values()):
+            warnings.warn(text, stacklevel=3)
+
+    @property
+    def num_batches(self) -> int:
+        """The number of batches."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def load(
+        self,
+        policy: Model,
+        reference: Model | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> PolicyAndReference:
+        """Loads the models, as `score_pairs` describes them."""
+        self.models = load_models(policy, reference, dtype=dtype, device=device, model_kwargs=model_kwargs)
+        return self.models
+
+    def batches(self, start: int = 0, *, progress: bool = True) -> Iterator[list[Row]]:
+        """The rows of each batch, in the order of the source.
+
+        Args:
+            start: The number of batches to leave out, which an earlier run has scored.
+            progress: Whether a terminal shows a progress bar.
+        """
+        if self.models is None:
+            raise RuntimeError("Expected `load` to be called before `batches`, but it was not.")
+        # A model's layout depends on the batches before. So a run that goes on has to choose the same ones again.
+        for number in range(start):
+            self.models.choose_layouts(self._sequences(number))
+        done = min(start * self.batch_size, len(self.dataset))
+        hidden = None if progress else True  # None: where there is no terminal
+        with tqdm(total=len(self.dataset), initial=done, desc="Scoring", unit="pair", disable=hidden) as bar:
+            for number in range(start, self.num_batches):
+                chosen, rejected = _sides(self.models.measure(self._sequences(number)))
+                rows = rows_of(
+                    self._examples(number),
+                    chosen,
+                    rejected,
+                    truncated=self.dataset.truncated,
+                    reward_margin=None if self.beta is None else self.beta * margin(chosen, rejected),
+                )
+                bar.update(len(rows))
+                yield rows
+
+    def table(self, rows: Sequence[Row], *, texts: bool = False) -> dict[str, list]:
+        """The columns of the table: those of `rows`, and then the source's.
+
+        Args:
+            rows: Of all batches.
+            texts: Whether the columns with the pairs' texts are among the source's.
+        """
+        check_bools(texts=texts)
+        return with_columns(rows, read_columns(self.pairs, "pairs", columns=self.columns, texts=texts))
+
+    def _examples(self, number: int) -> list[Example]:
+        first = number * self.batch_size
+        return [self.dataset[i] for i in range(first, min(first + self.batch_size, len(self.dataset)))]
+
+    def _sequences(self, number: int) -> Sequences:
+        assert self.models is not None
+        policy = self.models.policy
+        batch = collate_packed(self._examples(number))
+        return checked_sequences(batch, num_embeddings=num_embeddings(policy), num_positions=num_positions(policy))
+
+
+def check_models(policy: Model, reference: Model | None) -> None:
+    """Finds out what is wrong with the two before anything is loaded.
+
+    Raises:
+        FileNotFoundError: One is a path where no model is.
+        ValueError: There is no reference, and the policy has no adapter.
+    """
+    folders = {}
+    for argument, model in (("policy", policy), ("reference", reference)):
+        if isinstance(model, str | os.PathLike):
+            folders[argument] = local_folder(model, argument)
+    if reference is None:
+        folder = folders.get("policy")
+        if isinstance(policy, nn.Module):
+            _check_adapter(is_peft(unwrapped(policy)))
+        elif folder is not None:
+            _check_adapter((folder / "adapter_config.json").is_file())
+
+
+def _check_adapter(has_adapter: bool) -> None:
+    if not has_adapter:
+        raise ValueError(
+            "Expected `reference` for a policy without an adapter, but got None. Pass the model that the policy was "
+            "trained from."
+        )
+
+
+def load_models(
+    policy: Model,
+    reference: Model | None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> PolicyAndReference:
+    """A policy beside its reference, to measure. The arguments are those of `score_pairs`.
+
+    Raises:
+        ValueError: There is no `reference`, and the policy has no adapter.
+    """
+    options = {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def load(model: Model, argument: str) -> nn.Module:
+        loaded = load_model(model, argument, options)
+        return loaded if isinstance(model, nn.Module) else loaded.to(device).eval()
+
+    loaded = load(policy, "policy")
+    if reference is None:
+        _check_adapter(is_peft(unwrapped(loaded)))
+    return PolicyAndReference(loaded, None if reference is None else load(reference, "reference"), freeze=False)
+
+
+def tokenizer_of(policy: Model) -> Any:
+    """The name or path of a policy's tokenizer.
+
+    Raises:
+        ValueError: The policy is a model that was not loaded by name.
+    """
+    if not isinstance(policy, nn.Module):
+        return policy
+    name = getattr(policy, "name_or_path", "") or getattr(getattr(policy, "config", None), "name_or_path", "")
+    if not name:
+        raise ValueError("Expected `tokenizer` for a policy that was not loaded by name, but got None.")
+    return name
+
+
+def _sides(statistics: SequenceStatistics) -> tuple[SequenceStatistics, SequenceStatistics]:
+    """The statistics of the chosen and of the rejected completions, on the CPU."""
+    chosen, rejected = zip(*(value.cpu().chunk(2) for value in statistics), strict=True)
+    return SequenceStatistics(*chosen), SequenceStatistics(*rejected)
