@@ -6,12 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_did.models.adapters import save_policy
     from lit_did.models.policy_and_reference import PolicyAndReference
 
-__all__ = ["PolicyAndReference"]
+__all__ = ["PolicyAndReference", "save_policy"]
+
+_LAZY = {
+    "PolicyAndReference": "lit_did.models.policy_and_reference",
+    "save_policy": "lit_did.models.adapters",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("lit_did.models.policy_and_reference"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lit_did.models' has no attribute {name!r}")

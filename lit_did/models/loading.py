@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from lit_did.models.adapters import ADAPTER, adapter_config, adapter_folder, check_one_adapter, import_peft, on_base
 from lit_did.models.names import load_by_name
 from lit_did.models.wrappers import adapter_marks, is_peft
 
@@ -26,14 +27,16 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
     Trainer's `precision`.
 
     Args:
-        model: "smollm2", a folder or a name of the hub. A module is returned unchanged.
+        model: "smollm2", a folder or a name of the hub. The name of an adapter loads it on its base model, as a
+            `peft.PeftModel` whose adapter trains. A module is returned unchanged.
         argument: The name of the argument, for errors.
         model_kwargs: Arguments of `from_pretrained`, which may set another `dtype`.
 
     Raises:
         TypeError: `model` is of another type.
-        FileNotFoundError: There is no such folder, and the hub has no such model.
+        FileNotFoundError: There is no such folder, and the hub has no such model. Or an adapter's base is missing.
         ConnectionError: The hub cannot be reached, and the model is not on this machine.
+        ValueError: An adapter does not fit its base model.
     """
     if isinstance(model, nn.Module):
         return model
@@ -41,12 +44,22 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
         raise TypeError(f"Expected `{argument}` to be a model or its name, but got {type(model).__name__}.")
     from transformers import AutoModelForCausalLM
 
-    def load(name: str, **options: Any) -> nn.Module:
+    def load(name: str, **options: Any) -> nn.Module | str:
+        folder = adapter_folder(name, options)
         # transformers looks for an adapter of the same name, and would ask the hub for it.
         where = {key: value for key, value in options.items() if key == "local_files_only"}
-        return AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
+        return folder or AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
 
-    return load_by_name(load, model, argument, **{"dtype": torch.float32, **_renamed(model_kwargs)})
+    options = {"dtype": torch.float32, **_renamed(model_kwargs)}
+    found = load_by_name(load, model, argument, **options)
+    if isinstance(found, nn.Module):
+        return found
+    config = adapter_config(found, argument)
+    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    if config.revision is not None:
+        of_base["revision"] = config.revision
+    base = load_by_name(load, config.base_model_name_or_path, f"base_model_name_or_path` of `{argument}", **of_base)
+    return on_base(base, found, argument)
 
 
 def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,13 +81,13 @@ def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_pair(
     policy: str | nn.Module,
-    reference: str | nn.Module | None,
+    reference: Any,
     lora: Any,
     *,
     model_kwargs: Mapping[str, Any],
     needs_reference: bool,
-) -> tuple[nn.Module, nn.Module | None]:
-    """A policy, with its adapter, and the reference model if one is given, as LitDPO documents them.
+) -> tuple[nn.Module, nn.Module | Literal["adapter"] | None]:
+    """A policy, with its adapter, and the reference if one is given, as LitDPO documents them.
 
     A sharded policy that is given by name cannot be copied, so that its reference is loaded too.
     """
@@ -82,7 +95,10 @@ def load_pair(
     copied = reference is None and lora is None and needs_reference and not is_peft(policy)
     if copied and is_sharded(policy) and not isinstance(given, nn.Module):
         reference = given
-    if reference is not None:
+    if reference == ADAPTER:
+        if lora is None:
+            check_one_adapter(policy)
+    elif reference is not None:
         reference = load_model(reference, "reference", model_kwargs)
         check_separate(policy, reference)  # before peft changes the policy in place
         check_same_vocabulary(policy, reference)
@@ -117,12 +133,11 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
     """
     if is_peft(model):
         raise ValueError(
-            "Expected `lora` to be None for a policy that is already a PeftModel, but got a configuration."
+            "Expected `lora` to be None for a `policy` that already has an adapter (a PeftModel, or the name of one), "
+            "but got a configuration. Leave `lora` out: the policy's own adapter is trained. To train a new adapter on "
+            "top of it, merge the old one first (`merge_and_unload`)."
         )
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("`lora` needs the package peft. Run pip install 'lit-did[lora]'.") from error
+    peft = import_peft("`lora`")
     if isinstance(lora, Mapping):
         try:
             lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
@@ -145,7 +160,7 @@ def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = No
     if outside:
         raise ValueError(
             "Expected only the adapter of `policy` to be trained, because its reference is the policy with "
-            f"{'the adapter switched off' if adapter is None else f'the adapter {adapter!r}'}, but {len(outside)} "
+            f"{'the adapter switched off' if adapter is None else 'another adapter'}, but {len(outside)} "
             f"other parameters are trained too. The first is {outside[0]}. Freeze them (for LoRA, use bias='none'), or "
             "pass a `reference`."
         )
@@ -221,7 +236,7 @@ def check_can_be_copied(policy: nn.Module) -> None:
     if is_sharded(policy):
         raise ValueError(
             "Expected `reference` to be given for a `policy` whose parameters are sharded, because such a module "
-            "cannot be copied, but got None. Pass a second model that was loaded and sharded in the same way."
+            "cannot be copied. Pass a second model that was loaded and sharded in the same way."
         )
 
 

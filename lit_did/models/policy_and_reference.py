@@ -14,6 +14,7 @@ from lit_did.batches.layout import Layout
 from lit_did.batches.reading import read_batch
 from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models import attention
+from lit_did.models.adapters import ADAPTER, freeze_start, warn_if_untrained
 from lit_did.models.forward import Outputs, text_config
 from lit_did.models.loading import (
     check_adapter,
@@ -34,7 +35,7 @@ from lit_did.ops.checks import check_options
 from lit_did.ops.extension import Backend, check_backend
 
 MAX_LOGITS_BYTES = 2**30
-ReferenceKind = Literal["model", "adapter off", "recorded", "policy"]
+ReferenceKind = Literal["model", "adapter off", "adapter", "recorded", "policy"]
 
 
 @runtime_checkable
@@ -61,8 +62,9 @@ class PolicyAndReference(nn.Module):
         policy: A causal language model of transformers. Its mode (train or eval) and its parameters stay as they are.
         reference: The model that the policy is compared with. It is frozen and stays in eval mode. None: a `PeftModel`
             is its own reference with its adapter switched off, and any other policy gets a frozen copy of its present
-            weights. A recorded reference, which is an object with a method `outputs(sequences, device)`. Or `policy`
-            itself: then it runs once, and every log-ratio is 0.
+            weights. "adapter": a frozen copy of the present adapter of a `PeftModel`, on the same base model. Or a
+            recorded reference, which is an object with a method `outputs(sequences, device)`. Or `policy` itself: then
+            it runs once, and every log-ratio is 0.
         adapter: The name of the policy's adapter that is the reference, in place of no adapter. Only for a `PeftModel`
             without `reference`.
         freeze: False leaves a `reference` model's parameters and mode as they are. It still runs in eval mode and
@@ -99,7 +101,7 @@ class PolicyAndReference(nn.Module):
     def __init__(
         self,
         policy: nn.Module,
-        reference: nn.Module | RecordedReference | None = None,
+        reference: nn.Module | RecordedReference | Literal["adapter"] | None = None,
         *,
         adapter: str | None = None,
         freeze: bool = True,
@@ -129,7 +131,12 @@ class PolicyAndReference(nn.Module):
             self.reference_kind: ReferenceKind = "policy"
         elif reference is None and is_peft(unwrapped(policy)):
             check_adapter_is_all_that_trains(unwrapped(policy), adapter)
-            self.reference_kind = "adapter off"
+            self.reference_kind = "adapter off" if adapter is None else "adapter"
+        elif isinstance(reference, str) and reference == ADAPTER:
+            check_can_be_copied(policy)
+            warn_if_untrained(unwrapped(policy))
+            check_adapter_is_all_that_trains(unwrapped(policy), ADAPTER)
+            self.adapter, self.reference_kind = freeze_start(unwrapped(policy)), "adapter"
         elif reference is None:
             check_can_be_copied(policy)
             self.reference, self.reference_kind = frozen_copy(policy), "model"
@@ -141,12 +148,12 @@ class PolicyAndReference(nn.Module):
             self._recorded, self.reference_kind = reference, "recorded"
         else:
             raise TypeError(
-                "Expected `reference` to be a model, None, or a recorded reference with a method "
+                f'Expected `reference` to be a model, "{ADAPTER}", None, or a recorded reference with a method '
                 f"`outputs(sequences, device)`, but got {type(reference).__name__}. Load a model by its name with "
                 "AutoModelForCausalLM.from_pretrained."
             )
         if adapter is not None:
-            check_adapter(adapter, unwrapped(policy) if self.reference_kind == "adapter off" else None)
+            check_adapter(adapter, unwrapped(policy) if reference is None and is_peft(unwrapped(policy)) else None)
 
     def forward(self, batch: Mapping[str, Any]) -> SequenceStatistics:
         """The statistics of every completion, [sequences].

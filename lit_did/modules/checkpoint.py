@@ -13,6 +13,7 @@ import lightning
 from lightning.pytorch.plugins import DoublePrecision
 from torch import nn
 
+from lit_did.models.adapters import REFERENCE_ADAPTER
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.wrappers import FSDP_PREFIX, is_peft, plain_name
 from lit_did.modules.optimizer_state import by_names
@@ -24,7 +25,10 @@ _OWN = re.compile(r"\bmodels\.(policy|reference)\..*")
 
 
 class TrainedState(lightning.LightningModule):
-    """A LightningModule whose `state_dict` leaves out the reference and the frozen parts of the policy.
+    """A LightningModule whose `state_dict` leaves out the reference model and the frozen parts of the policy.
+
+    It keeps the frozen copy of an adapter that is the reference. The adapter that a resumed run loads by the same name
+    may have been trained and saved in between.
 
     This holds in every strategy's checkpoints, in Lightning's averages of weights, and in the weights that a spawned
     process returns. `load_state_dict` does not miss what was left out.
@@ -108,12 +112,15 @@ class TrainedState(lightning.LightningModule):
         if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning would do it after float64 weights have been rounded to float32
         if "state_dict" in checkpoint:
-            names = [f"models.policy.{name}" for name in self.models.policy.state_dict()]
-            own = {plain_name(name): name for name in names}
+            state = {f"models.policy.{name}": value for name, value in self.models.policy.state_dict().items()}
+            own = {plain_name(name): name for name in state}
             saved = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
+            # One of the two runs may have another kind of reference. A warning says so below.
+            saved = {name: value for name, value in saved.items() if name in own or not _of_reference(name)}
             self._check_names(saved.keys(), own.keys())
+            kept = {name: value for name, value in state.items() if _of_reference(name)}
             # One of the two policies may be compiled.
-            checkpoint["state_dict"] = {own.get(name, name): value for name, value in saved.items()}
+            checkpoint["state_dict"] = kept | {own.get(name, name): value for name, value in saved.items()}
         elif "trained" in checkpoint:  # a sharded strategy has loaded the weights and removed them
             self._check_names(set(checkpoint["trained"]), self._trained_names())
         warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
@@ -151,6 +158,11 @@ def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
             "training modifies the policy in place.",
             stacklevel=3,
         )
+
+
+def _of_reference(name: str) -> bool:
+    """Whether a name in a `state_dict` is that of the frozen copy of an adapter that is the reference."""
+    return REFERENCE_ADAPTER in name.split(".")
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -196,6 +208,8 @@ def _left_out(module: TrainedState) -> Callable[[str], bool]:
     def left_out(name: str) -> bool:
         if not name.startswith("models.policy."):
             return name.startswith("models.reference.")
+        if _of_reference(name):
+            return False
         while name not in trained:  # a buffer, or several levels below a parameter
             name = name.rpartition(".")[0]
         return not trained[name]

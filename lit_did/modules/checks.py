@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_did.arguments import check_choice, check_integer
 from lit_did.batches.sequences import Sequences
+from lit_did.models.adapters import ADAPTER
 from lit_did.models.dropout import active_dropout, random_modules
 from lit_did.modules.micro_batches import MicroBatches
 from lit_did.ops import SequenceStatistics
@@ -66,8 +67,13 @@ def check_models(
     cache_reference: str | None,
     reference_free: bool,
     loss: Any,
-) -> None:
-    """Raises TypeError or ValueError unless the arguments can be a policy and its reference with this loss."""
+) -> tuple[str | nn.Module, str | nn.Module | None]:
+    """The policy and the reference, paths as strings.
+
+    Raises:
+        TypeError, ValueError: The arguments cannot be a policy and its reference with this loss.
+    """
+    policy, reference = _path_as_name(policy), _path_as_name(reference)
     for name, model in (("policy", policy), ("reference", reference)):
         if not isinstance(model, str | nn.Module) and not (name == "reference" and model is None):
             raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(model).__name__}.")
@@ -77,13 +83,22 @@ def check_models(
             "out to get a frozen copy of `policy`, or load a second model."
         )
     if not reference_free:
-        return
+        return policy, reference
     named = reference if reference is None or isinstance(reference, str) else type(reference).__name__
     for name, value in (("cache_reference", cache_reference), ("reference", named)):
         if value is not None:
             raise ValueError(
                 f"Expected `{name}` to be None with `loss={loss!r}`, which needs no reference, but got {value}."
             )
+    return policy, reference
+
+
+def _path_as_name(model: Any) -> Any:
+    """A path as a string, which is not `ADAPTER`, because that is never a path. Anything else is returned as it is."""
+    if not isinstance(model, os.PathLike):
+        return model
+    name = os.fspath(model)
+    return os.path.join(os.curdir, name) if name == ADAPTER else name
 
 
 def keep_noise_out(policy: nn.Module, sequences: Sequences) -> None:
@@ -150,8 +165,8 @@ def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics
     elif adapter:
         cause = "the adapter does not start at zero, because it was trained before or is not initialised to zero"
         remedy = (
-            "If you continue with a trained adapter on purpose, ignore this: the reference is the model without it. To "
-            "make the trained model the reference, merge the adapter (`merge_and_unload`) and pass a new `lora`."
+            "The reference is the model without the adapter. To make the policy's start the reference, such as an SFT "
+            'adapter, pass `reference="adapter"`. If you want the model without it, ignore this.'
         )
     else:
         cause = "the reference has other weights than the policy, or it computes in another precision"

@@ -63,9 +63,11 @@ class LitDPO(PolicyModule):
     do not hold these. Pass a freshly loaded model: training modifies the policy in place.
 
     Args:
-        policy: A causal language model of transformers, or its name or path. A `PeftModel` keeps its adapter.
-        reference: A second model or its name, which is never trained. None: a policy with an adapter is its own
-            reference with the adapter switched off. Any other policy gets a frozen copy of its present weights.
+        policy: A causal language model of transformers, or its name or path. The adapter of a `PeftModel`, or of a
+            name that is an adapter's, is trained on.
+        reference: A second model or its name, which is never trained. "adapter": a frozen copy of the policy's present
+            adapter, on the same base. None: a policy with an adapter is its own reference with the adapter switched
+            off. Any other policy gets a frozen copy of its present weights.
         beta: DPO's inverse temperature.
         loss: One of `lit_did.functional.LOSSES`. Or a weighted sum, such as `{"sigmoid": 0.8, "sft": 0.2}`. Or a
             function of the statistics [pairs] of the chosen and of the rejected completions, two
@@ -154,9 +156,7 @@ class LitDPO(PolicyModule):
         )
         loss, reference_free = plain_loss(loss), self.objective.reference_free
         cache_reference = cache_folder(cache_reference)
-        policy = os.fspath(policy) if isinstance(policy, os.PathLike) else policy
-        reference = os.fspath(reference) if isinstance(reference, os.PathLike) else reference
-        check_models(policy, reference, cache_reference, reference_free, loss)
+        policy, reference = check_models(policy, reference, cache_reference, reference_free, loss)
         check_loading(lora, model_kwargs, backend)
         check_bools(disable_dropout=disable_dropout, gradient_checkpointing=gradient_checkpointing)
         check_bools(padding_free=padding_free, share_prompts=share_prompts, recompute_elementwise=recompute_elementwise)
@@ -182,7 +182,7 @@ class LitDPO(PolicyModule):
         self._watch = Watch()
         self.train_metrics = PairMetrics(self.objective)
         self.val_metrics: Any = nn.ModuleList()  # one a validation dataloader
-        if not isinstance(policy, str) and not isinstance(reference, str):
+        if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
             self.configure_model()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -47,9 +47,11 @@ class LitDPOPG(LitDPO):
     logged too. It is the cosine of g_w and g_l. Above 0 the step was projected, else it was DPO's.
 
     Args:
-        policy: A causal language model of transformers, or its name or path. A `PeftModel` keeps its adapter.
-        reference: A second model or its name, which is never trained. None: a policy with an adapter is its own
-            reference with the adapter switched off. Any other policy gets a frozen copy of its present weights.
+        policy: A causal language model of transformers, or its name or path. The adapter of a `PeftModel`, or of a
+            name that is an adapter's, is trained on.
+        reference: A second model or its name, which is never trained. "adapter": a frozen copy of the policy's present
+            adapter, on the same base. None: a policy with an adapter is its own reference with the adapter switched
+            off. Any other policy gets a frozen copy of its present weights.
         beta: DPO's inverse temperature.
         loss: "sigmoid".
         label_smoothing: 0.

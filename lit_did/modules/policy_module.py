@@ -54,7 +54,7 @@ class PolicyModule(TrainedState):
 
     @property
     def reference(self) -> nn.Module | None:
-        """The reference model. None where there is none, and where it is the policy with its adapter switched off."""
+        """The reference model. None: there is none, or it is the policy with its adapter off or another adapter."""
         return None if self.models is None else self.models.reference
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -90,6 +90,8 @@ class PolicyModule(TrainedState):
         self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards
         if self.given["needs_reference"]:  # now: later it may be sharded, cast or freed
             self._reference_digest = quick_digest(policy if models.reference is None else models.reference)
+            if models.adapter is not None and self._reference_digest is not None:  # its values are in checkpoints
+                self._reference_digest += " and an adapter"
         policy.train()  # from_pretrained leaves eval mode, which Lightning keeps
         self.models, self.given = models, {}
         if options.cache_reference is not None:  # else DDP would hold on to what is freed
@@ -149,7 +151,8 @@ class PolicyModule(TrainedState):
         """Warns if a policy that starts training differs from its reference in the first batch."""
         models = self.loaded_models()
         if not self._start_checked and models.reference_kind != "policy":
-            warn_unless_policy_is_reference(models.policy, models.reference is None, statistics)
+            without_adapter = models.reference is None and models.adapter is None
+            warn_unless_policy_is_reference(models.policy, without_adapter, statistics)
         self._start_checked = True
 
     def configure_callbacks(self) -> list[Callback]:
@@ -181,6 +184,7 @@ class PolicyModule(TrainedState):
             partial(self.read, weighted=True),
             models.reference_outputs,
             self._cache,
+            adapter=models.adapter,
         )
         kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
         models.use_recorded(self._cache, kept)

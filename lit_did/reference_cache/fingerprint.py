@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def sequence_keys(sequences: Sequences) -> list[bytes]:
     return [_blake2b(tokens[:, sequences.slice(i)].tobytes()).digest() for i in range(sequences.num_sequences)]
 
 
-def fingerprint(model: nn.Module, keys: Iterable[bytes]) -> dict[str, str]:
+def fingerprint(model: nn.Module, keys: Iterable[bytes], adapter: str | None = None) -> dict[str, str]:
     """Returns the digests of a reference and of its pairs, as hexadecimal BLAKE2b.
 
     Args:
@@ -62,6 +63,7 @@ def fingerprint(model: nn.Module, keys: Iterable[bytes]) -> dict[str, str]:
             the configuration, but neither the device nor the order. A PeftModel has the digest of its base model,
             because the adapter is off in a reference.
         keys: The keys of all sequences of all processes, in any order.
+        adapter: The name of an adapter of the PeftModel that counts too, because it is the reference.
 
     Returns:
         The digests `reference` and `pairs`.
@@ -71,7 +73,7 @@ def fingerprint(model: nn.Module, keys: Iterable[bytes]) -> dict[str, str]:
         >>> [part for part in one if one[part] != other[part]]
         ['reference']
     """
-    return {"reference": _model_digest(model), "pairs": _blake2b(b"".join(sorted(set(keys)))).hexdigest()}
+    return {"reference": _model_digest(model, adapter), "pairs": _blake2b(b"".join(sorted(set(keys)))).hexdigest()}
 
 
 def quick_digest(model: nn.Module, values: int = 64) -> str | None:
@@ -95,11 +97,16 @@ def quick_digest(model: nn.Module, values: int = 64) -> str | None:
     return digest.hexdigest()
 
 
-def _model_digest(model: Any) -> str:
+def _model_digest(model: Any, adapter: str | None) -> str:
     model = unwrapped(model)
     config = inner(model).config.to_diff_dict() if hasattr(inner(model), "config") else {}
     digest = _blake2b(json.dumps(_architecture(config), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_tensors(model).items()):
+    tensors = _tensors(model)
+    if adapter is not None:
+        digest.update(json.dumps(model.peft_config[adapter].to_dict(), sort_keys=True, default=str).encode())
+        named = chain(model.named_parameters(), model.named_buffers())
+        tensors |= {name: tensor for name, tensor in named if adapter in name.split(".")}
+    for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

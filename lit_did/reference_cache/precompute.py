@@ -77,6 +77,8 @@ def cached_reference(
     read: Callable[[Mapping[str, Tensor]], Sequences],
     outputs: Callable[[Sequences], forward.Outputs],
     opened: CachedReference | None,
+    *,
+    adapter: str | None = None,
 ) -> CachedReference:
     """Opens the cache of all training and validation pairs of a run, and writes it first if the folder holds none.
 
@@ -86,10 +88,11 @@ def cached_reference(
     Args:
         path: The folder, which all processes share.
         trainer: The trainer, whose dataloaders are set up.
-        model: The reference. The policy, if the reference is the policy without its adapter.
+        model: The reference. The policy, if the reference is the policy without its adapter or with another one.
         read: Returns the sequences of a batch.
         outputs: Runs the reference on sequences.
         opened: The cache that an earlier run of this module opened.
+        adapter: The name of the policy's adapter that is the reference. None: no adapter is.
 
     Returns:
         The opened cache.
@@ -111,7 +114,7 @@ def cached_reference(
                 f"reference's layers were freed, but got {others} other sequences and precision {trainer.precision}. "
                 f"Make a new LitDPO for them.{_date_hint(trainer)}"
             )
-    mark = {**fingerprint(model, keys), "precision": trainer.precision}
+    mark = {**fingerprint(model, keys, adapter), "precision": trainer.precision}
     rank, world = trainer.global_rank, trainer.world_size
     found = trainer.strategy.broadcast(ReferenceCache.exists(path))
     if not found:

@@ -116,7 +116,7 @@ def broken_weights() -> LitDPO:
     [
         (dropping, "dropout is active in .* `disable_dropout=True`, the default, removes it"),
         (other_reference, "the reference has other weights than the policy.* leave `reference` out"),
-        (trained_adapter, "the adapter does not start at zero.* merge the adapter"),
+        (trained_adapter, 'the adapter does not start at zero.* pass `reference="adapter"`'),
     ],
 )
 def test_another_start_is_warned_of_with_its_cause(pairs, make, cause):
