@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from lit_did.callbacks.did_monitor import DIDMonitor
+from lit_did.callbacks.export_policy import ExportPolicy
 from lit_did.callbacks.sample_completions import SampleCompletions
 
-__all__ = ["DIDMonitor", "SampleCompletions"]
+__all__ = ["DIDMonitor", "ExportPolicy", "SampleCompletions"]

@@ -23,7 +23,8 @@ def call(function: Callable[..., Any], command: str, arguments: list[str]) -> An
     """Calls a function with a command line.
 
     Parameters without a default that can be passed by position are positional on the command line too. All others are
-    options. `-c FILE` reads options from a YAML file.
+    options. Those that are True or False need no value: `--merge`, `--no_merge`. `-c FILE` reads options from a YAML
+    file.
 
     Args:
         function: The function. Its docstring has a section Args.
@@ -44,7 +45,10 @@ def call(function: Callable[..., Any], command: str, arguments: list[str]) -> An
     parser.add_argument("-c", "--config", action="config", help="A YAML file with options.")
     for name in positional:
         parser.add_argument(name, type=get_type_hints(function)[name], help=helps[name])
-    parser.add_function_arguments(function, skip=set(positional), fail_untyped=True)
+    switches = {p.name: p.default for p in parameters if get_type_hints(function)[p.name] is bool}
+    for name, default in switches.items():
+        parser.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, default=default, help=helps[name])
+    parser.add_function_arguments(function, skip={*positional, *switches}, fail_untyped=True)
     values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     values.pop("config")
     return function(**values)

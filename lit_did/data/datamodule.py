@@ -308,6 +308,30 @@ class PreferenceDataModule(LightningDataModule):
         rank_zero_info(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
 
+    def facts(self) -> dict[str, Any]:
+        """The tokenizer, the sources, the counts and the settings as plain values, for checkpoints and model cards."""
+        name = getattr(self.tokenizer, "name_or_path", None) or ""
+        counts = ("num_rows", "num_dropped", "num_identical", "num_truncated")
+        datasets = {"train": self.train_dataset, "val": self.val_dataset}
+        return {
+            "tokenizer": (os.path.abspath(name) if os.path.isdir(name) else name) or None,
+            "num_tokens": len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else None,
+            "chat_template": self.chat_template or getattr(self.tokenizer, "chat_template", None),
+            "sources": {name: _named_sources(getattr(self, name)) for name in datasets},
+            "counts": {
+                name: {"num_pairs": len(dataset)} | {count: getattr(dataset, count) for count in counts}
+                for name, dataset in datasets.items()
+                if dataset is not None
+            },
+            "settings": {
+                name: getattr(self, name)
+                for name in (
+                    *("val_fraction", "max_length", "truncation", "as_chat", "parse_special_tokens"),
+                    *("batch_size", "tokens_per_batch", "shuffle", "seed"),
+                )
+            },
+        }
+
     def preview(self, n: int = 3) -> None:
         """Prints the first `n` pairs of `train` (or else of `val` or `predict`) as they are scored.
 
@@ -372,6 +396,12 @@ class PreferenceDataModule(LightningDataModule):
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __str__ = __repr__  # Lightning's makes all data loaders
+
+
+def _named_sources(source: Any) -> list[str]:
+    """The files and the data sets of the hub that a source names; none for rows and tables."""
+    sources = source if isinstance(source, list | tuple) else [source]
+    return [os.fspath(part) for part in sources if isinstance(part, str | os.PathLike)]
 
 
 def _describe_source(source: Any) -> str:

@@ -292,11 +292,16 @@ def policy_kl(
 
 def token_sums(statistics: SequenceStatistics, quantity: str) -> tuple[Tensor, Tensor]:
     """The sum of a field of the statistics over all tokens, float64, and the number of tokens, int64."""
-    values = getattr(statistics, quantity).double()
-    if quantity != "token_did_log_partition":  # all others are means over a sequence's tokens
-        values = values * statistics.num_tokens
+    values = token_values(statistics, quantity)
     # Not a product with the mask: a sequence that does not count may hold NaN.
     return torch.where(statistics.num_tokens > 0, values, 0).sum(), statistics.num_tokens.sum()
+
+
+def token_values(statistics: SequenceStatistics, quantity: str) -> Tensor:
+    """[sequences] float64: the sum of a field of the statistics over the tokens of each sequence."""
+    values = getattr(statistics, quantity).double()
+    # All others are means over a sequence's tokens.
+    return values if quantity == "token_did_log_partition" else values * statistics.num_tokens
 
 
 def in_unit(value: Tensor, unit: Unit) -> Tensor:

@@ -120,12 +120,13 @@ def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) 
     return freeze(load_model(reference, "reference", {"dtype": next(policy.parameters()).dtype}))
 
 
-def add_lora(model: nn.Module, lora: Any) -> nn.Module:
+def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.Module:
     """Adds a LoRA adapter to `model`, in place, and returns it as a PeftModel.
 
     Args:
         model: A model without an adapter.
         lora: A `peft.LoraConfig`, or its arguments as a dict.
+        adapter_name: The adapter's name.
 
     Raises:
         TypeError: A key of the dict is not an argument of `peft.LoraConfig`.
@@ -145,7 +146,7 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
             raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
     with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return peft.get_peft_model(model, lora)
+        return peft.get_peft_model(model, lora, adapter_name=adapter_name)
 
 
 def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = None) -> None:

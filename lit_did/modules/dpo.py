@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_did.arguments import check_bools, is_plain
 from lit_did.batches.checks import check_pair_values
 from lit_did.batches.sequences import Sequences
+from lit_did.modules import run_facts
 from lit_did.modules.checks import (
     cache_folder,
     check_loading,
@@ -22,6 +23,7 @@ from lit_did.modules.checks import (
     check_models,
     check_training_step,
 )
+from lit_did.modules.intervals import with_intervals
 from lit_did.modules.micro_batches import MicroBatches, micro_batches_of
 from lit_did.modules.objective import LossArgument, Objective, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
@@ -180,6 +182,7 @@ class LitDPO(PolicyModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._watch = Watch()
+        self._validation: dict[str, Any] | None = None  # the last one's step and metrics, for checkpoints
         self.train_metrics = PairMetrics(self.objective)
         self.val_metrics: Any = nn.ModuleList()  # one a validation dataloader
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
@@ -192,6 +195,11 @@ class LitDPO(PolicyModule):
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         check_functions_given_again(saved, functions, resuming=resuming)
         super().on_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `lit_did.exporting` needs of the run: tokenizer, data, training and the last validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[run_facts.KEY] = run_facts.run_facts(self)
 
     # -----------------------------------------------------------------------------------------------------------
     # What a subclass may override beside Lightning's hooks
@@ -340,11 +348,14 @@ class LitDPO(PolicyModule):
     def on_validation_epoch_start(self) -> None:
         """Starts one set of metrics for each validation dataloader."""
         loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
-        self.val_metrics = nn.ModuleList(PairMetrics(self.objective).to(self.device) for _ in range(loaders))
+        metrics = (PairMetrics(self.objective, intervals=True).to(self.device) for _ in range(loaders))
+        self.val_metrics = nn.ModuleList(metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over the epoch and all processes. Warns if a loss is not finite."""
+        self._validation = {"step": self.trainer.global_step, "metrics": {}}
         for i, metrics in enumerate(self.val_metrics):
             suffix = f"/dataloader_idx_{i}" if len(self.val_metrics) > 1 else ""
             values = metrics.log_all(self, "val/", ("loss", "reward_margin", "reward_accuracy"), suffix)
             warn_if_not_finite(f"val/loss{suffix}", values["loss"])
+            self._validation["metrics"] |= with_intervals(values, suffix)

@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 from lit_did.functional.rewards import loss_sums, loss_value
 from lit_did.metrics import DIDMetrics, LikelihoodDisplacement
 from lit_did.metrics.base import StatisticsMetric
+from lit_did.modules.intervals import PairMoments
 from lit_did.ops import SequenceStatistics
 from lit_did.representing import short_repr
 
@@ -75,9 +76,10 @@ class PairMetrics(DIDMetrics):
 
     Args:
         objective: The loss that training minimises.
+        intervals: Whether `compute` also returns "num_pairs" and the metrics' 95% intervals, see `PairMoments`.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, *, intervals: bool = False) -> None:
         super().__init__(beta=objective.beta)
         self._log_ratio = objective.log_ratio
         if objective.reference_free:
@@ -86,6 +88,9 @@ class PairMetrics(DIDMetrics):
             chosen, rejected = _Logprob(only="chosen_log_ratio"), _Logprob(only="rejected_log_ratio")
             self.add_metrics({"chosen_logprob": chosen, "rejected_logprob": rejected})
         self.add_metrics({"loss": _Loss(objective.sft)})
+        if intervals:
+            names = tuple(map(str, self.keys()))
+            self.add_metrics({"moments": PairMoments(names, beta=objective.beta, sft=objective.sft)})
 
     def update(  # type: ignore[override]  # pairs with their losses, not logits
         self, pairs: PairStatistics, weight: Tensor | None = None
@@ -107,10 +112,11 @@ class PairMetrics(DIDMetrics):
             suffix: Is put after each name, such as the number of the dataloader.
 
         Returns:
-            Scalars by name. `bad_gradients` is not logged.
+            Scalars by name, and intervals. `bad_gradients`, `num_pairs` and intervals are not logged.
         """
         values = self.compute()
-        for name in (name for name in values if name != "bad_gradients"):
+        unlogged = ("bad_gradients", "num_pairs", "interval/")
+        for name in (name for name in values if not name.startswith(unlogged)):
             module.log(
                 f"{prefix}{name}{suffix}",
                 values[name].float(),

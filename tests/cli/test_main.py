@@ -104,7 +104,7 @@ def table(pairs: str, *, policy: str, beta: float = 0.1, quiet: bool = False) ->
 def test_a_function_is_a_command(tmp_path, capsys):
     (tmp_path / "o.yaml").write_text("beta: 0.5\n")
     assert call(table, "table", ["p", "--policy", "m"]) == ("p", "m", 0.1, False)
-    arguments = ["-c", str(tmp_path / "o.yaml"), "p", "--policy", "m", "--quiet", "true"]
+    arguments = ["-c", str(tmp_path / "o.yaml"), "p", "--policy", "m", "--quiet"]
     assert call(table, "table", arguments) == ("p", "m", 0.5, True)
     with pytest.raises(SystemExit, match="0"):
         call(table, "table", ["--help"])

@@ -16,6 +16,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import LitDPO
+from lit_did.modules.checkpoint import TrainedState
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
@@ -170,7 +171,7 @@ def test_another_policys_shards_are_refused(policy, message):
     """A strategy that shards has loaded the weights that fit, and leaves no `state_dict`."""
     module, checkpoint = LitDPO(tiny_llama()), {}
     module._trainer = SimpleNamespace(strategy=None)
-    module.on_save_checkpoint(checkpoint)
+    TrainedState.on_save_checkpoint(module, checkpoint)
     again = LitDPO(policy(), policy())
     with pytest.raises(ValueError, match=message):
         again.on_load_checkpoint(checkpoint)

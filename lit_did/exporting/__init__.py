@@ -1,0 +1,5 @@
+"""From a checkpoint, or a module after training, to a folder that `from_pretrained` opens, with a model card."""
+
+from lit_did.exporting.export import Exported, export_module, export_policy
+
+__all__ = ["Exported", "export_module", "export_policy"]

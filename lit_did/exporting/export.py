@@ -1,0 +1,338 @@
+"""`export_policy`, of a checkpoint, and `export_module`, of a module that has trained. Both write the same folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from lit_did.arguments import check_bools
+from lit_did.exporting.card import model_card
+from lit_did.exporting.checkpoints import PREFIX, read_checkpoint
+from lit_did.models.loading import add_lora, load_model
+from lit_did.models.names import load_by_name, load_tokenizer
+from lit_did.models.wrappers import inner, is_peft, plain_name, unwrapped
+from lit_did.modules import LitDPO
+from lit_did.modules.run_facts import KEY, active_adapter, run_facts
+
+Kind = Literal["adapter", "merged", "full"]
+CARD = "README.md"
+REPLACED_MARK = "<!-- Written by lit_did.callbacks.ExportPolicy, which replaces this folder with newer weights. -->"
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    kind: Kind
+    """"adapter": an adapter alone. "merged": a model with its adapter merged. "full": a model without an adapter."""
+    base_model: str | None
+    """the name or folder of the model that the policy was made from; None: unknown"""
+    checkpoint: Path | None
+    """the checkpoint that was read; None for a module"""
+
+    def describe(self) -> str:
+        """What was written and how to use it."""
+        base = self.base_model or "its base model"
+        what = {
+            "adapter": f"an adapter, which transformers loads onto {base}, with its tokenizer",
+            "merged": "a whole model, with the adapter merged, and its tokenizer",
+            "full": "a whole model and its tokenizer",
+        }
+        return (
+            f"Written: {self.folder}, {what[self.kind]}.\n"
+            f'Load it with AutoModelForCausalLM.from_pretrained("{self.folder}") and '
+            f'AutoTokenizer.from_pretrained("{self.folder}").'
+        )
+
+
+def export_policy(
+    checkpoint: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    policy: str | None = None,
+    tokenizer: str | None = None,
+    merge: bool = False,
+    quiet: bool = False,
+) -> Exported:
+    """Writes the policy of a checkpoint as a folder for transformers.
+
+    The folder holds a model or an adapter in safetensors, the tokenizer with the chat template of the training, and a
+    model card. It appears whole or not at all.
+
+    Args:
+        checkpoint: A checkpoint of a run, or the run's folder. From a folder it takes the best checkpoint if a
+            ModelCheckpoint has monitored a metric, and else the newest.
+        folder: The folder to write. It must be new or empty.
+        policy: The model that training started from: "smollm2", a folder or a name of the hub. Needed only if the run
+            was given a model object.
+        tokenizer: The tokenizer's name or folder. Needed only if the run was given a tokenizer without a name.
+        merge: Merges an adapter into the base model, in the base model's dtype.
+        quiet: Prints nothing.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, model or tokenizer.
+        FileExistsError: `folder` is a link or a file, or holds files.
+        ValueError: The checkpoint is cut off, of another project or of another policy, or there is nothing to merge.
+    """
+    check_bools(merge=merge, quiet=quiet)
+    target = check_new(folder)
+    found = read_checkpoint(Path(checkpoint))
+    if found.which and not quiet:
+        print(f"Read: {found.path}, {found.which}.")
+    facts, arguments = found.content[KEY], found.content["hyper_parameters"]
+    if merge and facts["adapter"] is None:
+        raise ValueError(f"Expected `merge` to be False, because the policy of {found.path} has no adapter.")
+    tokens = _tokenizer(facts["data"], tokenizer, policy or arguments.get("policy"))
+    model, dtypes = _load(found.content, found.path, policy, merge)
+    base_model = _base_name(model)
+    if merge:
+        model = _merge(model, dtypes)
+    kind: Kind = "merged" if merge else "full" if facts["adapter"] is None else "adapter"
+    card = model_card(
+        facts, arguments, kind=kind, base_model=base_model, title=target.name, chat=bool(tokens.chat_template)
+    )
+    _write(target, model, tokens, card)
+    exported = Exported(target, kind, base_model, found.path)
+    if not quiet:
+        print(exported.describe())
+    return exported
+
+
+def export_module(
+    module: LitDPO,
+    folder: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+    replace: bool = False,
+) -> Exported:
+    """Writes the policy of a module, which stays as it is, as a folder for transformers.
+
+    Args:
+        module: A module whose parameters are not sharded, or that comes with its `state`.
+        folder: The folder to write. It must be new or empty.
+        tokenizer: The tokenizer. None: that of the Trainer's data module.
+        state: Whole parameters of the policy by name, to be written instead of its own. None: its own.
+        replace: Whether the folder may be one that was written with `replace=True` before.
+
+    Raises:
+        FileExistsError: `folder` is a link or a file, or holds other files.
+        ValueError: There is no tokenizer.
+    """
+    target = check_new(folder, replace=replace)
+    policy, facts = module.loaded_models().policy, run_facts(module)
+    data = getattr(module._trainer, "datamodule", None)
+    tokens = getattr(data, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokens is None:
+        raise ValueError("Expected `tokenizer` to be given, because the Trainer's data module has none, but got None.")
+    tokens = _with_template(tokens, facts["data"])
+    kind: Kind = "full" if facts["adapter"] is None else "adapter"
+    card = model_card(
+        facts,
+        dict(module.hparams),
+        kind=kind,
+        base_model=facts["base_model"],
+        title=target.name,
+        chat=bool(tokens.chat_template),
+        mark=REPLACED_MARK if replace else "",
+    )
+    _write(target, policy, tokens, card, state, replace)
+    return Exported(target, kind, facts["base_model"], None)
+
+
+def check_new(folder: str | os.PathLike, *, replace: bool = False) -> Path:
+    """The absolute path of a folder that can be written.
+
+    Args:
+        folder: The path.
+        replace: Whether it may be a folder that `export_module(..., replace=True)` wrote.
+
+    Raises:
+        FileExistsError: It is a link or a file, or holds other files.
+    """
+    path = Path(os.path.abspath(Path(folder).expanduser()))  # without a trailing slash, and links are not followed
+    if path.is_symlink():
+        found = "a link"
+    elif path.is_dir():
+        card = path / CARD
+        if not any(path.iterdir()) or (
+            replace and card.is_file() and REPLACED_MARK in card.read_text(encoding="utf-8")
+        ):
+            return path
+        found = "a folder with files"
+    elif path.exists():
+        found = "a file"
+    else:
+        return path
+    raise FileExistsError(f"Expected `folder` to be new or empty, but {path} is {found}. Choose another one.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    content: Mapping[str, Any], path: Path, policy: str | None, merge: bool
+) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """The policy with its trained weights, and the dtypes of the base model by parameter."""
+    facts, arguments = content[KEY], content["hyper_parameters"]
+    name = policy or arguments.get("policy")
+    if name is None:
+        origin = facts["base_model"]
+        hint = f" The object was loaded from {origin}." if origin else ""
+        raise ValueError(
+            f"Expected `policy` to name the model that training started from, because the run of {path} was given a "
+            f"model object, but got None.{hint} Pass `--policy NAME`."
+        )
+    state = {
+        plain_name(key).removeprefix(PREFIX): value
+        for key, value in content["state_dict"].items()
+        if plain_name(key).startswith(PREFIX)
+    }
+    options = dict(arguments.get("model_kwargs") or {})
+    if facts["adapter"] is None:  # what was frozen had the dtype of what was trained
+        dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+        options |= {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    else:
+        options = {"dtype": "auto", **options}
+    model = load_model(name, "policy", options)
+    if merge and getattr(inner(model), "is_quantized", False):
+        raise ValueError(
+            "Expected a base model that is not quantised to merge the adapter into, but the run's `model_kwargs` "
+            f"quantise {name}. Export without `merge`. AutoPeftModelForCausalLM then loads and merges the adapter."
+        )
+    base_dtypes = {plain_name(key): p.dtype for key, p in inner(model).named_parameters()}
+    if facts["adapter"] is not None and not is_peft(model):
+        from peft import PeftConfig
+
+        config = {**facts["adapter"], "base_model_name_or_path": None, "inference_mode": False}
+        model = add_lora(model, PeftConfig.from_peft_type(**config), facts["adapter_name"])
+    own = {plain_name(key): value for key, value in model.state_dict().items()}
+    wrong = sorted(key for key, value in state.items() if key not in own or own[key].shape != value.shape)
+    if wrong or not state:
+        raise ValueError(
+            f"Expected the trained parameters of {path} to be those of the policy {name}, but {len(wrong)} of "
+            f"{len(state)} have no place in it, or another shape. "
+            + (f"The first is {wrong[0]}. " if wrong else "")
+            + "Pass the model that training started from as `policy`."
+        )
+    # An adapter keeps its own dtype. A whole model is filled in place, which keeps its tied weights tied.
+    model.load_state_dict(state, strict=False, assign=is_peft(model))
+    return model, base_dtypes
+
+
+def _merge(policy: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    peft: Any = policy
+    model = peft.merge_and_unload(safe_merge=True)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(plain_name(name), parameter.dtype))
+    return model
+
+
+def _tokenizer(data: Mapping[str, Any] | None, given: str | None, policy: str | None) -> Any:
+    """The tokenizer of the run, or else that of its policy, with the chat template of the training."""
+    name = given or (data or {}).get("tokenizer") or (policy if data is None else None)
+    if name is None:
+        raise ValueError(
+            "Expected `tokenizer` to be a name or a folder, because the run's tokenizer has no name, but got None. "
+            "Pass `--tokenizer NAME`."
+        )
+    tokenizer = load_tokenizer(name)
+    expected = (data or {}).get("num_tokens")
+    if expected is not None and len(tokenizer) != expected:
+        raise ValueError(
+            f"Expected `tokenizer` to have the {expected} tokens of the training, but {name} has {len(tokenizer)}. "
+            "Save the run's tokenizer with `save_pretrained`, and pass that folder."
+        )
+    return _with_template(tokenizer, data)
+
+
+def _with_template(tokenizer: Any, data: Mapping[str, Any] | None) -> Any:
+    template = (data or {}).get("chat_template")
+    if template is not None and tokenizer.chat_template != template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _base_name(policy: nn.Module) -> str | None:
+    return getattr(inner(policy), "name_or_path", None) or None
+
+
+def _write(
+    target: Path,
+    policy: nn.Module,
+    tokenizer: Any,
+    card: str,
+    state: Mapping[str, torch.Tensor] | None = None,
+    replace: bool = False,
+) -> None:
+    """Writes beside `target`, and renames."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        finished = Path(work) / target.name
+        if is_peft(unwrapped(policy)):
+            _save_adapter(unwrapped(policy), finished, state)
+        else:
+            _save_model(inner(policy), finished, state)
+        tokenizer.save_pretrained(finished)
+        (finished / CARD).write_text(card, encoding="utf-8")
+        check_new(target, replace=replace)  # somebody may have written there meanwhile
+        if replace and target.exists():
+            target.rename(Path(work) / "before")
+        finished.rename(target)
+
+
+def _save_model(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    if getattr(model.config, "distributed_config", None) is not None:
+        # transformers would gather the shards that `state` already holds whole, on all processes.
+        config = copy.deepcopy(model.config)
+        config.distributed_config = None
+        with torch.device("meta"):
+            whole = type(model)(config)
+        whole.generation_config = model.generation_config
+        whole._weight_conversions = getattr(model, "_weight_conversions", None)
+        model = whole
+    model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+
+
+def _save_adapter(policy: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Saves the adapter in use alone; peft puts those of another name than "default" in a folder of that name."""
+    name = active_adapter(policy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        policy.save_pretrained(
+            folder,
+            selected_adapters=[name],
+            state_dict=None if state is None else dict(state),
+            save_embedding_layers="auto" if _resized(policy) else False,
+        )
+    if name != "default":
+        for file in (folder / name).iterdir():
+            shutil.move(file, folder / file.name)
+        (folder / name).rmdir()
+
+
+def _resized(policy: Any) -> bool:
+    """Whether the base model's vocabulary is another one than on disk, so that its embeddings belong to the adapter.
+
+    peft asks the hub for the same, for a minute if it cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    name = _base_name(policy)
+    if name is None:
+        return False
+    try:
+        saved = load_by_name(AutoConfig.from_pretrained, name, "policy")
+    except OSError:
+        return False
+    return getattr(saved, "vocab_size", None) != getattr(inner(policy).config, "vocab_size", None)
