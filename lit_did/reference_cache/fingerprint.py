@@ -76,17 +76,19 @@ def fingerprint(model: nn.Module, keys: Iterable[bytes], adapter: str | None = N
     return {"reference": _model_digest(model, adapter), "pairs": _blake2b(b"".join(sorted(set(keys)))).hexdigest()}
 
 
-def quick_digest(model: nn.Module, values: int = 64) -> str | None:
+def quick_digest(model: nn.Module, values: int = 64, *, adapter: bool = False) -> str | None:
     """Returns a digest of a few values of each tensor, which differs between models and changes with training.
 
     Args:
-        model: The model. A PeftModel's adapter does not count.
+        model: The model.
         values: How many values of each tensor count.
+        adapter: Whether a PeftModel's adapter counts too.
 
     Returns:
         The digest, or None if some tensor's values are not on this process (meta or sharded tensors).
     """
-    tensors = _tensors(unwrapped(model))
+    model = unwrapped(model)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()]) if adapter else _tensors(model)
     if any(t.is_meta or not t.numel() or type(t) not in (nn.Parameter, Tensor) for t in tensors.values()):
         return None
     digest = _blake2b()

@@ -24,7 +24,7 @@ from lit_did.data.tokenizing import Truncation, check_truncation
 from lit_did.models import PolicyAndReference
 from lit_did.models.forward import num_embeddings, num_positions
 from lit_did.models.loading import load_model
-from lit_did.models.names import load_tokenizer, local_folder
+from lit_did.models.names import first_line, load_tokenizer, local_folder
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
 from lit_did.scoring.table import Row, data_frame, margin, rows_of, with_columns
@@ -257,16 +257,33 @@ def load_models(
         ValueError: There is no `reference`, and the policy has no adapter.
     """
     options = {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})}
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placed = device_of(device)
 
     def load(model: Model, argument: str) -> nn.Module:
         loaded = load_model(model, argument, options)
-        return loaded if isinstance(model, nn.Module) else loaded.to(device).eval()
+        return loaded if isinstance(model, nn.Module) else loaded.to(placed).eval()
 
     loaded = load(policy, "policy")
     if reference is None:
         _check_adapter(is_peft(unwrapped(loaded)))
     return PolicyAndReference(loaded, None if reference is None else load(reference, "reference"), freeze=False)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that models are moved to. None: the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # differs between devices
+        raise ValueError(
+            f"Expected `device` to be a device of this machine, such as 'cpu', but got {str(device)!r}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def tokenizer_of(policy: Model) -> Any:
