@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
 def quieten() -> None:
@@ -18,6 +19,7 @@ def quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI calls what is deprecated
     if "transformers" in sys.modules:  # it has read these variables
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).addFilter(_warnings_only)
 

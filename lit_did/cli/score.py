@@ -96,6 +96,7 @@ def score(
     scorer = PairScorer(pairs, tokenizer or tokenizer_of(policy), batch_size=batch_size, beta=beta, **data)
     models = scorer.load(policy, reference, dtype=getattr(torch, dtype), device=placed)
     kind = torch.cuda.get_device_name(placed) if placed.type == "cuda" else placed.type
+    compared = models.policy if models.reference is None else models.reference
     about = {
         "the number format (--dtype)": dtype,
         "the device": kind,
@@ -103,9 +104,7 @@ def score(
         "--beta": beta,
         **{f"--{name}": value for name, value in data.items()},
         "the digest of the policy's weights": quick_digest(models.policy, adapter=True),
-        "the digest of the reference's weights": quick_digest(
-            models.policy if models.reference is None else models.reference
-        ),
+        "the digest of the reference's weights": quick_digest(compared),
         "the digest of the pairs' tokens": _digest(scorer.dataset),
     }
     with Finished(path.with_name(f"{path.name}.part"), about) as finished:
@@ -138,7 +137,7 @@ def _table_path(output: str | None, pairs: str, overwrite: bool) -> Path:
     make_parent(path, what="file")
     if path.exists() and not overwrite:
         raise InputError(
-            f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite true."
+            f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite."
         )
     return path
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lit_did.batches.sequences import Sequences, read_sequences
-from lit_did.reference_cache.fingerprint import fingerprint, sequence_keys
+from lit_did.reference_cache.fingerprint import fingerprint, quick_digest, sequence_keys
 from tests.modules.tiny import collate, make_pairs, tiny_llama
 
 KEYS = [bytes([i]) * 16 for i in range(5)]
@@ -134,3 +134,17 @@ def test_fingerprints_of_other_models():
                 layers[0].mlp.up_proj, layers[0].mlp.gate_proj = layers[0].mlp.gate_proj, layers[0].mlp.up_proj
     models += [nn.ModuleDict({name: models[0].lm_head}) for name in "ab"]
     assert len({model_part(model) for model in models}) == len(models)
+
+
+def test_a_quick_digest_counts_the_adapter_if_it_shall():
+    def policy(seed: int) -> nn.Module:
+        model = tiny_llama()
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
+
+    one, other = policy(1), policy(2)
+    assert quick_digest(one) == quick_digest(other) == quick_digest(tiny_llama())
+    assert quick_digest(one, adapter=True) == quick_digest(policy(1), adapter=True)
+    assert quick_digest(one, adapter=True) != quick_digest(other, adapter=True)
+    assert quick_digest(tiny_llama(), adapter=True) == quick_digest(tiny_llama())
