@@ -22,6 +22,7 @@ from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import check_chat_template, describe_unread
 from lit_did.data.tokenizing import Truncation, check_truncation
 from lit_did.models import PolicyAndReference
+from lit_did.models.adapters import ADAPTER
 from lit_did.models.forward import num_embeddings, num_positions
 from lit_did.models.loading import load_model
 from lit_did.models.names import first_line, load_tokenizer, local_folder
@@ -223,6 +224,11 @@ def check_models(policy: Model, reference: Model | None) -> None:
         FileNotFoundError: One is a path where no model is.
         ValueError: There is no reference, and the policy has no adapter.
     """
+    if reference == ADAPTER:
+        raise ValueError(
+            "Expected `reference` to be a model, but got 'adapter', which is for training. If training began with an "
+            "adapter, pass its folder."
+        )
     folders = {}
     for argument, model in (("policy", policy), ("reference", reference)):
         if isinstance(model, str | os.PathLike):

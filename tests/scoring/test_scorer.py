@@ -119,6 +119,7 @@ def test_models_by_name(tiny_model):
     ("arguments", "error", "message"),
     [
         ({"reference": None}, ValueError, "Expected `reference` for a policy without an adapter"),
+        ({"reference": "adapter"}, ValueError, "Expected `reference` to be a model, but got 'adapter', which is for"),
         ({"reference": "./nowhere"}, FileNotFoundError, r"Expected `reference` to be a folder .* nowhere is not a"),
         ({"reference": tiny_gpt2()}, ValueError, "Expected `reference` to have the policy's vocabulary"),
         ({"tokenizer": None}, ValueError, "Expected `tokenizer` for a policy that was not loaded by name"),
