@@ -84,6 +84,15 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise error(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
 
 
+def as_plain(value: Any) -> Any:
+    """`value` as YAML and JSON have it: tuples become lists, and dtypes their names. Other objects stay as they are."""
+    if isinstance(value, Mapping):
+        return {name: as_plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [as_plain(entry) for entry in (sorted(value) if isinstance(value, set) else value)]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
 def is_plain(value: Any) -> bool:
     """Whether a checkpoint can hold `value` and be loaded with `weights_only=True`."""
     if isinstance(value, Mapping):

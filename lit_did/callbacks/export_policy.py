@@ -151,7 +151,9 @@ class ExportPolicy(Callback):
             return
         policy = module.loaded_models().policy
         if is_sharded(policy):
-            state: dict[str, Any] = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            state: dict[str, Any] = get_model_state_dict(
+                policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
         else:
             state = policy.state_dict() | {n.removeprefix(PREFIX): v for n, v in (saved or {}).items()}
         if trainer.is_global_zero:

@@ -16,6 +16,7 @@ from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
 from lit_did.data.pairs import UnusableRowError, prepare_pair
+from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
 from lit_did.data.preview import print_pair
 from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns, read_rows
 from lit_did.data.rendering import Renderer, check_template_kwargs
@@ -37,10 +38,12 @@ class PreferenceDataModule(LightningDataModule):
     Args:
         train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts.
             docs/data.md says what is read, mapped, skipped and refused. None if you only evaluate.
-        tokenizer: A transformers tokenizer, or the name or path of one, which is loaded on first use.
+        tokenizer: A transformers tokenizer, or the name or path of one, which is loaded on first use. None: the
+            tokenizer of the policy that the Trainer runs.
         val: Pairs to validate on.
         val_fraction: Without `val`, the share of the rows of `train` to hold out, in [0, 1). These are always its last
             rows: shuffle files that are sorted by topic. Above 0, at least one row is held out.
+        test: Pairs for `trainer.test`.
         predict: Pairs for `trainer.predict`; by default those of validation.
         columns: Names of the sources' columns by field, such as {"prompt": "question"}. None leaves a field out.
         on_bad_rows: "skip" leaves out rows that are well-formed but cannot be trained on, such as an empty answer, with
@@ -76,6 +79,7 @@ class PreferenceDataModule(LightningDataModule):
         train_dataset: The `PreferenceDataset` of `train`, with counts of dropped, identical and truncated pairs. None
             before `setup` and without `train`.
         val_dataset: As `train_dataset`, for validation.
+        test_dataset: As `train_dataset`, for testing.
         predict_dataset: As `train_dataset`, for prediction.
 
     Raises:
@@ -87,10 +91,11 @@ class PreferenceDataModule(LightningDataModule):
     def __init__(
         self,
         train: Any,
-        tokenizer: Any,
+        tokenizer: Any = None,
         *,
         val: Any = None,
         val_fraction: float = 0.0,
+        test: Any = None,
         predict: Any = None,
         columns: Mapping[str, str | None] | None = None,
         on_bad_rows: OnBadRows = "skip",
@@ -110,9 +115,9 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not hasattr(tokenizer, "bos_token_id") and not isinstance(tokenizer, str | os.PathLike):
+        if not hasattr(tokenizer, "bos_token_id") and not isinstance(tokenizer, str | os.PathLike | None):
             raise TypeError(
-                f"Expected `tokenizer` to be a tokenizer of transformers, or its name or path, but got "
+                f"Expected `tokenizer` to be a tokenizer of transformers, its name or path, or None, but got "
                 f"{type(tokenizer).__name__}."
             )
         check_chat_template(chat_template)
@@ -138,7 +143,7 @@ class PreferenceDataModule(LightningDataModule):
             raise ValueError(f"Expected only one of `val` and `val_fraction`, but got both ({val_fraction=}).")
         if val_fraction and train is None:
             raise ValueError(f"Expected `train` for `val_fraction={val_fraction}` to hold rows out of, but got None.")
-        self.train, self.val, self.predict = train, val, predict
+        self.train, self.val, self.test, self.predict = train, val, test, predict
         self.columns, self.on_bad_rows = columns, on_bad_rows
         self.val_fraction = val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -151,13 +156,16 @@ class PreferenceDataModule(LightningDataModule):
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.train_dataset: PreferenceDataset | None = None
         self.val_dataset: PreferenceDataset | None = None
+        self.test_dataset: PreferenceDataset | None = None
         self.predict_dataset: PreferenceDataset | None = None
         self._tokenizer = tokenizer
         self._warned: set[str] = set()
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer. A name or path is loaded on first use."""
+        """The tokenizer. A name or path is loaded on first use. Without one, it is that of the Trainer's policy."""
+        if self._tokenizer is None:
+            self._tokenizer = name_of_policy_tokenizer(self.trainer)
         if isinstance(self._tokenizer, str | os.PathLike):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
@@ -166,19 +174,22 @@ class PreferenceDataModule(LightningDataModule):
         """Reads and tokenises the pairs of a stage, on every rank, once.
 
         Args:
-            stage: "fit", "validate", "predict", or None for all.
+            stage: "fit", "validate", "test", "predict", or None for all.
 
         Raises:
             ValueError: If the stage's pairs were not given, or are malformed.
         """
         has_val = self.val is not None or self.val_fraction > 0
         needs_train = stage == "fit" or (stage is None and self.train is not None)
-        needs_val = has_val and (stage != "predict" or self.predict is None)
+        needs_val = has_val and (stage in ("fit", "validate", None) or (stage == "predict" and self.predict is None))
+        needs_test = stage in ("test", None) and self.test is not None
         needs_predict = stage == "predict" or (stage is None and (self.predict is not None or has_val))
         if stage == "fit" and self.train is None:
             raise ValueError("Expected `train` for fitting, but got None.")
         if stage == "validate" and not has_val:
             raise ValueError("Expected `val` or `val_fraction` for validating, but got neither.")
+        if stage == "test" and self.test is None:
+            raise ValueError("Expected `test` for testing, but got None.")
         if stage == "predict" and self.predict is None and not has_val:
             raise ValueError("Expected `predict`, `val` or `val_fraction` for predicting, but got none of them.")
 
@@ -190,6 +201,8 @@ class PreferenceDataModule(LightningDataModule):
             self.train_dataset = self._tokenize("train", *train_rows)
         if makes_val:
             self.val_dataset = self._tokenize("val", *(val_rows if self.val is None else self._read("val")))
+        if needs_test and self.test_dataset is None:
+            self.test_dataset = self._tokenize("test", *self._read("test"))
         if needs_predict and self.predict_dataset is None:
             self.predict_dataset = (
                 self.val_dataset if self.predict is None else self._tokenize("predict", *self._read("predict"))
@@ -230,7 +243,15 @@ class PreferenceDataModule(LightningDataModule):
         """Batches of this rank's validation rows in order. Without any, an empty list, so that nothing is validated."""
         if self.val_dataset is None:
             return NoValidation()
-        return self._evaluation_loader(self.val_dataset)
+        return self._evaluation_loader(self.val_dataset, "validate")
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of this rank's rows for testing, in order.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        return self._evaluation_loader(self.test_dataset, "test")
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of this rank's rows for prediction, in order.
@@ -238,13 +259,13 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             RuntimeError: Before `setup`.
         """
-        if self.predict_dataset is None:
-            raise RuntimeError(
-                "Expected `setup('predict')` before `predict_dataloader`, but nothing has been read yet."
-            )
-        return self._evaluation_loader(self.predict_dataset)
+        return self._evaluation_loader(self.predict_dataset, "predict")
 
-    def _evaluation_loader(self, dataset: PreferenceDataset) -> DataLoader:
+    def _evaluation_loader(self, dataset: PreferenceDataset | None, stage: str) -> DataLoader:
+        if dataset is None:
+            raise RuntimeError(
+                f"Expected `setup('{stage}')` before `{stage}_dataloader`, but nothing has been read yet."
+            )
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
@@ -333,7 +354,7 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def preview(self, n: int = 3) -> None:
-        """Prints the first `n` pairs of `train` (or else of `val` or `predict`) as they are scored.
+        """Prints the first `n` pairs of `train` (or else of `val`, `test` or `predict`) as they are scored.
 
         It shows prompts, completions, turns that are not scored, and what `max_length` cuts, in colour if rich is
         installed. It marks control tokens that the text of a row spells, and says why rows are left out. It reads the
@@ -347,9 +368,9 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: If `n` is below 1, no source was given, or the source is malformed.
         """
         check_integer("n", n, 1)
-        name = next((name for name in ("train", "val", "predict") if getattr(self, name) is not None), None)
+        name = next((name for name in ("train", "val", "test", "predict") if getattr(self, name) is not None), None)
         if name is None:
-            raise ValueError("Expected `train`, `val` or `predict` to preview, but got none of them.")
+            raise ValueError("Expected `train`, `val`, `test` or `predict` to preview, but got none of them.")
         rows, skipped = self._read(name)
         renderer = Renderer(
             self.tokenizer,
@@ -383,16 +404,19 @@ class PreferenceDataModule(LightningDataModule):
 
     def __repr__(self) -> str:
         parts = []
-        for name in ("train", "val", "predict"):
+        for name in ("train", "val", "test", "predict"):
             source, dataset = getattr(self, name), getattr(self, f"{name}_dataset")
             if source is not None or dataset is not None:
                 source = [] if source is None else [_describe_source(source)]
                 pairs = [] if dataset is None else [f"{len(dataset)} pairs"]
                 parts.append(f"{name}={': '.join(source + pairs)}")
         tokenizer = self._tokenizer
-        named = tokenizer if isinstance(tokenizer, str | os.PathLike) else type(tokenizer).__name__
+        named = str(tokenizer) if isinstance(tokenizer, str | os.PathLike) else type(tokenizer).__name__
         options = {"max_length": self.max_length, "batch_size": self.batch_size, "as_chat": self.as_chat}
-        parts += [f"tokenizer={str(named)!r}", *(f"{name}={value}" for name, value in options.items())]
+        parts += [
+            f"tokenizer={None if tokenizer is None else repr(named)}",
+            *(f"{name}={value}" for name, value in options.items()),
+        ]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __str__ = __repr__  # Lightning's makes all data loaders

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_did.arguments import check_bools, is_plain
-from lit_did.batches.checks import check_pair_values
+from lit_did.arguments import as_plain, check_bools, is_plain
 from lit_did.batches.sequences import Sequences
 from lit_did.modules import run_facts
 from lit_did.modules.checks import (
@@ -23,7 +22,7 @@ from lit_did.modules.checks import (
     check_models,
     check_training_step,
 )
-from lit_did.modules.intervals import with_intervals
+from lit_did.modules.evaluation import PairModule
 from lit_did.modules.micro_batches import MicroBatches, micro_batches_of
 from lit_did.modules.objective import LossArgument, Objective, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
@@ -35,14 +34,12 @@ from lit_did.modules.optimizer import (
     warn_if_steps_are_rounded_away,
 )
 from lit_did.modules.optimizer_state import accept_names
-from lit_did.modules.pairs import PairMetrics, PairStatistics, both_sides, counted
-from lit_did.modules.policy_module import PolicyModule
-from lit_did.modules.watch import Watch, count_bad_gradients, warn_if_not_finite
-from lit_did.ops import SequenceStatistics
+from lit_did.modules.pairs import PairMetrics, PairStatistics, both_sides
+from lit_did.modules.watch import Watch, count_bad_gradients
 from lit_did.ops.extension import Backend
 
 
-class LitDPO(PolicyModule):
+class LitDPO(PairModule):
     """Trains a policy on preference pairs against a frozen reference (DPO, arXiv 2305.18290), or without one.
 
     A batch is a dict, as `PreferenceDataModule` makes it. Padded: `input_ids`, `attention_mask` and `labels`
@@ -55,9 +52,9 @@ class LitDPO(PolicyModule):
     `reference` that you pass is frozen. Gradients are freed before `on_train_batch_end`. With `micro_batch_tokens`,
     `outputs["loss"]` covers the first part only; use `train/loss`.
 
-    Logs `train/` at each optimiser step, over its micro-batches and all processes, and `val/` at each epoch: `loss`, a
-    mean over pairs, and the metrics of `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes. A loss without a
-    reference (`lit_did.functional.REFERENCE_FREE_LOSSES`) loads and runs no reference. It logs `loss`,
+    Logs `train/` at each optimiser step, over its micro-batches and all processes, and `val/` and `test/` at each
+    epoch: `loss`, a mean over pairs, and the metrics of `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes.
+    A loss without a reference (`lit_did.functional.REFERENCE_FREE_LOSSES`) loads and runs no reference. It logs `loss`,
     `reward_margin`, `reward_accuracy`, `policy_entropy`, `chosen_logprob` and `rejected_logprob`. The last two are
     means over pairs of log pi, in nats a completion.
 
@@ -128,11 +125,11 @@ class LitDPO(PolicyModule):
         gamma: float | None = None,
         nll_weight: float | None = None,
         token_did_entropy_weight: float = 0.0,
-        lora: Any = None,
+        lora: Mapping[str, Any] | Any = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         learning_rate: float | None = None,
-        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_betas: Sequence[float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_steps: float = 0,
@@ -174,6 +171,8 @@ class LitDPO(PolicyModule):
             schedule=schedule,
         )
         # Modules, configuration objects and functions are not hyperparameters: hand them to load_from_checkpoint again.
+        # The others are saved as plain values, so that `hparams.yaml` is plain YAML.
+        adam_betas, lora, model_kwargs = map(as_plain, (adam_betas, lora, model_kwargs))
         arguments = {"policy": policy, "reference": reference, "lora": lora}
         functions = {"loss": loss, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         objects = {**arguments, **functions, "model_kwargs": model_kwargs}
@@ -182,9 +181,7 @@ class LitDPO(PolicyModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._watch = Watch()
-        self._validation: dict[str, Any] | None = None  # the last one's step and metrics, for checkpoints
         self.train_metrics = PairMetrics(self.objective)
-        self.val_metrics: Any = nn.ModuleList()  # one a validation dataloader
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
             self.configure_model()
 
@@ -204,19 +201,6 @@ class LitDPO(PolicyModule):
     # -----------------------------------------------------------------------------------------------------------
     # What a subclass may override beside Lightning's hooks
     # -----------------------------------------------------------------------------------------------------------
-
-    def run_sides(self, sequences: Sequences) -> tuple[SequenceStatistics, SequenceStatistics, Tensor | None]:
-        """Runs the models on a batch or a micro-batch, in training, validation and prediction.
-
-        Returns:
-            The statistics [pairs] of the chosen and of the rejected completions, and the auxiliary loss of a mixture of
-            experts that is configured to return one.
-        """
-        statistics, auxiliary = self.statistics(sequences)
-        pairs = sequences.num_sequences // 2
-        halves = (slice(pairs), slice(pairs, None))
-        chosen, rejected = (SequenceStatistics(*(v[rows] for v in statistics)) for rows in halves)
-        return chosen, rejected, auxiliary
 
     def split(self, sequences: Sequences) -> list[Sequences]:
         """The micro-batches of a training batch."""
@@ -242,22 +226,6 @@ class LitDPO(PolicyModule):
         """
         super().backward(loss)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> SequenceStatistics:
-        """The statistics of every completion: [2 pairs], chosen first, differentiable in the policy.
-
-        With a loss that has no reference, all but `WITHOUT_REFERENCE` is NaN.
-        """
-        return self.statistics(self.read(batch))[0]
-
-    def pair_statistics(self, batch: Mapping[str, Tensor]) -> PairStatistics:
-        """The statistics, loss and reward margin of every pair of a batch."""
-        sequences = self.read(batch, weighted=True)
-        check_pair_values(batch, "index", sequences.num_sequences // 2)
-        weight, index = batch.get("weight"), batch.get("index")
-        mean_chosen_tokens = sequences.mean_chosen_labels(None if weight is None else weight > 0)
-        pairs = self.objective.pairs(*self.run_sides(sequences), mean_chosen_tokens)
-        return pairs if index is None else pairs._replace(index=index.to(pairs.index.device))
-
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """What training minimises, a scalar.
 
@@ -281,15 +249,6 @@ class LitDPO(PolicyModule):
         """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here."""
         micro_batches, self._micro_batches = check_training_step(self._micro_batches), None
         micro_batches.backward(loss, self.backward_pass, self.trainer.precision_plugin.train_step_context)
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds the batch to the epoch's metrics."""
-        self.val_metrics[dataloader_idx].update(self.pair_statistics(batch), batch.get("weight"))
-
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> PairStatistics:
-        """The statistics of every pair, without the rows that only pad a process's share."""
-        pairs = self.pair_statistics(batch)
-        return pairs if "weight" not in batch else counted(pairs, batch["weight"])
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trained parameters, and its schedule, which steps at every optimiser step."""
@@ -344,18 +303,3 @@ class LitDPO(PolicyModule):
         """Warns if the chosen completions became less likely."""
         if self.trainer.is_global_zero:
             self._watch.warn_if_chosen_fell()
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts one set of metrics for each validation dataloader."""
-        loaders = len(self.trainer.num_val_batches or self.trainer.num_sanity_val_batches)
-        metrics = (PairMetrics(self.objective, intervals=True).to(self.device) for _ in range(loaders))
-        self.val_metrics = nn.ModuleList(metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics over the epoch and all processes. Warns if a loss is not finite."""
-        self._validation = {"step": self.trainer.global_step, "metrics": {}}
-        for i, metrics in enumerate(self.val_metrics):
-            suffix = f"/dataloader_idx_{i}" if len(self.val_metrics) > 1 else ""
-            values = metrics.log_all(self, "val/", ("loss", "reward_margin", "reward_accuracy"), suffix)
-            warn_if_not_finite(f"val/loss{suffix}", values["loss"])
-            self._validation["metrics"] |= with_intervals(values, suffix)

@@ -107,7 +107,7 @@ class PairMetrics(DIDMetrics):
 
         Args:
             module: The module that logs.
-            prefix: Is put before each name: "train/" or "val/".
+            prefix: Is put before each name: "train/", "val/" or "test/".
             on_progress_bar: The names that the progress bar shows.
             suffix: Is put after each name, such as the number of the dataloader.
 
@@ -122,7 +122,7 @@ class PairMetrics(DIDMetrics):
                 values[name].float(),
                 prog_bar=name in on_progress_bar,
                 add_dataloader_idx=False,  # the suffix has it
-                sync_dist=prefix == "val/",  # no effect, but without it Lightning warns at the end of an epoch
+                sync_dist=prefix != "train/",  # no effect, but without it Lightning warns at the end of an epoch
             )
         self.reset()
         return values
