@@ -410,13 +410,13 @@ class PreferenceDataModule(LightningDataModule):
                 source = [] if source is None else [_describe_source(source)]
                 pairs = [] if dataset is None else [f"{len(dataset)} pairs"]
                 parts.append(f"{name}={': '.join(source + pairs)}")
-        tokenizer = self._tokenizer
-        named = str(tokenizer) if isinstance(tokenizer, str | os.PathLike) else type(tokenizer).__name__
+        tokenizer: Any = self._tokenizer
+        if isinstance(tokenizer, os.PathLike):
+            tokenizer = str(tokenizer)
+        elif tokenizer is not None and not isinstance(tokenizer, str):
+            tokenizer = type(tokenizer).__name__
         options = {"max_length": self.max_length, "batch_size": self.batch_size, "as_chat": self.as_chat}
-        parts += [
-            f"tokenizer={None if tokenizer is None else repr(named)}",
-            *(f"{name}={value}" for name, value in options.items()),
-        ]
+        parts += [f"tokenizer={tokenizer!r}", *(f"{name}={value}" for name, value in options.items())]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __str__ = __repr__  # Lightning's makes all data loaders

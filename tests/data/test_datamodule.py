@@ -49,8 +49,7 @@ def test_arguments_are_checked(no_specials, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer of transformers, or its name or path, but got int."),
-        ({"tokenizer": None}, "Expected `tokenizer` .* but got NoneType."),
+        ({"tokenizer": 5}, "Expected `tokenizer` to be a tokenizer of transformers, its name or path, .* but got int."),
         ({"chat_template": 5}, "Expected `chat_template` to be a Jinja template or None, but got 5."),
         ({"val_fraction": "0.1"}, "Expected `val_fraction` to be an int or a float, but got '0.1'."),
         ({"as_chat": "yes"}, "Expected `as_chat` to be a bool, but got 'yes'."),
@@ -75,6 +74,8 @@ def test_what_is_not_there_yet(no_specials):
         PreferenceDataModule(ROWS, no_specials).train_dataloader()
     with pytest.raises(RuntimeError, match=r"Expected `setup\('predict'\)` before `predict_dataloader`"):
         PreferenceDataModule(ROWS, no_specials).predict_dataloader()
+    with pytest.raises(RuntimeError, match=r"Expected `setup\('test'\)` before `test_dataloader`"):
+        PreferenceDataModule(ROWS, no_specials).test_dataloader()
     with pytest.raises(FileNotFoundError, match=r"`tokenizer` to be a folder .* but nowhere is not a folder"):
         PreferenceDataModule(ROWS, "./nowhere").setup("fit")
 
@@ -96,18 +97,21 @@ def test_val_fraction_holds_out_the_last_rows(no_specials):
         ("fit", {"val": ROWS[:2]}, "train val"),
         ("validate", {"val": ROWS[:2]}, "val"),
         ("validate", {"val_fraction": 0.2}, "val"),
+        ("test", {"test": ROWS[:4], "val": ROWS[:2]}, "test"),
         ("predict", {"val_fraction": 0.2}, "val predict"),
         ("predict", {"predict": ROWS[:3], "val": ROWS[:2]}, "predict"),
         (None, {}, "train"),
-        (None, {"predict": ROWS[:3], "val": ROWS[:2]}, "train val predict"),
+        (None, {"predict": ROWS[:3], "val": ROWS[:2], "test": ROWS[:4]}, "train val test predict"),
         (None, {"train": None, "predict": ROWS[:3]}, "predict"),
     ],
 )
 def test_setup_makes_what_a_stage_needs_and_once(no_specials, stage, arguments, made):
     data = PreferenceDataModule(arguments.pop("train", ROWS), no_specials, **arguments)
     data.setup(stage)
-    datasets = {"train": data.train_dataset, "val": data.val_dataset, "predict": data.predict_dataset}
+    datasets = {name: getattr(data, f"{name}_dataset") for name in ("train", "val", "test", "predict")}
     assert [name for name, dataset in datasets.items() if dataset is not None] == made.split()
+    if "test" in made:
+        assert [len(batch["index"]) for batch in data.test_dataloader()] == [4]
     if "predict" in made:
         assert len(data.predict_dataset) == (3 if "predict" in arguments else 2)
     data.setup(stage)
@@ -128,6 +132,7 @@ def test_later_stages_reuse_earlier_datasets(no_specials):
     ("stage", "train", "message"),
     [
         ("fit", None, "Expected `train` for fitting, but got None."),
+        ("test", ROWS, "Expected `test` for testing, but got None."),
         ("validate", ROWS, "Expected `val` or `val_fraction` for validating, but got neither."),
         ("predict", ROWS, "Expected `predict`, `val` or `val_fraction` for predicting, but got none of them."),
     ],
