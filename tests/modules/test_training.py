@@ -329,7 +329,7 @@ def test_configuration_objects_stay_out_of_the_checkpoint(tmp_path):
     run.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
     assert "lora" not in saved
-    assert saved["model_kwargs"] == {"dtype": torch.bfloat16}
+    assert saved["model_kwargs"] == {"dtype": "bfloat16"}
     trainer(max_steps=2).fit(
         LitDPO(tiny_llama(), lora=lora), loader(make_pairs(2), 2), ckpt_path=tmp_path / "last.ckpt"
     )

@@ -1,0 +1,122 @@
+"""What a user can mend ends `lit-did fit` and the others in one line on stderr, which names the nearest good name."""
+
+from __future__ import annotations
+
+import pytest
+
+from lit_did.cli import main
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(f'{{"prompt": "q{n}", "chosen": "yes", "rejected": "no"}}\n' for n in range(4)))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, tiny_model, pairs):
+    """Runs `lit-did` in an empty folder, and returns its exit status and what it wrote on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lit-did"])
+
+    def go(arguments: str, recipe: str | None = None) -> tuple[int, str]:
+        if recipe is not None:
+            (tmp_path / "recipe.yaml").write_text(recipe)
+            arguments += " -c recipe.yaml"
+        words = arguments.replace("MODEL", str(tiny_model)).replace("PAIRS", str(pairs)).split()
+        status = main.main(words)
+        return status, capsys.readouterr().err
+
+    return go
+
+
+BASE = "fit --model.policy MODEL --data.train PAIRS"
+WRONG_OPTIONS = [
+    ("fti", "got fti. Did you mean fit?"),
+    (f"{BASE} --model.betta 1", "got betta. Did you mean beta?"),
+    (f"{BASE} --modle.beta 1", "got --modle.beta. Did you mean --model"),
+    (f"{BASE} --trainer.max_epoch 1", "got --trainer.max_epoch. Did you mean --trainer.max_epochs?"),
+    (f"{BASE} --data.batchsize 1", "got --data.batchsize. Did you mean --data.batch_size?"),
+    (f"{BASE} --outptu x", "got --outptu. Did you mean --output?"),
+    (f"{BASE} pairs.jsonl", "Expected options such as --data.train, but got pairs.jsonl."),
+    ("fit --model lit_did.LitDPOG --data.train PAIRS", "lit_did has no LitDPOG. Did you mean LitDPO"),
+    ("fit --model LitDPOG --data.train PAIRS", "`model` to be a class, but got LitDPOG. Did you mean LitDPO"),
+    (f"{BASE} --model.lora.rank 8", "rank"),
+    (f"{BASE} --optimizer SGDD", "`optimizer` to be a class, but got SGDD. Did you mean SGD?"),
+    (f"{BASE} --optimizer torch.optim.SGD --optimizer.lrr 1", "options of SGD only, but got lrr. Did you mean lr?"),
+    (f"{BASE} --trainer.callbacks EarlyStoping", "got EarlyStoping. Did you mean EarlyStopping?"),
+    (f"{BASE} --model.beta abc", "`model.beta` to be a number, but got 'abc'."),
+    (f"{BASE} --model.beta -1", "Expected `beta` to be"),
+    (f"{BASE} --model.loss sigmod", "Expected `loss` to be one of"),
+    (
+        f"{BASE} --model.schedule cosin",
+        "`model.schedule` to be one of 'constant', 'linear', 'cosine', but got 'cosin'.",
+    ),
+    (f"{BASE} --trainer.max_epochs abc", "`trainer.max_epochs` to be a whole number or None, but got 'abc'."),
+    (f"{BASE} --data.batch_size 0", "Expected `batch_size` to be an integer of at least 1, but got 0."),
+    (f"{BASE} --trainer.accelerator gpuu", "gpuu"),
+    ("fit --model.policy MODEL", "Expected `data.train` to be given"),
+    ("fit --data.train PAIRS", "Expected `model.policy` to be given"),
+    ("fit", "Expected `data.train`, `model.policy` to be given, in a recipe (-c FILE) or as an option (--data.train)."),
+    ("fit --model.beta 0.1 --data.train PAIRS", "Expected `model.policy` to be given"),
+    ("fit -c none.yaml", "none.yaml: No such file"),
+    ("fit --model.policy MODEL --data.train none.jsonl", "none.jsonl"),
+    ("fit --model.policy ./nowhere --data.train PAIRS", "Expected `policy` to be a folder"),
+    (f"{BASE} --model.reference ./nowhere", "Expected `reference` to be a folder"),
+    (f"{BASE} --ckpt_path none.ckpt", "Expected `ckpt_path` to be a checkpoint, but none.ckpt does not exist."),
+    (f"{BASE} --ckpt_path last", "Expected a run in runs/dpo for `--ckpt_path last`, but there is none."),
+    (f"{BASE} --output PAIRS/run", "Expected --output to be a folder that can be made"),
+    ("predict --model.policy MODEL --data.train PAIRS", "lit_did.callbacks.ScoreWriter"),
+    ("test --model.policy MODEL --data.train PAIRS", "Expected `test` for testing, but got None."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_OPTIONS)
+def test_a_wrong_option_is_one_line(run, arguments, message):
+    status, err = run(arguments)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert len(err) < 400
+
+
+WRONG_RECIPES = [
+    (
+        "model: {policy: MODEL, betta: 1}\ndata: {train: PAIRS}\n",
+        "options of LitDPO only, but got betta. Did you mean beta?",
+    ),
+    (
+        "model: {class_path: lit_did.LitDPOG, init_args: {policy: m}}\ndata: {train: p}\n",
+        "has no LitDPOG. Did you mean",
+    ),
+    (
+        "model: {class_path: LitDPOPG, init_args: {policy: m, bta: 1}}\ndata: {train: p}\n",
+        "got bta. Did you mean beta?",
+    ),
+    ("model: {policy: m}\ntrainner: {max_epochs: 1}\ndata: {train: p}\n", "got trainner. Did you mean trainer?"),
+    (
+        "model: {policy: m}\ntrainer: {max_epoch: 1}\ndata: {train: p}\n",
+        "got trainer.max_epoch. Did you mean trainer.max_epochs?",
+    ),
+    ("model: {policy: m}\ndata: {trian: p}\n", "got data.trian. Did you mean data.train?"),
+    (
+        "model: {policy: m}\ndata: {train: p}\ntrainer:\n  callbacks:\n"
+        "  - {class_path: EarlyStopping, init_args: {monitor: a, patiense: 1}}\n",
+        "options of EarlyStopping only, but got patiense. Did you mean patience?",
+    ),
+    ("model: {policy: m, lora: 3}\ndata: {train: p}\n", "Expected `lora` to be"),
+    ("model:\n  policy: m\n  loss: [1\ndata: {train: p}\n", "recipe.yaml, line 4: Expected YAML, but:"),
+    ("- 3\n", "recipe.yaml: Expected YAML with keys such as `model` and `data`, but got [3]."),
+]
+
+
+@pytest.mark.parametrize(("recipe", "message"), WRONG_RECIPES)
+def test_a_wrong_recipe_is_one_line(run, recipe, message):
+    status, err = run("fit", recipe)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert len(err) < 400
