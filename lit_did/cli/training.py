@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +113,7 @@ class Training(LightningCLI):
         config, trainer = self.config, self.config.trainer
         model = config.model.init_args
         for name in ("policy", "reference"):
-            if isinstance(model.get(name), str):
+            if isinstance(model.get(name), str) and model[name] != "adapter":
                 local_folder(model[name], name)
         for name in ("optimizer", "lr_scheduler"):
             if config[name] is not None:
@@ -209,10 +212,10 @@ def _run(command: str, arguments: list[str]) -> int:
     if print_help(command, arguments):
         return 0
     cli = None
-    quieten_lightning()
     try:
-        cli = Training(command, arguments)
-        getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, weights_only=True)
+        with _without_hints():
+            cli = Training(command, arguments)
+            getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, weights_only=True)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except Exception as error:
@@ -228,6 +231,20 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "fit" and cli.trainer.is_global_zero and not cli.config.quiet:
         print(_summary(cli))
     return 0
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Keeps Lightning's hints off the screen; warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _how_to_continue(cli: Training | None) -> str:

@@ -95,12 +95,12 @@ WRONG_RECIPES = [
         "model: {class_path: LitDPOPG, init_args: {policy: m, bta: 1}}\ndata: {train: p}\n",
         "got bta. Did you mean beta?",
     ),
-    ("model: {policy: m}\ntrainner: {max_epochs: 1}\ndata: {train: p}\n", "got trainner. Did you mean trainer?"),
+    ("model: {policy: m}\ntrainr: {max_epochs: 1}\ndata: {train: p}\n", "got trainr. Did you mean trainer?"),
     (
         "model: {policy: m}\ntrainer: {max_epoch: 1}\ndata: {train: p}\n",
         "got trainer.max_epoch. Did you mean trainer.max_epochs?",
     ),
-    ("model: {policy: m}\ndata: {trian: p}\n", "got data.trian. Did you mean data.train?"),
+    ("model: {policy: m}\ndata: {trayn: p}\n", "got data.trayn. Did you mean data.train?"),
     (
         "model: {policy: m}\ndata: {train: p}\ntrainer:\n  callbacks:\n"
         "  - {class_path: EarlyStopping, init_args: {monitor: a, patiense: 1}}\n",
