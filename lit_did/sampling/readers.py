@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_did.functional.enumeration import NextToken
 from lit_did.models.forward import num_positions
@@ -136,8 +137,8 @@ class CachedModel:
         return self._close(*(unmasked(x.double()).log_softmax(-1) for x in (logits[row], whole)))
 
     def agrees_on(self, prompt: Tensor, completion: Tensor, log_prob: Tensor) -> bool:
-        """Whether one forward pass gives the log-probability of `completion` [m] after `prompt` [1, t]."""
-        row = torch.cat([prompt[0], completion])[None].to(next(self._model.parameters()).device)
+        """Whether one forward pass gives the log-probability of `completion` [m] after `prompt` [t]."""
+        row = torch.cat([prompt, completion])[None].to(next(self._model.parameters()).device)
         length = len(completion)
         logits = unmasked(self._forward(row[:, :-1], length)[0, -length:].double())
         return self._close(log_prob, logits.log_softmax(-1).gather(1, row[0, -length:, None]).sum().cpu())
@@ -192,6 +193,15 @@ def warn_without_cache(name: str, reason: str) -> None:
     )
 
 
+def warn_without_padding(name: str) -> None:
+    """Warns that prompts of different lengths are read one after the other."""
+    warnings.warn(
+        f"{name} gives other results for prompts that are padded to one length than in its own forward pass, so it "
+        "reads prompts of different lengths one after the other. Results are right, but sampling is slower.",
+        stacklevel=3,
+    )
+
+
 class CachedFunction:
     """A function from prefixes [n, t] to logits [n, V], read like a `CachedModel`; it begins with one empty prefix."""
 
@@ -218,23 +228,24 @@ class CachedFunction:
 def as_readers(
     policy: nn.Module | NextToken,
     reference: nn.Module | NextToken | None,
-    prompt: Tensor | Sequence[int] | None,
+    prompts: Sequence[Tensor] | None,
     max_new_tokens: int,
     *,
     cache: bool = True,
-) -> tuple[CachedModel, CachedModel, Tensor] | tuple[CachedFunction, CachedFunction, Tensor]:
-    """Both models, ready to read, and the prompt [1, t] to read first.
+) -> tuple[CachedModel, CachedModel, tuple[Tensor, ...]] | tuple[CachedFunction, CachedFunction, tuple[Tensor, ...]]:
+    """Both models, ready to read, and what to read first: the arguments of `read`.
 
     Args:
         policy: A causal language model or a function of prefixes.
         reference: The same, or None for a PeftModel that is read without its adapter.
-        prompt: [t] or [1, t] token ids for language models, None for functions.
-        max_new_tokens: How many tokens will follow the prompt.
+        prompts: For language models what `checked_prompt` returns, once for each row. They are padded on the left to
+            the longest. None for functions.
+        max_new_tokens: How many tokens will follow a prompt.
         cache: Whether language models use their caches.
 
     Raises:
-        TypeError: A model or the prompt has the wrong type.
-        ValueError: The models do not belong together, or the prompt does not fit them.
+        TypeError: A model has the wrong type.
+        ValueError: The models do not belong together, or a prompt does not fit them.
     """
     if not isinstance(policy, nn.Module):
         functions = []
@@ -245,20 +256,29 @@ def as_readers(
                     f"but got {type(function).__name__}."
                 )
             functions.append(CachedFunction(function, name))
-        if prompt is not None:
+        if prompts is not None:
             raise ValueError("Expected `prompt` to be None because the models are functions, but got one.")
-        return functions[0], functions[1], torch.zeros(1, 0).long()
+        return functions[0], functions[1], (torch.zeros(1, 0).long(),)
     model, without_adapter = second_model(policy, reference)
     first, second = CachedModel(policy, cache=cache), CachedModel(model, without_adapter=without_adapter, cache=cache)
-    prompt = _checked_prompt(prompt)
+    if prompts is None:
+        raise ValueError("Expected `prompt` to be the token ids that completions follow, but got None.")
     for name, read, reader in (("policy", policy, first), ("reference", model, second)):
-        check_token_ids("prompt", prompt, read, f"`{name}`")
-        if prompt.shape[1] + max_new_tokens - 1 > reader.max_tokens:  # the last token is not read
-            raise ValueError(
-                f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together because "
-                f"`{name}` has {reader.max_tokens} positions, but got {prompt.shape[1]} and {max_new_tokens}."
-            )
-    return first, second, prompt
+        for prompt in prompts:
+            check_token_ids("prompt", prompt, read, f"`{name}`")
+            if len(prompt) + max_new_tokens - 1 > reader.max_tokens:  # the last token is not read
+                raise ValueError(
+                    f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together "
+                    f"because `{name}` has {reader.max_tokens} positions, but got {len(prompt)} and {max_new_tokens}."
+                )
+    return first, second, left_padded(prompts)
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """[n, t] token ids of `prompts` [t], 0 where they are padded, and their attention mask."""
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    token_ids, mask = (pad_sequence(list(rows), True, padding_side="left") for rows in (prompts, ones))
+    return token_ids, mask
 
 
 def second_model(policy: Any, reference: Any) -> tuple[nn.Module, bool]:
@@ -296,10 +316,13 @@ def check_token_ids(argument: str, token_ids: Tensor, model: nn.Module, name: st
         raise ValueError(f"Expected `{argument}` to be token ids of at least 0{below}, but got {got}.")
 
 
-def _checked_prompt(prompt: Tensor | Sequence[int] | None) -> Tensor:
-    """[1, t] int64."""
-    if prompt is None:
-        raise ValueError("Expected `prompt` to be the token ids that completions follow, but got None.")
+def checked_prompt(prompt: Tensor | Sequence[int]) -> Tensor:
+    """[t] int64, on the CPU.
+
+    Raises:
+        TypeError: `prompt` is no tensor and no list.
+        ValueError: It does not hold integers, or has another shape than [t] or [1, t].
+    """
     if not isinstance(prompt, Tensor | list | tuple):
         raise TypeError(
             f"Expected `prompt` to be token ids, a tensor or a list, but got {type(prompt).__name__}. Pass the "
@@ -314,7 +337,7 @@ def _checked_prompt(prompt: Tensor | Sequence[int] | None) -> Tensor:
     token_ids = token_ids[None] if token_ids.dim() == 1 else token_ids
     if token_ids.dim() != 2 or len(token_ids) != 1 or not token_ids.shape[1] or token_ids.dtype not in INTEGERS:
         raise ValueError(f"{expected} {token_ids.dtype} {tuple(token_ids.shape)}.")
-    return token_ids.long()
+    return token_ids[0].cpu().long()
 
 
 def _max_tokens(model: Any) -> float:

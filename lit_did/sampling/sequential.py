@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,12 +18,14 @@ from lit_did.sampling.readers import (
     CachedFunction,
     CachedModel,
     as_readers,
+    checked_prompt,
     ends_of,
     unmasked,
     warn_without_cache,
+    warn_without_padding,
 )
 
-_COMPARED = 8  # completions that a model reads once more, whole
+_COMPARED, _LEAST_COMPARED = 8, 2  # completions that a model reads once more, whole; of each of several prompts
 
 
 @short_repr
@@ -141,54 +143,110 @@ def sample_did(
         >>> round(samples.estimate.entropy, 2), round(float(exact.entropy), 2)
         (2.73, 2.73)
     """
-    _check(num_samples, num_islands, max_new_tokens, ess_threshold, seed)
+    settings = Settings(max_new_tokens, num_samples, num_islands, ess_threshold, confidence).checked()
+    check_seed(seed)
     check_bools(progress=progress)
-    check_confidence(confidence)
+    prompts = None if prompt is None else [checked_prompt(prompt)]
     ends = ends_of(policy, eos_token_id)
+    with tqdm(total=max_new_tokens, desc="DID", unit="token", disable=not progress) as bar:
+        return draw(policy, reference, prompts, [seed], ends, settings, lambda step: bar.update(step - bar.n))[0]
+
+
+class Settings(NamedTuple):
+    """How to sample; `sample_did` describes the fields."""
+
+    max_new_tokens: int
+    num_samples: int
+    num_islands: int
+    ess_threshold: float
+    confidence: float
+
+    def checked(self) -> Settings:
+        """The same; raises TypeError or ValueError if a field is wrong."""
+        islands = self.num_islands
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("num_islands", islands, 3)
+        check_integer("num_samples", self.num_samples, 2 * islands)
+        if self.num_samples % islands:
+            raise ValueError(
+                f"Expected `num_samples` to be a multiple of `num_islands`, {islands}, but got {self.num_samples}."
+            )
+        check_range("ess_threshold", self.ess_threshold, "[0, 1]")
+        check_confidence(self.confidence)
+        return self
+
+
+def draw(
+    policy: nn.Module | NextToken,
+    reference: nn.Module | NextToken | None,
+    prompts: Sequence[Tensor] | None,
+    seeds: Sequence[int],
+    ends: list[int],
+    settings: Settings,
+    report: Callable[[int], object],
+) -> list[DIDSamples]:
+    """`sample_did` of several prompts, whose particles the models read together.
+
+    A prompt's random numbers come from its own seed, so its samples are those of the prompt alone, up to the rounding
+    of the models' logits.
+
+    Args:
+        policy, reference: As for `sample_did`.
+        prompts: What `checked_prompt` returns for each prompt. None: the models are functions.
+        seeds: One for each prompt.
+        ends: The tokens that end a completion.
+        settings: Checked.
+        report: Called with the number of tokens that all particles have.
+    """
     for cache in (True, False):
-        first, second, token_ids = as_readers(policy, reference, prompt, max_new_tokens, cache=cache)
-        generator = torch.Generator().manual_seed(seed)
-        particles = _Particles(num_samples, num_islands, max_new_tokens)
-        log_num_completions = _grow(particles, first, second, token_ids, ends, ess_threshold, generator, progress)
-        wrong = _wrong_caches(particles, first, second, token_ids) if cache else []
+        first, second, unread = as_readers(policy, reference, prompts, settings.max_new_tokens, cache=cache)
+        particles = _Particles(settings, seeds)
+        log_num_completions = _grow(particles, first, second, unread, ends, settings, report)
+        wrong = _wrong_caches(particles, first, second, prompts) if cache and prompts else []
         if not wrong:
             break
+        if len({len(prompt) for prompt in prompts or ()}) > 1:
+            warn_without_padding(" and ".join(wrong))
+            alone = [
+                draw(policy, reference, [prompt], [seed], ends, settings, report)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+            return [samples for (samples,) in alone]
         warn_without_cache(" and ".join(wrong), "gives other results with its cache than in its own forward pass")
-    return particles.result(confidence, log_num_completions)
+    return particles.results(settings.confidence, log_num_completions)
 
 
 def _grow(
     particles: _Particles,
     policy: CachedModel | CachedFunction,
     reference: CachedModel | CachedFunction,
-    prompt: Tensor,
+    unread: tuple[Tensor, ...],
     ends: list[int],
-    ess_threshold: float,
-    generator: torch.Generator,
-    progress: bool,
+    settings: Settings,
+    report: Callable[[int], object],
 ) -> float:
     """Grows the particles to their ends; the logarithm of how many completions there are."""
-    num_samples, max_new_tokens = particles.completions.shape
-    # All particles begin with the same prompt, which is read once.
-    own, parents, unread = torch.arange(num_samples), torch.zeros(num_samples, dtype=torch.long), prompt
-    for step in tqdm(range(max_new_tokens), desc="DID", unit="token", disable=not progress):
-        policy_logits, reference_logits = policy.read(unread), reference.read(unread)
+    own, max_new_tokens = torch.arange(len(particles.ended)), settings.max_new_tokens
+    parents = own // settings.num_samples  # all particles of a prompt begin with the same row, which is read once
+    for step in range(max_new_tokens):
+        policy_logits, reference_logits = policy.read(*unread), reference.read(*unread)
         if step == 0:
             after = _log_completions(policy_logits.shape[-1], ends, max_new_tokens)
             particles.log_partition += after[max_new_tokens]  # the number of all completions
-        ended = particles.ended[: len(policy_logits)]  # False for the prompt
+        ended = particles.ended[: len(policy_logits)]  # False for prompts
         twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
         particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
-        ancestors = particles.resample(ess_threshold, generator)
+        ancestors = particles.resample(settings.ess_threshold)
         parents = parents[ancestors]
-        tokens = twisted.draw(parents, generator)
+        tokens = twisted.draw(parents, particles.uniform())
         particles.add(step, tokens, *twisted.of(parents, tokens), ends)
+        report(step + 1)
         if particles.ended.all():
             break
         if step == 0 or not torch.equal(ancestors, own):  # saves a copy of keys and values
             policy.select(parents)
             reference.select(parents)
-        parents, unread = own, tokens[:, None]
+        parents, unread = own, (tokens[:, None],)
     return float(after[max_new_tokens])
 
 
@@ -196,18 +254,21 @@ def _wrong_caches(
     particles: _Particles,
     policy: CachedModel | CachedFunction,
     reference: CachedModel | CachedFunction,
-    prompt: Tensor,
+    prompts: Sequence[Tensor],
 ) -> list[str]:
     """Names of models that give some completions other log-probabilities in one forward pass over all their tokens.
 
     This finds a cache that goes wrong anywhere, such as beyond a window, when rows are reordered, or before it failed.
+    It also finds a model that does not leave padding out.
     """
-    compared = range(0, len(particles.completions), max(1, len(particles.completions) // _COMPARED))
+    each = len(particles.completions) // len(prompts)
+    compared = max(_LEAST_COMPARED, _COMPARED // len(prompts))
+    rows = [range(i * each, (i + 1) * each, max(1, each // compared)) for i in range(len(prompts))]
     wrong = set()
     for reader, log_probs in ((policy, particles.logprobs[0]), (reference, particles.logprobs[1])):
         if not isinstance(reader, CachedModel) or not reader.has_cached:
             continue
-        for row in compared:
+        for prompt, row in ((prompt, row) for prompt, some in zip(prompts, rows, strict=True) for row in some):
             completion = particles.completions[row]
             if not reader.agrees_on(prompt, completion[completion >= 0], log_probs[row]):
                 wrong.add(reader.name)
@@ -216,27 +277,42 @@ def _wrong_caches(
 
 
 class _Particles:
-    """K completions as they grow, their weights, and the sums of every island. float64, on the CPU."""
+    """The completions of every prompt as they grow, their weights, and each island's sums. float64, on the CPU.
 
-    def __init__(self, num_samples: int, num_islands: int, max_new_tokens: int) -> None:
-        self.completions = torch.full((num_samples, max_new_tokens), -1)
-        self.ended = torch.zeros(num_samples, dtype=torch.bool)
-        self.logprobs = torch.zeros(3, num_samples, dtype=torch.float64)  # policy's, reference's, proposal's
-        self.log_weight = torch.zeros(num_islands, num_samples // num_islands, dtype=torch.float64)  # since resampling
-        self.log_partition = torch.zeros(num_islands, dtype=torch.float64)  # until resampling
-        self.control = torch.zeros(num_islands, dtype=torch.float64)  # the control variate, of mean 0
-        self.num_resamplings = torch.zeros(num_islands, dtype=torch.long)
+    A prompt has K particles in some islands, and its own random numbers. n counts the particles of all prompts.
+    """
+
+    def __init__(self, settings: Settings, seeds: Sequence[int]) -> None:
+        self._num_samples, self._num_islands = settings.num_samples, settings.num_islands
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        particles, islands = len(seeds) * settings.num_samples, len(seeds) * settings.num_islands
+        self.completions = torch.full((particles, settings.max_new_tokens), -1)
+        self.ended = torch.zeros(particles, dtype=torch.bool)
+        self.logprobs = torch.zeros(3, particles, dtype=torch.float64)  # policy's, reference's, proposal's
+        self.log_weight = torch.zeros(islands, particles // islands, dtype=torch.float64)  # since resampling
+        self.log_partition = torch.zeros(islands, dtype=torch.float64)  # until resampling
+        self.control = torch.zeros(islands, dtype=torch.float64)  # the control variate, of mean 0
+        self.num_resamplings = torch.zeros(islands, dtype=torch.long)
+
+    def uniform(self) -> Tensor:
+        """[n] random numbers in [0, 1)."""
+        return self._random(self._num_samples)
+
+    def _random(self, count: int) -> Tensor:
+        """`count` numbers for each prompt, from its own generator."""
+        return torch.cat([torch.rand(count, dtype=torch.float64, generator=g) for g in self._generators])
 
     def weigh(self, log_increment: Tensor) -> None:
-        """Multiplies the weights of completions that go on; [K]."""
+        """Multiplies the weights of completions that go on; [n]."""
         self.log_weight += log_increment.masked_fill(self.ended, 0).view_as(self.log_weight)
 
-    def resample(self, ess_threshold: float, generator: torch.Generator) -> Tensor:
-        """[K] the particle that each one goes on with: systematic resampling, island by island, where it is due."""
+    def resample(self, ess_threshold: float) -> Tensor:
+        """[n] the particle that each one goes on with: systematic resampling, island by island, where it is due."""
         num_islands, each = self.log_weight.shape
         weight = self.log_weight.softmax(1)
         due = 1 / weight.square().sum(1) < ess_threshold * each
-        positions = (torch.rand(num_islands, 1, dtype=torch.float64, generator=generator) + torch.arange(each)) / each
+        due &= ~self.ended.view_as(weight).all(1)  # what a prompt alone would no longer do
+        positions = (self._random(self._num_islands)[:, None] + torch.arange(each)) / each
         drawn = torch.searchsorted(weight.cumsum(1), positions).clamp(max=each - 1)
         own = torch.arange(each).expand(num_islands, -1)
         ancestors = (torch.where(due[:, None], drawn, own) + each * torch.arange(num_islands)[:, None]).flatten()
@@ -248,33 +324,56 @@ class _Particles:
         return ancestors
 
     def add(self, step: int, tokens: Tensor, logprobs: Tensor, surprise: Tensor, ends: list[int]) -> None:
-        """Adds token number `step` [K] to those that go on: `logprobs` [3, K], `surprise` [K] of its log-ratio."""
+        """Adds token number `step` [n] to those that go on: `logprobs` [3, n], `surprise` [n] of its log-ratio."""
         going = ~self.ended
         self.completions[going, step] = tokens[going]
         self.logprobs += torch.where(going, logprobs, 0)
         self.control += (self.log_weight.softmax(1) * surprise.view_as(self.log_weight)).sum(1)  # 0 where ended
         self.ended |= torch.isin(tokens, torch.tensor(ends, dtype=torch.long))
 
-    def result(self, confidence: float, log_num_completions: float) -> DIDSamples:
+    def results(self, confidence: float, log_num_completions: float) -> list[DIDSamples]:
+        """Of every prompt."""
         each = self.log_weight.shape[1]
         log_partition = self.log_partition + self.log_weight.logsumexp(1) - math.log(each)
-        policy_logprob, reference_logprob, proposal_logprob = self.logprobs
-        log_ratio = (policy_logprob - reference_logprob).view_as(self.log_weight)
+        log_ratio = (self.logprobs[0] - self.logprobs[1]).view_as(self.log_weight)
         mean_log_ratio = (self.log_weight.softmax(1) * log_ratio).sum(1) - self.control
-        log_weight = (self.log_weight.log_softmax(1) + log_partition.log_softmax(0)[:, None]).flatten()
-        return DIDSamples(
-            self.completions,
-            (self.completions >= 0).sum(1),
-            log_weight,
-            policy_logprob,
-            reference_logprob,
-            proposal_logprob,
-            log_partition,
-            log_partition - mean_log_ratio,
-            self.num_resamplings,
-            log_num_completions,
-            estimate_from_islands(log_partition, mean_log_ratio, log_weight, self.completions, confidence),
-        )
+        return [
+            _result(*parts, confidence, log_num_completions)
+            for parts in zip(
+                self.completions.split(self._num_samples),
+                self.logprobs.split(self._num_samples, 1),
+                *(
+                    x.split(self._num_islands)
+                    for x in (self.log_weight, log_partition, mean_log_ratio, self.num_resamplings)
+                ),
+                strict=True,
+            )
+        ]
+
+
+def _result(
+    completions: Tensor,
+    logprobs: Tensor,
+    log_weight: Tensor,
+    log_partition: Tensor,
+    mean_log_ratio: Tensor,
+    num_resamplings: Tensor,
+    confidence: float,
+    log_num_completions: float,
+) -> DIDSamples:
+    """Of one prompt."""
+    log_weight = (log_weight.log_softmax(1) + log_partition.log_softmax(0)[:, None]).flatten()
+    return DIDSamples(
+        completions,
+        (completions >= 0).sum(1),
+        log_weight,
+        *logprobs,
+        log_partition,
+        log_partition - mean_log_ratio,
+        num_resamplings,
+        log_num_completions,
+        estimate_from_islands(log_partition, mean_log_ratio, log_weight, completions, confidence),
+    )
 
 
 class _Twisted:
@@ -331,9 +430,9 @@ class _Twisted:
         """[n] float64: the logarithm of the proposal's normalizer."""
         return self._log_sum.cpu() + self._log_following
 
-    def draw(self, parents: Tensor, generator: torch.Generator) -> Tensor:
-        """[K] a token for each of K particles, whose prefixes `parents` [K] numbers."""
-        uniform = torch.rand(len(parents), dtype=torch.float64, generator=generator).to(self._probability.device)
+    def draw(self, parents: Tensor, uniform: Tensor) -> Tensor:
+        """[K] a token for each of K particles with prefixes `parents` [K], by random numbers [K] in [0, 1)."""
+        uniform = uniform.to(self._probability.device)
         rows = max(1, 2**23 // self._probability.shape[-1])  # 64 MiB of sums
         tokens = []
         for parent, u in zip(parents.to(uniform.device).split(rows), uniform.split(rows), strict=True):
@@ -370,18 +469,8 @@ def _wide(logits: Tensor) -> Tensor:
     return unmasked(logits.detach() if logits.dtype == torch.float64 else logits.detach().float())
 
 
-def _check(num_samples: int, num_islands: int, max_new_tokens: int, ess_threshold: float, seed: int) -> None:
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("num_islands", num_islands, 3),
-        ("num_samples", num_samples, 2 * num_islands if isinstance(num_islands, int) else 6),
-    ):
-        check_integer(name, value, least)
-    if num_samples % num_islands:
-        raise ValueError(
-            f"Expected `num_samples` to be a multiple of `num_islands`, {num_islands}, but got {num_samples}."
-        )
+def check_seed(seed: int) -> None:
+    """Raises TypeError or ValueError unless torch can take it."""
     check_integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"Expected `seed` to be an integer of 64 bits, but got {seed!r}.")
-    check_range("ess_threshold", ess_threshold, "[0, 1]")
