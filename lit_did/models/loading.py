@@ -17,6 +17,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.models.adapters import ADAPTER, adapter_config, adapter_folder, check_one_adapter, import_peft, on_base
 from lit_did.models.names import load_by_name
+from lit_did.models.quantisation import keep_gradients, quantised
 from lit_did.models.wrappers import adapter_marks, is_peft
 
 
@@ -30,7 +31,8 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
         model: "smollm2", a folder or a name of the hub. The name of an adapter loads it on its base model, as a
             `peft.PeftModel` whose adapter trains. A module is returned unchanged.
         argument: The name of the argument, for errors.
-        model_kwargs: Arguments of `from_pretrained`, which may set another `dtype`.
+        model_kwargs: Arguments of `from_pretrained`, which may set another `dtype`, or a `quantization_config` as an
+            object or a dict.
 
     Raises:
         TypeError: `model` is of another type.
@@ -48,9 +50,13 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
         folder = adapter_folder(name, options)
         # transformers looks for an adapter of the same name, and would ask the hub for it.
         where = {key: value for key, value in options.items() if key == "local_files_only"}
-        return folder or AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
+        if folder is not None:
+            return folder
+        loaded = AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
+        keep_gradients(loaded)
+        return loaded
 
-    options = {"dtype": torch.float32, **_renamed(model_kwargs)}
+    options = {"dtype": torch.float32, **quantised(_renamed(model_kwargs))}
     found = load_by_name(load, model, argument, **options)
     if isinstance(found, nn.Module):
         return found
@@ -117,7 +123,8 @@ def load_reference(reference: str | os.PathLike | nn.Module, policy: nn.Module) 
     """
     if isinstance(reference, nn.Module):
         return reference
-    return freeze(load_model(reference, "reference", {"dtype": next(policy.parameters()).dtype}))
+    dtype = next(parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point())
+    return freeze(load_model(reference, "reference", {"dtype": dtype}))
 
 
 def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.Module:

@@ -27,6 +27,7 @@ from lit_did.models.loading import (
     is_sharded,
 )
 from lit_did.models.loading import freeze as freeze_model
+from lit_did.models.quantisation import keep_gradients
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import inner, is_peft, unwrapped
@@ -152,6 +153,7 @@ class PolicyAndReference(nn.Module):
                 f"`outputs(sequences, device)`, but got {type(reference).__name__}. Load a model by its name with "
                 "AutoModelForCausalLM.from_pretrained."
             )
+        keep_gradients(self)
         if adapter is not None:
             check_adapter(adapter, unwrapped(policy) if reference is None and is_peft(unwrapped(policy)) else None)
 

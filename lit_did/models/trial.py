@@ -45,6 +45,7 @@ from lit_did.models.forward import (
     text_config,
 )
 from lit_did.models.loading import is_sharded
+from lit_did.models.quantisation import computes_in_half
 from lit_did.models.quiet import eval_mode, random_numbers_kept
 from lit_did.models.wrappers import inner
 
@@ -239,6 +240,8 @@ class _Answer(NamedTuple):
     logits: Tensor
     """[compared tokens, V]"""
     gradients: list[Tensor] | None
+    half: bool
+    """Whether they were computed in half precision, at least in part."""
 
 
 def _try(
@@ -275,7 +278,8 @@ def _try(
     def right(values: list[Layout], of_gradients: Layout) -> bool:
         """Whether logits agree in some layouts, which may be long, and gradients in one, which is short."""
         try:
-            agrees = all(_close(_answer(model, known.body, v, None).logits, truth.logits) for v in values) and (
+            answers = (_answer(model, known.body, value, None) for value in values)
+            agrees = all(_close(answer.logits, truth.logits, truth.half) for answer in answers) and (
                 parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
             )
         except Exception as error:  # the model does not know this layout, or it does not fit into memory
@@ -369,6 +373,7 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
             return completion_logits(model, layout)[0]
 
     first = logits(middle, forgets=True)
+    half = _is_half(first) or torch.is_autocast_enabled(device.type) or computes_in_half(model)
     if first.shape[1] <= int(compared.input_ids.max(initial=0)):
         raise TypeError(
             f"Expected a causal language model, but the logits of {name} have {first.shape[1]} classes, fewer than "
@@ -377,17 +382,17 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     if len(other) > 3:
         expected = logits(long._replace(labels=early))
         # The shapes are the same, so only a kernel that groups tokens, such as experts', may round differently.
-        if not _close(logits(long._replace(input_ids=other, labels=early)), expected, CAUSAL_TOLERANCE):
+        if not _close(logits(long._replace(input_ids=other, labels=early)), expected, half, CAUSAL_TOLERANCE):
             raise TypeError(
                 f"Expected a causal language model, but in {name} a later token changes an earlier logit. It would "
                 "see the tokens that it has to predict. Pass a decoder. Some encoders become one with "
                 "`is_decoder=True` in their configuration."
             )
     logits(long)
-    if _close(logits(middle), first):
+    if _close(logits(middle), first, half):
         return False
     logits(long)
-    if not _close(logits(middle, forgets=True), first):
+    if not _close(logits(middle, forgets=True), first, half):
         raise ValueError(
             f"Expected a model whose outputs depend on its arguments only, but {name} returned different logits for "
             "the same sequence after another one."
@@ -440,22 +445,21 @@ def _answer(model: nn.Module, body: nn.Module | None, layout: Layout, parameters
             logits = completion_logits(model, layout)[0]
         else:
             logits = output_layer(model).logits(completion_hidden(model, layout, body))
+        half = _is_half(logits) or torch.is_autocast_enabled(logits.device.type) or computes_in_half(model)
         if parameters is None:
-            return _Answer(logits, None)
+            return _Answer(logits, None, half)
         objective = logits.float().log_softmax(-1).gather(1, layout.labels[:, None]).mean()
         gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
-    return _Answer(logits.detach(), list(gradients))
+    return _Answer(logits.detach(), list(gradients), half)
 
 
 def _agree(answer: _Answer, truth: _Answer) -> bool:
-    if not _close(answer.logits, truth.logits):
+    if not _close(answer.logits, truth.logits, truth.half):
         return False
     if truth.gradients is None:
         return True
     assert answer.gradients is not None
-    autocast = torch.is_autocast_enabled(truth.logits.device.type)
-    half = autocast or _is_half(truth.logits) or _is_half(truth.gradients[0])
-    tolerance = 2 * HALF_TOLERANCE if half else 1e-3
+    tolerance = 2 * HALF_TOLERANCE if truth.half or _is_half(truth.gradients[0]) else 1e-3
     # A gradient near 0, such as that of a bias that the softmax cancels, is rounding. It is compared with the others.
     norms = [gradient.float().norm() for gradient in truth.gradients]
     least = 1e-2 * torch.stack(norms).norm()
@@ -465,9 +469,8 @@ def _agree(answer: _Answer, truth: _Answer) -> bool:
     )
 
 
-def _close(logits: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
+def _close(logits: Tensor, expected: Tensor, half: bool, tolerance: float = TOLERANCE) -> bool:
     """Whether they differ by rounding only. NaN equals NaN, so that broken weights do not change the layout."""
-    half = _is_half(expected) or torch.is_autocast_enabled(expected.device.type)
     logits, expected = logits.float(), expected.float()
     if half:  # compared as a whole, because single logits may differ a lot in deep models
         same = torch.isfinite(logits) == torch.isfinite(expected)

@@ -14,6 +14,7 @@ from lit_did.arguments import check_choice, check_integer
 from lit_did.batches.sequences import Sequences
 from lit_did.models.adapters import ADAPTER
 from lit_did.models.dropout import active_dropout, random_modules
+from lit_did.models.quantisation import computes_in_half, plain_config
 from lit_did.modules.micro_batches import MicroBatches
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import Backend
@@ -35,14 +36,15 @@ def check_training_step(micro_batches: MicroBatches | None) -> MicroBatches:
     return micro_batches
 
 
-def check_loading(lora: Any, model_kwargs: Any, backend: Any) -> None:
-    """Raises TypeError or ValueError unless they are what LitDPO documents."""
+def check_loading(lora: Any, model_kwargs: Any, backend: Any) -> Mapping[str, Any] | None:
+    """Raises TypeError or ValueError unless they are what LitDPO documents. Returns `model_kwargs` for checkpoints."""
     check_choice("backend", backend, Backend)
     # A PeftConfig is recognised without importing peft.
     if lora is not None and not isinstance(lora, Mapping) and not hasattr(lora, "peft_type"):
         raise TypeError(f"Expected `lora` to be a peft.LoraConfig, its arguments as a dict or None, but got {lora!r}.")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
         raise TypeError(f"Expected `model_kwargs` to be a dict or None, but got {model_kwargs!r}.")
+    return plain_config(model_kwargs)
 
 
 def cache_folder(cache_reference: Any) -> str | None:
@@ -147,7 +149,8 @@ def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics
     """
     log_ratio = statistics.log_ratio.detach()
     parameter = next(policy.parameters())
-    full = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
+    autocast = torch.is_autocast_enabled(parameter.device.type)
+    full = parameter.dtype == torch.float32 and not autocast and not computes_in_half(policy)
     # Rounding grows with length. A token's log-probability is exact to 1e-5 in float32, to 1e-2 in half precision.
     tolerance = (1e-4 if full else 1e-2) * statistics.num_tokens
     largest = log_ratio.abs().max()

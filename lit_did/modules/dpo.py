@@ -156,7 +156,7 @@ class LitDPO(PairModule):
         loss, reference_free = plain_loss(loss), self.objective.reference_free
         cache_reference = cache_folder(cache_reference)
         policy, reference = check_models(policy, reference, cache_reference, reference_free, loss)
-        check_loading(lora, model_kwargs, backend)
+        model_kwargs = check_loading(lora, model_kwargs, backend)
         check_bools(disable_dropout=disable_dropout, gradient_checkpointing=gradient_checkpointing)
         check_bools(padding_free=padding_free, share_prompts=share_prompts, recompute_elementwise=recompute_elementwise)
         check_micro_batch_tokens(micro_batch_tokens)

@@ -19,6 +19,7 @@ from lit_did.batches.sequences import Sequences
 from lit_did.models import forward, loading
 from lit_did.models.dropout import switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
+from lit_did.models.quantisation import check_has_adapter
 from lit_did.models.wrappers import plain_name
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import keep_noise_out, warn_unless_policy_is_reference
@@ -168,7 +169,8 @@ class PolicyModule(TrainedState):
         check_unsharded_with_ddp(self)
 
     def on_fit_start(self) -> None:
-        """Refuses a strategy under which parameters would drift apart."""
+        """Refuses a quantised policy without an adapter, and a strategy under which parameters would drift apart."""
+        check_has_adapter(self.loaded_models().policy)
         check_gradients_are_exchanged(self)
 
     def on_train_start(self) -> None:

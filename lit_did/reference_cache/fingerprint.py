@@ -21,6 +21,8 @@ from lit_did.reference_cache.storage import KEY_BYTES
 _blake2b = partial(hashlib.blake2b, digest_size=KEY_BYTES)
 # Fields of a configuration that may differ between equal models: their source, and what the weights show themselves.
 _NOT_ARCHITECTURE = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
+# Types of tensors whose values are all on this process. Two are those of bitsandbytes.
+_WHOLE = {"Tensor", "Parameter", "Params4bit", "Int8Params"}
 
 
 def sequence_keys(sequences: Sequences) -> list[bytes]:
@@ -89,7 +91,7 @@ def quick_digest(model: nn.Module, values: int = 64, *, adapter: bool = False) -
     """
     model = unwrapped(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()]) if adapter else _tensors(model)
-    if any(t.is_meta or not t.numel() or type(t) not in (nn.Parameter, Tensor) for t in tensors.values()):
+    if any(t.is_meta or not t.numel() or type(t).__name__ not in _WHOLE for t in tensors.values()):
         return None
     digest = _blake2b()
     for name, tensor in sorted(tensors.items()):
