@@ -11,7 +11,7 @@ import torch
 
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
-from lit_did.cli.output import Finished, make_parent, whole_file
+from lit_did.cli.output import Finished, make_parent
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
@@ -116,8 +116,7 @@ def score(
             print(f"Stopped after {done} of {len(scorer.dataset)} pairs. Run the same command again to go on.")
             return 130
         scored = [row for rows in finished.results for row in rows]
-        with whole_file(path) as beside:
-            write_table(scorer.table(scored, texts=texts), beside)
+        write_table(scorer.table(scored, texts=texts), path)
         finished.remove()
     if not quiet:
         print(f"{len(scored)} pairs of {scorer.dataset.num_rows} rows\n{describe(summarize(scored))}")

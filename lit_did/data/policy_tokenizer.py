@@ -38,11 +38,11 @@ def name_of_policy_tokenizer(trainer: Any) -> str:
             "Expected `tokenizer` to be given, because `policy` is a model that was loaded from nowhere, so that its "
             f"tokenizer cannot be found, but got None. {remedy}"
         )
-    return _base_of_adapter(os.fspath(name))
+    return tokenizer_name(os.fspath(name))
 
 
-def _base_of_adapter(name: str) -> str:
-    """The base model of an adapter's folder that holds no tokenizer; else the name itself."""
+def tokenizer_name(name: str) -> str:
+    """The name or folder of a policy's tokenizer: of an adapter's folder without one that of its base model."""
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

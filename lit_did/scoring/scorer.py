@@ -17,6 +17,7 @@ from lit_did.batches.sequences import Sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.columns import read_columns
 from lit_did.data.dataset import Example, PreferenceDataset
+from lit_did.data.policy_tokenizer import tokenizer_name
 from lit_did.data.reading import Columns, OnBadRows, read_rows
 from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import check_chat_template, describe_unread
@@ -292,18 +293,18 @@ def device_of(device: str | torch.device | None) -> torch.device:
         ) from error
 
 
-def tokenizer_of(policy: Model) -> Any:
+def tokenizer_of(policy: Model) -> str:
     """The name or path of a policy's tokenizer.
 
     Raises:
         ValueError: The policy is a model that was not loaded by name.
     """
-    if not isinstance(policy, nn.Module):
-        return policy
-    name = getattr(policy, "name_or_path", "") or getattr(getattr(policy, "config", None), "name_or_path", "")
-    if not name:
-        raise ValueError("Expected `tokenizer` for a policy that was not loaded by name, but got None.")
-    return name
+    name: Any = policy
+    if isinstance(policy, nn.Module):
+        name = getattr(policy, "name_or_path", "") or getattr(getattr(policy, "config", None), "name_or_path", "")
+        if not name:
+            raise ValueError("Expected `tokenizer` for a policy that was not loaded by name, but got None.")
+    return tokenizer_name(os.fspath(name))
 
 
 def _sides(statistics: SequenceStatistics) -> tuple[SequenceStatistics, SequenceStatistics]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,19 +96,29 @@ def check_table_path(path: Path) -> None:
 
 
 def write_table(table: Mapping[str, list], path: Path) -> None:
-    """Writes columns as CSV or Parquet; the suffix says which.
+    """Writes columns as CSV or Parquet; the suffix says which. The file appears whole or not at all.
 
     Nested values are JSON in both. None is an empty cell in CSV. In Parquet, a column whose values have no common type
     is text.
     """
     check_table_path(path)
-    if path.suffix == ".csv":
-        # Text of the source may hold halves of surrogate pairs, which UTF-8 cannot.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(table)
-            writer.writerows(map(_cell, values) for values in zip(*table.values(), strict=True))
-        return
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        (_write_csv if path.suffix == ".csv" else _write_parquet)(table, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_csv(table: Mapping[str, list], path: Path) -> None:
+    # Text of the source may hold halves of surrogate pairs, which UTF-8 cannot.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        writer.writerows(map(_cell, values) for values in zip(*table.values(), strict=True))
+
+
+def _write_parquet(table: Mapping[str, list], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 

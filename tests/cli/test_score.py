@@ -182,7 +182,7 @@ def test_a_partial_table_of_another_run_is_refused(interrupted, models, tmp_path
         (["--device", "cude"], "Expected `device` to be a device of this machine, such as 'cpu', but got 'cude'"),
         (["--max_length", "1"], "Expected `max_length` to be an integer of at least 2, but got 1."),
         (["--chat_template", "a.jinja"], "Expected `chat_template` to be a Jinja template, but got 'a.jinja'"),
-        (["--columns", '{"promt": "q"}'], "Expected the keys of `columns` to be among"),
+        (["--columns", '{"ask": "q"}'], "Expected the keys of `columns` to be among"),
     ],
 )
 def test_what_a_user_can_mend(arguments, models, tmp_path, capsys, change, message):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_did import LitDPO, PreferenceDataModule
 from lit_did.ops import SequenceStatistics
@@ -113,6 +114,20 @@ def test_an_adapter_is_compared_with_its_base():
 def test_models_by_name(tiny_model):
     frame = score_pairs(ROWS[:2], tiny_model, tiny_model, dtype=torch.float64, device="cpu", progress=False)
     assert frame["margin"].tolist() == [0, 0]
+
+
+def test_the_folder_of_an_adapter(tiny_model, tmp_path):
+    """Its base is the reference, and its base's tokenizer is used."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(base, config)
+    policy.save_pretrained(tmp_path)
+    frame = score_pairs(ROWS[:3], tmp_path, device="cpu", progress=False)
+    assert frame["margin"].abs().min() > 1e-3
+    pandas.testing.assert_frame_equal(frame, score_pairs(ROWS[:3], policy, **OPTIONS), rtol=1e-4, atol=1e-4)
+    with_base = score_pairs(ROWS[:3], tmp_path, tiny_model, device="cpu", progress=False)
+    pandas.testing.assert_frame_equal(frame, with_base, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
