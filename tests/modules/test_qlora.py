@@ -155,7 +155,7 @@ def dequantised(model: nn.Module) -> nn.Module:
 def test_a_configuration_object_is_in_checkpoints_too(base):
     config = BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_compute_dtype=torch.float32)
     module = LitDPO(base, lora=LORA, model_kwargs={"quantization_config": config, "dtype": torch.float32})
-    assert module.hparams["model_kwargs"] == {"quantization_config": FOUR_BIT, "dtype": torch.float32}
+    assert module.hparams["model_kwargs"] == {"quantization_config": FOUR_BIT, "dtype": "float32"}
     assert "model_kwargs" not in LitDPO(base, model_kwargs={"quantization_config": object()}).hparams
 
 
