@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,8 +28,7 @@ class ExportPolicy(Callback):
     weights, such as `EMAWeightAveraging`, the averaged weights are written, as in checkpoints. An interrupted run
     writes no FOLDER/last.
 
-    FOLDER/best needs a `ModelCheckpoint` with `monitor`. It is written before the next training batch, and holds the
-    weights of that checkpoint.
+    FOLDER/best needs a `ModelCheckpoint` with `monitor`, and holds the weights of that checkpoint.
 
     Args:
         folder: The folder that gets the two folders.
@@ -55,7 +54,6 @@ class ExportPolicy(Callback):
         self._tokenizer: Any = None
         self._best: ModelCheckpoint | None = None
         self._exported = ""  # the path of the best checkpoint that has been exported
-        self._saving: dict[str, Any] = {}  # the checkpoint of the best weights, until they are exported
 
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks all that an export needs, before training starts."""
@@ -67,6 +65,12 @@ class ExportPolicy(Callback):
             raise ValueError(
                 "Expected a strategy other than FSDP 1 with ExportPolicy, but got FSDPStrategy. Use "
                 "ModelParallelStrategy, or remove the callback and run `lit-did export` after training."
+            )
+        later = trainer.callbacks[trainer.callbacks.index(self) :]
+        if any(isinstance(callback, WeightAveraging) for callback in later):
+            raise ValueError(
+                "Expected ExportPolicy to come after WeightAveraging among the Trainer's `callbacks`, because it "
+                "exports the averaged weights, but it comes before. Change the order."
             )
         self._best = self._monitoring(trainer)
         if self.tokenizer is not None:
@@ -81,33 +85,22 @@ class ExportPolicy(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Takes the best checkpoint of a resumed run for exported."""
-        self._exported, self._saving = self._best_path(), {}
+        self._exported = self._best_path()
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Keeps the checkpoint of new best weights. Callbacks that come later may yet put averages into it."""
+    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Exports the weights in a checkpoint that is the best so far."""
         if self._best_path() != self._exported:
-            self._saving = checkpoint
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Exports what has become the best."""
-        self._export_best(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Exports what has become the best, before averages take the place of the weights."""
-        self._export_best(trainer, pl_module)
+            self._exported = self._best_path()
+            self._export(trainer, pl_module, "best", checkpoint["state_dict"])
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Exports the last weights if they are sharded: afterwards the processes are no group."""
         if is_sharded(pl_module.policy):
-            self._export_best(trainer, pl_module)
             self._export(trainer, pl_module, "last")
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Exports the last weights. Callbacks that average weights have put them into the module by now."""
         if not is_sharded(pl_module.policy):
-            self._export_best(trainer, pl_module)
             self._export(trainer, pl_module, "last")
 
     # -----------------------------------------------------------------------------------------------------------
@@ -126,17 +119,15 @@ class ExportPolicy(Callback):
                 f"Expected `monitor` of ExportPolicy to name the metric that says what is best, because several "
                 f"ModelCheckpoints monitor one: {names}."
             )
+        if chosen and chosen[0].save_weights_only:
+            raise ValueError(
+                "Expected the ModelCheckpoint to have `save_weights_only=False` with ExportPolicy, because Lightning "
+                "shows callbacks no checkpoints of weights alone, but got True."
+            )
         return chosen[0] if chosen else None
 
     def _best_path(self) -> str:
         return "" if self._best is None else self._best.best_model_path
-
-    def _export_best(self, trainer: lightning.Trainer, module: LitDPO) -> None:
-        if self._best_path() == self._exported:
-            return
-        checkpoint, self._saving = self._saving, {}
-        self._exported = self._best_path()
-        self._export(trainer, module, "best", checkpoint.get("state_dict", {}))
 
     def _export(self, trainer: Any, module: LitDPO, name: str, saved: dict[str, Tensor] | None = None) -> None:
         """Writes one of the two folders, on the first process. All processes call it.
@@ -151,9 +142,8 @@ class ExportPolicy(Callback):
             return
         policy = module.loaded_models().policy
         if is_sharded(policy):
-            state: dict[str, Any] = get_model_state_dict(
-                policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state: dict[str, Any] = get_model_state_dict(policy, options=whole)
         else:
             state = policy.state_dict() | {n.removeprefix(PREFIX): v for n, v in (saved or {}).items()}
         if trainer.is_global_zero:

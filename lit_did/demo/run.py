@@ -22,6 +22,7 @@ from lit_did.data import PreferenceDataModule, read_pairs
 from lit_did.demo.held_out import HeldOut, print_table
 from lit_did.demo.pictures import held_out_picture, training_picture
 from lit_did.demo.progress import OneLineProgress
+from lit_did.exporting.export import check_new, export_module
 from lit_did.models.loading import load_model
 from lit_did.models.names import load_tokenizer
 from lit_did.modules import LitDPO, PairStatistics
@@ -55,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         make_parent(options.output)
         if options.save is not None:
-            _check_empty(options.save)
+            make_parent(options.save, "--save")
+            check_new(options.save, argument="--save")
         rows = read_pairs(options.data)[: options.max_pairs]
         tokenizer, model = load_tokenizer(options.model, "--model"), load_model(options.model, "--model", {})
         _check_context(model, options.max_length)
@@ -118,14 +120,11 @@ def run(options: argparse.Namespace) -> int:
         measured = [HeldOut.collect(step, batches, tags) for step, batches in module.measured]
         written = _write(Path(work), options.output, measured)
         if options.save is not None:
-            _save(module.policy, tokenizer, options.save)
+            saved = export_module(module, options.save, tokenizer=tokenizer)
     print_table(measured[0], measured[-1])
     print(f"\nWritten: {', '.join(str(path) for path in written)}")
     if options.save is not None:
-        print(
-            f"Saved: {options.save}, a LoRA adapter with its tokenizer, not a whole model. "
-            f'AutoModelForCausalLM.from_pretrained("{options.save}") loads it onto {model.name_or_path}.'
-        )
+        print(saved.describe())
     print(f"{options.max_steps} steps; {time.perf_counter() - begun:.0f} s in all.")
     return 0
 
@@ -140,12 +139,6 @@ def _check_context(model: Any, max_length: int) -> None:
         raise InputError(f"Expected --max-length to be within the model's {context} positions, but got {max_length}.")
 
 
-def _check_empty(folder: Path) -> None:
-    make_parent(folder, "--save")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"Expected --save to be a new or empty folder, but {folder} holds files.")
-
-
 def _write(work: Path, output: Path, measured: list[HeldOut]) -> list[Path]:
     training_picture(work / "metrics.csv", measured, work / "training.png")
     held_out_picture(measured, work / "held_out.png")
@@ -155,12 +148,3 @@ def _write(work: Path, output: Path, measured: list[HeldOut]) -> list[Path]:
         written.append(output / name)
         shutil.move(work / name, written[-1])
     return written
-
-
-def _save(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Saves the policy and its tokenizer: `folder` appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lit_did_demo_") as work:
-        finished = Path(work) / "policy"
-        policy.save_pretrained(finished)
-        tokenizer.save_pretrained(finished)
-        finished.rename(folder)

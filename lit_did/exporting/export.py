@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +15,12 @@ from torch import nn
 from lit_did.arguments import check_bools
 from lit_did.exporting.card import model_card
 from lit_did.exporting.checkpoints import PREFIX, read_checkpoint
+from lit_did.models.adapters import REFERENCE_ADAPTER, save_policy
 from lit_did.models.loading import add_lora, load_model
-from lit_did.models.names import load_by_name, load_tokenizer
-from lit_did.models.wrappers import inner, is_peft, plain_name, unwrapped
+from lit_did.models.names import load_tokenizer
+from lit_did.models.wrappers import inner, is_peft, plain_name
 from lit_did.modules import LitDPO
-from lit_did.modules.run_facts import KEY, active_adapter, run_facts
+from lit_did.modules.run_facts import KEY, run_facts
 
 Kind = Literal["adapter", "merged", "full"]
 CARD = "README.md"
@@ -149,12 +148,13 @@ def export_module(
     return Exported(target, kind, facts["base_model"], None)
 
 
-def check_new(folder: str | os.PathLike, *, replace: bool = False) -> Path:
+def check_new(folder: str | os.PathLike, *, replace: bool = False, argument: str = "`folder`") -> Path:
     """The absolute path of a folder that can be written.
 
     Args:
         folder: The path.
         replace: Whether it may be a folder that `export_module(..., replace=True)` wrote.
+        argument: The name of the argument, for the error.
 
     Raises:
         FileExistsError: It is a link or a file, or holds other files.
@@ -173,7 +173,7 @@ def check_new(folder: str | os.PathLike, *, replace: bool = False) -> Path:
         found = "a file"
     else:
         return path
-    raise FileExistsError(f"Expected `folder` to be new or empty, but {path} is {found}. Choose another one.")
+    raise FileExistsError(f"Expected {argument} to be new or empty, but {path} is {found}. Choose another one.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def _load(
     state = {
         plain_name(key).removeprefix(PREFIX): value
         for key, value in content["state_dict"].items()
-        if plain_name(key).startswith(PREFIX)
+        if plain_name(key).startswith(PREFIX) and REFERENCE_ADAPTER not in key.split(".")
     }
     options = dict(arguments.get("model_kwargs") or {})
     if facts["adapter"] is None:  # what was frozen had the dtype of what was trained
@@ -279,60 +279,10 @@ def _write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
         finished = Path(work) / target.name
-        if is_peft(unwrapped(policy)):
-            _save_adapter(unwrapped(policy), finished, state)
-        else:
-            _save_model(inner(policy), finished, state)
+        save_policy(policy, finished, state)
         tokenizer.save_pretrained(finished)
         (finished / CARD).write_text(card, encoding="utf-8")
         check_new(target, replace=replace)  # somebody may have written there meanwhile
         if replace and target.exists():
             target.rename(Path(work) / "before")
         finished.rename(target)
-
-
-def _save_model(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
-    if getattr(model.config, "distributed_config", None) is not None:
-        # transformers would gather the shards that `state` already holds whole, on all processes.
-        config = copy.deepcopy(model.config)
-        config.distributed_config = None
-        with torch.device("meta"):
-            whole = type(model)(config)
-        whole.generation_config = model.generation_config
-        whole._weight_conversions = getattr(model, "_weight_conversions", None)
-        model = whole
-    model.save_pretrained(folder, state_dict=None if state is None else dict(state))
-
-
-def _save_adapter(policy: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
-    """Saves the adapter in use alone; peft puts those of another name than "default" in a folder of that name."""
-    name = active_adapter(policy)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        policy.save_pretrained(
-            folder,
-            selected_adapters=[name],
-            state_dict=None if state is None else dict(state),
-            save_embedding_layers="auto" if _resized(policy) else False,
-        )
-    if name != "default":
-        for file in (folder / name).iterdir():
-            shutil.move(file, folder / file.name)
-        (folder / name).rmdir()
-
-
-def _resized(policy: Any) -> bool:
-    """Whether the base model's vocabulary is another one than on disk, so that its embeddings belong to the adapter.
-
-    peft asks the hub for the same, for a minute if it cannot be reached.
-    """
-    from transformers import AutoConfig
-
-    name = _base_name(policy)
-    if name is None:
-        return False
-    try:
-        saved = load_by_name(AutoConfig.from_pretrained, name, "policy")
-    except OSError:
-        return False
-    return getattr(saved, "vocab_size", None) != getattr(inner(policy).config, "vocab_size", None)

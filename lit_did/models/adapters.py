@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 ADAPTER = "adapter"
 """The `reference` that is a frozen copy of the policy's adapter. It is never a path."""
@@ -185,7 +186,7 @@ def warn_if_untrained(policy: nn.Module) -> None:
     )
 
 
-def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
+def save_policy(policy: nn.Module, folder: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> None:
     """Saves a policy so that `from_pretrained` opens the folder: the whole model, or the active adapter alone.
 
     A PeftModel's own `save_pretrained` also writes its other adapters, such as the frozen copy that is the reference,
@@ -194,18 +195,55 @@ def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
     Args:
         policy: The model, perhaps compiled or wrapped for DDP.
         folder: The folder. It is made if it does not exist.
+        state: Whole tensors by their names in the policy's `state_dict`, to be saved instead of its own.
     """
     model: Any = unwrapped(policy)
+    state = None if state is None else dict(state)
     if not is_peft(model):
-        model.save_pretrained(folder)
+        (model if state is None else _unsharded(model)).save_pretrained(folder, state_dict=state)
         return
     active = model.active_adapter
-    model.save_pretrained(str(folder), selected_adapters=[active])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        model.save_pretrained(
+            str(folder),
+            selected_adapters=[active],
+            state_dict=state,
+            save_embedding_layers="auto" if _is_resized(model) else False,
+        )
     inside = Path(folder, active)
     if active != "default":
         for file in inside.iterdir():
             file.replace(Path(folder, file.name))
         inside.rmdir()
+
+
+def _unsharded(model: Any) -> Any:
+    """A model without weights, if transformers has sharded this one: it would gather on all processes what is whole."""
+    if getattr(model.config, "distributed_config", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    config.distributed_config = None
+    with torch.device("meta"):
+        whole = type(model)(config)
+    whole.generation_config = model.generation_config
+    whole._weight_conversions = getattr(model, "_weight_conversions", None)
+    return whole
+
+
+def _is_resized(policy: Any) -> bool:
+    """Whether the base model's vocabulary is another one than on disk, so that its embeddings belong to the adapter.
+
+    peft would ask the hub, which takes most of a minute if it cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    base = inner(policy)
+    try:
+        saved = AutoConfig.from_pretrained(base.name_or_path, local_files_only=True)
+    except (OSError, ValueError):  # there is none on this machine
+        return False
+    return getattr(saved, "vocab_size", None) != getattr(base.config, "vocab_size", None)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

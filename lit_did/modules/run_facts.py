@@ -30,7 +30,7 @@ def run_facts(module: LitDPO) -> dict[str, Any]:
     trainer = module._trainer
     data = getattr(trainer, "datamodule", None)
     return {
-        "module": type(module).__name__,
+        "module": next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("lit_did.modules.")),
         "base_model": getattr(inner(policy), "name_or_path", None) or None,
         "adapter": adapter_config(policy),
         "adapter_name": active_adapter(policy) if is_peft(unwrapped(policy)) else None,

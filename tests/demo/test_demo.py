@@ -54,7 +54,7 @@ def test_trains_writes_and_saves(tiny_model, tmp_path, capsys, monkeypatch, recw
     assert "0.693 → " in printed
     assert "After 6 steps " in printed
     assert str(output / "metrics.csv") in printed.replace("\n", "")
-    assert f"Saved: {saved}, a LoRA adapter with its tokenizer" in printed
+    assert f"Written: {saved}, an adapter, which transformers loads onto {tiny_model}, with its tokenizer." in printed
     assert sorted(p.name for p in output.iterdir()) == ["held_out.png", "metrics.csv", "training.png"]
     assert list(output.parent.iterdir()) == [output]  # no working folder is left
     assert sorted(tmp_path.iterdir()) == [output.parent, saved]
@@ -75,7 +75,7 @@ def test_a_folder_with_files_is_not_saved_to(tiny_model, tmp_path, capsys):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "notes.txt").write_text("mine")
     message = refused(capsys, "--model", tiny_model, "--output", tmp_path / "out", "--save", tmp_path / "saved")
-    assert "--save to be a new or empty folder" in message
+    assert "--save to be new or empty" in message
 
 
 def test_untagged_pairs_plain_loop_and_second_run_overwrites(tiny_model, tmp_path, capsys):
