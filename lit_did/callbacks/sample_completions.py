@@ -29,8 +29,8 @@ class SampleCompletions(Callback):
     """Writes completions of fixed prompts: the policy's before, during and after training, and the reference's once.
 
     Each row has the step, the prompt, the policy's completion and, if there is a reference, the reference's. Rows are
-    appended to `completions.jsonl` in the run's folder, which is `trainer.log_dir`. W&B and MLflow get a table
-    "completions" too, and TensorBoard gets it as text.
+    written to `completions.jsonl` in the run's folder, which is `trainer.log_dir`. A run that is resumed there goes on
+    with the file. W&B and MLflow get a table "completions" too, and TensorBoard gets it as text.
 
     Completions are greedy. The models run in eval mode and without gradients, and modes, gradients and random numbers
     are restored. So training is the same to the bit with and without it.
@@ -93,13 +93,14 @@ class SampleCompletions(Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._read_prompts(getattr(trainer, "datamodule", None))
         self._references = self._answer_as_reference(trainer, pl_module)
-        self._last_step = None
-        self._write(trainer, pl_module)
+        self._last_step = self._kept_steps(trainer)
+        if self._last_step is None or self._is_due(trainer):
+            self._write(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+        if self._is_due(trainer):
             self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -109,6 +110,9 @@ class SampleCompletions(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._write(trainer, pl_module)
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        return self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
 
     # -----------------------------------------------------------------------------------------------------------
     # What
@@ -165,6 +169,19 @@ class SampleCompletions(Callback):
             return self._answers(trainer, models.reference)
         with adapter_off(models.policy, models.adapter):
             return self._answers(trainer, models.policy)
+
+    def _kept_steps(self, trainer: lightning.Trainer) -> int | None:
+        """The last step in the file, from which it first removes what the run does again. None: there is none."""
+        assert self._folder is not None
+        path, kept = self._folder / FILE, []
+        if trainer.is_global_zero and trainer.global_step and path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that a kill cut off
+            kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
+        if trainer.is_global_zero and path.exists():
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            beside.replace(path)
+        return trainer.strategy.broadcast(json.loads(kept[-1])["step"] if kept else None)
 
     def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes a table, unless there is one of this step."""

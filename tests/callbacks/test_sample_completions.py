@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lightning
 import pytest
 import torch
 
@@ -57,6 +58,42 @@ def test_steps(tmp_path, every_n_steps, options, steps):
     written = rows(tmp_path)
     assert [row["step"] for row in written] == [step for step in steps for _ in range(2)]
     assert [row["prompt"] for row in written] == ["hi", "you"] * len(steps)
+
+
+class Save(lightning.Callback):
+    """A checkpoint after two steps."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("every_n_steps", [1, None])
+def test_a_run_that_is_resumed_ends_with_the_same_rows(tmp_path, every_n_steps):
+    """Although it had gone on behind the checkpoint, up to a row that was cut off."""
+
+    def fit(folder, *callbacks, max_steps: int, ckpt_path=None) -> None:
+        completions = SampleCompletions(1, every_n_steps=every_n_steps, max_new_tokens=4)
+        fit = trainer(
+            max_steps=max_steps,
+            default_root_dir=folder,
+            callbacks=[completions, *callbacks],
+            val_check_interval=1,
+            num_sanity_val_steps=0,
+        )
+        fit.fit(LitDPO(model(), learning_rate=3e-2), datamodule=data(), ckpt_path=ckpt_path)
+
+    fit(tmp_path / "whole", Save(tmp_path / "two"), max_steps=5)
+    fit(tmp_path / "resumed", max_steps=4)
+    with (tmp_path / "resumed" / "completions.jsonl").open("a") as file:
+        file.write('{"step": 5, "prom')
+    fit(tmp_path / "resumed", max_steps=5, ckpt_path=tmp_path / "two")
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "whole")
+    fit(tmp_path / "resumed", max_steps=1)  # a new run in the same folder
+    assert [row["step"] for row in rows(tmp_path / "resumed")] == [0, 1]
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
