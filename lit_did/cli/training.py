@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lit_did.cli import runs
 from lit_did.cli.errors import InputError, can_be_mended
+from lit_did.cli.recipes import with_recipes
 from lit_did.cli.run_files import LastCheckpoint, MetricsFile, SaveConfig, Start, WholeCheckpoints
 from lit_did.cli.training_help import print_help
 from lit_did.cli.wrong_keys import check_yaml_files, explain
@@ -74,7 +75,7 @@ class Training(LightningCLI):
             PreferenceDataModule,
             subclass_mode_model=True,
             run=False,  # no subcommands: one parser for the command
-            args=arguments,
+            args=with_recipes(arguments),
             seed_everything_default=0,
             trainer_defaults=TRAINER,
             save_config_callback=None,
