@@ -30,7 +30,7 @@ class SampleCompletions(Callback):
 
     Each row has the step, the prompt, the policy's completion and, if there is a reference, the reference's. Rows are
     written to `completions.jsonl` in the run's folder, which is `trainer.log_dir`. A run that is resumed there goes on
-    with the file. W&B and MLflow get a table "completions" too, and TensorBoard gets it as text.
+    with the file. W&B and MLflow (with pandas) get a table "completions" too, and TensorBoard gets it as text.
 
     Completions are greedy. The models run in eval mode and without gradients, and modes, gradients and random numbers
     are restored. So training is the same to the bit with and without it.
