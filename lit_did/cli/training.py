@@ -201,7 +201,10 @@ class Training(LightningCLI):
             callback.dirpath = callback.dirpath or str(folder)
         data = self.config.data
         if not own and (data.val is not None or data.val_fraction):
-            writers.append(ModelCheckpoint(folder, "best", "val/loss", enable_version_counter=False))
+            best = ModelCheckpoint(
+                folder, "best", "val/loss", save_on_train_epoch_end=False, enable_version_counter=False
+            )
+            writers.append(best)
         return [*writers, LastCheckpoint(folder / "last.ckpt", self.config.save_every)]
 
 
@@ -242,7 +245,11 @@ def _without_hints() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():  # a run that continues writes into its folder again
+            warnings.filterwarnings(
+                "ignore", message="(Checkpoint|Experiment logs) directory .* exists and is not empty"
+            )
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -261,6 +268,8 @@ def _summary(cli: Training) -> str:
     trainer: Any = cli.trainer
     checkpoints = sorted((cli.folder / runs.CHECKPOINTS).glob("*.ckpt"))
     lines = [f"Finished after {trainer.global_step} steps: {cli.folder}"]
+    if cli.datamodule.val_dataset is not None and "val/loss" not in trainer.callback_metrics:
+        lines.append("not validated: training ended before the first validation, see --trainer.val_check_interval")
     if checkpoints:
         lines += [
             f"checkpoints: {', '.join(path.name for path in checkpoints)}",

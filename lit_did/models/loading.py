@@ -153,7 +153,10 @@ def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.M
             raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
     with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return peft.get_peft_model(model, lora, adapter_name=adapter_name)
+        try:
+            return peft.get_peft_model(model, lora, adapter_name=adapter_name)
+        except ValueError as error:  # such as target modules that the model does not have
+            raise ValueError(f"Expected `lora` to fit the policy, but: {error}") from error
 
 
 def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = None) -> None:
