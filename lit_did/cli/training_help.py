@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 import docstring_parser
@@ -29,6 +30,10 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 """by key, the class whose arguments they are, and those that are used most"""
 
+OTHER_DEFAULTS = {"max_epochs": "Epochs to train: 1, unless max_steps or max_time is given."}
+"""of options whose default on the command line is not the class's"""
+COLUMN, WIDTH = 35, 72  # of the options' names and of their descriptions
+
 HEAD = """usage: lit-did {command} -c recipe.yaml [--model.beta 0.2] [--data.train pairs.jsonl] ...
 
 {what} A recipe is a YAML file with the keys model, data and trainer. An option replaces
@@ -43,12 +48,12 @@ WHAT = {
 
 FOOT = """
 run
-  --output FOLDER           Where config.yaml, metrics.csv and checkpoints go. (runs/RECIPE/version_N)
-  --ckpt_path PATH          A checkpoint to begin with. "last": the newest of the run, "best": its best.
-  --save_every N            Optimiser steps from one last.ckpt to the next. (100)
-  --seed N                  Of all random numbers; --data.seed is that of the data's order. (0)
-  --quiet                   No progress bar and no messages.
-  --optimizer, --lr_scheduler CLASS   Instead of AdamW and its schedule, with --optimizer.lr and so on.
+  --output FOLDER                    Where config.yaml, metrics.csv and checkpoints go (runs/RECIPE/version_N)
+  --ckpt_path PATH                   A checkpoint to begin with; "last" and "best" are those of the run
+  --save_every N                     Optimiser steps from one checkpoint to the next (100)
+  --seed N                           Of all random numbers; --data.seed is that of the data's order (0)
+  --optimizer, --lr_scheduler CLASS  Instead of AdamW and its schedule; then --optimizer.lr and so on
+  --quiet                            No progress bar and no messages
 
 all options: --model.help, --data.help, --trainer.help; --model.help LitDPOPG for another class"""
 
@@ -71,12 +76,13 @@ def _short(command: str) -> str:
     lines = [HEAD.format(command=command, what=WHAT[command])]
     for name, (kind, options) in SECTIONS.items():
         parameters = inspect.signature(kind.__init__).parameters
-        helps = _helps(kind)
+        helps = _helps(kind) | OTHER_DEFAULTS
         lines += ["", name]
         for option in options:
             default = parameters[option].default
             shown = "" if default in (None, inspect.Parameter.empty) else f" ({default})"
-            lines.append(f"  --{name}.{option:{24 - len(name)}}{_sentence(helps[option])}{shown}")
+            text = shorten(helps[option], WIDTH - len(shown), placeholder=" ...")
+            lines.append(f"  {f'--{name}.{option}':{COLUMN}}{text}{shown}")
     return "\n".join([*lines, FOOT])
 
 
@@ -84,8 +90,3 @@ def _helps(kind: Callable) -> dict[str, str]:
     """The descriptions of a class's arguments."""
     texts = [inspect.getdoc(kind), inspect.getdoc(kind.__init__)]  # type: ignore[misc]
     return {p.arg_name: p.description or "" for text in texts for p in docstring_parser.parse(text or "").params}
-
-
-def _sentence(text: str) -> str:
-    """The first sentence, on one line."""
-    return " ".join(text.split()).split(". ")[0].split(": ")[0].rstrip(".") + "."

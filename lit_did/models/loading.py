@@ -6,6 +6,8 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal
 
@@ -137,7 +139,7 @@ def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.M
 
     Raises:
         TypeError: A key of the dict is not an argument of `peft.LoraConfig`.
-        ValueError: `model` is a PeftModel.
+        ValueError: `model` is a PeftModel, or the adapter does not fit it.
     """
     if is_peft(model):
         raise ValueError(
@@ -146,17 +148,31 @@ def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.M
             "top of it, merge the old one first (`merge_and_unload`)."
         )
     peft = import_peft("`lora`")
-    if isinstance(lora, Mapping):
-        try:
-            lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
-        except TypeError as error:
-            raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {lora}: {error}") from error
+    lora = lora_config(lora)
     with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
             return peft.get_peft_model(model, lora, adapter_name=adapter_name)
         except ValueError as error:  # such as target modules that the model does not have
             raise ValueError(f"Expected `lora` to fit the policy, but: {error}") from error
+
+
+def lora_config(lora: Any) -> Any:
+    """A `peft.LoraConfig` from its arguments as a dict. Another object is returned unchanged.
+
+    Raises:
+        TypeError: A key of the dict is not an argument of `peft.LoraConfig`.
+    """
+    if not isinstance(lora, Mapping):
+        return lora
+    peft = import_peft("`lora`")
+    known = {field.name for field in fields(peft.LoraConfig) if field.init}
+    for name in lora:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " The most used are r, lora_alpha and target_modules."
+            raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {name!r}.{hint}")
+    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
 
 
 def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = None) -> None:

@@ -14,6 +14,7 @@ from lit_did.arguments import check_choice, check_integer
 from lit_did.batches.sequences import Sequences
 from lit_did.models.adapters import ADAPTER
 from lit_did.models.dropout import active_dropout, random_modules
+from lit_did.models.loading import lora_config
 from lit_did.models.quantisation import computes_in_half, plain_config
 from lit_did.modules.micro_batches import MicroBatches
 from lit_did.ops import SequenceStatistics
@@ -40,7 +41,9 @@ def check_loading(lora: Any, model_kwargs: Any, backend: Any) -> Mapping[str, An
     """Raises TypeError or ValueError unless they are what LitDPO documents. Returns `model_kwargs` for checkpoints."""
     check_choice("backend", backend, Backend)
     # A PeftConfig is recognised without importing peft.
-    if lora is not None and not isinstance(lora, Mapping) and not hasattr(lora, "peft_type"):
+    if isinstance(lora, Mapping):
+        lora_config(lora)
+    elif lora is not None and not hasattr(lora, "peft_type"):
         raise TypeError(f"Expected `lora` to be a peft.LoraConfig, its arguments as a dict or None, but got {lora!r}.")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
         raise TypeError(f"Expected `model_kwargs` to be a dict or None, but got {model_kwargs!r}.")

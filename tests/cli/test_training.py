@@ -287,8 +287,8 @@ def test_values_of_yaml_reach_the_model(work, recipe):
     assert saved["hyper_parameters"]["model_kwargs"] == {"dtype": "bfloat16"}
     module = LitDPO.load_from_checkpoint("run/checkpoints/last.ckpt", weights_only=True)
     assert next(module.policy.get_base_model().parameters()).dtype == torch.bfloat16
-    assert lit_did(f"fit -c {name} --model.lora.r 3 --model.lora.target_modules ["q_proj"] --output run2") == 0
-    assert checkpoint("run2")["hyper_parameters"]["lora"] == {"r": 3, "target_modules": ["q_proj"]}
+    assert lit_did(f"fit -c {name} --model.lora.r 3 --output run2") == 0
+    assert checkpoint("run2")["hyper_parameters"]["lora"] == {**LORA, "r": 3}
 
 
 def test_print_config_is_a_recipe(work, recipe, capsys):

@@ -42,7 +42,10 @@ WRONG_OPTIONS = [
     (f"{BASE} pairs.jsonl", "Expected options such as --data.train, but got pairs.jsonl."),
     ("fit --model lit_did.LitDPOG --data.train PAIRS", "lit_did has no LitDPOG. Did you mean LitDPO"),
     ("fit --model LitDPOG --data.train PAIRS", "`model` to be a class, but got LitDPOG. Did you mean LitDPO"),
-    (f"{BASE} --model.lora.rank 8", "`lora` to hold arguments of peft.LoraConfig, but got rank. Did you mean r"),
+    (
+        f"{BASE} --model.lora.rank 8",
+        "`lora` to hold arguments of peft.LoraConfig, but got 'rank'. The most used are r, lora_alpha",
+    ),
     (f"{BASE} --model.lora.target_modules nothing", "Expected `lora` to fit the policy, but: Target modules nothing"),
     (f"{BASE} --optimizer SGDD", "`optimizer` to be a class, but got SGDD. Did you mean SGD?"),
     (f"{BASE} --optimizer torch.optim.SGD --optimizer.lrr 1", "options of SGD only, but got lrr. Did you mean lr?"),

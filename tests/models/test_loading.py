@@ -24,7 +24,7 @@ def test_weights_have_the_dtype_that_is_asked_for(tmp_path, name):
 def test_two_dtypes_are_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     module = LitDPO(tmp_path, model_kwargs={"dtype": torch.float32, "torch_dtype": torch.bfloat16})
-    with pytest.raises(ValueError, match=r"one of `dtype` and `torch_dtype`, but got torch.float32 and torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"one of `dtype` and `torch_dtype`, but got float32 and bfloat16"):
         module.configure_model()
 
 

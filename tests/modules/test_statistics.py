@@ -250,7 +250,7 @@ def test_unfit_models_are_refused():
     ):
         with pytest.raises(TypeError, match=f"Expected a causal language model.*{message}"):
             LitDPO(policy)(batch)
-    with pytest.raises(TypeError, match=r"`lora` to hold arguments of peft.LoraConfig, but got .*'rank': 4.* 'rank'"):
+    with pytest.raises(TypeError, match=r"`lora` to hold arguments of peft.LoraConfig, but got 'rank'"):
         LitDPO(model, lora={"rank": 4})
     with pytest.raises(FileNotFoundError, match=r"`policy` to be a folder .*, but /nowhere/model is not"):
         LitDPO("/nowhere/model")(batch)
