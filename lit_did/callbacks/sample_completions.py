@@ -20,7 +20,7 @@ from lit_did.models.finding import find_policy
 from lit_did.models.loading import is_sharded
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quiet import adapter_off
-from lit_did.sampling.greedy import complete
+from lit_did.sampling.completing import complete
 
 FILE = "completions.jsonl"
 

@@ -10,13 +10,14 @@ import docstring_parser
 import jsonargparse
 
 from lit_did.cli.errors import InputError
+from lit_did.cli.wrong_keys import check_yaml_files, explain
 
 
 class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(message) from ex
+        raise InputError(explain(message, self)) from ex
 
 
 def call(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
@@ -37,6 +38,7 @@ def call(function: Callable[..., Any], command: str, arguments: list[str]) -> An
     Raises:
         InputError: The command line cannot be used.
     """
+    check_yaml_files(arguments)
     documented = docstring_parser.parse(inspect.getdoc(function) or "")
     helps = {parameter.arg_name: parameter.description for parameter in documented.params}
     parameters = inspect.signature(function).parameters.values()

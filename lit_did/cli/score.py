@@ -16,7 +16,8 @@ from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
 from lit_did.reference_cache.fingerprint import quick_digest
-from lit_did.scoring.scorer import PairScorer, check_models, device_of, tokenizer_of
+from lit_did.scoring.models import check_models, device_of, tokenizer_of
+from lit_did.scoring.scorer import PairScorer
 from lit_did.scoring.summary import describe, summarize
 from lit_did.scoring.table import check_table_path, write_table
 

@@ -32,7 +32,7 @@ def check_yaml_files(arguments: Sequence[str]) -> None:
             where = str(path) if mark is None else f"{path}, line {mark.line + 1}"
             raise InputError(f"{where}: Expected YAML, but: {getattr(error, 'problem', None) or error}.") from error
         if not isinstance(content, dict):
-            raise InputError(f"{path}: Expected YAML with keys such as `model` and `data`, but got {content!r:.60}.")
+            raise InputError(f"{path}: Expected YAML with options as keys, but got {content!r:.60}.")
 
 
 def explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
@@ -48,7 +48,7 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
     if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         name = match[1].split()[0]
         if not name.startswith("-"):
-            return f"Expected options such as --data.train, but got {name}."
+            return f"Expected an option, which starts with --, but got {name}."
         return (
             f"Expected an option of this command, but got {name}.{_near(name.strip('-').split('=')[0], options, '--')}"
         )
@@ -64,6 +64,8 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
     if match := re.search(r"arguments? (?:is|are) required: (.*)", message):
         names = [f"{key}.{name}".lstrip(".") for name in match[1].split(", ")]
         names = ["model.policy" if name == "model" else name for name in names]
+        if names[0] not in options:
+            return f"Expected `{names[0]}` to be given after the command's name, but it is not."
         listed = ", ".join(f"`{name}`" for name in names)
         return f"Expected {listed} to be given, in a recipe (-c FILE) or as an option (--{names[0]})."
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from lit_did.arguments import check_bools, check_integer, check_range
@@ -17,21 +16,17 @@ from lit_did.batches.sequences import Sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.columns import read_columns
 from lit_did.data.dataset import Example, PreferenceDataset
-from lit_did.data.policy_tokenizer import tokenizer_name
 from lit_did.data.reading import Columns, OnBadRows, read_rows
 from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.templates import check_chat_template, describe_unread
 from lit_did.data.tokenizing import Truncation, check_truncation
 from lit_did.models import PolicyAndReference
-from lit_did.models.adapters import ADAPTER
 from lit_did.models.forward import num_embeddings, num_positions
-from lit_did.models.loading import load_model
-from lit_did.models.names import first_line, load_tokenizer, local_folder
+from lit_did.models.names import load_tokenizer
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
+from lit_did.scoring.models import Model, check_adapter, check_models, load_models, tokenizer_of
 from lit_did.scoring.table import Row, data_frame, margin, rows_of, with_columns
-
-Model = str | os.PathLike | nn.Module
 
 
 def score_pairs(
@@ -167,7 +162,10 @@ class PairScorer:
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> PolicyAndReference:
         """Loads the models, as `score_pairs` describes them."""
-        self.models = load_models(policy, reference, dtype=dtype, device=device, model_kwargs=model_kwargs)
+        loaded, other = load_models(policy, reference, dtype=dtype, device=device, model_kwargs=model_kwargs)
+        if other is None:
+            check_adapter(is_peft(unwrapped(loaded)))
+        self.models = PolicyAndReference(loaded, other, freeze=False)
         return self.models
 
     def batches(self, start: int = 0, *, progress: bool = True) -> Iterator[list[Row]]:
@@ -216,95 +214,6 @@ class PairScorer:
         policy = self.models.policy
         batch = collate_packed(self._examples(number))
         return checked_sequences(batch, num_embeddings=num_embeddings(policy), num_positions=num_positions(policy))
-
-
-def check_models(policy: Model, reference: Model | None) -> None:
-    """Finds out what is wrong with the two before anything is loaded.
-
-    Raises:
-        FileNotFoundError: One is a path where no model is.
-        ValueError: There is no reference, and the policy has no adapter.
-    """
-    if reference == ADAPTER:
-        raise ValueError(
-            "Expected `reference` to be a model, but got 'adapter', which is for training. If training began with an "
-            "adapter, pass its folder."
-        )
-    folders = {}
-    for argument, model in (("policy", policy), ("reference", reference)):
-        if isinstance(model, str | os.PathLike):
-            folders[argument] = local_folder(model, argument)
-    if reference is None:
-        folder = folders.get("policy")
-        if isinstance(policy, nn.Module):
-            _check_adapter(is_peft(unwrapped(policy)))
-        elif folder is not None:
-            _check_adapter((folder / "adapter_config.json").is_file())
-
-
-def _check_adapter(has_adapter: bool) -> None:
-    if not has_adapter:
-        raise ValueError(
-            "Expected `reference` for a policy without an adapter, but got None. Pass the model that the policy was "
-            "trained from."
-        )
-
-
-def load_models(
-    policy: Model,
-    reference: Model | None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> PolicyAndReference:
-    """A policy beside its reference, to measure. The arguments are those of `score_pairs`.
-
-    Raises:
-        ValueError: There is no `reference`, and the policy has no adapter.
-    """
-    options = {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})}
-    placed = device_of(device)
-
-    def load(model: Model, argument: str) -> nn.Module:
-        loaded = load_model(model, argument, options)
-        return loaded if isinstance(model, nn.Module) else loaded.to(placed).eval()
-
-    loaded = load(policy, "policy")
-    if reference is None:
-        _check_adapter(is_peft(unwrapped(loaded)))
-    return PolicyAndReference(loaded, None if reference is None else load(reference, "reference"), freeze=False)
-
-
-def device_of(device: str | torch.device | None) -> torch.device:
-    """The device that models are moved to. None: the GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: There is no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except Exception as error:  # differs between devices
-        raise ValueError(
-            f"Expected `device` to be a device of this machine, such as 'cpu', but got {str(device)!r}: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def tokenizer_of(policy: Model) -> str:
-    """The name or path of a policy's tokenizer.
-
-    Raises:
-        ValueError: The policy is a model that was not loaded by name.
-    """
-    name: Any = policy
-    if isinstance(policy, nn.Module):
-        name = getattr(policy, "name_or_path", "") or getattr(getattr(policy, "config", None), "name_or_path", "")
-        if not name:
-            raise ValueError("Expected `tokenizer` for a policy that was not loaded by name, but got None.")
-    return tokenizer_name(os.fspath(name))
 
 
 def _sides(statistics: SequenceStatistics) -> tuple[SequenceStatistics, SequenceStatistics]:

@@ -10,7 +10,7 @@ import torch
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
 from lit_did.callbacks import SampleCompletions
-from lit_did.sampling.greedy import complete
+from lit_did.sampling.completing import complete
 from tests.modules.steps import Record
 from tests.modules.tiny import byte_tokenizer, tiny_llama, trainer
 

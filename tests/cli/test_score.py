@@ -20,20 +20,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory, tiny_model):
-    """Folders of two models with one vocabulary, and of a third with another."""
-    from tests.modules.tiny import byte_tokenizer, tiny_llama
-
-    folders = [tiny_model]
-    for seed, size in ((1, len(byte_tokenizer())), (2, 70)):
-        folder = tmp_path_factory.mktemp("model")
-        byte_tokenizer().save_pretrained(folder)
-        tiny_llama(seed, vocab_size=size, max_position_embeddings=512).save_pretrained(folder)
-        folders.append(folder)
-    return folders
-
-
 @pytest.fixture
 def arguments(tmp_path, models, monkeypatch):
     """A command line in a folder of its own."""
@@ -190,6 +176,27 @@ def test_what_a_user_can_mend(arguments, models, tmp_path, capsys, change, messa
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
     assert line.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["p", "--polcy", "a"], "Expected an option of this command, but got --polcy. Did you mean --policy?"),
+        (["--policy", "a"], "Expected `pairs` to be given after the command's name, but it is not."),
+        (["p"], "Expected `policy` to be given, in a recipe (-c FILE) or as an option (--policy)."),
+        (["p", "q", "--policy", "a"], "Expected an option, which starts with --, but got q."),
+        (["p", "--policy", "a", "--batch_size", "x"], "Expected `batch_size` to be a whole number, but got 'x'."),
+        (["p", "--policy", "a", "--truncation", "dorp"], "Expected `truncation` to be one of 'completion', 'prompt'"),
+        (["p", "--policy", "a", "-c", "none.yaml"], "Expected -c to be a YAML file, but got none.yaml: No such file"),
+        (["p", "--policy", "a", "-c", "bad.yaml"], "Expected keys that this command knows, but got batchsize. Did you"),
+    ],
+)
+def test_options_that_cannot_be_read(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("batchsize: 3")
+    assert main(["score", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(

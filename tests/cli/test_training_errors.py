@@ -39,7 +39,7 @@ WRONG_OPTIONS = [
     (f"{BASE} --trainer.max_epoch 1", "got --trainer.max_epoch. Did you mean --trainer.max_epochs?"),
     (f"{BASE} --data.batchsize 1", "got --data.batchsize. Did you mean --data.batch_size?"),
     (f"{BASE} --outptu x", "got --outptu. Did you mean --output?"),
-    (f"{BASE} pairs.jsonl", "Expected options such as --data.train, but got pairs.jsonl."),
+    (f"{BASE} pairs.jsonl", "Expected an option, which starts with --, but got pairs.jsonl."),
     ("fit --model lit_did.LitDPOG --data.train PAIRS", "lit_did has no LitDPOG. Did you mean LitDPO"),
     ("fit --model LitDPOG --data.train PAIRS", "`model` to be a class, but got LitDPOG. Did you mean LitDPO"),
     (
@@ -112,7 +112,7 @@ WRONG_RECIPES = [
     ),
     ("model: {policy: m, lora: 3}\ndata: {train: p}\n", "Expected `lora` to be"),
     ("model:\n  policy: m\n  loss: [1\ndata: {train: p}\n", "recipe.yaml, line 4: Expected YAML, but:"),
-    ("- 3\n", "recipe.yaml: Expected YAML with keys such as `model` and `data`, but got [3]."),
+    ("- 3\n", "recipe.yaml: Expected YAML with options as keys, but got [3]."),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_did.sampling.greedy import complete
+from lit_did.sampling.completing import complete
 from tests.modules.tiny import tiny_gpt2, tiny_llama
 from tests.sampling.test_caches import Forgetful
 
@@ -69,3 +69,33 @@ def test_a_cache_that_gives_other_results_is_not_used(after):
     with pytest.warns(UserWarning, match="gives other results with its cache than in its own forward pass"):
         completions = complete(broken, PROMPTS, max_new_tokens=9)
     assert completions == complete(tiny_llama(0), PROMPTS, max_new_tokens=9)
+
+
+def test_draws_follow_the_temperature():
+    """At the first token of many rows: close to the softmax; and each row's draws are its own."""
+    model = tiny_llama().eval()
+    n, temperature = 3000, 0.7
+    drawn = complete(model, [[5, 6, 7]] * n, max_new_tokens=1, temperature=temperature, seeds=range(n), batch_size=n)
+    counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=67) / n
+    with torch.no_grad():
+        expected = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / temperature).softmax(-1)
+    assert (counts - expected).abs().sum() < 0.15  # 0.4 at another temperature such as 1
+    assert (counts - expected).abs().max() < 0.03
+
+
+def test_draws_do_not_depend_on_the_batch():
+    model = tiny_llama().eval()
+    options = {"max_new_tokens": 9, "temperature": 1.0}
+    seeds = [7, 8, 9, 7]
+    together = complete(model, [*PROMPTS[:3], PROMPTS[0]], seeds=seeds, **options)
+    assert together[3] == together[0]
+    alone = [complete(model, [p], seeds=[s], **options)[0] for p, s in zip(PROMPTS[:3], seeds, strict=False)]
+    assert together[:3] == alone
+    assert together != complete(model, [*PROMPTS[:3], PROMPTS[0]], seeds=[1, 2, 3, 1], **options)
+
+
+def test_draws_need_seeds():
+    with pytest.raises(ValueError, match="Expected `seeds` to have one for each of 4 prompts, but got None"):
+        complete(tiny_llama(), PROMPTS, max_new_tokens=2, temperature=1.0)
+    with pytest.raises(ValueError, match=r"Expected `temperature` to be in \[0, inf\)"):
+        complete(tiny_llama(), PROMPTS, max_new_tokens=2, temperature=-1.0)
