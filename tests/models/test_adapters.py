@@ -84,6 +84,21 @@ def test_an_adapter_by_name_is_one_that_trains_on_its_base(folders, form):
     }
 
 
+def test_an_adapter_of_the_hub(folders, tmp_path):
+    """What the hub's client keeps of a repository: its commit, and the files that were downloaded."""
+    base, adapter = folders
+    for name, folder in (("base", base), ("sft", adapter)):
+        repository = tmp_path / "cache" / f"models--me--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        shutil.copytree(folder, repository / "snapshots" / "abc")
+    config = tmp_path / "cache" / "models--me--sft" / "snapshots" / "abc" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "me/base"}))
+    shutil.rmtree(base)
+    loaded = load_model("me/sft", "policy", {"cache_dir": str(tmp_path / "cache")})
+    torch.testing.assert_close(logits(loaded), logits(sft().eval()))
+
+
 def test_an_adapter_as_a_reference_is_frozen_and_active(folders):
     base, adapter = folders
     reference = load_reference(adapter, tiny_llama(0))

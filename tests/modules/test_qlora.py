@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_did import LitDPO, PolicyAndReference
 from lit_did.models.adapters import save_policy
 from lit_did.models.loading import load_model
+from lit_did.models.quantisation import computes_in_half
 from lit_did.models.trial import find, layout_of
 from tests.modules.tiny import collate, loader, make_pairs, tiny_llama, trainer
 
@@ -56,8 +57,9 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_it_trains_saves_resumes_and_reloads(base, tmp_path):
     straight, half = fit(qlora(base), 2), fit(qlora(base), 1)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
-    assert all("lora_" in name for name in state)
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert checkpoint["reference_digest"] is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The reference's weights differ")
         resumed, read = fit(qlora(base), 2, tmp_path / "half.ckpt"), LitDPO.load_from_checkpoint(tmp_path / "half.ckpt")
@@ -90,8 +92,8 @@ def test_a_4_bit_sft_adapter_is_the_reference(base, tmp_path):
 @pytest.mark.filterwarnings("ignore:.* does not expose last hidden states")
 def test_log_ratios_and_gradients_are_those_of_the_dequantised_models_own_passes(base, options, skipped, evaluated):
     """With no skipped modules the output layer is quantised too."""
-    config = FOUR_BIT | {"llm_int8_skip_modules": skipped}
-    policy = load_model(base, "policy", {"quantization_config": config})
+    config = BitsAndBytesConfig(**FOUR_BIT, llm_int8_skip_modules=skipped)
+    policy = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     inputs = {name: value for name, value in collate(make_pairs(3)).items() if name != "labels"}
     if evaluated:  # on some CPUs, bitsandbytes rearranges the weights then, for a kernel without a gradient
         with torch.no_grad():
@@ -132,11 +134,8 @@ def test_packed_rows_with_shared_prompts_are_used_in_each_compute_dtype(base, dt
     module = qlora(base, model_kwargs={"quantization_config": FOUR_BIT | {"bnb_4bit_compute_dtype": dtype}})
     found = find(module.policy, module.read(collate(make_pairs(3))))
     assert (found.kind, found.share) == ("packed", True)
-    assert any(layer.compute_dtype == getattr(torch, dtype) for layer in layers(module.policy))  # the premise
-
-
-def layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if hasattr(layer, "compute_dtype")]
+    if computes_in_half(module.policy) != (dtype == "bfloat16"):
+        pytest.skip("old versions of bitsandbytes compute in the dtype of the inputs")
 
 
 def dequantised(model: nn.Module) -> nn.Module:

@@ -14,7 +14,8 @@ from lit_did import LitDPO
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
-LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "projected", "sharded lora")]
+KINDS = ("lora", "lora start", "projected", "sharded lora", "sharded lora start")  # start: the reference is its copy
+LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded", *LONG])

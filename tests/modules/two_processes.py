@@ -110,6 +110,7 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
     sharded = kind.startswith("sharded") and processes > 1
     module = (Sharded if sharded else LitDPOPG if kind == "projected" else LitDPO)(
         tiny_llama(),
+        "adapter" if "lora start" in kind else None,
         lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if "lora" in kind else None,
         learning_rate=1e-2,
         weight_decay=0.1,  # two groups of parameters
@@ -148,7 +149,7 @@ def main(processes: int, kind: str, folder: Path) -> None:
         fit(1, "full", path)
     elif processes > 1 and kind == "sharded":  # goes on where one process was
         fit(processes, kind, path, checkpoint=str(folder / "1.half"))
-    elif processes > 1 and kind == "sharded lora":  # goes on where it was, from shards
+    elif processes > 1 and kind.startswith("sharded lora"):  # goes on where it was, from shards
         fit(processes, kind, path, epochs=1)
         fit(processes, kind, path, checkpoint=f"{path}.half")
     else:
