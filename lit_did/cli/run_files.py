@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_did.cli.output import whole_file
 from lit_did.cli.runs import CONFIG
@@ -89,17 +90,15 @@ class MetricsFile(CSVLogger):
     @property
     def experiment(self) -> Any:
         """Lightning's writer, which begins with the rows that are kept."""
-        if self._first_step is None or self._experiment is not None:
+        if self._first_step is None or getattr(rank_zero_only, "rank", 0):
             return super().experiment
         path = Path(self.log_dir) / "metrics.csv"
         rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-        path.unlink(missing_ok=True)
-        writer = super().experiment
-        if hasattr(writer, "metrics"):  # not on other ranks
-            kept = [row for row in rows if int(row["step"]) < self._first_step]
-            writer.metrics += [{name: value for name, value in row.items() if value} for row in kept]
-            writer.save()
+        kept = [row for row in rows if int(row["step"]) < self._first_step]
         self._first_step = None
+        writer: Any = super().experiment  # it removes the file
+        writer.metrics += [{name: value for name, value in row.items() if value} for row in kept]
+        writer.save()
         return writer
 
 

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,9 @@ def _run(command: str, arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except Exception as error:
+        if cli is not None and cli.folder is not None:
+            with suppress(OSError):  # it holds something, or was not made
+                cli.folder.rmdir()
         if getattr(rank_zero_only, "rank", 0) and can_be_mended(error):  # rank 0 has the same error and prints it
             return 2
         raise

@@ -36,8 +36,9 @@ COLUMN, WIDTH = 35, 72  # of the options' names and of their descriptions
 
 HEAD = """usage: lit-did {command} -c recipe.yaml [--model.beta 0.2] [--data.train pairs.jsonl] ...
 
-{what} A recipe is a YAML file with the keys model, data and trainer. An option replaces
-what the recipe says. `lit-did {command} --print_config > recipe.yaml` writes one with all defaults."""
+{what} A recipe is a YAML file with the keys model, data and trainer.
+An option replaces what the recipe says. A recipe with all defaults:
+`lit-did {command} --print_config > recipe.yaml`"""
 
 WHAT = {
     "fit": "Trains a policy.",
