@@ -426,7 +426,7 @@ class _Twisted:
         """[K] a token for each of K particles.
 
         Each random number halves the tokens that are left. Rounding of the logits then changes a token about once in
-        100,000 draws. The inverse of the cumulative distribution would change one in twenty, because its steps are as
+        30,000 draws. The inverse of the cumulative distribution would change one in seventy, because its steps are as
         small as the rounding.
 
         Args:
