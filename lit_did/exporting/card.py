@@ -141,6 +141,9 @@ def _objective(facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> Rows:
         "nll_weight": arguments.get("nll_weight"),
         "token_did_entropy_weight": arguments.get("token_did_entropy_weight") or None,
     }
+    quantisation = (arguments.get("model_kwargs") or {}).get("quantization_config")
+    if isinstance(quantisation, Mapping):
+        rows["Quantisation of the base model"] = _cell(", ".join(f"{key}={v}" for key, v in quantisation.items()))
     adapter = facts["adapter"] or {}
     if adapter.get("peft_type"):
         modules = adapter.get("target_modules")

@@ -15,7 +15,7 @@ from torch import nn
 from lit_did.arguments import check_bools
 from lit_did.exporting.card import model_card
 from lit_did.exporting.checkpoints import PREFIX, read_checkpoint
-from lit_did.models.adapters import REFERENCE_ADAPTER, save_policy
+from lit_did.models.adapters import REFERENCE_ADAPTER, import_peft, save_policy
 from lit_did.models.loading import add_lora, load_model
 from lit_did.models.names import load_tokenizer
 from lit_did.models.wrappers import inner, is_peft, plain_name
@@ -211,10 +211,9 @@ def _load(
         )
     base_dtypes = {plain_name(key): p.dtype for key, p in inner(model).named_parameters()}
     if facts["adapter"] is not None and not is_peft(model):
-        from peft import PeftConfig
-
+        peft = import_peft(f"The adapter of {path}")
         config = {**facts["adapter"], "base_model_name_or_path": None, "inference_mode": False}
-        model = add_lora(model, PeftConfig.from_peft_type(**config), facts["adapter_name"])
+        model = add_lora(model, peft.PeftConfig.from_peft_type(**config), facts["adapter_name"])
     own = {plain_name(key): value for key, value in model.state_dict().items()}
     wrong = sorted(key for key, value in state.items() if key not in own or own[key].shape != value.shape)
     if wrong or not state:

@@ -13,6 +13,7 @@ from lit_did.modules.intervals import with_intervals
 from lit_did.modules.objective import Objective
 from lit_did.modules.pairs import PairMetrics, PairStatistics, counted
 from lit_did.modules.policy_module import PolicyModule
+from lit_did.modules.run_facts import data_parallel_size
 from lit_did.modules.watch import warn_if_not_finite
 from lit_did.ops import SequenceStatistics
 
@@ -80,14 +81,18 @@ class PairModule(PolicyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over the epoch and all processes. Warns if a loss is not finite."""
-        self._validation = {"step": self.trainer.global_step, "metrics": self._log_epoch("val/", self.val_metrics)}
+        metrics = self._log_epoch("val/", self.val_metrics)
+        if not self.trainer.sanity_checking:  # which takes a few batches only
+            self._validation = {"step": self.trainer.global_step, "metrics": metrics}
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""
         self._log_epoch("test/", self.test_metrics)
 
     def _metrics(self, loaders: int) -> nn.ModuleList:
-        return nn.ModuleList(PairMetrics(self.objective, intervals=True).to(self.device) for _ in range(loaders))
+        copies = self.trainer.world_size // data_parallel_size(self.trainer)
+        metrics = (PairMetrics(self.objective, intervals=True, copies=copies) for _ in range(loaders))
+        return nn.ModuleList(m.to(self.device) for m in metrics)
 
     def _log_epoch(self, prefix: str, loaders: Any) -> dict[str, Any]:
         measured: dict[str, Any] = {}

@@ -40,14 +40,15 @@ class PairMoments(StatisticsMetric):
         names: The metrics, as `PairMetrics` names them.
         beta: DPO's inverse temperature.
         sft: The weight of the SFT term.
+        copies: How many processes get every batch: 1, or more with tensor parallelism.
     """
 
     quantity = "pair_moments"
     totals_shape = (len(_SUMS), len(_SUMS))
 
-    def __init__(self, names: Sequence[str], *, beta: float, sft: float) -> None:
+    def __init__(self, names: Sequence[str], *, beta: float, sft: float, copies: int = 1) -> None:
         super().__init__()
-        self.names, self.beta, self.sft = names, beta, sft
+        self.names, self.beta, self.sft, self.copies = names, beta, sft, copies
         self._losses: Tensor | None = None  # while `update` runs
 
     def update(  # type: ignore[override]  # statistics with their losses
@@ -91,7 +92,7 @@ class PairMoments(StatisticsMetric):
         return added.mT @ added, shares["observed"].sum().long()
 
     def value(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        moments = _Moments(totals.cpu())
+        moments = _Moments(totals.cpu() / self.copies)
         ratios = {
             "loss": [(1.0, "loss", "pairs"), *[(self.sft, "chosen_nll", "chosen_tokens")] * bool(self.sft)],
             "reward": [(self.beta, name, "sequences") for name in ("chosen", "rejected")],
@@ -104,7 +105,9 @@ class PairMoments(StatisticsMetric):
         intervals = {name: moments.of_ratios(ratios[name]) for name in self.names if name in ratios}
         shares = {"reward_accuracy": "right", "chosen_fell": "fell"}
         intervals |= {name: moments.of_share(shares[name]) for name in self.names if name in shares}
-        return {"num_pairs": counts} | {f"interval/{name}": interval for name, interval in intervals.items()}
+        return {"num_pairs": counts // self.copies} | {
+            f"interval/{name}": interval for name, interval in intervals.items()
+        }
 
 
 def with_intervals(values: Mapping[str, Tensor], suffix: str) -> dict[str, list[float]]:

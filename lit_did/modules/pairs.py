@@ -77,9 +77,10 @@ class PairMetrics(DIDMetrics):
     Args:
         objective: The loss that training minimises.
         intervals: Whether `compute` also returns "num_pairs" and the metrics' 95% intervals, see `PairMoments`.
+        copies: How many processes get every batch.
     """
 
-    def __init__(self, objective: Objective, *, intervals: bool = False) -> None:
+    def __init__(self, objective: Objective, *, intervals: bool = False, copies: int = 1) -> None:
         super().__init__(beta=objective.beta)
         self._log_ratio = objective.log_ratio
         if objective.reference_free:
@@ -90,7 +91,7 @@ class PairMetrics(DIDMetrics):
         self.add_metrics({"loss": _Loss(objective.sft)})
         if intervals:
             names = tuple(map(str, self.keys()))
-            self.add_metrics({"moments": PairMoments(names, beta=objective.beta, sft=objective.sft)})
+            self.add_metrics({"moments": PairMoments(names, beta=objective.beta, sft=objective.sft, copies=copies)})
 
     def update(  # type: ignore[override]  # pairs with their losses, not logits
         self, pairs: PairStatistics, weight: Tensor | None = None

@@ -59,6 +59,11 @@ def adapter_config(policy: nn.Module) -> dict[str, Any] | None:
     return json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
+def data_parallel_size(trainer: lightning.Trainer) -> int:
+    """How many processes, or groups of processes with tensor parallelism, get batches of their own."""
+    return (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+
+
 def _training(trainer: lightning.Trainer) -> dict[str, Any]:
     batches, batches_an_epoch = trainer.fit_loop.epoch_loop.batch_progress.total.completed, trainer.num_training_batches
     optimizer = next(iter(trainer.optimizers), None)
@@ -67,7 +72,7 @@ def _training(trainer: lightning.Trainer) -> dict[str, Any]:
     return {
         "steps": trainer.global_step,
         "epochs": batches / batches_an_epoch if 0 < batches_an_epoch < math.inf else None,
-        "ranks": (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"],
+        "ranks": data_parallel_size(trainer),
         "processes": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,
         "precision": str(trainer.precision),

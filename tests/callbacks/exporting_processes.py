@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers.distributed import DistributedConfig
 
 from lit_did import LitDPO, PreferenceDataModule
 from lit_did.callbacks import ExportPolicy
@@ -23,13 +24,24 @@ from tests.processes import run_ranks
 def main(processes: int, kind: str, model: str, folder: Path) -> None:
     torch.manual_seed(7)
     sharded = kind.startswith("sharded") and processes > 1
+    by_tensors = kind == "tensor parallel" and processes > 1
     module = (Sharded if sharded else LitDPO)(
-        model, lora={**LORA, "init_lora_weights": False} if "lora" in kind else None, learning_rate=1e-2, adam_eps=1e-3
+        model,
+        lora={**LORA, "init_lora_weights": False} if "lora" in kind else None,
+        learning_rate=1e-2,
+        adam_eps=1e-3,
+        model_kwargs={"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")} if by_tensors else None,
     )
     save = ModelCheckpoint(folder / f"checkpoints{processes}", monitor="val/reward_margin", mode="min")
     trainer(
         devices=processes,
-        strategy=ModelParallelStrategy(2, 1) if sharded else "ddp" if processes > 1 else "auto",
+        strategy=ModelParallelStrategy(1, 2)
+        if by_tensors
+        else ModelParallelStrategy(2, 1)
+        if sharded
+        else "ddp"
+        if processes > 1
+        else "auto",
         max_epochs=2,
         num_sanity_val_steps=0,
         enable_checkpointing=True,
@@ -37,7 +49,13 @@ def main(processes: int, kind: str, model: str, folder: Path) -> None:
     ).fit(
         module,
         PreferenceDataModule(
-            ROWS, model, val=ROWS[:5], batch_size=4 // processes, max_length=64, as_chat=True, shuffle=False
+            ROWS,
+            model,
+            val=ROWS[:5],
+            batch_size=4 if by_tensors else 4 // processes,
+            max_length=64,
+            as_chat=True,
+            shuffle=False,
         ),
     )
 

@@ -162,7 +162,8 @@ def test_it_is_written_in_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.long) for kind in ("ddp", "sharded", "sharded lora")]
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long) for kind in ("ddp", "sharded", "sharded lora", "tensor parallel")],
 )
 def test_two_processes_write_what_one_does(tiny_model, tmp_path, kind):
     run_program(sys.executable, "-m", "tests.callbacks.exporting_processes", kind, tiny_model, tmp_path)

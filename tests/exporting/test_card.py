@@ -154,6 +154,14 @@ def test_other_losses(loss, shown):
     assert cells(card(arguments=arguments | {"label_smoothing": 0.1, "gamma": None}))["Loss"] == shown
 
 
+def test_the_sanity_check_is_no_validation(tiny_model, tmp_path):
+    data = PreferenceDataModule(ROWS, str(tiny_model), val_fraction=0.25, batch_size=3, max_length=64, as_chat=True)
+    module = LitDPO(str(tiny_model))
+    trainer(max_steps=1, num_sanity_val_steps=1).fit(module, data)
+    export_module(module, tmp_path / "out")
+    assert "No validation was made" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_loss_without_a_reference(tiny_model, tmp_path):
     module, _, _ = run(tmp_path / "run", str(tiny_model), loss="simpo", gamma=0.5)
     export_module(module, tmp_path / "out")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
 from lit_did.exporting import export_policy
+from lit_did.models.loading import load_model
 from tests.exporting.runs import LORA, ROWS, TEMPLATE, run
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
@@ -218,18 +219,21 @@ def test_nothing_to_merge(tiny_model, tmp_path):
         export_policy(checkpoint, tmp_path / "out", merge=True)
 
 
-def test_a_quantised_base_is_not_merged(lora_run, tmp_path, monkeypatch):
-    from lit_did.exporting import export
-
-    def load(*arguments):
-        model = load_model(*arguments)
-        model.is_quantized = True
-        return model
-
-    load_model = export.load_model
-    monkeypatch.setattr(export, "load_model", load)
+def test_an_adapter_of_a_4_bit_base(tiny_model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    tiny_llama(vocab_size=258, hidden_size=64, intermediate_size=64).save_pretrained(base)
+    four_bit = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    module, _, checkpoint = run(tmp_path / "run", str(base), lora=LORA, model_kwargs=four_bit)
+    export_policy(checkpoint, tmp_path / "out", quiet=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Quantisation of the base model | load_in_4bit=True, bnb_4bit_quant_type=nf4 |" in card
+    again = load_model(tmp_path / "out", "policy", four_bit)
+    torch.testing.assert_close(logits(again), logits(module.policy), atol=1e-5, rtol=1e-5)
+    assert opened(tmp_path / "out").isfinite().all()  # on the base model as it is on disk
     with pytest.raises(ValueError, match="Expected a base model that is not quantised"):
-        export_policy(lora_run[1], tmp_path / "out", merge=True)
+        export_policy(checkpoint, tmp_path / "merged", merge=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

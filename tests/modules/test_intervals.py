@@ -110,6 +110,19 @@ def test_every_interval_holds_its_metric(loss):
     assert all(low < values[name] < high for name, (low, high) in intervals.items())
 
 
+def test_pairs_that_several_processes_measure_count_once():
+    pairs = random_pairs(9)
+    metrics = PairMetrics(Objective(beta=0.3, loss="sigmoid"), intervals=True, copies=2)
+    for _ in range(2):  # the processes' sums are added up
+        metrics.update(pairs)
+    _, expected = computed(pairs)
+    values = metrics.compute()
+    assert values["num_pairs"] == 9
+    assert {n.removeprefix("interval/"): v.tolist() for n, v in values.items() if "/" in n} == {
+        name: pytest.approx(interval, rel=1e-9) for name, interval in expected.items()
+    }
+
+
 def test_pairs_of_weight_0_do_not_count_and_one_pair_has_no_interval():
     pairs = random_pairs(5)
     metrics = PairMetrics(Objective(beta=0.3, loss="sigmoid"), intervals=True)
