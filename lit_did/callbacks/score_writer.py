@@ -50,6 +50,7 @@ class ScoreWriter(BasePredictionWriter):
         self.output, self.texts, self.overwrite = Path(output).expanduser(), texts, overwrite
         check_table_path(self.output)
         self._rows: list[Row] = []
+        self._columns: dict[int, dict[str, Any]] = {}
         self._examples: dict[int, Example] = {}
         self._truncated: set[int] = set()
 
@@ -59,8 +60,12 @@ class ScoreWriter(BasePredictionWriter):
                 f"Expected `output` to be a new file, but {self.output} exists. Choose another name, or pass "
                 "`overwrite=True`."
             )
-        dataset = _data(trainer).predict_dataset
+        data = _data(trainer)
+        dataset = data.predict_dataset
         assert isinstance(dataset, PreferenceDataset)  # after its `setup`
+        if trainer.is_global_zero:  # now, because the source may change while models run
+            source = next(s for s in (data.predict, data.val, data.train) if s is not None)
+            self._columns = read_columns(source, "pairs", columns=data.columns, texts=self.texts)
         self._rows, self._truncated = [], dataset.truncated
         self._examples = {example.index: example for example in dataset}
 
@@ -94,11 +99,8 @@ class ScoreWriter(BasePredictionWriter):
         rows = {row["index"]: row for share in _gathered(trainer, self._rows) for row in share}
         self._rows, self._examples = [], {}
         if trainer.is_global_zero and rows:
-            data = _data(trainer)
-            source = next(s for s in (data.predict, data.val, data.train) if s is not None)
-            columns = read_columns(source, "pairs", columns=data.columns, texts=self.texts)
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            write_table(with_columns([rows[index] for index in sorted(rows)], columns), self.output)
+            write_table(with_columns([rows[index] for index in sorted(rows)], self._columns), self.output)
         trainer.strategy.barrier()
 
 

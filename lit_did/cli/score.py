@@ -94,7 +94,7 @@ def score(
         "chat_template_kwargs": chat_template_kwargs,
         "parse_special_tokens": parse_special_tokens,
     }
-    scorer = PairScorer(pairs, tokenizer or tokenizer_of(policy), batch_size=batch_size, beta=beta, **data)
+    scorer = PairScorer(pairs, tokenizer or tokenizer_of(policy), batch_size=batch_size, beta=beta, texts=texts, **data)
     models = scorer.load(policy, reference, dtype=getattr(torch, dtype), device=placed)
     kind = torch.cuda.get_device_name(placed) if placed.type == "cuda" else placed.type
     compared = models.policy if models.reference is None else models.reference
@@ -117,7 +117,7 @@ def score(
             print(f"Stopped after {done} of {len(scorer.dataset)} pairs. Run the same command again to go on.")
             return 130
         scored = [row for rows in finished.results for row in rows]
-        write_table(scorer.table(scored, texts=texts), path)
+        write_table(scorer.table(scored), path)
         finished.remove()
     if not quiet:
         print(f"{len(scored)} pairs of {scorer.dataset.num_rows} rows\n{describe(summarize(scored))}")

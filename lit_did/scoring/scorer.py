@@ -26,7 +26,7 @@ from lit_did.models.names import load_tokenizer
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.ops import SequenceStatistics
 from lit_did.scoring.models import Model, check_adapter, check_models, load_models, tokenizer_of
-from lit_did.scoring.table import Row, data_frame, margin, rows_of, with_columns
+from lit_did.scoring.table import Row, import_pandas, margin, rows_of, with_columns
 
 
 def score_pairs(
@@ -35,7 +35,6 @@ def score_pairs(
     reference: Model | None = None,
     *,
     tokenizer: Any = None,
-    texts: bool = False,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -52,12 +51,11 @@ def score_pairs(
         reference: The model that the policy is compared with, or its name or path. None: a `PeftModel` is compared with
             its base model.
         tokenizer: A transformers tokenizer, or its name or path. None: the policy's.
-        texts: Whether the table has the columns with the pairs' texts too.
         dtype: Of models that are given by name. None: float32.
         device: Of models that are given by name. None: the GPU if there is one, else the CPU.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         progress: Whether a terminal shows a progress bar.
-        **options: Further arguments of `PairScorer`, such as `beta` and `max_length`.
+        **options: Further arguments of `PairScorer`, such as `beta`, `texts` and `max_length`.
 
     Returns:
         A pandas DataFrame with a row a pair, in the order of the source.
@@ -65,14 +63,14 @@ def score_pairs(
     Raises:
         TypeError, ValueError: An argument is out of range, the data is malformed, or the models do not fit together.
         FileNotFoundError: There is no such file or model.
-        ImportError: pandas is not installed.
+        ModuleNotFoundError: pandas is not installed.
     """
-    check_bools(texts=texts)
+    import_pandas()  # now, because scoring may take hours
     check_models(policy, reference)
     scorer = PairScorer(pairs, tokenizer_of(policy) if tokenizer is None else tokenizer, **options)
     scorer.load(policy, reference, dtype=dtype, device=device, model_kwargs=model_kwargs)
     rows = [row for batch in scorer.batches(progress=progress) for row in batch]
-    return data_frame(scorer.table(rows, texts=texts))
+    return import_pandas().DataFrame(scorer.table(rows))
 
 
 class PairScorer:
@@ -85,6 +83,7 @@ class PairScorer:
             parse_special_tokens, as_chat: As for `PreferenceDataModule`.
         batch_size: Pairs a forward pass.
         beta: DPO's inverse temperature. With it, the table has `reward_margin`, which is beta times `margin`.
+        texts: Whether the table has the columns with the pairs' texts too.
 
     Attributes:
         dataset: The tokenised pairs.
@@ -106,6 +105,7 @@ class PairScorer:
         as_chat: bool = False,
         batch_size: int = 8,
         beta: float | None = None,
+        texts: bool = False,
     ) -> None:
         check_integer("batch_size", batch_size, 1)
         if beta is not None:
@@ -113,14 +113,15 @@ class PairScorer:
         check_truncation(max_length, truncation, min_completion_tokens)
         check_chat_template(chat_template)
         check_template_kwargs(chat_template_kwargs)
-        check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens)
+        check_bools(as_chat=as_chat, parse_special_tokens=parse_special_tokens, texts=texts)
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(tokenizer)
-        self.pairs, self.columns = pairs, columns
         self.beta, self.batch_size = beta, batch_size
         self.models: PolicyAndReference | None = None
         """None until `load`"""
         rows, skipped = read_rows(pairs, "pairs", columns=columns, on_bad_rows=on_bad_rows)
+        # Now, because the source may change while models run.
+        self._columns = read_columns(pairs, "pairs", columns=columns, texts=texts)
         self.dataset = PreferenceDataset(
             rows,
             tokenizer,
@@ -134,17 +135,17 @@ class PairScorer:
             skipped=skipped,
             on_bad_rows=on_bad_rows,
         )
-        texts = self.dataset.warnings("pairs")
-        texts["unread"] = describe_unread(
+        notes = self.dataset.warnings("pairs")
+        notes["unread"] = describe_unread(
             "pairs", (row.pair for row in rows), tokenizer, chat_template, chat_template_kwargs
         )
         if self.dataset.num_too_long:
-            texts["length"] = (
+            notes["length"] = (
                 f"pairs: {self.dataset.num_too_long} of {self.dataset.num_rows} rows are longer than "
                 f"max_length={max_length} and are left out of the table. Raise `max_length`, or pass "
                 '`truncation="completion"`.'
             )
-        for text in filter(None, texts.values()):
+        for text in filter(None, notes.values()):
             warnings.warn(text, stacklevel=3)
 
     @property
@@ -195,15 +196,9 @@ class PairScorer:
                 bar.update(len(rows))
                 yield rows
 
-    def table(self, rows: Sequence[Row], *, texts: bool = False) -> dict[str, list]:
-        """The columns of the table: those of `rows`, and then the source's.
-
-        Args:
-            rows: Of all batches.
-            texts: Whether the columns with the pairs' texts are among the source's.
-        """
-        check_bools(texts=texts)
-        return with_columns(rows, read_columns(self.pairs, "pairs", columns=self.columns, texts=texts))
+    def table(self, rows: Sequence[Row]) -> dict[str, list]:
+        """The columns of the table: those of `rows`, which are of all batches, and then the source's."""
+        return with_columns(rows, self._columns)
 
     def _examples(self, number: int) -> list[Example]:
         first = number * self.batch_size

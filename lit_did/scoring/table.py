@@ -125,11 +125,11 @@ def _write_parquet(table: Mapping[str, list], path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({name: _array(values) for name, values in table.items()}), path)
 
 
-def data_frame(table: Mapping[str, list]) -> Any:
-    """The columns as a pandas DataFrame."""
+def import_pandas() -> Any:
+    """The package pandas. Raises ModuleNotFoundError, which names the extra, if it is not installed."""
     with _needs("pandas", "A table in memory"):
         import pandas
-    return pandas.DataFrame(dict(table))
+    return pandas
 
 
 def _cell(value: Any) -> Any:

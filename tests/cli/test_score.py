@@ -186,7 +186,7 @@ def test_what_a_user_can_mend(arguments, models, tmp_path, capsys, change, messa
         (["p"], "Expected `policy` to be given, in a recipe (-c FILE) or as an option (--policy)."),
         (["p", "q", "--policy", "a"], "Expected an option, which starts with --, but got q."),
         (["p", "--policy", "a", "--batch_size", "x"], "Expected `batch_size` to be a whole number, but got 'x'."),
-        (["p", "--policy", "a", "--truncation", "dorp"], "Expected `truncation` to be one of 'completion', 'prompt'"),
+        (["p", "--policy", "a", "--truncation", "dropp"], "Expected `truncation` to be one of 'completion', 'prompt'"),
         (["p", "--policy", "a", "-c", "none.yaml"], "Expected -c to be a YAML file, but got none.yaml: No such file"),
         (["p", "--policy", "a", "-c", "bad.yaml"], "Expected keys that this command knows, but got batchsize. Did you"),
     ],

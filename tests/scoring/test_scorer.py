@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -153,6 +154,12 @@ def test_refuses(arguments, error, message):
 def test_a_folder_without_an_adapter_needs_a_reference(tiny_model):
     with pytest.raises(ValueError, match="Expected `reference` for a policy without an adapter"):
         score_pairs("nowhere.jsonl", tiny_model)  # before anything is read
+
+
+def test_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs pandas. Run pip install 'lit-did\[tables\]'"):
+        score_pairs("nowhere.jsonl", "nowhere")  # before anything is read
 
 
 def test_rows_that_are_left_out_are_reported():
