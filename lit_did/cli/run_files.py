@@ -90,7 +90,7 @@ class MetricsFile(CSVLogger):
     @property
     def experiment(self) -> Any:
         """Lightning's writer, which begins with the rows that are kept."""
-        if self._first_step is None or getattr(rank_zero_only, "rank", 0):
+        if self._first_step is None or getattr(rank_zero_only, "rank", None):
             return super().experiment
         path = Path(self.log_dir) / "metrics.csv"
         rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []

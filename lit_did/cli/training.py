@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
+from lit_did.callbacks import ScoreWriter
 from lit_did.cli import runs
 from lit_did.cli.errors import InputError, can_be_mended
 from lit_did.cli.recipes import with_recipes
@@ -143,6 +145,7 @@ class Training(LightningCLI):
             options["enable_progress_bar"] = sys.stderr.isatty() and not self.config.quiet
         if self.command == "fit":
             assert self.folder is not None
+            self._check_monitors(callbacks)
             callbacks += self._writers(callbacks)
             options |= {"enable_checkpointing": given.enable_checkpointing, "default_root_dir": str(self.folder)}
             if given.logger in (None, True):
@@ -150,11 +153,7 @@ class Training(LightningCLI):
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins.append(WholeCheckpoints())
         elif self.command == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
-            raise InputError(
-                "Expected `trainer.callbacks` to hold a prediction writer, because `lit-did predict` writes nothing "
-                "itself, but got none. Add `--trainer.callbacks lit_did.callbacks.ScoreWriter`, or use `lit-did "
-                "score`, which writes a table."
-            )
+            callbacks.append(ScoreWriter((self.folder or Path()) / "scores.csv"))
         return super().instantiate_trainer(**options, callbacks=callbacks, plugins=plugins or None, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -186,6 +185,18 @@ class Training(LightningCLI):
             runs.check_unused(self.folder)
         if fits:
             config.output = str(self.folder)
+
+    def _check_monitors(self, callbacks: list[Any]) -> None:
+        """Raises InputError if a callback waits for a metric whose name is nearly one of those that are logged."""
+        names = [f"{prefix}/{name}" for prefix in ("val", "train") for name in self.model.train_metrics]
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            near = get_close_matches(str(monitor), names, n=1, cutoff=0.8)
+            if monitor not in names and near:
+                raise InputError(
+                    f"Expected `monitor` of {type(callback).__name__} to be a metric that is logged, but got "
+                    f"{monitor}. Did you mean {near[0]}?"
+                )
 
     def _writers(self, callbacks: list[Any]) -> list[Any]:
         """The callbacks that write into the run's folder, beside the user's."""
@@ -219,14 +230,20 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with _without_hints():
             cli = Training(command, arguments)
-            getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, weights_only=True)
-    except MisconfigurationException as error:
+            trainer: Any = cli.trainer
+            options: dict[str, Any] = {"ckpt_path": cli.path, "weights_only": True}
+            if command == "predict":  # they are written
+                options["return_predictions"] = False
+            getattr(trainer, command)(cli.model, datamodule=cli.datamodule, **options)
+    except (MisconfigurationException, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "conditioned on metric" not in str(error):  # EarlyStopping's `monitor`
+            raise
         raise InputError(str(error)) from error
     except Exception as error:
         if cli is not None and cli.folder is not None:
             with suppress(OSError):  # it holds something, or was not made
                 cli.folder.rmdir()
-        if getattr(rank_zero_only, "rank", 0) and can_be_mended(error):  # rank 0 has the same error and prints it
+        if getattr(rank_zero_only, "rank", None) and can_be_mended(error):  # rank 0 has the same error and prints it
             return 2
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -235,8 +252,11 @@ def _run(command: str, arguments: list[str]) -> int:
             raise
         print(f"Stopped.{_how_to_continue(cli)}", file=sys.stderr)
         return 130
-    if command == "fit" and cli.trainer.is_global_zero and not cli.config.quiet:
-        print(_summary(cli))
+    if trainer.is_global_zero and not cli.config.quiet:
+        if command == "fit":
+            print(_summary(cli))
+        for writer in (callback for callback in trainer.callbacks if isinstance(callback, ScoreWriter)):
+            print(f"Written: {writer.output}")
     return 0
 
 

@@ -165,7 +165,7 @@ class PreferenceDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer. A name or path is loaded on first use. Without one, it is that of the Trainer's policy."""
         if self._tokenizer is None:
-            self._tokenizer = name_of_policy_tokenizer(self.trainer)
+            self._tokenizer = load_tokenizer(name_of_policy_tokenizer(self.trainer), "policy")
         if isinstance(self._tokenizer, str | os.PathLike):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer

@@ -17,7 +17,7 @@ import yaml
 
 from lit_did import LitDPO, LitDPOPG
 from lit_did.cli import main
-from tests.processes import ROOT
+from tests.processes import ROOT, run_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -314,6 +314,40 @@ def test_the_help_is_one_screen_and_the_rest_is_behind_another(work, command, ca
         assert not any(f"--{other}." in shown for other in {"model", "data", "trainer"} - {section})
 
 
-def test_predict_without_a_writer_says_how_to_get_the_results(work, recipe, capsys):
-    assert lit_did(f"predict -c {write(recipe)}") == 2
-    assert "Expected `trainer.callbacks` to hold a prediction writer" in capsys.readouterr().err
+def test_predict_writes_a_table_and_refuses_to_overwrite_it(work, recipe, whole, capsys):
+    shutil.copytree(whole, work / "run")
+    assert lit_did("predict -c run/config.yaml --output run --ckpt_path best") == 0
+    assert capsys.readouterr().out.endswith("Written: run/scores.csv\n")
+    with Path("run/scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    best = min(float(row["val/loss"]) for row in metrics(whole) if row["val/loss"])
+    margins = torch.tensor([float(row["reward_margin"]) for row in rows])
+    assert -torch.nn.functional.logsigmoid(margins).mean().item() == pytest.approx(best, rel=1e-5)
+    assert lit_did("predict -c run/config.yaml --output run") == 2
+    assert "Expected `output` to be a new file, but run/scores.csv exists." in capsys.readouterr().err
+    writer = "--trainer.callbacks lit_did.callbacks.ScoreWriter --trainer.callbacks.output other.csv"
+    assert lit_did(f"predict -c {write(recipe)} {writer}") == 0
+    assert capsys.readouterr().out == "Written: other.csv\n"
+
+
+@pytest.mark.long
+def test_two_processes_write_one_run(work, recipe):
+    trainer = {"devices": 2, "strategy": "ddp", "max_epochs": 1}
+    name = write(recipe, trainer=trainer, data={"batch_size": 1}, model={"warmup_steps": 0})
+    command = [sys.executable, "-m", "lit_did", "fit", "-c", name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = run_program(*command, environment=environment, cwd=work)
+    assert out.count("Finished after 5 steps: runs/recipe/version_0") == 1
+    out = run_program(*command, "--ckpt_path", "last", "--trainer.max_epochs", 2, environment=environment, cwd=work)
+    assert out.count("The run continues after step 5") == 1
+    assert [path.name for path in Path("runs/recipe").iterdir()] == ["version_0"]
+    assert [int(row["step"]) for row in metrics("runs/recipe/version_0") if row["train/loss"]] == list(range(10))
+    Path("wrong.jsonl").write_text("{}\n")
+    wrong = subprocess.run(
+        [*command, "--data.train", "wrong.jsonl"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("error: ") == 1
+    assert "Traceback" not in wrong.stderr
+    assert not Path("runs/recipe/version_1").exists()

@@ -22,7 +22,8 @@ def run(tmp_path, monkeypatch, capsys, tiny_model, pairs):
 
     def go(arguments: str, recipe: str | None = None) -> tuple[int, str]:
         if recipe is not None:
-            (tmp_path / "recipe.yaml").write_text(recipe)
+            filled = recipe.replace("MODEL", str(tiny_model)).replace("PAIRS", str(pairs))
+            (tmp_path / "recipe.yaml").write_text(filled)
             arguments += " -c recipe.yaml"
         words = arguments.replace("MODEL", str(tiny_model)).replace("PAIRS", str(pairs)).split()
         status = main.main(words)
@@ -71,7 +72,7 @@ WRONG_OPTIONS = [
     (f"{BASE} --ckpt_path none.ckpt", "Expected `ckpt_path` to be a checkpoint, but none.ckpt does not exist."),
     (f"{BASE} --ckpt_path last", "Expected a run in runs/dpo for `--ckpt_path last`, but there is none."),
     (f"{BASE} --output PAIRS/run", "Expected --output to be a folder that can be made"),
-    ("predict --model.policy MODEL --data.train PAIRS", "lit_did.callbacks.ScoreWriter"),
+    ("predict --model.policy MODEL --data.train PAIRS", "Expected `predict`, `val` or `val_fraction` for predicting"),
     ("test --model.policy MODEL --data.train PAIRS", "Expected `test` for testing, but got None."),
 ]
 
@@ -110,10 +111,24 @@ WRONG_RECIPES = [
         "  - {class_path: EarlyStopping, init_args: {monitor: a, patiense: 1}}\n",
         "options of EarlyStopping only, but got patiense. Did you mean patience?",
     ),
+    (
+        "model: {policy: MODEL}\ndata: {train: PAIRS}\ntrainer:\n  callbacks:\n"
+        "  - {class_path: EarlyStopping, init_args: {monitor: val_loss}}\n",
+        "Expected `monitor` of EarlyStopping to be a metric that is logged, but got val_loss. Did you mean val/loss?",
+    ),
     ("model: {policy: m, lora: 3}\ndata: {train: p}\n", "Expected `lora` to be"),
     ("model:\n  policy: m\n  loss: [1\ndata: {train: p}\n", "recipe.yaml, line 4: Expected YAML, but:"),
     ("- 3\n", "recipe.yaml: Expected YAML with options as keys, but got [3]."),
 ]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    status, err = run("fit --model.policy somebody/a-model --data.train PAIRS")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: Expected `policy` to be a folder on this machine or a model of the Hugging Face hub")
+    assert "cannot be reached" in err
 
 
 @pytest.mark.parametrize(("recipe", "message"), WRONG_RECIPES)
