@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_did.models.names import local_folder
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 ADAPTER = "adapter"
 """The `reference` that is a frozen copy of the policy's adapter. It is never a path."""
 REFERENCE_ADAPTER = "lit_did_reference"
 """The name of that copy among the adapters of the policy."""
+HAS_ADAPTER = (
+    "Expected `lora` to be None for a `policy` that already has an adapter (a PeftModel, or the name of one), but got "
+    "a configuration. Leave `lora` out: the policy's own adapter is trained. To train a new adapter on top of it, "
+    "merge the old one first (`merge_and_unload`)."
+)
 _FILE_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """the arguments of `from_pretrained` that find a file of a repository"""
 
@@ -50,6 +56,18 @@ def adapter_folder(name: str, model_kwargs: Mapping[str, Any]) -> str | None:
     if not any(folder.glob("adapter_model.*")):
         raise FileNotFoundError(f"{folder} holds an adapter_config.json, but no adapter_model.safetensors.")
     return str(folder)
+
+
+def check_adapter_folder(policy: str | os.PathLike, reference: Any, lora: Any) -> None:
+    """Raises ValueError if a folder, which is to be the policy, does not fit `reference="adapter"` or `lora`."""
+    folder = local_folder(policy, "policy")
+    if folder is None:  # the hub has it
+        return
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and lora is not None:
+        raise ValueError(HAS_ADAPTER)
+    if not is_adapter and lora is None and isinstance(reference, str) and reference == ADAPTER:
+        raise ValueError(_no_adapter(str(policy)))
 
 
 def adapter_config(folder: str, argument: str) -> Any:
@@ -156,17 +174,21 @@ def check_one_adapter(policy: nn.Module) -> str:
     """The name of the active adapter. Raises ValueError unless there is exactly one."""
     peft: Any = policy
     if not is_peft(policy):
-        raise ValueError(
-            f'Expected `policy` to have an adapter with `reference="{ADAPTER}"`, which keeps a frozen copy of it, but '
-            f"got {type(policy).__name__} without one. Pass a PeftModel or an adapter's folder as `policy`, or leave "
-            f"`reference` out. To use a model in a folder of this name, write './{ADAPTER}'."
-        )
+        raise ValueError(_no_adapter(type(policy).__name__))
     if len(peft.active_adapters) != 1:
         raise ValueError(
             f'Expected `policy` to have one active adapter with `reference="{ADAPTER}"`, but got '
             f"{', '.join(peft.active_adapters)}. Combine them with peft's `add_weighted_adapter`."
         )
     return peft.active_adapters[0]
+
+
+def _no_adapter(policy: str) -> str:
+    return (
+        f'Expected `policy` to have an adapter with `reference="{ADAPTER}"`, which keeps a frozen copy of it, but got '
+        f"{policy} without one. Pass a PeftModel or an adapter's folder as `policy`, or leave `reference` out. To use "
+        f"a model in a folder of this name, write './{ADAPTER}'."
+    )
 
 
 def warn_if_untrained(policy: nn.Module) -> None:

@@ -17,7 +17,16 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from lit_did.models.adapters import ADAPTER, adapter_config, adapter_folder, check_one_adapter, import_peft, on_base
+from lit_did.models.adapters import (
+    ADAPTER,
+    HAS_ADAPTER,
+    adapter_config,
+    adapter_folder,
+    check_adapter_folder,
+    check_one_adapter,
+    import_peft,
+    on_base,
+)
 from lit_did.models.names import load_by_name
 from lit_did.models.quantisation import keep_gradients, quantised
 from lit_did.models.wrappers import adapter_marks, is_peft
@@ -99,6 +108,8 @@ def load_pair(
 
     A sharded policy that is given by name cannot be copied, so that its reference is loaded too.
     """
+    if not isinstance(policy, nn.Module):
+        check_adapter_folder(policy, reference, lora)  # before anything is loaded
     given, policy = policy, load_model(policy, "policy", model_kwargs)
     copied = reference is None and lora is None and needs_reference and not is_peft(policy)
     if copied and is_sharded(policy) and not isinstance(given, nn.Module):
@@ -142,11 +153,7 @@ def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.M
         ValueError: `model` is a PeftModel, or the adapter does not fit it.
     """
     if is_peft(model):
-        raise ValueError(
-            "Expected `lora` to be None for a `policy` that already has an adapter (a PeftModel, or the name of one), "
-            "but got a configuration. Leave `lora` out: the policy's own adapter is trained. To train a new adapter on "
-            "top of it, merge the old one first (`merge_and_unload`)."
-        )
+        raise ValueError(HAS_ADAPTER)
     peft = import_peft("`lora`")
     lora = lora_config(lora)
     with warnings.catch_warnings():  # peft uses a deprecated name of transformers

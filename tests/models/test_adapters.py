@@ -160,6 +160,7 @@ def test_an_adapter_that_does_not_load_is_refused_in_one_line(folders, spoil, er
 def test_the_reference_is_the_policys_adapter_as_it_was(form):
     start = sft(**FORMS[form]).double()
     policy = sft(**FORMS[form]).double()
+    next(p for n, p in policy.named_parameters() if "lora_A.default" in n).requires_grad_(False)  # its owner's choice
     trains = {name: p.requires_grad for name, p in policy.named_parameters()}
     models = PolicyAndReference(policy, "adapter")
     assert models.reference is None
@@ -263,9 +264,23 @@ def test_an_untrained_adapter_is_warned_of():
         PolicyAndReference(trained, "adapter")
 
 
-def test_a_new_adapter_on_an_adapter_is_refused(folders):
-    with pytest.raises(ValueError, match=r"`lora` to be None for a `policy` that already has an adapter"):
-        load_pair(folders[1], "adapter", {"r": 2}, model_kwargs={}, needs_reference=True)
+@pytest.mark.parametrize(
+    ("name", "lora", "message"),
+    [
+        ("sft", {"r": 2}, r"`lora` to be None for a `policy` that already has an adapter"),
+        ("base", None, r"`policy` to have an adapter .* but got .*base without one"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_before_it_is_loaded(folders, name, lora, message):
+    folder = folders[0].parent / name
+    (folder / ("adapter_model.safetensors" if name == "sft" else "model.safetensors")).unlink()
+    with pytest.raises(ValueError, match=message):
+        load_pair(folder, "adapter", lora, model_kwargs={}, needs_reference=True)
+
+
+def test_a_new_adapter_on_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="`lora` to be None for a `policy` that already has an adapter"):
+        load_pair(sft(), None, {"r": 2}, model_kwargs={}, needs_reference=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
