@@ -9,6 +9,7 @@ import csv
 import inspect
 import json
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from lit_did.cli.errors import InputError
 from lit_did.cli.recipes import RECIPES as PACKAGED
 from lit_did.cli.recipes import with_recipes
 from lit_did.cli.training import Training
-from lit_did.modules import LitDPO
+from lit_did.modules import LitDPO, LitDPOPG
 from tests.modules.tiny import byte_tokenizer, tiny_llama
+from tests.processes import run_program
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = {
@@ -135,10 +137,41 @@ def test_no_value_is_a_default(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_it_opens_with_its_command(recipe):
+def test_the_commands_that_it_opens_with(recipe, small):
     opening = recipe.read_text().split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in opening)
-    assert any(f"lit-did fit -c recipes/{recipe.name} " in line for line in opening)
+    commands = [re.split(" {2,}#", line)[0].split()[2:] for line in opening if line.startswith("#   lit-did fit ")]
+    assert commands
+    kinds = []
+    for command in commands:
+        assert command[1:3] == ["-c", f"recipes/{recipe.name}"]
+        cli = Training("fit", [*command[1:], *small])
+        kinds.append((type(cli.model), cli.model.hparams["loss"], cli.model.hparams["beta"]))
+    if recipe.stem == "paper_comparison":
+        assert kinds == [(LitDPO, "sigmoid", 0.1), (LitDPOPG, "sigmoid", 0.1), (LitDPO, "simpo", 2.0)]
+
+
+@pytest.mark.long
+def test_the_papers_comparison(small, capsys):
+    """The loop and the table of docs/recipes.md: 6 of its 48 runs, small."""
+    page = (RECIPES[0].parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    (table,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    commands = run_program("bash", "-c", f'lit-did() {{ echo "$*"; }}\n{loop}').splitlines()
+    assert len({re.search(r"--output (\S+)", command)[1] for command in commands}) == len(commands) == 48
+    Path("pairs.jsonl").rename("factual.jsonl")
+    overrides = [option for option in small if not option.startswith(("--data.train", "--output"))]
+    settings = ("factual-dpo-0.1", "factual-dpo_pg-0.1", "factual-simpo-2")
+    few = [c.split()[1:] for c in commands for setting in settings if re.search(rf"/{setting}-[01]$", c)]
+    assert len(few) == 6
+    for command in few:
+        fit([*command, *overrides])
+    capsys.readouterr()
+    exec(table, {})
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "setting"
+    assert [row.split()[0] for row in rows] == list(settings)
+    assert all(row.count("±") == 4 and "nan" not in row for row in rows)
 
 
 @pytest.mark.parametrize("option", ["-c {}", "--config={}"])
