@@ -202,10 +202,11 @@ class Training(LightningCLI):
         """The callbacks that write into the run's folder, beside the user's."""
         assert self.folder is not None
         folder = self.folder / runs.CHECKPOINTS
-        writers: list[Any] = [SaveConfig(self.parser, self.config, self.folder)]
-        if not self.config.quiet:
-            writers.append(Start(self.folder, self.step))
-        if self.config.trainer.enable_checkpointing is False or self.config.trainer.fast_dev_run:
+        writers: list[Any] = [] if self.config.quiet else [Start(self.folder, self.step)]
+        if self.config.trainer.fast_dev_run:  # which writes nothing
+            return writers
+        writers.append(SaveConfig(self.parser, self.config, self.folder))
+        if self.config.trainer.enable_checkpointing is False:
             return writers
         own = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
         for callback in own:
@@ -268,10 +269,9 @@ def _without_hints() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():  # a run that continues writes into its folder again
-            warnings.filterwarnings(
-                "ignore", message="(Checkpoint|Experiment logs) directory .* exists and is not empty"
-            )
+        with warnings.catch_warnings():  # a run that continues writes into its folder again, which may have moved
+            for message in ("(Checkpoint|Experiment logs) directory .* is not empty", "The dirpath has changed"):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

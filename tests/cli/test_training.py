@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import yaml
 
 from lit_did import LitDPO, LitDPOPG
 from lit_did.cli import main
+from lit_did.cli.run_files import WholeCheckpoints
+from lit_did.cli.training import Training
 from tests.processes import ROOT, run_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
@@ -118,9 +121,7 @@ def test_the_screen_says_where_a_run_is_and_what_to_do_next(work, recipe, capsys
     assert "lit-did export here/checkpoints/last.ckpt FOLDER" in out
     assert "lit-did fit -c here/config.yaml --ckpt_path last" in out
     assert lit_did(f"fit -c {write(recipe)} --trainer.max_steps 2 --quiet") == 0
-    quiet = capsys.readouterr()
-    assert quiet.out == ""
-    assert "GPU available" not in quiet.err
+    assert capsys.readouterr().out == ""
     assert (work / "runs/recipe/version_0/checkpoints/last.ckpt").exists()
 
 
@@ -155,7 +156,7 @@ long = pytest.mark.long
         pytest.param(ACCUMULATED, "STOP_AT", 4, marks=long),
     ],
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(work, recipe, changes, variable, at):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(work, recipe, changes, variable, at, capsys):
     callbacks = {"callbacks": [{"class_path": "tests.cli.kill.Interrupt"}]}
     name = write(recipe, **{**changes, "trainer": {**changes.get("trainer", {}), **callbacks}})
     assert lit_did(f"fit -c {name} --output whole") == 0
@@ -163,6 +164,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(work, recipe, changes, va
         patch.setenv(variable, str(at))
         assert lit_did(f"fit -c {name} --quiet") == 130
     (cut,) = Path("runs/recipe").iterdir()
+    stopped = "Stopped. To continue: lit-did fit -c runs/recipe/version_0/config.yaml --ckpt_path last\n"
+    assert capsys.readouterr().err.endswith(stopped)
     done = len([row for row in metrics(cut) if row["train/loss"]])
     assert 0 < done < len([row for row in metrics("whole") if row["train/loss"]])
     assert lit_did(f"fit -c {name} --ckpt_path last") == 0
@@ -183,6 +186,10 @@ def test_a_killed_run_continues(work, recipe, whole, capsys):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     cut = work / "runs/recipe/version_0"
+    assert b"Finished" not in killed.stdout
+    assert b"The run begins" in killed.stdout
+    assert b"GPU available" not in killed.stderr
+    assert b"warning: train: The pairs are plain text" in killed.stderr
     assert checkpoint(cut)["global_step"] == 4
     assert lit_did(f"fit -c {name} --ckpt_path last") == 0
     assert "The run continues after step 4" in capsys.readouterr().out
@@ -191,7 +198,6 @@ def test_a_killed_run_continues(work, recipe, whole, capsys):
 
 
 @pytest.mark.parametrize("content", ["empty", "half", "text"])
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run is copied here
 def test_a_half_written_checkpoint_is_named_and_the_newest_whole_one_used(work, whole, content, capsys):
     shutil.copytree(whole, work / "run")
     last = work / "run/checkpoints/last.ckpt"
@@ -351,3 +357,34 @@ def test_two_processes_write_one_run(work, recipe):
     assert wrong.stderr.count("error: ") == 1
     assert "Traceback" not in wrong.stderr
     assert not Path("runs/recipe/version_1").exists()
+
+
+def test_a_disk_that_is_full_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    def half(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"a": 1}, path)
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        WholeCheckpoints().save_checkpoint({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_progress_bar_needs_a_terminal_and_no_quiet(work, recipe, monkeypatch):
+    name = write(recipe)
+    assert Training("fit", ["-c", name]).trainer.progress_bar_callback is None
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert Training("fit", ["-c", name]).trainer.progress_bar_callback is not None
+    assert Training("fit", ["-c", name, "--quiet"]).trainer.progress_bar_callback is None
+
+
+def test_own_checkpoints_and_a_trial_run(work, recipe, capsys):
+    init = {"filename": "own", "monitor": "val/kl"}
+    own = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init}
+    assert lit_did(f"fit -c {write(recipe, trainer={'callbacks': [own], 'max_epochs': 1})} --output run") == 0
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"own.ckpt", "last.ckpt"}
+    assert lit_did(f"fit -c {write(recipe)} --trainer.fast_dev_run true --model.warmup_steps 0") == 0
+    assert not Path("runs/recipe/version_0").exists()
