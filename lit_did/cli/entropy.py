@@ -151,6 +151,7 @@ def entropy(
             seed=seed,
             progress=not quiet and sys.stderr.isatty(),
             skip=done.keys(),
+            names=[row.where for row in rows],
         )
         describe = partial(_result, rows, token_ids, loaded_tokenizer, seed, num_completions)
         try:

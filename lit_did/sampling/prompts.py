@@ -210,11 +210,12 @@ def sample_in_batches(
     seed: int,
     progress: bool,
     skip: Collection[int] = (),
+    names: Sequence[str] = (),
 ) -> Iterator[dict[int, DIDSamples]]:
     """Samples `did_entropy_of_prompts` batch by batch: {index of the prompt: its samples}.
 
     Batches depend on the prompts and `batch_size` alone, the longest prompts first. A batch whose prompts are all in
-    `skip` is left out, which changes no number of the others.
+    `skip` is left out, which changes no number of the others. `names` are what errors call the prompts.
     """
     settings.checked()
     check_seed(seed)
@@ -231,7 +232,7 @@ def sample_in_batches(
             token_ids.append(checked_prompt(prompt))
             as_readers(policy, reference, token_ids[-1:], settings.max_new_tokens)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"Prompt {index}: {error}") from error
+            raise type(error)(f"{names[index] if names else f'Prompt {index}'}: {error}") from error
     ends = ends_of(policy, eos_token_id)
     lengths = [len(ids) for ids in token_ids]
     mixed = batch_size > 1 and len(set(lengths)) > 1 and _read_padding(policy, reference, token_ids)

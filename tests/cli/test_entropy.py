@@ -20,8 +20,9 @@ from scipy import stats
 
 from lit_did.cli.entropy import summary
 from lit_did.cli.main import main
+from lit_did.models.loading import add_lora
 from lit_did.sampling import sample_did
-from tests.modules.tiny import byte_tokenizer, tiny_llama
+from tests.modules.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "tag": "factual"},
@@ -121,6 +122,35 @@ def test_the_summary(models, prompts, tmp_path, capsys):
     assert "open-ended: it lies on many completions" in out
     assert max(map(len, lines[:4])) <= 100
     assert not (tmp_path / "a.png").exists()
+
+
+def test_an_adapter_is_compared_with_its_base(models, prompts, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    adapter = add_lora(AutoModelForCausalLM.from_pretrained(models[0]), {"r": 4, "target_modules": "all-linear"})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5, generator=generator)
+    adapter.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    found = []
+    for reference in ("null", models[0]):
+        output = tmp_path / f"{len(found)}.json"
+        assert main(arguments([tmp_path / "adapter", reference], prompts, output, "--max_prompts=2")) == 0
+        found.append(json.loads(output.read_text()))
+    assert not found[0]["prompts"][0]["same_models"]
+    for ours, theirs in zip(*(report["prompts"] for report in found), strict=True):
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1e-3)
+
+
+def test_progress(models, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    command = [x for x in arguments(models, prompts, tmp_path / "a.json", "--no_picture") if x != "--quiet"]
+    assert main([*command, "--max_prompts=2"]) == 0
+    assert "2.0/2 prompts" in capsys.readouterr().err
+    assert main([*command, "--max_prompts=2", "--overwrite", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_policy_that_is_its_reference(models, prompts, tmp_path, capsys):
@@ -269,6 +299,18 @@ def test_what_a_user_can_mend_is_one_line(models, prompts, tmp_path, capsys, mon
     assert words in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "a.json").exists()
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_place(prompts, tmp_path, capsys):
+    prompts.write_text(prompts.read_text().replace("the sea", "the sea " * 9))
+    tokenizer = byte_tokenizer()
+    for seed, name in enumerate(("policy", "reference")):
+        tokenizer.save_pretrained(tmp_path / name)
+        tiny_gpt2(seed, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None).save_pretrained(
+            tmp_path / name
+        )
+    assert main(arguments([tmp_path / "policy", tmp_path / "reference"], prompts, tmp_path / "a.json")) == 2
+    assert f"error: {prompts}, line 2: Expected `prompt` and `max_new_tokens` to be" in capsys.readouterr().err
 
 
 def test_files_are_not_replaced_unless_asked(models, prompts, tmp_path, capsys):
