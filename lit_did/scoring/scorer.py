@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,7 +198,17 @@ class PairScorer:
                 yield rows
 
     def table(self, rows: Sequence[Row]) -> dict[str, list]:
-        """The columns of the table: those of `rows`, which are of all batches, and then the source's."""
+        """The columns of the table: those of `rows`, which are of all batches, and then the source's.
+
+        One warning counts the pairs whose margin is not finite.
+        """
+        broken = [row["index"] for row in rows if not math.isfinite(row["margin"])]
+        if broken:
+            warnings.warn(
+                f"The margins of {len(broken)} of {len(rows)} pairs are not finite. The first is row {broken[0]}. "
+                "Either a model's weights are not finite, or float16 overflowed. Then use float32 or bfloat16.",
+                stacklevel=2,
+            )
         return with_columns(rows, self._columns)
 
     def _examples(self, number: int) -> list[Example]:

@@ -110,6 +110,13 @@ def test_what_is_cut_is_counted_and_warned_of_if_it_is_much(no_specials, argumen
     assert (f"{dataset.num_too_long} dropped as too long" in dataset.summary()) == (counts[-1] > 0)
 
 
+def test_truncated_rows_have_their_numbers_in_the_source(no_specials):
+    short, long = ({"prompt": "a", "chosen": answer, "rejected": "c"} for answer in ("b", "b c a b"))
+    rows, skipped = read_rows([short, {**short, "chosen": ""}, long, short, long])
+    dataset = PreferenceDataset(rows, no_specials, 4, skipped=skipped)
+    assert (dataset.truncated, dataset.num_truncated) == ({2, 4}, 2)
+
+
 def test_too_long_rows_are_dropped_where_bad_rows_raise(no_specials):
     rows = read_pairs([*ROWS[:1], {"prompt": "a b c", "chosen": "b", "rejected": "c"}])
     options = {"truncation": "drop", "on_bad_rows": "raise"}

@@ -156,6 +156,20 @@ def test_a_folder_without_an_adapter_needs_a_reference(tiny_model):
         score_pairs("nowhere.jsonl", tiny_model)  # before anything is read
 
 
+def test_a_model_that_is_broken():
+    broken = model(0)
+    broken.lm_head.weight.data[:] = torch.nan
+    with pytest.warns(UserWarning, match=r"The margins of 2 of 2 pairs are not finite. The first is row 0"):
+        frame = score_pairs(ROWS[:2], broken, model(1), **OPTIONS)
+    assert frame["margin"].isna().all()
+
+
+def test_a_tokenizer_of_another_model():
+    small = tiny_llama(vocab_size=100, max_position_embeddings=256)
+    with pytest.raises(ValueError, match=r"Expected .* below .*100"):
+        score_pairs(ROWS[:2], small, copy.deepcopy(small), **OPTIONS)
+
+
 def test_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs pandas. Run pip install 'lit-did\[tables\]'"):
