@@ -60,7 +60,7 @@ class SampleCompletions(Callback):
 
     def __init__(
         self,
-        prompts: int | str | os.PathLike | list[Any] = 4,
+        prompts: int | list[Any] | str | os.PathLike = 4,
         *,
         every_n_steps: int | None = None,
         max_new_tokens: int = 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jsonargparse
 import lightning
 import pytest
 import torch
@@ -200,6 +201,16 @@ def test_a_cached_reference_answers_before_it_is_freed(tmp_path):
     module = LitDPO(model(), model(1), cache_reference=tmp_path / "cache", learning_rate=1e-2)
     run(tmp_path, SampleCompletions(1, max_new_tokens=2), module)
     assert {"reference"} < set(rows(tmp_path)[-1])
+
+
+@pytest.mark.parametrize(
+    "prompts", [3, ["hi", "you"], "prompts.txt", [{"prompt": [{"role": "user", "content": "hi"}]}]]
+)
+def test_prompts_in_a_recipe(prompts):
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--callback", type=SampleCompletions)
+    given = {"class_path": "lit_did.callbacks.SampleCompletions", "init_args": {"prompts": prompts}}
+    assert parser.parse_object({"callback": given}).callback.init_args.prompts == prompts
 
 
 @pytest.mark.parametrize(

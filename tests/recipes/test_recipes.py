@@ -149,6 +149,8 @@ def test_the_commands_that_it_opens_with(recipe, small):
         kinds.append((type(cli.model), cli.model.hparams["loss"], cli.model.hparams["beta"]))
     if recipe.stem == "paper_comparison":
         assert kinds == [(LitDPO, "sigmoid", 0.1), (LitDPOPG, "sigmoid", 0.1), (LitDPO, "simpo", 2.0)]
+    if recipe.stem == "dpo_with_sft":
+        assert kinds == [(LitDPO, {"sigmoid": 1.0, "sft": 0.2}, 0.1)]
 
 
 @pytest.mark.long
