@@ -111,7 +111,8 @@ def find_checkpoint(path: str, folder: Path | None) -> Checkpoint:
 
 
 def _newest_whole(folder: Path) -> Checkpoint:
-    paths = sorted((folder / CHECKPOINTS).glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = (folder / CHECKPOINTS).glob("**/[!.]*.ckpt")  # hidden: what was being written
+    paths = sorted(found, key=lambda path: path.stat().st_mtime)
     if not paths:
         raise InputError(f"Expected {folder} to hold a checkpoint for `--ckpt_path last`, but it holds none.")
     steps = {path: _step(path) for path in paths}

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from lit_did import LitDPO, LitDPOPG
-from lit_did.cli import main
+from lit_did.cli import main, runs
 from lit_did.cli.run_files import WholeCheckpoints
 from lit_did.cli.training import Training
 from tests.processes import ROOT, run_program
@@ -205,7 +205,7 @@ def test_a_half_written_checkpoint_is_named_and_the_newest_whole_one_used(work, 
     last.write_bytes({"empty": b"", "half": whole_bytes[: len(whole_bytes) // 2], "text": b"<html>"}[content])
     (work / "run/checkpoints/.last.ckpt.writing.ckpt").write_bytes(b"")
     best = torch.load(work / "run/checkpoints/best.ckpt", weights_only=True)["global_step"]
-    with pytest.warns(UserWarning, match=rf"not whole.*last\.ckpt \(.*\)\. .*best\.ckpt, after {best} steps"):
+    with pytest.warns(UserWarning, match=rf"written: run/checkpoints/last\.ckpt \(.*best\.ckpt, after {best} st"):
         assert lit_did("fit -c run/config.yaml --output run --ckpt_path last") == 0
     assert f"The run continues after step {best}" in capsys.readouterr().out
     assert same_weights(checkpoint(whole), checkpoint("run"))
@@ -388,3 +388,12 @@ def test_own_checkpoints_and_a_trial_run(work, recipe, capsys):
     assert {path.name for path in Path("run/checkpoints").iterdir()} == {"own.ckpt", "last.ckpt"}
     assert lit_did(f"fit -c {write(recipe)} --trainer.fast_dev_run true --model.warmup_steps 0") == 0
     assert not Path("runs/recipe/version_0").exists()
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name, step, time in (("a", 1, 3), ("b", 5, 1), ("c", 3, 2)):
+        path = tmp_path / "checkpoints" / f"{name}.ckpt"
+        torch.save({"global_step": step}, path)
+        os.utime(path, (time, time))
+    assert runs.find_checkpoint("last", tmp_path) == (tmp_path / "checkpoints/b.ckpt", 5)
