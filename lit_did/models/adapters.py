@@ -150,7 +150,6 @@ def freeze_start(policy: nn.Module) -> str:
         if hasattr(config, name):
             setattr(config, name, value)
     trains = {name: parameter.requires_grad for name, parameter in _tensors(policy).items()}
-    modes = {name: module.training for name, module in policy.named_modules()}
     try:
         peft.add_adapter(REFERENCE_ADAPTER, config)
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -165,8 +164,6 @@ def freeze_start(policy: nn.Module) -> str:
         else:
             source = ".".join(active if part == REFERENCE_ADAPTER else part for part in name.split("."))
             tensor.requires_grad_(False).data = tensors[source].detach().clone()
-    for name, module in policy.named_modules():
-        module.training = modes.get(name, policy.training)
     return REFERENCE_ADAPTER
 
 
