@@ -113,6 +113,13 @@ def test_every_new_best_one_is_exported_once_and_a_resumed_run_goes_on(tiny_mode
     assert again.names == ["best 9", "last 9"]
 
 
+def test_a_resumed_run_does_not_take_its_first_checkpoint_for_the_best(tiny_model, tmp_path):
+    fit(tiny_model, tmp_path, saver(tmp_path, "min", save_last=True), max_epochs=1)  # of a margin that grows
+    again, last = Exports(tmp_path / "out"), tmp_path / "checkpoints" / "last.ckpt"
+    fit(tiny_model, tmp_path, saver(tmp_path, "min", save_last=True), again, checkpoint=last)
+    assert again.names == ["last 9"]
+
+
 def test_which_checkpoint_is_the_best(tiny_model, tmp_path):
     def savers() -> list[ModelCheckpoint]:
         return [saver(tmp_path), saver(tmp_path, "min", "val/loss")]

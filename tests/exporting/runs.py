@@ -29,6 +29,7 @@ def run(
     callbacks: tuple = (),
     epochs: int = 1,
     module_class: type[LitDPO] = LitDPO,
+    precision: str = "32-true",
     **options,
 ) -> tuple[LitDPO, lightning.Trainer, Path]:
     """A module after training, its Trainer, and its last checkpoint."""
@@ -43,6 +44,7 @@ def run(
         enable_checkpointing=True,
         num_sanity_val_steps=0,
         accumulate_grad_batches=2,
+        precision=precision,
     )
     fit.fit(module, data)
     return module, fit, Path(saved.best_model_path)

@@ -91,6 +91,7 @@ def test_metrics_are_the_logged_ones_with_intervals(exported):
     rows = cells(text)
     logged = {n.removeprefix("val/"): float(v) for n, v in module.trainer.callback_metrics.items() if "val/" in n}
     assert len(logged) == 15
+    assert [name for name in rows if name.startswith("`")][:3] == ["`loss`", "`reward_margin`", "`reward_accuracy`"]
     for name, value in logged.items():
         shown, _, interval = rows[f"`{name}`"].partition(" | ")
         assert float(shown) == pytest.approx(value, rel=1e-3, abs=1e-6)

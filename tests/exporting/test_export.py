@@ -81,8 +81,8 @@ def test_a_merged_model_has_the_bases_dtype(tiny_model, tmp_path):
     module, _, checkpoint = run(tmp_path / "run", str(base), lora=lora)
     assert {p.dtype for p in module.policy.parameters()} == {torch.float32}  # the premise
     export_policy(checkpoint, tmp_path / "merged", merge=True, quiet=True)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    written = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert {value.dtype for value in written} == {torch.bfloat16}
     torch.testing.assert_close(opened(tmp_path / "merged").float(), logits(module.policy), atol=0.1, rtol=0.1)
     export_policy(checkpoint, tmp_path / "adapter", quiet=True)
     adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
@@ -90,9 +90,10 @@ def test_a_merged_model_has_the_bases_dtype(tiny_model, tmp_path):
 
 
 def test_full_weights_keep_the_dtype_of_the_training(tiny_model, tmp_path):
-    module, _, checkpoint = run(tmp_path / "run", str(tiny_model), model_kwargs={"dtype": torch.bfloat16})
+    module, _, checkpoint = run(tmp_path / "run", str(tiny_model), precision="bf16-true")
     export_policy(checkpoint, tmp_path / "out", quiet=True)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in written.parameters()} == {torch.bfloat16}
     for (name, mine), theirs in zip(written.named_parameters(), module.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
 
