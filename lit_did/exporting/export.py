@@ -164,9 +164,8 @@ def check_new(folder: str | os.PathLike, *, replace: bool = False, argument: str
         found = "a link"
     elif path.is_dir():
         card = path / CARD
-        if not any(path.iterdir()) or (
-            replace and card.is_file() and REPLACED_MARK in card.read_text(encoding="utf-8")
-        ):
+        ours = card.is_file() and REPLACED_MARK in card.read_text(encoding="utf-8", errors="replace")
+        if (replace and ours) or not any(path.iterdir()):
             return path
         found = "a folder with files"
     elif path.exists():
