@@ -18,6 +18,7 @@ from lit_did.models.loading import add_lora
 from lit_did.sampling import DIDEntropyOfPrompts, did_entropy_of_prompts, prompt_seed, sample_did
 from lit_did.sampling.prompts import mean_over_prompts, sample_in_batches, verdict_of_mean
 from lit_did.sampling.sequential import Settings
+from tests.models import zoo
 from tests.modules.tiny import tiny_gpt2, tiny_llama
 from tests.sampling.bigrams import bigrams
 
@@ -155,6 +156,22 @@ def test_models_without_a_cache_read_prompts_of_one_length_together():
     assert_alone(found, tiny_llama(0).eval(), tiny_llama(1).eval(), prompts, **OPTIONS)
     assert (2 * 16, 3) in policy.shapes
     assert (16, 2) in policy.shapes
+
+
+# Windows, states, positions as biases, routers; BART, RoBERTa and Llama 4 do not leave padding out.
+OFTEN = {"mistral", "gemma2", "bloom", "mamba2", "qwen3_next", "mixtral", "bart", "roberta", "llama4_text"}
+# They attend to few keys. Rounding changes which, so that a prompt alone differs from the model's own forward pass too.
+UNSTEADY = {"doge", "dots3_note", "dots3_note_text", "glm_moe_dsa"}
+NAMES = [name for name in zoo.NAMES if name not in {*zoo.REFUSED, *UNSTEADY}]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.long) for n in NAMES])
+def test_architectures(name):
+    policy, reference = zoo.build(name, 0).eval(), zoo.build(name, 1).eval()
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [9, 4, 3], [8, 4, 2, 11, 12, 3]]
+    options = {"max_new_tokens": 8, "eos_token_id": None, "num_samples": 8, "ess_threshold": 1.0}
+    assert_alone(quiet(policy, reference, prompts, batch_size=3, **options), policy, reference, prompts, **options)
 
 
 # --- means over prompts -----------------------------------------------------------------------------------------------
