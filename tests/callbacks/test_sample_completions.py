@@ -6,6 +6,7 @@ import json
 
 import jsonargparse
 import lightning
+import peft
 import pytest
 import torch
 
@@ -121,6 +122,17 @@ def test_policy_and_reference(tmp_path, lora):
     assert [row["reference"] for row in written] == reference * (len(written) // 2)
     assert before != after  # the premise
     assert before != reference
+
+
+def test_an_adapter_as_the_reference(tmp_path):
+    """The adapter as it was before training answers, not the model without it."""
+    policy = peft.get_peft_model(model(), peft.LoraConfig(**LORA))
+    run(tmp_path, SampleCompletions(2), LitDPO(policy, "adapter", learning_rate=3e-2), max_epochs=3)
+    first, last = rows(tmp_path)[:2], rows(tmp_path)[-2:]
+    assert [row["reference"] for row in last] == [row["policy"] for row in first]
+    assert [row["policy"] for row in last] != [row["policy"] for row in first]  # the premise
+    run(tmp_path / "base", SampleCompletions(2), LitDPO(model(), learning_rate=3e-2))
+    assert [row["reference"] for row in rows(tmp_path / "base")[:2]] != [row["reference"] for row in first]
 
 
 @pytest.mark.parametrize(
