@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,8 @@ def _step(path: Path) -> int | str:
             return "its .metadata is missing"
         if not file.stat().st_size:
             return "it is empty"
+        if not zipfile.is_zipfile(file):  # the end has the table of contents
+            return "it is cut off, or no checkpoint"
         # Mapped: only the part without weights is read.
         return int(torch.load(file, weights_only=True, mmap=True, map_location="cpu")["global_step"])
     except Exception as error:  # what torch raises for half a file is of many types
