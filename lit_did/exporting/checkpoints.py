@@ -57,8 +57,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     best: dict[str, Checkpoint] = {}
     for state in content.get("callbacks", {}).values():
         monitor = state.get("monitor") if isinstance(state, dict) else None
-        named = Path(state["best_model_path"]).name if monitor and state.get("best_model_path") else None
-        for candidate in (p for p in found if p.name == named):
+        named = Path(state["best_model_path"]) if monitor and state.get("best_model_path") else None
+        for candidate in [] if named is None else _named_by(newest, named, found):
             score = float(state["best_model_score"])
             best[str(monitor)] = Checkpoint(candidate, {}, f"the best by {monitor} ({score:.4g})")
     if len({checkpoint.path for checkpoint in best.values()}) > 1:
@@ -69,6 +69,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for checkpoint in best.values():
         return checkpoint._replace(content=content if checkpoint.path == newest else _read(checkpoint.path))
     return Checkpoint(newest, content, f"the newest of {len(found)}{passed_over}")
+
+
+def _named_by(newest: Path, named: Path, found: set[Path]) -> list[Path]:
+    """The checkpoint that `newest` names, which may have been moved since. Other runs have files of the same name."""
+    here = [p for p in found if p.resolve() == named.resolve()] or [p for p in found if p == newest.parent / named.name]
+    elsewhere = [p for p in found if p.name == named.name]
+    return here or (elsewhere if len(elsewhere) == 1 else [])
 
 
 def _newest(found: set[Path], folder: Path) -> tuple[Path, dict[str, Any], str]:

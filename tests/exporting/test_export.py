@@ -332,6 +332,15 @@ def test_a_runs_folder_gives_its_best_checkpoint(lora_run, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"Read: {exported.checkpoint}, the best by val/loss (0.25).\n")
 
 
+def test_of_several_runs_it_is_the_newest_ones_best(lora_run, tmp_path):
+    for name, when in zip("abcdefgh", (2, 9, 1, 3, 4, 5, 6, 7), strict=True):
+        checkpoints(tmp_path / "runs" / name, lora_run[1], {"val/loss": {"best.ckpt": 0.5}}, "last.ckpt")
+        for path in (tmp_path / "runs" / name).iterdir():
+            os.utime(path, (when, when))
+    exported = export_policy(tmp_path / "runs", tmp_path / "out", quiet=True)
+    assert exported.checkpoint == tmp_path / "runs" / "b" / "best.ckpt"
+
+
 def test_a_folder_without_a_best_one_gives_the_newest_whole_one(lora_run, tmp_path, capsys):
     checkpoints(tmp_path / "run", lora_run[1], {}, "old.ckpt")
     torch.save(torch.load(lora_run[1]) | {"callbacks": {}}, tmp_path / "run" / "new.ckpt")
