@@ -19,7 +19,7 @@ import torch
 from lit_did.arguments import check_integer
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
-from lit_did.cli.output import Finished, make_parent, whole_file
+from lit_did.cli.output import Finished, check_new_file
 from lit_did.cli.score import Dtype
 from lit_did.data.prompt_files import PromptRow, encode_prompts, read_prompts
 from lit_did.models.names import load_tokenizer
@@ -27,6 +27,7 @@ from lit_did.reference_cache.fingerprint import quick_digest
 from lit_did.sampling.prompts import check_seed, mean_over_prompts, prompt_seed, sample_in_batches, verdict_of_mean
 from lit_did.sampling.sequential import DIDSamples, Settings
 from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
+from lit_did.writing import whole_file
 
 _SHOWN_LETTERS = 200  # of a prompt, in the JSON
 _NAMED = 5  # unreliable prompts in the summary
@@ -192,13 +193,9 @@ def _output_path(output: str, picture: bool, overwrite: bool) -> Path:
             "Expected matplotlib for the picture, but it is not installed. Run `pip install 'lit-did[plot]'`, or pass "
             "--no_picture."
         )
-    make_parent(path, what="file")
     written = [path] if _record(path).exists() else [path, path.with_suffix(".png")]  # a killed run may have drawn it
     for file in written if picture else [path]:
-        if file.exists() and not overwrite:
-            raise InputError(
-                f"Expected --output to be a new file, but {file} exists. Choose another name, or pass --overwrite."
-            )
+        check_new_file(file, overwrite)
     return path
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lit_did.arguments import check_integer, check_range
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
-from lit_did.cli.output import make_parent, whole_file
+from lit_did.cli.output import check_new_file
 from lit_did.cli.score import Dtype
 from lit_did.data.pairs import Text
 from lit_did.data.prompt_files import encode_prompts, read_prompts
@@ -25,6 +25,7 @@ from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.sampling.completing import complete
 from lit_did.sampling.readers import ends_of
 from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
+from lit_did.writing import whole_file
 
 
 def main(arguments: list[str]) -> int:
@@ -160,11 +161,7 @@ def _output_path(output: str, overwrite: bool) -> Path:
     path = Path(output).expanduser()
     if path.suffix != ".jsonl":
         raise InputError(f"Expected --output to end in .jsonl, but got {path.name!r}.")
-    make_parent(path, what="file")
-    if path.exists() and not overwrite:
-        raise InputError(
-            f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite."
-        )
+    check_new_file(path, overwrite)
     return path
 
 

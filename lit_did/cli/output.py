@@ -1,4 +1,4 @@
-"""What commands write: whole or not at all, and a record of what is finished, so that a killed run goes on."""
+"""What commands write: checks of its path, and a record of what is finished, so that a killed run goes on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,15 +35,21 @@ def make_parent(path: Path, option: str = "--output", what: str = "folder") -> N
         raise InputError(f"Expected {option} to be a {what} that can be made, but got {path}: {error}") from error
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and moves it to `path` when the block ends without an error."""
-    beside = path.with_name(f".{path.name}.writing{path.suffix}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Checks that a file can be written as --output says.
+
+    Args:
+        path: The file's path.
+        overwrite: Whether a file may be there already.
+
+    Raises:
+        InputError: A file is there, or the path is a folder or cannot be made.
+    """
+    make_parent(path, what="file")
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite."
+        )
 
 
 class Finished:

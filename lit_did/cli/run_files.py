@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lit_did.cli.output import whole_file
 from lit_did.cli.runs import CONFIG
+from lit_did.writing import whole_file
 
 
 class WholeCheckpoints(TorchCheckpointIO):

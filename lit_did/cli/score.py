@@ -11,7 +11,7 @@ import torch
 
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
-from lit_did.cli.output import Finished, make_parent
+from lit_did.cli.output import Finished, check_new_file
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
@@ -134,11 +134,7 @@ def _table_path(output: str | None, pairs: str, overwrite: bool) -> Path:
         check_table_path(path)
     except ValueError as error:
         raise InputError(str(error).replace("`output`", "--output")) from error
-    make_parent(path, what="file")
-    if path.exists() and not overwrite:
-        raise InputError(
-            f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite."
-        )
+    check_new_file(path, overwrite)
     return path
 
 

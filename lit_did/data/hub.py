@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lit_did.models.names import first_line
+
 _NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
 _TIMEOUT = 10.0  # seconds for the hub to answer
 
@@ -46,11 +48,11 @@ def load(source: str) -> Any:
         with _offline(datasets.config, problem is not None):
             dataset = datasets.load_dataset(path, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise FileNotFoundError(f"{expected} the hub has none of this name: {_first_line(error)}") from error
+        raise FileNotFoundError(f"{expected} the hub has none of this name: {first_line(error)}") from error
     except OSError as error:
-        raise ConnectionError(f"{expected} the hub cannot be reached: {problem or _first_line(error)}") from error
+        raise ConnectionError(f"{expected} the hub cannot be reached: {problem or first_line(error)}") from error
     except ValueError as error:  # no such config or split
-        raise ValueError(f"{source}: Expected a data set that can be loaded, but got: {_first_line(error)}") from error
+        raise ValueError(f"{source}: Expected a data set that can be loaded, but got: {first_line(error)}") from error
     if split is not None:
         return dataset
     if len(dataset) != 1:
@@ -70,7 +72,7 @@ def _problem(path: str) -> str | None:
     except HfHubHTTPError:
         return None  # it answers; the error of `datasets` explains more
     except Exception as error:  # of the HTTP client, which differs between versions
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -83,7 +85,3 @@ def _offline(config: Any, offline: bool) -> Iterator[None]:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

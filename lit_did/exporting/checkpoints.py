@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lit_did.modules.run_facts import KEY
+from lit_did.modules.run_facts import FACTS, KEY
 
 PREFIX = "models.policy."
 _WEIGHTS = f"state_dict.{PREFIX}"  # in shards
@@ -112,6 +112,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected {path} to be a whole checkpoint of Lightning, but {why}.") from error
     if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
         raise ValueError(f"Expected {path} to be a checkpoint of LitDPO or LitDPOPG, but it is something else's.")
+    facts, arguments = content[KEY], content.get("hyper_parameters")
+    if not isinstance(facts, dict) or not isinstance(arguments, dict) or not facts.keys() >= FACTS:
+        raise ValueError(
+            f"Expected {path} to describe its run, but parts of `{KEY}` or `hyper_parameters` are missing. Pass a "
+            "checkpoint as the Trainer saved it."
+        )
     return content
 
 

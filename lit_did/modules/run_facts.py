@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KEY = "run"
 """the key in a checkpoint"""
+FACTS = frozenset({"module", "base_model", "adapter", "adapter_name", "data", "training", "validation", "versions"})
+"""the keys of `run_facts`"""
 
 
 def run_facts(module: LitDPO) -> dict[str, Any]:

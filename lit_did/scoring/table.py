@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lit_did.data.dataset import Example
 from lit_did.ops import SequenceStatistics
+from lit_did.writing import whole_file
 
 SUFFIXES = (".csv", ".parquet")
 Row = dict[str, Any]
@@ -102,12 +102,8 @@ def write_table(table: Mapping[str, list], path: Path) -> None:
     is text.
     """
     check_table_path(path)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
+    with whole_file(path) as beside:
         (_write_csv if path.suffix == ".csv" else _write_parquet)(table, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_csv(table: Mapping[str, list], path: Path) -> None:

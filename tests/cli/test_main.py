@@ -11,7 +11,8 @@ import pytest
 from lit_did.cli import bench, main
 from lit_did.cli.errors import InputError, run_command
 from lit_did.cli.functions import call
-from lit_did.cli.output import Finished, make_parent, whole_file
+from lit_did.cli.output import Finished, make_parent
+from lit_did.writing import whole_file
 from tests.processes import run_program
 
 NAMES = [name for group in main.COMMANDS.values() for name in group]

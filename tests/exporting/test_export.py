@@ -288,6 +288,8 @@ def test_nothing_half_written_is_left(lora_run, tmp_path, monkeypatch):
         ("text", "no checkpoint, or a part of it is missing"),
         ("foreign", "something else's"),
         ("weights", "something else's"),
+        ("no facts", "describe its run, but parts of `run` or `hyper_parameters` are missing"),
+        ("no arguments", "describe its run"),
         ("object", "holds a Python object, pathlib.PosixPath, which is not loaded"),
     ],
 )
@@ -298,6 +300,9 @@ def test_bad_checkpoints(lora_run, tmp_path, kind, message):
         torch.save({"state_dict": {"layer.weight": torch.ones(1)}, "epoch": 1}, path)
     elif kind == "weights":
         torch.save(torch.load(lora_run[1])["state_dict"], path)
+    elif kind.startswith("no "):
+        changed = {"run": {}} if kind == "no facts" else {"hyper_parameters": None}
+        torch.save(torch.load(lora_run[1]) | changed, path)
     elif kind == "object":
         torch.save(torch.load(lora_run[1]) | {"more": Path("/")}, path)
     elif kind != "missing":
