@@ -86,7 +86,7 @@ def test_as_many_pairs_as_asked_for_and_why_others_are_left_out(no_bos, capsys, 
     assert long == f"      scored | {'b' * 500} ...2,004 characters... {'b' * 496}</s>"
     with pytest.raises(ValueError, match="Expected `n` to be an integer of at least 1, but got 0"):
         data.preview(0)
-    with pytest.raises(ValueError, match="Expected `train`, `val` or `predict` to preview, but got none of them"):
+    with pytest.raises(ValueError, match="or `predict` to preview, but got none of them"):
         PreferenceDataModule(None, no_bos).preview()
 
 
