@@ -6,11 +6,9 @@ import hashlib
 import importlib.util
 import json
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,14 @@ import torch
 
 from lit_did.arguments import check_integer
 from lit_did.cli.errors import InputError
+from lit_did.cli.facts import facts, recorded
 from lit_did.cli.functions import call
 from lit_did.cli.output import Finished, check_new_file
 from lit_did.cli.score import Dtype
 from lit_did.data.prompt_files import PromptRow, encode_prompts, read_prompts
 from lit_did.models.names import load_tokenizer
-from lit_did.reference_cache.fingerprint import quick_digest
 from lit_did.sampling.prompts import check_seed, mean_over_prompts, prompt_seed, sample_in_batches, verdict_of_mean
+from lit_did.sampling.readers import ends_of
 from lit_did.sampling.sequential import DIDSamples, Settings
 from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
 from lit_did.writing import whole_file
@@ -117,11 +116,6 @@ def entropy(
     }
     token_ids = encode_prompts(rows, loaded_tokenizer, **rendering)
     model, other = load_models(policy, reference, dtype=getattr(torch, dtype), device=placed)
-    digests = {
-        "policy": quick_digest(model, adapter=True),
-        "reference": quick_digest(model) if other is None else quick_digest(other, adapter=True),
-        "prompts": _digest(rows, token_ids),
-    }
     arguments = {
         "policy": policy,
         "reference": reference,
@@ -137,11 +131,10 @@ def entropy(
         "dtype": dtype,
         "device": torch.cuda.get_device_name(placed) if placed.type == "cuda" else placed.type,
     }
-    about = {"arguments": arguments, "digests": digests, "versions": _versions()}
-    record = {f"--{name}": value for name, value in arguments.items()}
-    record |= {f"the digest of the {name}": digest for name, digest in digests.items()}
-    record |= {f"the version of {name}": number for name, number in about["versions"].items()}
-    with Finished(_record(path), record) as finished:
+    found = facts(model, other, prompts=_digest(rows, token_ids))
+    about = {"arguments": arguments, **found}
+    record = {**recorded(arguments, found), "the tokens that end a completion": ends_of(model, "auto")}
+    with Finished(_record(path), record, path) as finished:
         done = {result["number"]: result for batch in finished.results for result in batch}
         batches = sample_in_batches(
             model,
@@ -165,8 +158,13 @@ def entropy(
             return 130
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"Out of memory with --batch_size {batch_size} and --num_samples {num_samples}. The prompts so far are "
-                "kept. Use smaller ones, or another --device or --dtype."
+                f"Out of memory with --batch_size {batch_size} and --num_samples {num_samples}. "
+                + (
+                    f"{finished.path} keeps the prompts so far. Run the same command again when more memory is free, "
+                    "or delete that file and use smaller ones, or another --device or --dtype."
+                    if done
+                    else "Use smaller ones, or another --device or --dtype."
+                )
             ) from error
         results = [done[number] for number in range(len(rows))]
         report = _plain({**about, **summarize(results, settings), "prompts": results})
@@ -203,11 +201,6 @@ def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("lit-did", "torch", "transformers")}
-    return {**packages, "python": platform.python_version()}
-
-
 def _digest(rows: Sequence[PromptRow], token_ids: Sequence[Sequence[int]]) -> str:
     """A digest of all prompts' tokens and tags, in their order."""
     given = json.dumps([[row.index, row.tag, list(ids)] for row, ids in zip(rows, token_ids, strict=True)])
@@ -225,7 +218,9 @@ def _result(
 ) -> dict[str, Any]:
     """What the JSON holds about a prompt."""
     estimate, row, own_seed = samples.estimate, rows[number], prompt_seed(seed, number)
-    generator, drawn = torch.Generator().manual_seed(own_seed), []
+    # Other random numbers than those that drew the particles.
+    shown_seed = prompt_seed(seed, number, 1)
+    generator, drawn = torch.Generator().manual_seed(shown_seed), []
     if num_completions:
         drawn = torch.multinomial(samples.log_weight.exp(), num_completions, True, generator=generator).tolist()
     return {
@@ -270,8 +265,13 @@ def summarize(results: Sequence[dict[str, Any]], settings: Settings) -> dict[str
     return {
         "log_num_completions": results[0]["log_num_completions"],
         "overall": _overall(results, settings),
-        "by_tag": {tag or "no tag": _overall(some, settings) for tag, some in by_tag.items()},
+        "by_tag": {tag: _overall(some, settings) for tag, some in by_tag.items()},
     }
+
+
+def tag_label(tag: str) -> str:
+    """What a table and a picture call a tag: one line, and something for rows without one."""
+    return " ".join(tag.split()) or "no tag"
 
 
 def _overall(results: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -305,7 +305,8 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"{'':24} {'prompts':>7} {'reliable':>8}  {'DID entropy (nats)':>20}  {'a token':>8}  {'concentration':>20}"
     ]
-    for name, found in {"all prompts": report["overall"], **report["by_tag"]}.items():
+    groups = [(tag_label(tag), found) for tag, found in report["by_tag"].items()]
+    for name, found in [("all prompts", report["overall"]), *groups]:
         shown = name if len(name) <= 24 else f"{name[:21]}..."
         lines.append(
             f"{shown:24} {found['num_prompts']:7} {found['num_reliable']:8}  {_interval(found['entropy']):>20}  "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from lit_did.cli.entropy import tag_label
 
 _NAMED = 30  # the most prompts that are written beside their intervals
 _LETTERS = 40
@@ -47,13 +50,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     means.set_xlabel(f"DID entropy of completions of up to {arguments['max_new_tokens']} tokens (nats)")
     means.xaxis.get_major_formatter().set_useOffset(False)
     _draw_legend(figure, report, colors, most - high < high - low)
-    figure.savefig(path, format="png", metadata={"Software": None})  # the same bytes for the same numbers
+    with warnings.catch_warnings():
+        # The font has no Chinese or Korean. Its boxes in place of letters are enough.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, format="png", metadata={"Software": None})  # the same bytes for the same numbers
 
 
 def _draw_prompts(axes: Axes, results: list[dict[str, Any]], colors: dict[str, str]) -> None:
     size = 5 if len(results) <= 60 else 3
     for place, result in enumerate(results):
-        color = colors.get(result["tag"] or "no tag", "C0")
+        color = colors.get(result["tag"], "C0")
         error = [[result["entropy"] - result["lower"]], [result["upper"] - result["entropy"]]]
         axes.errorbar(
             [result["entropy"]],
@@ -76,15 +82,17 @@ def _draw_prompts(axes: Axes, results: list[dict[str, Any]], colors: dict[str, s
 
 
 def _draw_means(axes: Axes, report: dict[str, Any], colors: dict[str, str]) -> None:
-    groups = {"all prompts": report["overall"], **report["by_tag"]}
-    for place, (name, found) in enumerate(groups.items()):
-        entropy, color = found["entropy"], colors.get(name, "black")
+    tags = report["by_tag"].items()
+    groups = [("all prompts", "black", report["overall"])]
+    groups += [(_short(tag_label(tag)), colors[tag], found) for tag, found in tags]
+    for place, (_, color, found) in enumerate(groups):
+        entropy = found["entropy"]
         if entropy["lower"] is not None:
             axes.plot([entropy["lower"], entropy["upper"]], [place, place], color=color, linewidth=1.2)
         axes.plot([entropy["lower_of_these"], entropy["upper_of_these"]], [place, place], color=color, linewidth=4)
         face = color if found["reliable"] else "white"
         axes.plot([entropy["mean"]], [place], "D", color=color, markerfacecolor=face, markersize=6)
-    labels = [f"{_short(name)} ({found['num_prompts']})" for name, found in groups.items()]
+    labels = [f"{name} ({found['num_prompts']})" for name, _, found in groups]
     axes.set_yticks(range(len(groups)), labels, fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)
 
@@ -92,7 +100,8 @@ def _draw_means(axes: Axes, report: dict[str, Any], colors: dict[str, str]) -> N
 def _draw_legend(figure: Figure, report: dict[str, Any], colors: dict[str, str], with_most: bool) -> None:
     level = f"{report['arguments']['confidence']:.0%}"
     handles = [
-        Line2D([], [], color=color, marker="o", linestyle="", label=_short(tag)) for tag, color in colors.items()
+        Line2D([], [], color=color, marker="o", linestyle="", label=_short(tag_label(tag)))
+        for tag, color in colors.items()
     ]
     handles.append(Line2D([], [], color="grey", marker="o", linestyle="-", label=f"a prompt and its {level} interval"))
     if report["overall"]["num_reliable"] < len(report["prompts"]):

@@ -31,7 +31,8 @@ def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
     except Exception as error:
         if os.environ.get("LIT_DID_TRACEBACK", "0") != "0" or not can_be_mended(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = _out_of_memory(error) or str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns the first into the second.
@@ -44,13 +45,26 @@ def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
 def can_be_mended(error: Exception) -> bool:
     """Whether the error is about input, and not a fault of the program.
 
-    These are all `InputError`s, files and hubs that cannot be read, losses that diverge, packages that are missing, and
-    what this package raises on purpose: such messages say what was expected.
+    These are all `InputError`s, files and hubs that cannot be read, losses that diverge, packages that are missing,
+    memory that is full, and what this package raises on purpose: such messages say what was expected.
     """
-    if isinstance(error, InputError | OSError | FloatingPointError | ModuleNotFoundError):
+    if isinstance(error, InputError | OSError | FloatingPointError | ModuleNotFoundError) or _out_of_memory(error):
         return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     ours = traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
     return ours and "Expected " in str(error)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to do about memory that is full. None: the error is another one."""
+    # Only the GPU's error has a type of its own. These are the CPU's and those of libraries.
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    full = isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    if not full and not isinstance(error, MemoryError):
+        return None
+    return (
+        "Out of memory. Make the batch size or the longest sequence smaller, or use a smaller number format or another "
+        f"device. {(str(error).strip().splitlines() or [''])[0]}"
+    )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -23,7 +22,8 @@ from lit_did.data.prompt_files import encode_prompts, read_prompts
 from lit_did.models.names import load_tokenizer
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.sampling.completing import complete
-from lit_did.sampling.readers import ends_of
+from lit_did.sampling.prompts import prompt_seed
+from lit_did.sampling.readers import CachedModel, ends_of
 from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
 from lit_did.writing import whole_file
 
@@ -101,13 +101,20 @@ def generate(
         sides["reference"] = {"model": other}
     elif is_peft(unwrapped(loaded)):
         sides["reference"] = {"model": loaded, "without_adapter": True}
+    for name, side in sides.items():  # now, because completing may take hours
+        reader = CachedModel(side["model"])
+        for row, ids in zip(rows, token_ids, strict=True):
+            try:
+                reader.check_prompt(torch.tensor(ids), max_new_tokens, name)
+            except ValueError as error:
+                raise InputError(f"{row.where}: {error}") from error
     results: list[dict[str, Any]] = [
         {"index": row.index, "sample": sample, "tag": row.tag, "prompt": row.prompt}
         for row in rows
         for sample in range(num_samples)
     ]
     jobs = [ids for ids in token_ids for _ in range(num_samples)]
-    seeds = [_seed(seed, result["index"], result["sample"]) for result in results]
+    seeds = [prompt_seed(seed, result["index"], result["sample"]) for result in results]  # the same for both models
     hidden = True if quiet else None  # None: where there is no terminal
     with tqdm(total=len(sides) * len(jobs), desc="Generating", unit="completion", disable=hidden) as bar:
         for name, side in sides.items():
@@ -163,11 +170,6 @@ def _output_path(output: str, overwrite: bool) -> Path:
         raise InputError(f"Expected --output to end in .jsonl, but got {path.name!r}.")
     check_new_file(path, overwrite)
     return path
-
-
-def _seed(seed: int, index: int, sample: int) -> int:
-    """The seed of one completion's draws, the same for both models."""
-    return int(np.random.SeedSequence([seed, index, sample]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _show(results: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:

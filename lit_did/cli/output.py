@@ -56,17 +56,19 @@ class Finished:
     """The results that a run has finished so far, in a file, so that the same command goes on after a kill.
 
     The first line holds what the results depend on, each further line one result, as JSON. Floats keep all their bits.
-    A line that a kill cut off is dropped. Use it in a `with` statement.
+    A line that a kill cut off is dropped. A file without results is written again. Use it in a `with` statement.
 
     Args:
         path: The file. Its folder exists.
         about: What the results depend on, such as arguments and digests of models: plain values of JSON.
+        output: What the run writes at its end. If it is as new as `path`, that run was killed when it had finished,
+            and its results are dropped.
 
     Raises:
         InputError: The file holds results of something else, or another run is writing it.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any], output: Path | None = None) -> None:
         self.path = path
         self.results: list[Any] = []
         """the results so far, those of an earlier run first"""
@@ -76,21 +78,24 @@ class Finished:
         except OSError:
             self._file.close()
             raise InputError(f"Expected no other run to write {path}, but one does. Wait until it has ended.") from None
+        if output is not None and output.exists() and output.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+            self._file.truncate(0)
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
-        self._file.truncate(sum(map(len, lines)))
         about = json.loads(json.dumps(about))
-        if not lines:
-            self._write(about)
-            return
         try:
-            saved, *self.results = map(json.loads, lines)
+            saved, *self.results = map(json.loads, lines or [b"{}"])
             differing = [name for name in {**saved, **about} if saved.get(name) != about.get(name)]
         except (ValueError, AttributeError, TypeError):
             self._file.close()
             raise InputError(f"Expected {path} to hold the results of an earlier run, but it does not.") from None
+        if not self.results:
+            self._file.truncate(0)
+            self._write(about)
+            return
+        self._file.truncate(sum(map(len, lines)))
         if differing:
             self._file.close()
             name = differing[0]

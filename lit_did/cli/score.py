@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from lit_did.cli.errors import InputError
+from lit_did.cli.facts import facts, recorded
 from lit_did.cli.functions import call
 from lit_did.cli.output import Finished, check_new_file
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
-from lit_did.reference_cache.fingerprint import quick_digest
 from lit_did.scoring.models import check_models, device_of, tokenizer_of
 from lit_did.scoring.scorer import PairScorer
 from lit_did.scoring.summary import describe, summarize
@@ -97,18 +97,9 @@ def score(
     scorer = PairScorer(pairs, tokenizer or tokenizer_of(policy), batch_size=batch_size, beta=beta, texts=texts, **data)
     models = scorer.load(policy, reference, dtype=getattr(torch, dtype), device=placed)
     kind = torch.cuda.get_device_name(placed) if placed.type == "cuda" else placed.type
-    compared = models.policy if models.reference is None else models.reference
-    about = {
-        "the number format (--dtype)": dtype,
-        "the device": kind,
-        "--batch_size": batch_size,
-        "--beta": beta,
-        **{f"--{name}": value for name, value in data.items()},
-        "the digest of the policy's weights": quick_digest(models.policy, adapter=True),
-        "the digest of the reference's weights": quick_digest(compared),
-        "the digest of the pairs' tokens": _digest(scorer.dataset),
-    }
-    with Finished(path.with_name(f"{path.name}.part"), about) as finished:
+    arguments = {"dtype": dtype, "device": kind, "batch_size": batch_size, "beta": beta, **data}
+    about = recorded(arguments, facts(models.policy, models.reference, pairs=_digest(scorer.dataset)))
+    with Finished(path.with_name(f"{path.name}.part"), about, path) as finished:
         try:
             for rows in scorer.batches(len(finished.results), progress=not quiet):
                 finished.add(rows)

@@ -28,7 +28,7 @@ from lit_did.models.adapters import (
     on_base,
 )
 from lit_did.models.names import load_by_name
-from lit_did.models.quantisation import keep_gradients, quantised
+from lit_did.models.quantisation import check_not_8bit, keep_gradients, quantised
 from lit_did.models.wrappers import adapter_marks, is_peft
 
 
@@ -64,6 +64,7 @@ def load_model(model: str | os.PathLike | nn.Module, argument: str, model_kwargs
         if folder is not None:
             return folder
         loaded = AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=where, **options)
+        check_not_8bit(getattr(loaded.config, "quantization_config", None))  # of a folder
         keep_gradients(loaded)
         return loaded
 

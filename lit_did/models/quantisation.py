@@ -20,13 +20,14 @@ def quantised(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: The package bitsandbytes is missing.
-        ValueError: A key of the dict is unknown, or a value is wrong.
+        ValueError: A key of the dict is unknown, or a value is wrong, or it is for 8 bits.
     """
     config = model_kwargs.get("quantization_config")
     if isinstance(config, Mapping) and _is_of_bitsandbytes(config):
         config = _config(config)
     elif type(config).__name__ != "BitsAndBytesConfig":
         return dict(model_kwargs)
+    check_not_8bit(config)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -43,6 +44,16 @@ def plain_config(model_kwargs: Mapping[str, Any] | None) -> Mapping[str, Any] | 
         return model_kwargs
     values = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
     return {**(model_kwargs or {}), "quantization_config": values}
+
+
+def check_not_8bit(config: Any) -> None:
+    """Raises ValueError for a `BitsAndBytesConfig` of 8 bits. Other configurations pass."""
+    if getattr(config, "load_in_8bit", False):
+        raise ValueError(
+            "Expected a `quantization_config` with `load_in_4bit`, but got `load_in_8bit`. In 8 bits, other tokens of "
+            "a batch decide which features bitsandbytes keeps in half precision, so they change a completion's "
+            "log-probability."
+        )
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -100,7 +111,6 @@ def _config(values: Mapping[str, Any]) -> Any:
         ) from error
     if not config.is_quantizable():
         raise ValueError(
-            "Expected `quantization_config` to set `load_in_4bit` or `load_in_8bit` to true, but got "
-            f"{given}, which quantises nothing."
+            f"Expected `quantization_config` to set `load_in_4bit` to true, but got {given}, which quantises nothing."
         )
     return config

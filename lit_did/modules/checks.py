@@ -164,7 +164,7 @@ def warn_unless_policy_is_reference(policy: nn.Module, adapter: bool, statistics
         cause = "the logits of the policy or the reference hold NaN"
         remedy = "Stop, because no result of this run is right. Check the weights, and the Trainer's `precision`."
     elif dropping:
-        cause = f"dropout is active in {len(dropping)} modules of the policy, the first of which is {dropping[0]}"
+        cause = f"dropout is active in {len(dropping)} modules of the policy. The first is {dropping[0]}"
         remedy = (
             "Log-ratios contain its noise. `disable_dropout=True`, the default, removes it. Ignore this if you want it."
         )

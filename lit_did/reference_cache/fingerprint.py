@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ from lit_did.reference_cache.storage import KEY_BYTES
 _blake2b = partial(hashlib.blake2b, digest_size=KEY_BYTES)
 # Fields of a configuration that may differ between equal models: their source, and what the weights show themselves.
 _NOT_ARCHITECTURE = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
+# The same of an adapter's configuration.
+_NOT_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 # Types of tensors whose values are all on this process. Two are those of bitsandbytes.
 _WHOLE = {"Tensor", "Parameter", "Params4bit", "Int8Params"}
 
@@ -101,13 +103,40 @@ def quick_digest(model: nn.Module, values: int = 64, *, adapter: bool = False) -
     return digest.hexdigest()
 
 
+def exact_digest(model: Any, *, adapter: bool = False) -> str | None:
+    """Returns a digest of the configurations, of a few values of each tensor, and of the sum of all of its bits.
+
+    Args:
+        model: The model.
+        adapter: Whether a PeftModel's adapters count too.
+
+    Returns:
+        The digest, or None as for `quick_digest`.
+    """
+    model = unwrapped(model)
+    values = quick_digest(model, adapter=adapter)
+    if values is None:
+        return None
+    peft_model = adapter and is_peft(model)
+    digest = _blake2b(f"{values}{_configurations(model, model.peft_config if peft_model else ())}".encode())
+    tensors = dict([*model.named_parameters(), *model.named_buffers()]) if adapter else _tensors(model)
+    for _, tensor in sorted(tensors.items()):
+        digest.update(f"{tensor.dtype} {_sum_of_bits(tensor.detach())}".encode())
+    return digest.hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """The sum of the values, read as integers: exact, so the same in any order."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    parts = tensor.flatten().view(integers).split(2**24)  # sums of int64 make a copy
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
+
+
 def _model_digest(model: Any, adapter: str | None) -> str:
     model = unwrapped(model)
-    config = inner(model).config.to_diff_dict() if hasattr(inner(model), "config") else {}
-    digest = _blake2b(json.dumps(_architecture(config), sort_keys=True, default=str).encode())
+    digest = _blake2b(_configurations(model, () if adapter is None else (adapter,)).encode())
     tensors = _tensors(model)
     if adapter is not None:
-        digest.update(json.dumps(model.peft_config[adapter].to_dict(), sort_keys=True, default=str).encode())
         named = chain(model.named_parameters(), model.named_buffers())
         tensors |= {name: tensor for name, tensor in named if adapter in name.split(".")}
     for name, tensor in sorted(tensors.items()):
@@ -131,10 +160,20 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     }
 
 
-def _architecture(config: Any) -> Any:
-    if not isinstance(config, Mapping):
-        return config
-    return {str(name): _architecture(value) for name, value in config.items() if name not in _NOT_ARCHITECTURE}
+def _configurations(model: Any, adapters: Iterable[str]) -> str:
+    """The configurations of a model and of some of its adapters, as JSON."""
+    configs = [_plain(inner(model).config.to_diff_dict(), _NOT_ARCHITECTURE) if hasattr(inner(model), "config") else {}]
+    configs += [_plain(model.peft_config[name].to_dict(), _NOT_ADAPTER) for name in sorted(adapters)]
+    return json.dumps(configs, sort_keys=True, default=str)
+
+
+def _plain(value: Any, left_out: Set[str]) -> Any:
+    """A configuration without some keys. Sets become sorted lists, because their order differs between processes."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, left_out) for name, item in value.items() if name not in left_out}
+    if isinstance(value, Set):
+        return sorted(value, key=str)
+    return [_plain(item, left_out) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _bytes(tensor: Tensor) -> memoryview:

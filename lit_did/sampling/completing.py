@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_did.arguments import check_integer, check_range
 from lit_did.models.quiet import random_numbers_kept
-from lit_did.sampling.readers import CachedModel, ends_of, warn_without_cache
+from lit_did.sampling.readers import CachedModel, ends_of, left_padded, warn_without_cache
 
 BATCH_SIZE = 16
 
@@ -53,11 +53,12 @@ def complete(
         raise ValueError(f"Expected `seeds` to have one for each of {len(prompts)} prompts, but got {seeds}.")
     if not all(map(len, prompts)):
         raise ValueError("Expected `prompts` to have at least one token each, but got an empty one.")
-    longest, limit = max(map(len, prompts)) + max_new_tokens, CachedModel(model).max_tokens
+    # The last token is not read.
+    longest, limit = max(map(len, prompts)) + max_new_tokens, CachedModel(model).max_tokens + 1
     if longest > limit:  # even if the completion may end earlier: it need not do so the next time
         raise ValueError(
-            f"Expected the longest prompt and `max_new_tokens` to be at most {limit} tokens together, the positions of "
-            f"the model, but got {longest}."
+            f"Expected the longest prompt and `max_new_tokens` to be at most {limit} tokens together, because "
+            f"the model has {limit - 1} positions, but got {longest}."
         )
     ends = ends_of(model, "auto")
     device = next(model.parameters()).device
@@ -66,7 +67,7 @@ def complete(
     with random_numbers_kept(device), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            token_ids, mask = _padded(prompts[part])
+            token_ids, mask = left_padded([torch.tensor(list(map(int, prompt))) for prompt in prompts[part]])
             # Made again for a second attempt, which draws the same.
             choose = partial(_Choice, temperature, [] if seeds is None else seeds[part])
             reader = CachedModel(model, without_adapter=without_adapter, cache=cache)
@@ -93,14 +94,6 @@ class _Choice:
         probabilities = (logits.double() / self.temperature).softmax(-1).cpu()
         rows = zip(probabilities, self.generators, strict=True)
         return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [n, t] int64, padded on the left. Padding is masked, so any token can be it."""
-    width = max(map(len, prompts))
-    token_ids = torch.tensor([[0] * (width - len(prompt)) + list(map(int, prompt)) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return token_ids, mask
 
 
 def _complete(

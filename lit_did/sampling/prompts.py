@@ -14,7 +14,14 @@ from tqdm.auto import tqdm
 
 from lit_did.arguments import check_bools, check_integer
 from lit_did.representing import short_repr
-from lit_did.sampling.readers import CachedModel, as_readers, checked_prompt, ends_of, warn_without_padding
+from lit_did.sampling.readers import (
+    CachedModel,
+    as_readers,
+    checked_prompt,
+    ends_of,
+    model_readers,
+    warn_without_padding,
+)
 from lit_did.sampling.sequential import DIDSamples, Settings, check_seed, draw
 
 LEAST_RELIABLE = 0.9
@@ -226,18 +233,21 @@ def sample_in_batches(
         raise TypeError(f"Expected `policy` to be a causal language model, but got {type(policy).__name__}.")
     if not len(prompts):
         raise ValueError("Expected `prompts` to be the token ids of at least one prompt, but got none.")
+    readers = model_readers(policy, reference)
     token_ids = []
     for index, prompt in enumerate(prompts):
         try:
             token_ids.append(checked_prompt(prompt))
-            as_readers(policy, reference, token_ids[-1:], settings.max_new_tokens)
+            for reader, name in zip(readers, ("policy", "reference"), strict=True):
+                reader.check_prompt(token_ids[-1], settings.max_new_tokens, name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{names[index] if names else f'Prompt {index}'}: {error}") from error
     ends = ends_of(policy, eos_token_id)
     lengths = [len(ids) for ids in token_ids]
     mixed = batch_size > 1 and len(set(lengths)) > 1 and _read_padding(policy, reference, token_ids)
     batches = batches_of(lengths, batch_size, mixed=mixed)
-    left = [batch for batch in batches if not set(batch) <= set(skip)]
+    skipped = set(skip)
+    left = [batch for batch in batches if not skipped.issuperset(batch)]
     done = len(prompts) - sum(map(len, left))
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]"
     with tqdm(total=len(prompts), initial=done, desc="DID", bar_format=layout, disable=not progress) as bar:
@@ -253,14 +263,19 @@ def sample_in_batches(
             yield dict(zip(batch, samples, strict=True))
 
 
-def prompt_seed(seed: int, index: int) -> int:
+def prompt_seed(seed: int, index: int, *more: int) -> int:
     """The seed of prompt number `index`, which depends on no other prompt. Below 2**53, so exact in any JSON.
+
+    Args:
+        seed: The seed of all draws.
+        index: The prompt's number.
+        *more: Numbers of further streams of the same prompt, each with a seed of its own.
 
     Example:
         >>> prompt_seed(0, 1)
         2383740928328724
     """
-    return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0]) >> 11
+    return int(np.random.SeedSequence(seed, spawn_key=(index, *more)).generate_state(1, np.uint64)[0]) >> 11
 
 
 def batches_of(lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:

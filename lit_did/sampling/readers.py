@@ -72,6 +72,15 @@ class CachedModel:
         self._input_ids = torch.empty(0, 0, dtype=torch.long)  # [n, t], all that was read
         self._mask = self._input_ids  # [n, t]
 
+    def check_prompt(self, prompt: Tensor, max_new_tokens: int, name: str) -> None:
+        """Raises ValueError if the model, which is the argument `name`, cannot read a prompt and what follows it."""
+        check_token_ids("prompt", prompt, self._model, f"`{name}`")
+        if len(prompt) + max_new_tokens - 1 > self.max_tokens:  # the last token is not read
+            raise ValueError(
+                f"Expected `prompt` and `max_new_tokens` to be at most {self.max_tokens + 1} tokens together "
+                f"because `{name}` has {self.max_tokens} positions, but got {len(prompt)} and {max_new_tokens}."
+            )
+
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Reads on.
 
@@ -259,19 +268,19 @@ def as_readers(
         if prompts is not None:
             raise ValueError("Expected `prompt` to be None because the models are functions, but got one.")
         return functions[0], functions[1], (torch.zeros(1, 0).long(),)
-    model, without_adapter = second_model(policy, reference)
-    first, second = CachedModel(policy, cache=cache), CachedModel(model, without_adapter=without_adapter, cache=cache)
+    first, second = model_readers(policy, reference, cache=cache)
     if prompts is None:
         raise ValueError("Expected `prompt` to be the token ids that completions follow, but got None.")
-    for name, read, reader in (("policy", policy, first), ("reference", model, second)):
-        for prompt in prompts:
-            check_token_ids("prompt", prompt, read, f"`{name}`")
-            if len(prompt) + max_new_tokens - 1 > reader.max_tokens:  # the last token is not read
-                raise ValueError(
-                    f"Expected `prompt` and `max_new_tokens` to be at most {reader.max_tokens + 1} tokens together "
-                    f"because `{name}` has {reader.max_tokens} positions, but got {len(prompt)} and {max_new_tokens}."
-                )
+    for prompt in prompts:
+        first.check_prompt(prompt, max_new_tokens, "policy")
+        second.check_prompt(prompt, max_new_tokens, "reference")
     return first, second, left_padded(prompts)
+
+
+def model_readers(policy: nn.Module, reference: Any, *, cache: bool = True) -> tuple[CachedModel, CachedModel]:
+    """Two language models, ready to read. Arguments and errors are those of `as_readers`."""
+    model, without_adapter = second_model(policy, reference)
+    return CachedModel(policy, cache=cache), CachedModel(model, without_adapter=without_adapter, cache=cache)
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def check_models(policy: Model, reference: Model | None, *, needs_reference: boo
     if reference == ADAPTER:
         raise ValueError(
             "Expected `reference` to be a model, but got 'adapter', which is for training. If training began with an "
-            "adapter, pass its folder."
+            "adapter, pass its folder. A folder with the name adapter is written './adapter'."
         )
     folders = {}
     for argument, model in (("policy", policy), ("reference", reference)):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -109,7 +110,9 @@ def write_table(table: Mapping[str, list], path: Path) -> None:
 def _write_csv(table: Mapping[str, list], path: Path) -> None:
     # Text of the source may hold halves of surrogate pairs, which UTF-8 cannot.
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # The writer quotes a lone "\r" only if its own lines end with one.
+        lines = SimpleNamespace(write=lambda row: file.write(row.removesuffix("\r\n") + "\n"))
+        writer = csv.writer(lines, lineterminator="\r\n")
         writer.writerow(table)
         writer.writerows(map(_cell, values) for values in zip(*table.values(), strict=True))
 

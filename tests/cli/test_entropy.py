@@ -166,6 +166,27 @@ def test_a_policy_that_is_its_reference(models, prompts, tmp_path, capsys):
     assert "(one prompt)" in out
 
 
+@pytest.mark.filterwarnings("error:Glyph")
+def test_tags_of_any_text(models, tmp_path, capsys):
+    tags = ["all prompts", "", "no tag", "two\nlines"]
+    rows = [{"prompt": "\u4f60\u597d \ud55c", "tag": tag} for tag in [*tags, "all prompts"]]
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [x for x in arguments(models, tmp_path / "tags.jsonl", tmp_path / "a.json") if x != "--quiet"]
+    assert main(command) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert {tag: found["num_prompts"] for tag, found in report["by_tag"].items()} == dict.fromkeys(tags, 1) | {
+        "all prompts": 2
+    }
+    lines = capsys.readouterr().out.splitlines()[1:6]
+    assert [line[:32].split() for line in lines] == [
+        ["all", "prompts", "5"],
+        ["all", "prompts", "2"],
+        ["no", "tag", "1"],
+        ["no", "tag", "1"],
+        ["two", "lines", "1"],
+    ]
+
+
 def test_no_tags_no_rows_by_tag(models, tmp_path):
     (tmp_path / "a.txt").write_text("Hello\n\nTwo\n")
     assert main(arguments(models, tmp_path / "a.txt", tmp_path / "a.json", "--num_completions=0")) == 0

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_did.cli import generate
 from lit_did.cli.main import main
+from tests.modules.tiny import byte_tokenizer, tiny_gpt2
 
 PROMPTS = ["What is 2+2?", "Hi", "How are you today, my friend?", "Go"]
 PAIR = {"chosen": " a", "rejected": " b"}
@@ -145,6 +147,25 @@ def test_what_a_user_can_mend(tmp_path, models, monkeypatch, capsys, options, me
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
     assert line.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_prompt_that_is_too_long_is_found_before_anything_is_completed(tmp_path, monkeypatch, capsys):
+    for seed, name in enumerate(("policy", "reference")):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        options = {"vocab_size": len(byte_tokenizer()), "bos_token_id": None, "eos_token_id": None}
+        tiny_gpt2(seed, **options).save_pretrained(tmp_path / name)
+    prompts = tmp_path / "prompts.txt"
+    completed = []
+    monkeypatch.setattr(generate, "complete", lambda prompts, **_: completed.append(1) or [[1] for _ in prompts])
+    command = ["generate", str(prompts), "--policy", str(tmp_path / "policy"), "--as_chat", "false", "--device", "cpu"]
+    command += ["--reference", str(tmp_path / "reference"), "--batch_size", "1", "--max_new_tokens", "9"]
+    positions = tiny_gpt2(0).config.n_positions
+    for longest, status in ((positions - 8, 0), (positions - 7, 2)):
+        prompts.write_text(f"Hi\n{'a' * longest}\n")
+        assert main(command) == status
+    err = capsys.readouterr().err
+    assert f"error: {prompts}, line 2: Expected `prompt` and `max_new_tokens` to be at most {positions + 1}" in err
+    assert len(completed) == 4  # those of the first command
 
 
 @pytest.mark.parametrize(

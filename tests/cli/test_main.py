@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 
 import pytest
+import torch
 
 from lit_did.cli import bench, main
 from lit_did.cli.errors import InputError, run_command
@@ -169,7 +171,8 @@ def test_a_killed_run_goes_on_with_the_same_floats(tmp_path):
 
 def test_a_record_of_something_else_is_refused(tmp_path):
     path = tmp_path / "record"
-    Finished(path, {"seed": 0, "policy": "a"}).__exit__(None, None, None)
+    with Finished(path, {"seed": 0, "policy": "a"}) as finished:
+        finished.add(1)
     with pytest.raises(InputError, match=r"Expected seed to be 0, as in the run .*but got 1\. Run it with the same"):
         Finished(path, {"seed": 1, "policy": "a"})
     with pytest.raises(InputError, match="Expected policy to be 'a'"):
@@ -178,6 +181,51 @@ def test_a_record_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="it does not"):
         Finished(path, {"seed": 0})
     assert path.read_text() == "not JSON\n"
+
+
+def test_a_record_without_results_is_written_again(tmp_path):
+    for seed in (0, 1):
+        with Finished(tmp_path / "record", {"seed": seed}):
+            pass
+    with Finished(tmp_path / "record", {"seed": 1}) as finished:
+        finished.add(2)
+    with Finished(tmp_path / "record", {"seed": 1}) as finished:
+        assert finished.results == [2]
+
+
+def test_a_record_of_an_output_that_is_whole_is_dropped(tmp_path):
+    path, output = tmp_path / "record", tmp_path / "output"
+    for newer, kept in ((path, [1]), (output, [])):
+        with Finished(path, {}) as finished:
+            finished.add(1)
+        output.write_text("")
+        os.utime(newer, (2e9, 2e9))
+        with Finished(path, {"other": 1} if newer == output else {}, output) as finished:
+            assert finished.results == kept
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee"), 2),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 2),
+        (MemoryError(), 2),
+        (RuntimeError("another"), None),
+    ],
+)
+def test_out_of_memory_is_one_line(capsys, error, status):
+    def command():
+        raise error
+
+    if status is None:
+        with pytest.raises(RuntimeError, match="another"):
+            run_command(command)
+        return
+    assert run_command(command) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Out of memory. Make the batch size or the longest sequence smaller,")
+    assert line.endswith(str(error).splitlines()[0] if str(error) else "device.")
 
 
 def test_two_runs_do_not_share_a_record(tmp_path):

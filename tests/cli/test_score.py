@@ -7,6 +7,8 @@ import json
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lit_did.cli import output, score
 from lit_did.cli.main import main
@@ -131,10 +133,10 @@ def test_an_interrupted_run_goes_on(interrupted):
         (["--batch_size", "3"], "Expected --batch_size to be 2, as in the run that left its results in"),
         (["--max_length", "80"], "Expected --max_length to be 1024, as in the run"),
         (["--as_chat"], "Expected --as_chat to be False, as in the run"),
-        (["--dtype", "float64"], r"Expected the number format (--dtype) to be 'float32', as in the run"),
-        ("policy", "Expected the digest of the policy's weights to be"),
-        ("reference", "Expected the digest of the reference's weights to be"),
-        ("pairs", "Expected the digest of the pairs' tokens to be"),
+        (["--dtype", "float64"], r"Expected --dtype to be 'float32', as in the run"),
+        ("policy", "Expected the digest of the policy to be"),
+        ("reference", "Expected the digest of the reference to be"),
+        ("pairs", "Expected the digest of the pairs to be"),
     ],
 )
 def test_a_partial_table_of_another_run_is_refused(interrupted, models, tmp_path, capsys, change, named):
@@ -150,6 +152,32 @@ def test_a_partial_table_of_another_run_is_refused(interrupted, models, tmp_path
     assert named in line
     assert line.endswith("or delete that file to start again.")
     assert (tmp_path / "pairs.scores.csv.part").read_bytes() == before
+
+
+def test_a_partial_table_of_another_adapter_is_refused(arguments, models, tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    for seed, name, alpha in ((0, "a", 8), (1, "b", 8), (0, "c", 80)):
+        torch.manual_seed(seed)
+        options = {"target_modules": "all-linear", "init_lora_weights": False, "lora_alpha": alpha}
+        config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options)
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(models[0]), config).save_pretrained(tmp_path / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(score, "write_table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*arguments, "--reference", "./a"])
+    for name in "bc":
+        assert main([*arguments, "--reference", f"./{name}"]) == 2
+        assert "Expected the digest of the reference to be" in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").rename(tmp_path / "elsewhere" / "a")
+    assert main([*arguments, "--reference", "elsewhere/a"]) == 0
+
+
+def test_a_partial_table_of_other_versions_is_refused(interrupted, tmp_path, capsys):
+    part = tmp_path / "pairs.scores.csv.part"
+    part.write_text(part.read_text().replace(torch.__version__.split("+")[0], "1.0", 1))
+    assert main(interrupted) == 2
+    assert "Expected the version of torch to be '1.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ def test_a_configuration_object_is_in_checkpoints_too(base):
             {"load_in_4bit": True, "bnb_4bit_compute_dtype": "fp32"},
             "arguments of transformers.BitsAndBytesConfig.*fp32",
         ),
-        ({"bnb_4bit_quant_type": "nf4"}, "to set `load_in_4bit` or `load_in_8bit` to true"),
+        ({"bnb_4bit_quant_type": "nf4"}, "to set `load_in_4bit` to true"),
+        ({"load_in_8bit": True}, "with `load_in_4bit`, but got `load_in_8bit`. In 8 bits, other tokens"),
     ],
 )
 def test_a_wrong_configuration_is_refused_before_a_model_is_loaded(config, message):

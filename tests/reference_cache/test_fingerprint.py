@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lit_did.batches.sequences import Sequences, read_sequences
-from lit_did.reference_cache.fingerprint import fingerprint, quick_digest, sequence_keys
+from lit_did.reference_cache.fingerprint import exact_digest, fingerprint, quick_digest, sequence_keys
 from tests.modules.tiny import collate, make_pairs, tiny_llama
 
 KEYS = [bytes([i]) * 16 for i in range(5)]
@@ -148,3 +148,41 @@ def test_a_quick_digest_counts_the_adapter_if_it_shall():
     assert quick_digest(one, adapter=True) == quick_digest(policy(1), adapter=True)
     assert quick_digest(one, adapter=True) != quick_digest(other, adapter=True)
     assert quick_digest(tiny_llama(), adapter=True) == quick_digest(tiny_llama())
+
+
+class Backwards(set):
+    """A set in another order, as that of another process."""
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+def test_an_adapters_fingerprint_is_the_same_in_every_process():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
+    model = peft.get_peft_model(tiny_llama(0), config)
+    digest = fingerprint(model, [], adapter="default")
+    config = model.peft_config["default"]
+    config.target_modules = Backwards(config.target_modules)
+    config.base_model_name_or_path, config.revision, config.inference_mode = "elsewhere", "main", True
+    assert fingerprint(model, [], adapter="default") == digest
+    config.lora_alpha *= 2
+    assert fingerprint(model, [], adapter="default") != digest
+
+
+def test_an_exact_digest_counts_every_value_and_the_configurations():
+    def policy(**options) -> nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+        return peft.get_peft_model(tiny_llama(0), config)
+
+    one, other = policy(lora_alpha=8), policy(lora_alpha=80)
+    assert exact_digest(one, adapter=True) == exact_digest(policy(lora_alpha=8), adapter=True)
+    assert exact_digest(one, adapter=True) != exact_digest(other, adapter=True)
+    assert exact_digest(one) == exact_digest(other) == exact_digest(tiny_llama(0))
+    assert exact_digest(tiny_llama(0)) != exact_digest(tiny_llama(0, rms_norm_eps=1e-5))
+    assert exact_digest(tiny_llama(0)) != exact_digest(tiny_llama(0).bfloat16())
+    changed = tiny_llama(0)
+    changed.lm_head.weight.data[3, 5] += 1
+    assert quick_digest(changed) == quick_digest(tiny_llama(0))  # the premise
+    assert exact_digest(changed) != exact_digest(tiny_llama(0))
+    assert exact_digest(nn.Linear(2, 2, device="meta")) is None

@@ -54,7 +54,7 @@ def test_no_trace_in_the_model_or_in_random_numbers():
     ("prompts", "error"),
     [
         ([[1], []], "Expected `prompts` to have at least one token each"),
-        ([[1], [1] * 60], "to be at most 64 tokens together, the positions of the model, but got 69"),
+        ([[1], [1] * 60], "to be at most 65 tokens together, because the model has 64 positions, but got 69"),
     ],
 )
 def test_wrong_prompts(prompts, error):

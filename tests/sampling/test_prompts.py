@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lit_did.functional import enumerate_did
 from lit_did.models.loading import add_lora
 from lit_did.sampling import DIDEntropyOfPrompts, did_entropy_of_prompts, prompt_seed, sample_did
+from lit_did.sampling import prompts as prompts_module
 from lit_did.sampling.prompts import mean_over_prompts, sample_in_batches, verdict_of_mean
 from lit_did.sampling.sequential import Settings
 from tests.models import zoo
@@ -92,6 +93,25 @@ def test_batches_that_are_skipped_change_no_others():
     for index, samples in left.items():
         assert samples.estimate == every[1][index].estimate or math.isnan(samples.estimate.pareto_k)
         assert torch.equal(samples.policy_logprob, every[1][index].policy_logprob)
+
+
+class Counted(list):
+    reads = 0
+
+    def __iter__(self):
+        Counted.reads += 1
+        return super().__iter__()
+
+
+def test_the_work_before_sampling_grows_with_the_prompts_alone(monkeypatch):
+    made = []
+    init = prompts_module.CachedModel.__init__
+    monkeypatch.setattr(prompts_module.CachedModel, "__init__", lambda *a, **k: made.append(a) or init(*a, **k))
+    settings, skip = Settings(6, 16, 4, 0.5, 0.95), Counted(range(40))
+    options = {"batch_size": 1, "seed": 0, "progress": False, "skip": skip}
+    assert list(sample_in_batches(tiny_llama(0), tiny_llama(1), [[5, 6]] * 40, settings, **options)) == []
+    assert len(made) == 2
+    assert Counted.reads == 1
 
 
 def test_an_adapters_reference_is_its_base_model():

@@ -37,6 +37,16 @@ def test_csv(tmp_path):
     assert (tmp_path / "scores.csv").read_bytes().count(b"\r") == 0
 
 
+def test_csv_with_every_end_of_line(tmp_path):
+    ends = ["a\rb", "a\nb", "a\r\nb", "\r", 'c"\r'] * 2
+    write_table({"index": list(range(10)), "end\rof": ends}, tmp_path / "ends.csv")
+    with open(tmp_path / "ends.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["index", "end\rof"], *([str(i), end] for i, end in enumerate(ends))]
+    frame = pytest.importorskip("pandas").read_csv(tmp_path / "ends.csv")
+    assert frame["end\rof"].tolist() == ends
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = {2: {"score": 1, "mixed": 1, "meta": {"a": {}}, "huge": 2**70}, 5: {"score": 2.5, "mixed": "\ud83d"}}
