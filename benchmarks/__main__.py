@@ -15,6 +15,7 @@ from benchmarks.chart import draw
 from benchmarks.harness import Result
 from benchmarks.targets import judge
 from benchmarks.token_statistics import ON_CPU_ONLY, RACES, Plan
+from lit_did.cli.errors import Arguments
 
 ROWS = {"cpu": 512, "cuda": 4096}
 VOCABULARIES = {"cpu": [49152, 151936, 262144], "cuda": [32768, 49152, 131072, 262144]}
@@ -102,9 +103,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, epilog=RACES_HELP, formatter_class=Formatter
-    )
+    parser = Arguments(prog="python -m benchmarks", description=__doc__, epilog=RACES_HELP, formatter_class=Formatter)
     add = parser.add_argument
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
     add("--races", nargs="+", choices=RACES, help="which races (default: all of the device)")

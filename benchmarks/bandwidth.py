@@ -20,6 +20,7 @@ from benchmarks import check, report
 from benchmarks.contestants import reference_statistics
 from benchmarks.harness import LIMIT, Result, Runner, Size, race
 from lit_did import TokenStatistics
+from lit_did.cli.errors import Arguments
 
 VOCABULARIES = [32768, 50257, 131072, 151936]  # 50,257 is odd: its rows do not begin on 16-byte boundaries
 FIELDS = TokenStatistics._fields
@@ -95,7 +96,7 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Parses the command line and runs."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m benchmarks.bandwidth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

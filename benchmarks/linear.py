@@ -28,6 +28,7 @@ from benchmarks.contestants import eager as eager_statistics
 from benchmarks.harness import Result, Runner, Size, in_own_process, race
 from benchmarks.targets import Verdict
 from lit_did import linear_sequence_statistics
+from lit_did.cli.errors import Arguments
 from lit_did.functional import preference_loss
 
 SEQUENCES = 8  # the chosen ones first
@@ -342,7 +343,7 @@ def show(results: Sequence[Result]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Parses the command line and runs."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m benchmarks.linear",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import report
 from lit_did import LitDPO
+from lit_did.cli.errors import Arguments
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -172,7 +173,7 @@ def run(name: str, options: argparse.Namespace, batches: Sequence[Mapping[str, T
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
     """Parses the command line and runs; returns what it writes as JSON."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m benchmarks.llama_step", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_did import DIDMonitor, LitDPO, PreferenceDataModule
+from lit_did.cli.errors import Arguments
 from lit_did.demo import PAIRS, smollm2
 from lit_did.modules import dpo
 from lit_did.modules.pairs import PairMetrics
@@ -135,7 +136,7 @@ def report(title: str, clock: Clock, monitored: Clock) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model: name or path (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after 2 to warm up")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")

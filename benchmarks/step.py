@@ -28,6 +28,7 @@ from benchmarks import parts, report, trainers
 from benchmarks.harness import in_own_process
 from benchmarks.targets import Verdict
 from benchmarks.trainers import Run, Task
+from lit_did.cli.errors import Arguments
 
 TRL, OURS, CACHED = "trl", "lit_did", "lit_did, cached reference"
 RECOMPUTED = "lit_did, elementwise recomputed"
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     from lit_did.demo import smollm2
     from tools import preference_data
 
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

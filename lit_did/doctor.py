@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 import warnings
@@ -11,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from lit_did.cli.errors import Arguments
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "peft", "trl", "datasets", "matplotlib", "gguf")
 
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 if fused operators run on the CPU, 1 if the plain PyTorch implementation does.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="lit-did doctor",
         description=report.__doc__,
         epilog="The exit status is 0 if fused operators run on the CPU, else 1.",

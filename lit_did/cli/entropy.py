@@ -107,7 +107,7 @@ def entropy(
     placed = device_of(device)
     check_models(policy, reference)
     rows = read_prompts(prompts, columns=columns)[:max_prompts]
-    loaded_tokenizer = load_tokenizer(tokenizer or tokenizer_of(policy))
+    loaded_tokenizer = load_tokenizer(tokenizer or tokenizer_of(policy), "tokenizer" if tokenizer else "policy")
     rendering: dict[str, Any] = {
         "as_chat": as_chat,
         "chat_template": chat_template,

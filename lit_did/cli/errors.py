@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, NoReturn
 
 PACKAGE = Path(__file__).parents[1]
 
 
 class InputError(Exception):
     """The user's input cannot be used. Commands print the message without a traceback."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser that ends with one line on stderr and exit status 2 after a wrong option, and knows no abbreviations."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message with the nearest option, and exits."""
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            name = match[1].partition("=")[0]
+            near = get_close_matches(name, self._option_string_actions, n=1)
+            message = (
+                f"Expected an option of this command, but got {name}.{f' Did you mean {near[0]}?' if near else ''}"
+            )
+        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:

@@ -43,7 +43,7 @@ def call(function: Callable[..., Any], command: str, arguments: list[str]) -> An
     helps = {parameter.arg_name: parameter.description for parameter in documented.params}
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    parser = Parser(prog=f"lit-did {command}", description=documented.description)
+    parser = Parser(prog=f"lit-did {command}", description=documented.description, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file with options.")
     for name in positional:
         parser.add_argument(name, type=get_type_hints(function)[name], help=helps[name])

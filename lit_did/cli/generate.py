@@ -86,7 +86,7 @@ def generate(
     placed = device_of(device)
     check_models(policy, reference, needs_reference=False)
     rows = read_prompts(prompts, columns=columns)[:max_prompts]
-    loaded_tokenizer = load_tokenizer(tokenizer or tokenizer_of(policy))
+    loaded_tokenizer = load_tokenizer(tokenizer or tokenizer_of(policy), "tokenizer" if tokenizer else "policy")
     token_ids = encode_prompts(
         rows,
         loaded_tokenizer,

@@ -16,6 +16,7 @@ from lit_did.cli.output import Finished, check_new_file
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
+from lit_did.models.names import load_tokenizer
 from lit_did.scoring.models import check_models, device_of, tokenizer_of
 from lit_did.scoring.scorer import PairScorer
 from lit_did.scoring.summary import describe, summarize
@@ -94,7 +95,8 @@ def score(
         "chat_template_kwargs": chat_template_kwargs,
         "parse_special_tokens": parse_special_tokens,
     }
-    scorer = PairScorer(pairs, tokenizer or tokenizer_of(policy), batch_size=batch_size, beta=beta, texts=texts, **data)
+    loaded = load_tokenizer(tokenizer or tokenizer_of(policy), "tokenizer" if tokenizer else "policy")
+    scorer = PairScorer(pairs, loaded, batch_size=batch_size, beta=beta, texts=texts, **data)
     models = scorer.load(policy, reference, dtype=getattr(torch, dtype), device=placed)
     kind = torch.cuda.get_device_name(placed) if placed.type == "cuda" else placed.type
     arguments = {"dtype": dtype, "device": kind, "batch_size": batch_size, "beta": beta, **data}

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins import CheckpointIO
@@ -110,6 +110,9 @@ class Training(LightningCLI):
             raise InputError(explain(str(error), parser)) from error
         if self.config.model is None:
             raise InputError("Expected `model.policy` to be given, in a recipe (-c FILE) or as --model.policy.")
+        for name in ("trainer", "data"):
+            if not isinstance(self.config[name], Namespace):
+                raise InputError(f"Expected `{name}` to hold options, but got {self.config[name]}.")
 
     def before_instantiate_classes(self) -> None:
         """Fills in what the user left open, and checks what can be checked before anything is loaded."""

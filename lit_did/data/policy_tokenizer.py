@@ -42,8 +42,21 @@ def name_of_policy_tokenizer(trainer: Any) -> str:
 
 
 def tokenizer_name(name: str) -> str:
-    """The name or folder of a policy's tokenizer: of an adapter's folder without one that of its base model."""
+    """The name or folder of a policy's tokenizer: of an adapter's folder without one that of its base model.
+
+    Raises:
+        ValueError: The adapter's configuration does not name its base model.
+    """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        file = folder / "adapter_config.json"
+        try:
+            base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected {file} to be JSON with the adapter's `base_model_name_or_path`, but it is not ({error})."
+            ) from error
+        if not isinstance(base, str):
+            raise ValueError(f"Expected `base_model_name_or_path` in {file} to be a model's name, but got {base!r}.")
+        return base
     return name

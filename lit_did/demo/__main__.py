@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from lit_did.cli.errors import run_command
+from lit_did.cli.errors import Arguments, run_command
 from lit_did.cli.quiet import quieten
 from lit_did.demo import PAIRS
 
@@ -27,7 +27,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as it can be without loading anything."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="lit-did demo",
         description="Trains a LoRA policy with DPO, logs its DID, and compares held-out pairs before and after.",
         formatter_class=_Help,

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from lit_did.cli.errors import run_command
+from lit_did.cli.errors import Arguments, run_command
 from lit_did.cli.output import make_parent
 from lit_did.experiments import EXPERIMENTS
 from lit_did.experiments.reporting import Options, header, render, write
@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     Returns:
         The options by name.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="lit-did experiment",
         description="Runs a controlled experiment, prints its tables and writes CSV files and a picture.",
         epilog="experiments:\n"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_did.models.names import local_folder
+from lit_did.models.names import first_line, local_folder, raised_by_library
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 ADAPTER = "adapter"
@@ -77,11 +77,21 @@ def adapter_config(folder: str, argument: str) -> Any:
         ModuleNotFoundError: The package peft is missing.
         ValueError: It does not name its base model, or the folder also holds a model.
     """
-    config = import_peft(f"`{argument}` ({folder}) is an adapter, which").PeftConfig.from_pretrained(folder)
-    if not config.base_model_name_or_path:
+    peft = import_peft(f"`{argument}` ({folder}) is an adapter, which")
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except Exception as error:
+        if not raised_by_library(error):
+            raise
+        raise ValueError(
+            f"Expected `{argument}` to have an adapter_config.json that peft reads, but {folder} does not: "
+            f"{first_line(error)}"
+        ) from error
+    if not isinstance(config.base_model_name_or_path, str) or not config.base_model_name_or_path:
         raise ValueError(
             f"Expected the adapter of `{argument}` to name its base model in adapter_config.json "
-            f"(`base_model_name_or_path`), but got none in {folder}."
+            f"(`base_model_name_or_path`), but got "
+            f"{config.base_model_name_or_path!r} in {folder}."
         )
     if os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(
@@ -114,7 +124,9 @@ def on_base(base: nn.Module | str, folder: str, argument: str) -> nn.Module:
             # Weights that the file lacks would start at random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
-    except (RuntimeError, UserWarning, ValueError) as error:  # peft's: other shapes, missing weights, other layers
+    except Exception as error:  # peft's: other shapes, missing or broken weights, other layers
+        if not (isinstance(error, UserWarning) or raised_by_library(error)):
+            raise
         raise ValueError(
             f"Expected `{argument}` to be an adapter that fits its base model, but {folder} does not: "
             f"{' '.join(str(error).split())[:300]}"

@@ -27,7 +27,7 @@ from lit_did.models.adapters import (
     import_peft,
     on_base,
 )
-from lit_did.models.names import load_by_name
+from lit_did.models.names import first_line, load_by_name, raised_by_library
 from lit_did.models.quantisation import check_not_8bit, keep_gradients, quantised
 from lit_did.models.wrappers import adapter_marks, is_peft
 
@@ -84,7 +84,7 @@ def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Renames `torch_dtype` to `dtype`. transformers ignores the older name if both are present.
 
     Raises:
-        ValueError: Both are present with different values.
+        ValueError: Both are present with different values, or torch has no such number format.
     """
     renamed = dict(model_kwargs)
     if "torch_dtype" in renamed:
@@ -94,6 +94,12 @@ def _renamed(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 "Expected `model_kwargs` to hold only one of `dtype` and `torch_dtype`, but got "
                 f"{renamed['dtype']} and {dtype}."
             )
+    dtype = renamed.get("dtype")
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(
+            f"Expected `dtype` of `model_kwargs` to be a number format of torch, such as bfloat16, but got {dtype!r}."
+        )
     return renamed
 
 
@@ -156,13 +162,17 @@ def add_lora(model: nn.Module, lora: Any, adapter_name: str = "default") -> nn.M
     if is_peft(model):
         raise ValueError(HAS_ADAPTER)
     peft = import_peft("`lora`")
-    lora = lora_config(lora)
+    given, lora = lora, lora_config(lora)
     with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
             return peft.get_peft_model(model, lora, adapter_name=adapter_name)
         except ValueError as error:  # such as target modules that the model does not have
             raise ValueError(f"Expected `lora` to fit the policy, but: {error}") from error
+        except Exception as error:  # peft checks few of the values
+            if not raised_by_library(error):
+                raise
+            raise ValueError(_refused(given, error)) from error
 
 
 def lora_config(lora: Any) -> Any:
@@ -170,6 +180,7 @@ def lora_config(lora: Any) -> Any:
 
     Raises:
         TypeError: A key of the dict is not an argument of `peft.LoraConfig`.
+        ValueError: peft refuses a value.
     """
     if not isinstance(lora, Mapping):
         return lora
@@ -180,7 +191,16 @@ def lora_config(lora: Any) -> Any:
             near = get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {near[0]}?" if near else " The most used are r, lora_alpha and target_modules."
             raise TypeError(f"Expected `lora` to hold arguments of peft.LoraConfig, but got {name!r}.{hint}")
-    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    try:
+        return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    except Exception as error:
+        if not raised_by_library(error):
+            raise
+        raise ValueError(_refused(lora, error)) from error
+
+
+def _refused(lora: Any, error: Exception) -> str:
+    return f"Expected `lora` to hold values that peft.LoraConfig accepts, but got {lora}: {first_line(error)}"
 
 
 def check_adapter_is_all_that_trains(policy: nn.Module, adapter: str | None = None) -> None:

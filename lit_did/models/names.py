@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_did.models.smollm2 import SMOLLM2, smollm2
 
+PACKAGE = Path(__file__).parents[1]
 HUB_TIMEOUT = 5  # seconds for the hub to answer
 _SMOLLM2_NAMES = ("smollm2", SMOLLM2.lower())
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -34,6 +37,10 @@ def local_folder(name: str | os.PathLike, argument: str, files: tuple[str, ...] 
     if not (os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or path.exists()):
         return None
     if not any((path / file).is_file() for file in files):
+        if "\n" in text:  # a parser has read a file that was named
+            raise FileNotFoundError(
+                f"Expected `{argument}` to be a folder with a transformers model, but got the content of a file."
+            )
         what = f"{path} holds neither {' nor '.join(_MODEL_FILES)}" if path.is_dir() else f"{path} is not a folder"
         raise FileNotFoundError(f"Expected `{argument}` to be a folder with a transformers model, but {what}.")
     return path.resolve()
@@ -62,22 +69,42 @@ def load_by_name(
     Raises:
         FileNotFoundError: There is no such folder, and the hub has no such model.
         ConnectionError: The hub cannot be reached, and the model is not on this machine.
-        OSError: The folder's model does not load.
+        OSError: The model does not load.
     """
     folder = local_folder(name, argument, files)
     if folder is not None:
-        try:
-            return load(str(folder), **{"local_files_only": True, **options})
-        except (OSError, ValueError, KeyError) as error:  # what transformers raises for broken files
-            raise OSError(
-                f"Expected `{argument}` to be a folder that transformers loads, but {folder} does not: "
-                f"{first_line(error)}"
-            ) from error
+        return _load(load, str(folder), argument, {"local_files_only": True, **options})
     try:
         return load(os.fspath(name), **{**options, "local_files_only": True})
     except Exception:  # it is not on this machine, or not whole
         _ask_hub(os.fspath(name), argument)
-        return load(os.fspath(name), **options)
+        return _load(load, os.fspath(name), argument, options)
+
+
+def _load(load: Callable[..., Any], name: str, argument: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return load(name, **options)
+    except Exception as error:
+        if not (isinstance(error, OSError) or raised_by_library(error)):
+            raise
+        why = first_line(error)
+        if "ignore_mismatched_sizes" in why:  # the shapes are in a report of many lines
+            why = "its weights have other shapes than its config.json says."
+        given = [key for key in options if key not in ("dtype", "local_files_only", "adapter_kwargs")]
+        having = f" with `model_kwargs` {', '.join(given)}" if given else ""
+        raise OSError(
+            f"Expected `{argument}` to be a folder or name that transformers loads{having}, but {name} does not: {why}"
+        ) from error
+
+
+def raised_by_library(error: Exception) -> bool:
+    """Whether the error comes from a library that refuses what it was given, and not from this package."""
+    if isinstance(error, ImportError | MemoryError | torch.OutOfMemoryError):
+        return False
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and PACKAGE not in Path(traceback.tb_frame.f_code.co_filename).parents
 
 
 def load_tokenizer(name: str | os.PathLike, argument: str = "tokenizer") -> Any:

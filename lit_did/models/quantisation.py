@@ -20,11 +20,14 @@ def quantised(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: The package bitsandbytes is missing.
+        TypeError: It is no configuration.
         ValueError: A key of the dict is unknown, or a value is wrong, or it is for 8 bits.
     """
     config = model_kwargs.get("quantization_config")
     if isinstance(config, Mapping) and _is_of_bitsandbytes(config):
         config = _config(config)
+    elif config is not None and not (isinstance(config, Mapping) or hasattr(config, "quant_method")):
+        raise TypeError(f"Expected `quantization_config` to be a configuration or its arguments, but got {config!r}.")
     elif type(config).__name__ != "BitsAndBytesConfig":
         return dict(model_kwargs)
     check_not_8bit(config)

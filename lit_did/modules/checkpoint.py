@@ -118,6 +118,8 @@ class TrainedState(lightning.LightningModule):
             # One of the two runs may have another kind of reference. A warning says so below.
             saved = {name: value for name, value in saved.items() if name in own or not _of_reference(name)}
             self._check_names(saved.keys(), own.keys())
+            trained = self._trained_names()
+            _check_shapes(saved, {name: state[own[name]] for name in own if name in trained})
             kept = {name: value for name, value in state.items() if _of_reference(name)}
             # One of the two policies may be compiled.
             checkpoint["state_dict"] = kept | {own.get(name, name): value for name, value in saved.items()}
@@ -145,6 +147,17 @@ class TrainedState(lightning.LightningModule):
                 f"Expected the checkpoint to hold parameters of this policy only, but this policy does not have "
                 f"{len(surplus)} of them. The first is {surplus[0]}. Pass the `policy` and `lora` of the run that "
                 "saved it."
+            )
+
+
+def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ValueError if a saved tensor has another shape than this policy's."""
+    for name, value in saved.items():
+        shape, expected = getattr(value, "shape", None), getattr(own.get(name), "shape", None)
+        if shape is not None and expected is not None and shape != expected:
+            raise ValueError(
+                f"Expected the checkpoint to hold tensors of this policy's shapes, but {name} has {list(shape)} there "
+                f"and {list(expected)} here. Pass the `policy` and `lora` of the run that saved it."
             )
 
 

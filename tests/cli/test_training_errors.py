@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, capsys, tiny_model, pairs):
     def go(arguments: str, recipe: str | None = None) -> tuple[int, str]:
         if recipe is not None:
             filled = recipe.replace("MODEL", str(tiny_model)).replace("PAIRS", str(pairs))
-            (tmp_path / "recipe.yaml").write_text(filled)
+            (tmp_path / "recipe.yaml").write_text(filled, encoding="utf-8", errors="surrogateescape")
             arguments += " -c recipe.yaml"
         words = arguments.replace("MODEL", str(tiny_model)).replace("PAIRS", str(pairs)).split()
         status = main.main(words)
@@ -72,6 +72,30 @@ WRONG_OPTIONS = [
     (f"{BASE} --ckpt_path none.ckpt", "Expected `ckpt_path` to be a checkpoint, but none.ckpt does not exist."),
     (f"{BASE} --ckpt_path last", "Expected a run in runs/dpo for `--ckpt_path last`, but there is none."),
     (f"{BASE} --output PAIRS/run", "Expected --output to be a folder that can be made"),
+    (f"{BASE} --model.policy null", "Expected `model.policy` to be given, in a recipe"),
+    (f"{BASE} --model.policy PAIRS", "Expected `policy` to be a folder"),
+    (f"{BASE} --model.learning_rate abc", "`model.learning_rate` to be a number or None, but got 'abc'."),
+    (f"{BASE} --model.loss.sigmoid abc", "`model.loss.sigmoid` to be a number, but got 'abc'."),
+    (f"{BASE} --model MODEL", "To name a model, use `model.policy`."),
+    (f"{BASE} --model.lora.r abc", "Expected `lora` to hold values that peft.LoraConfig accepts, but got {'r': 'abc'}"),
+    (f"{BASE} --model.lora.bias foo", "Expected `lora` to hold values that peft.LoraConfig accepts"),
+    (f"{BASE} --model.lora.task_type FOO", "Expected `lora` to hold values that peft.LoraConfig accepts"),
+    (f"{BASE} --model.model_kwargs 3", "`model.model_kwargs` to be a mapping or None, but got '3'."),
+    (f"{BASE} --model.model_kwargs.dtype float99", "`dtype` of `model_kwargs` to be a number format of torch"),
+    (f"{BASE} --model.model_kwargs.foo 1", "Expected `policy` to be a folder or name that transformers loads with"),
+    (f"{BASE} --model.model_kwargs.quantization_config 3", "Expected `quantization_config` to be a configuration"),
+    (f"{BASE} --optimizer.lr 1", "`optimizer` to name a class before its option lr"),
+    (f"{BASE} --optimizer torch.optim.SGD --optimizer.lr abc", "Expected `optimizer.lr` to be a number or Tensor"),
+    (f"{BASE} --lr_scheduler CosineAnnealingLR", "`lr_scheduler.T_max` to be given, in init_args of CosineAnnealingLR"),
+    (
+        f"{BASE} --trainer.callbacks ModelCheckpoint --trainer.callbacks.save_top_k 3",
+        "Expected arguments that ModelCheckpoint accepts, but: ModelCheckpoint(save_top_k=3, monitor=None) is not",
+    ),
+    (f"{BASE} --trainer 3", "Expected `trainer` to hold options, such as `trainer.accelerator`, but got 3."),
+    (f"{BASE} --config", "Expected a YAML file after --config, but got nothing."),
+    (f"{BASE} --quiet=1", "Expected --quiet without a value, but got --quiet=1."),
+    (f"{BASE} --model.policy", "Expected a value after --model, but got none."),
+    ("score PAIRS --policy MODEL --overwrit", "got --overwrit. Did you mean --overwrite?"),
     ("predict --model.policy MODEL --data.train PAIRS", "Expected `predict`, `val` or `val_fraction` for predicting"),
     ("test --model.policy MODEL --data.train PAIRS", "Expected `test` for testing, but got None."),
 ]
@@ -118,8 +142,43 @@ WRONG_RECIPES = [
     ),
     ("model: {policy: m, lora: 3}\ndata: {train: p}\n", "Expected `lora` to be"),
     ("model:\n  policy: m\n  loss: [1\ndata: {train: p}\n", "recipe.yaml, line 4: Expected YAML, but:"),
+    ("model: {policy: m}\ndata: {train: p}\ntrainer:\n", "Expected `trainer` to hold options, but got None."),
+    ("model: {policy: m}\ndata: PAIRS\n", "Expected `data` to hold options, such as `data.train`, but got"),
+    ("model: [1]\ndata: {train: p}\n", "`model` to hold the options of LitDPO or None, or class_path"),
+    ("model: {class_path: 3}\ndata: {train: p}\n", "`model` to hold the options of LitDPO or None, or class_path"),
+    (
+        "model: {class_path: lit_did.LitDPO, init_args: }\ndata: {train: p}\n",
+        "`model` to hold the options of LitDPO or None, or class_path",
+    ),
+    (
+        "model: {policy: m}\ndata: {train: p}\ntrainer:\n  callbacks:\n"
+        "  - {class_path: EarlyStopping, init_args: {monitor: a, mode: up}}\n",
+        "Expected arguments that EarlyStopping accepts, but: `mode` can be",
+    ),
+    (
+        "model: {policy: m}\ndata: {train: p}\ntrainer: {logger: {class_path: CSVLogger}}\n",
+        "`trainer.logger.save_dir` to be given, in init_args of CSVLogger",
+    ),
+    ("\udcff\udcfe", "recipe.yaml: Expected YAML in UTF-8, but"),
     ("- 3\n", "recipe.yaml: Expected YAML with options as keys, but got [3]."),
 ]
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "experiment reward", "bench"])
+def test_a_wrong_option_of_the_other_commands_is_one_line(run, command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{command} --quie")
+    assert capsys.readouterr().err == (
+        "error: Expected an option of this command, but got --quie. Did you mean --quiet?\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["score PAIRS --reference MODEL", "generate PAIRS", "entropy PAIRS"])
+def test_the_policys_tokenizer_is_found_by_the_policys_name(run, command, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    status, err = run(f"{command} --policy somebody/a-model")
+    assert status == 2
+    assert "Expected `policy` to be a folder on this machine or a model of the Hugging Face hub" in err
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(run, monkeypatch):

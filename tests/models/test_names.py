@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
+from lit_did.data.policy_tokenizer import tokenizer_name
 from lit_did.models.loading import load_model
 from lit_did.models.names import load_tokenizer, local_folder
 from lit_did.models.smollm2 import smollm2
@@ -44,6 +47,38 @@ def test_a_folder_without_a_model(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match=rf"Expected `reference` .*{tmp_path.name} does not: "):
         load_model(tmp_path, "reference", {})
+
+
+def test_models_whose_files_are_broken(tiny_model, tmp_path):
+    for name in ("cut", "other"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    weights, config = tmp_path / "cut" / "model.safetensors", tmp_path / "other" / "config.json"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 9}))
+    with pytest.raises(OSError, match=r"Expected `policy` .*cut does not: .*header"):
+        load_model(tmp_path / "cut", "policy", {})
+    with pytest.raises(OSError, match=r"Expected `policy` .*other does not: its weights have other shapes"):
+        load_model(tmp_path / "other", "policy", {})
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"base_model_name_or_path": 3}', "[]"])
+def test_an_adapter_whose_configuration_is_broken(content, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(content)
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"Expected .*adapter_config.json"):
+        tokenizer_name(str(tmp_path))
+    with pytest.raises((OSError, ValueError), match=r"^Expected (the adapter of )?`policy` "):
+        load_model(tmp_path, "policy", {})
+
+
+def test_a_fault_of_this_package_is_not_one_of_the_model(tiny_model, monkeypatch):
+    def faulty(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("lit_did.models.names.PACKAGE", Path(__file__).parent)
+    monkeypatch.setattr("lit_did.models.loading.keep_gradients", faulty)
+    with pytest.raises(KeyError, match="ours"):
+        load_model(tiny_model, "policy", {})
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path):

@@ -177,6 +177,12 @@ def test_another_policys_shards_are_refused(policy, message):
         again.on_load_checkpoint(checkpoint)
 
 
+def test_an_adapter_of_another_rank_is_refused():
+    checkpoint = {"state_dict": LitDPO(tiny_llama(), lora=LORA).state_dict()}
+    with pytest.raises(ValueError, match=r"this policy's shapes, but .*lora_A.* has \[4, \d+\] there and \[2, \d+\]"):
+        LitDPO(tiny_llama(), lora=LORA | {"r": 2}).on_load_checkpoint(checkpoint)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
