@@ -173,7 +173,9 @@ def test_a_wrong_option_of_the_other_commands_is_one_line(run, command, capsys):
     )
 
 
-@pytest.mark.parametrize("command", ["score PAIRS --reference MODEL", "generate PAIRS", "entropy PAIRS"])
+@pytest.mark.parametrize(
+    "command", ["score PAIRS --reference MODEL", "generate PAIRS", "entropy --prompts PAIRS --reference MODEL"]
+)
 def test_the_policys_tokenizer_is_found_by_the_policys_name(run, command, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     status, err = run(f"{command} --policy somebody/a-model")
