@@ -42,7 +42,7 @@ def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
 
     Args:
         command: The command, which returns its exit status.
-        stopped: What to print after an interrupt.
+        stopped: What to print after an interrupt, followed by the exception's notes.
 
     Returns:
         The command's exit status, 2 after such an error, or 130 after an interrupt.
@@ -56,11 +56,15 @@ def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns the first into the second.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        if not is_interrupt(stop):
             raise
-        print(stopped, file=sys.stderr)
+        print(" ".join([stopped, *getattr(stop, "__notes__", ())]), file=sys.stderr)
         return 130
+
+
+def is_interrupt(stop: BaseException) -> bool:
+    """Whether it is Ctrl-C, which Lightning turns into a SystemExit."""
+    return isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
 
 
 def can_be_mended(error: Exception) -> bool:

@@ -40,7 +40,7 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a run continues exactly: every few optimiser steps, and at the end.
 
     If validation follows a step, the checkpoint is written after it. Otherwise a run that is killed in validation would
-    continue behind it.
+    continue behind it. All ranks write where rank 0 does: it alone has taken the folder.
 
     Args:
         path: The file.
@@ -51,6 +51,9 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every_n_steps = path, every_n_steps
         self._step = 0  # the last that was saved, or is about to be
         self._due = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
@@ -93,8 +96,9 @@ class MetricsFile(CSVLogger):
         if self._first_step is None or getattr(rank_zero_only, "rank", None):
             return super().experiment
         path = Path(self.log_dir) / "metrics.csv"
-        rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-        kept = [row for row in rows if int(row["step"]) < self._first_step]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may have cut the last one off
+        kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < self._first_step]
         self._first_step = None
         writer: Any = super().experiment  # it removes the file
         writer.metrics += [{name: value for name, value in row.items() if value} for row in kept]
@@ -119,6 +123,21 @@ class SaveConfig(SaveConfigCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / CONFIG) as beside:
             self.parser.save(self.config, beside, skip_none=False, overwrite=True, multifile=False)
+
+
+class Progress(Callback):
+    """Knows whether a batch has begun. Before that, an error is about how the run is set up."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        self.begun = True
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+
+    def on_sanity_check_end(self, *_: Any, **__: Any) -> None:
+        self.begun = False
 
 
 class Start(Callback):

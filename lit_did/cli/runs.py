@@ -1,19 +1,18 @@
-"""The folder of a training run: where it is, and which of its checkpoints is the newest whole one."""
+"""The folder of a training run: where it is, how a new run takes it, and with which checkpoint a run continues."""
 
 from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import yaml
 
 from lit_did.cli.errors import InputError
 from lit_did.cli.output import make_parent
+from lit_did.exporting.checkpoints import Checkpoint, NotWhole, read_whole, whole_checkpoints
 
 ROOT = Path("runs")
 CONFIG = "config.yaml"
@@ -23,32 +22,56 @@ FREE = ("ckpt_path", "output", "quiet", "config")
 ENDS = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that is whole."""
-
-    path: Path
-    step: int
-    """the optimiser steps before it"""
-
-
-def new_folder(name: str) -> Path:
-    """A folder for a new run below `runs/NAME`, which does not exist yet."""
+def next_folder(name: str) -> Path:
+    """The folder below `runs/NAME` that the next run gets."""
     numbers = [number for number, _ in _versions(ROOT / name)]
     return ROOT / name / f"version_{max(numbers, default=-1) + 1}"
 
 
-def check_unused(folder: Path) -> None:
-    """Raises InputError if a folder holds a run already, or if nothing can be written there."""
-    if (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
-        raise InputError(
-            f"Expected --output to be a folder without a run, but {folder} holds one. To continue that run, add "
-            "`--ckpt_path last`. For a new run, give another --output."
-        )
+def take_next(name: str) -> Path:
+    """Makes the folder of a new run below `runs/NAME`, which no other run gets."""
+    while True:
+        folder = next_folder(name)
+        make_parent(folder)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run has just made it
+            continue
+        return take(folder)
+
+
+def take(folder: Path) -> Path:
+    """Makes the folder of a new run, or takes an empty one. Of two runs that ask at once, one gets it.
+
+    Raises:
+        InputError: The folder holds something, or cannot be made.
+    """
     make_parent(folder)
+    what = "a run" if (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists() else "other files"
+    if folder.is_dir() and any(folder.iterdir()):
+        go_on = "To continue that run, add `--ckpt_path last`. " if what == "a run" else ""
+        raise InputError(
+            f"Expected --output to be a new or empty folder, but {folder} holds {what}. {go_on}For a new run, give "
+            "another --output."
+        )
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(
+            f"Expected --output to be a new folder, but another run has just begun in {folder}. Give another --output."
+        ) from None
+    return folder
+
+
+def leave(folder: Path) -> None:
+    """Removes the folder of a run that has written nothing, or its empty folder for checkpoints."""
+    for path in (folder / CHECKPOINTS, folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def find_run(name: str, config: Mapping[str, Any], sections: tuple[str, ...]) -> Path:
-    """The newest run below `runs/NAME` that was started with the same configuration.
+    """The newest run below `runs/NAME` that was started with the same configuration and has a checkpoint.
 
     Args:
         name: The name.
@@ -58,15 +81,17 @@ def find_run(name: str, config: Mapping[str, Any], sections: tuple[str, ...]) ->
     Raises:
         InputError: There is none. The message names what differs in the newest run.
     """
-    folders = [folder for _, folder in _versions(ROOT / name) if (folder / CONFIG).exists()]
+    started = [folder for _, folder in _versions(ROOT / name) if (folder / CONFIG).exists()]
+    folders = [folder for folder in started if any((folder / CHECKPOINTS).rglob("[!.]*.ckpt"))]
     differences = {folder: differing(folder, config, sections) for folder in folders}
     for folder in reversed(folders):
         if not differences[folder]:
             return folder
     if not folders:
         raise InputError(
-            f"Expected a run in {ROOT / name} for `--ckpt_path last`, but there is none. Leave `--ckpt_path` out to "
-            "start one, or give the folder of the run with --output."
+            f"Expected a run in {ROOT / name} for `--ckpt_path last`, but "
+            f"{'none has a checkpoint' if started else 'there is none'}. Leave `--ckpt_path` out to start one, or give "
+            "the folder of the run with --output."
         )
     newest = folders[-1]
     raise InputError(
@@ -78,8 +103,16 @@ def find_run(name: str, config: Mapping[str, Any], sections: tuple[str, ...]) ->
 def differing(folder: Path, config: Mapping[str, Any], sections: tuple[str, ...] = ()) -> list[str]:
     """What differs between the configuration of the run in a folder and this one, in words."""
     path = folder / CONFIG
-    saved = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else config)
-    own = _flat(config)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else config
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"Expected {path} to be the configuration of a run, but it is no YAML with options as keys. To continue "
+            f"the run with the configuration of this command, delete that file and add `--output {folder}`."
+        )
+    saved, own = _flat(content), _flat(config)
     return [
         f"{key} is {saved.get(key)!r}, and not {own.get(key)!r}"
         for key in dict.fromkeys([*saved, *own])
@@ -87,65 +120,55 @@ def differing(folder: Path, config: Mapping[str, Any], sections: tuple[str, ...]
     ]
 
 
-def find_checkpoint(path: str, folder: Path | None) -> Checkpoint:
+def find_checkpoint(path: str, folder: Path | None, trains: bool) -> Checkpoint:
     """The checkpoint that `--ckpt_path` names.
 
     Args:
         path: A path, or "last" or "best" in the run's folder. If a run's last checkpoint is not whole, the newest whole
             one is used instead, with a warning.
         folder: The run's folder.
+        trains: Whether training continues from it, which needs the optimiser's state.
 
     Raises:
-        InputError: There is no such checkpoint, or it is not whole.
+        InputError: There is no such checkpoint, it is not whole, or training cannot continue from it.
     """
     if path == "last" and folder is not None:
-        return _newest_whole(folder)
+        return _last(folder, trains)
     named = Path(path).expanduser() if path != "best" or folder is None else folder / CHECKPOINTS / "best.ckpt"
     if not named.exists():
-        found = sorted(str(p) for p in (named.parent.glob("*.ckpt") if named.parent.is_dir() else ()))
+        found = sorted(str(p) for p in (named.parent.glob("[!.]*.ckpt") if named.parent.is_dir() else ()))
         others = f" There are {', '.join(found)}." if found else ""
         raise InputError(f"Expected `ckpt_path` to be a checkpoint, but {named} does not exist.{others}")
-    step = _step(named)
-    if isinstance(step, str):
-        raise InputError(f"Expected `ckpt_path` to be a whole checkpoint, but {named} does not load: {step}.")
-    return Checkpoint(named, step)
+    try:
+        checkpoint = read_whole(named)
+    except NotWhole as error:
+        raise InputError(f"Expected `ckpt_path` to be a whole checkpoint, but {named} is not: {error.why}.") from error
+    if trains and not checkpoint.continues:
+        raise InputError(f"Expected `ckpt_path` to be a checkpoint to train from, but {named} {_WEIGHTS_ONLY}.")
+    return checkpoint
 
 
-def _newest_whole(folder: Path) -> Checkpoint:
-    found = (folder / CHECKPOINTS).glob("**/[!.]*.ckpt")  # hidden: what was being written
-    paths = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not paths:
-        raise InputError(f"Expected {folder} to hold a checkpoint for `--ckpt_path last`, but it holds none.")
-    steps = {path: _step(path) for path in paths}
-    broken = [f"{path} ({step})" for path, step in steps.items() if isinstance(step, str)]
-    whole = [Checkpoint(path, step) for path, step in steps.items() if isinstance(step, int)]
+_WEIGHTS_ONLY = "was saved with `save_weights_only`, without the optimiser's state"
+
+
+def _last(folder: Path, trains: bool) -> Checkpoint:
+    """The newest checkpoint of a run, from which training can continue if it `trains`."""
+    other = "Give the folder of another run with --output, or start a new one without `--ckpt_path`"
+    whole, broken = whole_checkpoints(folder / CHECKPOINTS)
+    faults = ", ".join(f"{error.path} ({error.why})" for error in broken)
     if not whole:
-        raise InputError(f"Expected {folder} to hold a whole checkpoint, but none loads: {', '.join(broken)}.")
-    newest = max(whole, key=lambda checkpoint: checkpoint.step)  # the latest of equals comes last
-    newest = [checkpoint for checkpoint in whole if checkpoint.step == newest.step][-1]
+        what = f"a whole checkpoint, but none loads: {faults}" if broken else "a checkpoint, but it holds none"
+        raise InputError(f"Expected {folder} for `--ckpt_path last` to hold {what}. {other}.")
+    fit = [checkpoint for checkpoint in whole if checkpoint.continues or not trains]
+    if not fit:
+        raise InputError(f"Expected {folder} to hold a checkpoint to train from, but each {_WEIGHTS_ONLY}. {other}.")
     if broken:
         warnings.warn(
             f"A checkpoint is not whole, perhaps because the disk was full or the run was killed while it was written: "
-            f"{', '.join(broken)}. The newest whole one is used instead: {newest.path}, after {newest.step} steps.",
+            f"{faults}. The newest whole one is used instead: {fit[0].path}, after {fit[0].step} steps.",
             stacklevel=2,
         )
-    return newest
-
-
-def _step(path: Path) -> int | str:
-    """The optimiser steps before a checkpoint, or why it does not load."""
-    file = path / "meta.pt" if path.is_dir() else path  # a folder: a sharded checkpoint
-    try:
-        if path.is_dir() and not (path / ".metadata").exists():
-            return "its .metadata is missing"
-        if not file.stat().st_size:
-            return "it is empty"
-        if not zipfile.is_zipfile(file):  # the end has the table of contents
-            return "it is cut off, or no checkpoint"
-        # Mapped: only the part without weights is read.
-        return int(torch.load(file, weights_only=True, mmap=True, map_location="cpu")["global_step"])
-    except Exception as error:  # what torch raises for half a file is of many types
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return fit[0]
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 
 from lit_did.callbacks import ScoreWriter
 from lit_did.cli import runs
-from lit_did.cli.errors import InputError, can_be_mended
+from lit_did.cli.errors import InputError, can_be_mended, is_interrupt
 from lit_did.cli.recipes import with_recipes
-from lit_did.cli.run_files import LastCheckpoint, MetricsFile, SaveConfig, Start, WholeCheckpoints
+from lit_did.cli.run_files import LastCheckpoint, MetricsFile, Progress, SaveConfig, Start, WholeCheckpoints
+from lit_did.cli.training_errors import as_input_error, check_counts
 from lit_did.cli.training_help import print_help
 from lit_did.cli.wrong_keys import check_yaml_files, explain
 from lit_did.data import PreferenceDataModule
@@ -72,19 +73,30 @@ class Training(LightningCLI):
         """the checkpoint that the command begins with"""
         self.step = 0
         """the optimiser steps before it"""
-        super().__init__(
-            LitDPO,
-            PreferenceDataModule,
-            subclass_mode_model=True,
-            run=False,  # no subcommands: one parser for the command
-            args=with_recipes(arguments),
-            seed_everything_default=0,
-            trainer_defaults=TRAINER,
-            save_config_callback=None,
-            parser_kwargs={"prog": f"lit-did {command}", "exit_on_error": False, "allow_abbrev": False},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # hyperparameters are LitDPO's own, as without the command line
-        )
+        self.progress = Progress()
+        self._taken = False
+        try:
+            super().__init__(
+                LitDPO,
+                PreferenceDataModule,
+                subclass_mode_model=True,
+                run=False,  # no subcommands: one parser for the command
+                args=with_recipes(arguments),
+                seed_everything_default=0,
+                trainer_defaults=TRAINER,
+                save_config_callback=None,
+                parser_kwargs={"prog": f"lit-did {command}", "exit_on_error": False, "allow_abbrev": False},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # hyperparameters are LitDPO's own, as without the command line
+            )
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Removes the folder of a new run if nothing is in it."""
+        if self._taken and self.folder is not None:
+            runs.leave(self.folder)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the seed."""
@@ -100,6 +112,9 @@ class Training(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint, or last or best.")  # type: ignore[arg-type]
         parser.add_argument("--save_every", type=int, default=100, help="Optimiser steps between checkpoints.")
         parser.add_argument("--quiet", action="store_true", help="No progress bar and no messages.")
+        if self.command != "fit":  # which alone needs training pairs
+            (train,) = (action for action in parser._actions if action.dest == "data.train")
+            train.required = False
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; errors are one line."""
@@ -113,6 +128,7 @@ class Training(LightningCLI):
         for name in ("trainer", "data"):
             if not isinstance(self.config[name], Namespace):
                 raise InputError(f"Expected `{name}` to hold options, but got {self.config[name]}.")
+        check_counts(self.config)
 
     def before_instantiate_classes(self) -> None:
         """Fills in what the user left open, and checks what can be checked before anything is loaded."""
@@ -156,7 +172,14 @@ class Training(LightningCLI):
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins.append(WholeCheckpoints())
         elif self.command == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
-            callbacks.append(ScoreWriter((self.folder or Path()) / "scores.csv"))
+            table = (self.folder or Path()) / "scores.csv"
+            if table.exists():
+                raise InputError(
+                    f"Expected --output to be a folder without scores.csv, but {table} exists. Rename that file, or "
+                    "give another --output, and the checkpoint by its path with --ckpt_path."
+                )
+            callbacks.append(ScoreWriter(table))
+        callbacks.append(self.progress)
         return super().instantiate_trainer(**options, callbacks=callbacks, plugins=plugins or None, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -181,11 +204,13 @@ class Training(LightningCLI):
                     stacklevel=2,
                 )
         if ckpt_path is not None:
-            checkpoint = runs.find_checkpoint(ckpt_path, self.folder)
+            checkpoint = runs.find_checkpoint(ckpt_path, self.folder, trains=fits)
             self.path, self.step = str(checkpoint.path), checkpoint.step
         if fits and not looked_up:
-            self.folder = self.folder or runs.new_folder(name)
-            runs.check_unused(self.folder)
+            self._taken = not _rank() and not config.trainer.fast_dev_run  # which writes nothing
+            if self._taken:
+                self.folder = runs.take(self.folder) if self.folder else runs.take_next(name)
+            self.folder = self.folder or runs.next_folder(name)  # LastCheckpoint asks rank 0 for its own
         if fits:
             config.output = str(self.folder)
 
@@ -227,35 +252,38 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", None) or 0
+
+
 def _run(command: str, arguments: list[str]) -> int:
     if print_help(command, arguments):
         return 0
     cli = None
     try:
-        with _without_hints():
+        with _without_hints(command):
             cli = Training(command, arguments)
             trainer: Any = cli.trainer
             options: dict[str, Any] = {"ckpt_path": cli.path, "weights_only": True}
             if command == "predict":  # they are written
                 options["return_predictions"] = False
             getattr(trainer, command)(cli.model, datamodule=cli.datamodule, **options)
-    except (MisconfigurationException, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "conditioned on metric" not in str(error):  # EarlyStopping's `monitor`
-            raise
-        raise InputError(str(error)) from error
     except Exception as error:
-        if cli is not None and cli.folder is not None:
-            with suppress(OSError):  # it holds something, or was not made
-                cli.folder.rmdir()
-        if getattr(rank_zero_only, "rank", None) and can_be_mended(error):  # rank 0 has the same error and prints it
+        shown = as_input_error(error, begun=cli is None or cli.progress.begun)
+        if shown is not None and _rank():  # rank 0 has the same error and prints it
             return 2
-        raise
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns the first into the second.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        if shown in (None, error):
             raise
-        print(f"Stopped.{_how_to_continue(cli)}", file=sys.stderr)
-        return 130
+        raise shown from error
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        for line in _how_to_continue(cli):
+            stop.add_note(line)
+        raise
+    finally:
+        if cli is not None:
+            cli.leave()
     if trainer.is_global_zero and not cli.config.quiet:
         if command == "fit":
             print(_summary(cli))
@@ -265,15 +293,18 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 @contextmanager
-def _without_hints() -> Iterator[None]:
+def _without_hints(command: str) -> Iterator[None]:
     """Keeps Lightning's hints off the screen; warnings stay."""
+    messages = ["(Checkpoint|Experiment logs) directory .* is not empty", "The dirpath has changed"]
+    if command != "fit":  # which alone continues the callbacks of a checkpoint
+        messages.append("Be aware that when using `ckpt_path`")
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():  # a run that continues writes into its folder again, which may have moved
-            for message in ("(Checkpoint|Experiment logs) directory .* is not empty", "The dirpath has changed"):
+            for message in messages:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
@@ -281,11 +312,11 @@ def _without_hints() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _how_to_continue(cli: Training | None) -> str:
+def _how_to_continue(cli: Training | None) -> list[str]:
     folder = None if cli is None or cli.command != "fit" else cli.folder
     if folder is None or not (folder / runs.CHECKPOINTS / "last.ckpt").exists():
-        return ""
-    return f" To continue: lit-did fit -c {folder / runs.CONFIG} --ckpt_path last"
+        return []
+    return [f"To continue: lit-did fit -c {folder / runs.CONFIG} --ckpt_path last"]
 
 
 def _summary(cli: Training) -> str:
@@ -299,7 +330,7 @@ def _summary(cli: Training) -> str:
     if checkpoints:
         lines += [
             f"checkpoints: {', '.join(path.name for path in checkpoints)}",
-            f"to export:   lit-did export {checkpoints[0]} FOLDER",
+            f"to export:   lit-did export {cli.folder} FOLDER",
             f"to go on:    lit-did fit -c {cli.folder / runs.CONFIG} --ckpt_path last --trainer.max_epochs N",
         ]
     return "\n".join(lines)

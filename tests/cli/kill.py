@@ -1,4 +1,4 @@
-"""Callbacks that end a run at a step that the environment names, so that its configuration stays the same."""
+"""What ends runs: callbacks at a step that the environment names, so that the configuration is the same; a logger."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 
 class Interrupt(Callback):
@@ -28,3 +29,10 @@ class Kill(Interrupt):
 
     def stop(self):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenLogger(CSVLogger):
+    """As a service that refuses to log."""
+
+    def log_hyperparams(self, params=None):
+        raise RuntimeError("no key")

@@ -96,6 +96,26 @@ WRONG_OPTIONS = [
     (f"{BASE} --quiet=1", "Expected --quiet without a value, but got --quiet=1."),
     (f"{BASE} --model.policy", "Expected a value after --model, but got none."),
     ("score PAIRS --policy MODEL --overwrit", "got --overwrit. Did you mean --overwrite?"),
+    (f"{BASE} --save_every 0", "Expected `save_every` to be a whole number, at least 1, but got 0."),
+    (f"{BASE} --seed -1", "Expected `seed` to be a whole number, from 0 to 4294967295, but got -1."),
+    (f"{BASE} --trainer.accumulate_grad_batches 0", "`trainer.accumulate_grad_batches` to be a whole number, at least"),
+    (f"{BASE} --trainer.check_val_every_n_epoch 0", "`trainer.check_val_every_n_epoch` to be a whole number, at least"),
+    (
+        f"{BASE} --data.val_fraction 0.5 --data.batch_size 1 --trainer.val_check_interval 100",
+        "`trainer.val_check_interval` to be at most the 2 batches of an epoch, but got 100. A fraction",
+    ),
+    (f"{BASE} --optimizer torch.optim.SGD --optimizer.lr -1", "the run can be set up, but: Invalid learning rate: -1"),
+    (
+        f"{BASE} --lr_scheduler torch.optim.lr_scheduler.OneCycleLR --lr_scheduler.max_lr 1 "
+        "--lr_scheduler.total_steps -1",
+        "the run can be set up, but: Expected positive integer total_steps",
+    ),
+    (
+        f"{BASE} --trainer.logger tests.cli.kill.BrokenLogger --trainer.logger.save_dir logs",
+        "with which the logger can be set up, but: no key",
+    ),
+    ("predict --model.policy MODEL --data.predict none.jsonl", "none.jsonl"),
+    ("validate --model.policy MODEL", "Expected `val`"),
     ("predict --model.policy MODEL --data.train PAIRS", "Expected `predict`, `val` or `val_fraction` for predicting"),
     ("test --model.policy MODEL --data.train PAIRS", "Expected `test` for testing, but got None."),
 ]

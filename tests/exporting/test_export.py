@@ -283,9 +283,9 @@ def test_nothing_half_written_is_left(lora_run, tmp_path, monkeypatch):
     ("kind", "message"),
     [
         ("missing", "is not there"),
-        ("empty", "no checkpoint, or a part of it is missing"),
-        ("truncated", "no checkpoint, or a part of it is missing"),
-        ("text", "no checkpoint, or a part of it is missing"),
+        ("empty", "it is empty"),
+        ("truncated", "it is cut off, or no checkpoint"),
+        ("text", "it is cut off, or no checkpoint"),
         ("foreign", "something else's"),
         ("weights", "something else's"),
         ("no facts", "describe its run, but parts of `run` or `hyper_parameters` are missing"),
