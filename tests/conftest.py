@@ -12,11 +12,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read whe
 
 import pytest
 
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(autouse=True)
-def _no_process_group_is_left() -> Iterator[None]:
-    """Fails a test that leaves a process group: Lightning would take later tests for distributed runs."""
+def _no_trace_of_a_process_group() -> Iterator[None]:
+    """Forgets what Lightning says of a distributed run in the environment, and fails a test that leaves a group.
+
+    Libraries would take later tests for parts of a distributed run.
+    """
+    before = {name: os.environ.get(name) for name in DISTRIBUTED}
     yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()

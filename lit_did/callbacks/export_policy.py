@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from lit_did.callbacks.run_folder import run_folder
 from lit_did.exporting.checkpoints import PREFIX
 from lit_did.exporting.export import check_new, export_module
 from lit_did.models.loading import is_sharded
@@ -28,16 +29,19 @@ class ExportPolicy(Callback):
     weights, such as `EMAWeightAveraging`, the averaged weights are written, as in checkpoints. An interrupted run
     writes no FOLDER/last.
 
+    A relative FOLDER is below the folder of the run: the version's folder of a `CSVLogger` or `TensorBoardLogger`, or
+    else the Trainer's `default_root_dir`. So runs do not replace the folders of others.
+
     FOLDER/best needs a `ModelCheckpoint` with `monitor`, and holds the weights of that checkpoint.
 
     Args:
-        folder: The folder that gets the two folders.
+        folder: The folder that gets the two folders, as a path below the run's folder or an absolute one.
         monitor: The metric of the ModelCheckpoint that says what is best. Needed only if several monitor a metric.
         tokenizer: The tokenizer's name or folder. None: that of the data module.
 
     Raises:
-        TypeError, ValueError, FileExistsError: When training starts: the module is not LitDPO, there is no tokenizer or
-            no such ModelCheckpoint, the strategy is FSDP 1, or the folders hold something else.
+        TypeError, ValueError, OSError: When training starts: the module is not LitDPO, there is no tokenizer or no such
+            ModelCheckpoint, the strategy is FSDP 1, or the folders hold something else or cannot be made.
 
     Example:
         >>> from lightning import Trainer
@@ -51,6 +55,7 @@ class ExportPolicy(Callback):
         self, folder: str | os.PathLike, *, monitor: str | None = None, tokenizer: str | os.PathLike | None = None
     ) -> None:
         self.folder, self.monitor, self.tokenizer = Path(folder), monitor, tokenizer
+        self._folder = self.folder  # below the run's folder, once that is known
         self._tokenizer: Any = None
         self._best: ModelCheckpoint | None = None
         self._exported = ""  # the path of the best checkpoint that has been exported
@@ -80,8 +85,9 @@ class ExportPolicy(Callback):
                 "Expected `tokenizer` of ExportPolicy to be a name or a folder, because the Trainer's data module has "
                 "none, but got None."
             )
+        self._folder = run_folder(trainer) / self.folder.expanduser()
         for name in ("last", *["best"] * (self._best is not None)):
-            check_new(self.folder / name, replace=True)
+            check_new(self._folder / name, replace=True, argument="`folder` of ExportPolicy")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Takes the best checkpoint of a resumed run for exported."""
@@ -148,6 +154,6 @@ class ExportPolicy(Callback):
             state = policy.state_dict() | {n.removeprefix(PREFIX): v for n, v in (saved or {}).items()}
         if trainer.is_global_zero:
             state = {plain_name(key): value for key, value in state.items()}
-            export_module(module, self.folder / name, tokenizer=self._tokenizer, state=state, replace=True)
+            export_module(module, self._folder / name, tokenizer=self._tokenizer, state=state, replace=True)
         if is_sharded(policy):
             trainer.strategy.barrier()

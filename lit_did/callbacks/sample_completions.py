@@ -15,12 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lit_did.arguments import check_bools, check_integer
+from lit_did.callbacks.run_folder import run_folder
 from lit_did.data.prompt_files import encode_prompts, read_prompts
 from lit_did.models.finding import find_policy
 from lit_did.models.loading import is_sharded
+from lit_did.models.names import load_tokenizer
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quiet import adapter_off
 from lit_did.sampling.completing import complete
+from lit_did.writing import whole_file
 
 FILE = "completions.jsonl"
 
@@ -29,8 +32,10 @@ class SampleCompletions(Callback):
     """Writes completions of fixed prompts: the policy's before, during and after training, and the reference's once.
 
     Each row has the step, the prompt, the policy's completion and, if there is a reference, the reference's. Rows are
-    written to `completions.jsonl` in the run's folder, which is `trainer.log_dir`. A run that is resumed there goes on
-    with the file. W&B and MLflow (with pandas) get a table "completions" too, and TensorBoard gets it as text.
+    written to `completions.jsonl` in the run's folder: the version's folder of a `CSVLogger` or `TensorBoardLogger`, or
+    else the Trainer's `default_root_dir`. A run that is resumed there goes on with the file, and a new run replaces it.
+    A file with something else is refused. W&B and MLflow (with pandas) get a table "completions" too, and TensorBoard
+    gets it as text.
 
     Completions are greedy. The models run in eval mode and without gradients, and modes, gradients and random numbers
     are restored. So training is the same to the bit with and without it.
@@ -51,6 +56,7 @@ class SampleCompletions(Callback):
     Raises:
         TypeError, ValueError: An argument is out of range; or at the start of training, there is no tokenizer, no
             prompt, or a prompt that is too long for the model.
+        FileExistsError: At the start of training, `completions.jsonl` is not from this callback.
 
     Example:
         >>> from lightning import Trainer
@@ -89,11 +95,10 @@ class SampleCompletions(Callback):
     # -----------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # All processes: `log_dir` is the first one's.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = run_folder(trainer)
         self._read_prompts(getattr(trainer, "datamodule", None))
-        self._references = self._answer_as_reference(trainer, pl_module)
         self._last_step = self._kept_steps(trainer)
+        self._references = self._answer_as_reference(trainer, pl_module)
         if self._last_step is None or self._is_due(trainer):
             self._write(trainer, pl_module)
 
@@ -123,9 +128,7 @@ class SampleCompletions(Callback):
         if tokenizer is None:
             tokenizer = getattr(data, "tokenizer", None)
         elif isinstance(tokenizer, str | os.PathLike):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         if tokenizer is None:
             raise ValueError("Expected `tokenizer` to be given without a data module that has one, but got None.")
         self._tokenizer = tokenizer
@@ -174,14 +177,18 @@ class SampleCompletions(Callback):
         """The last step in the file, from which it first removes what the run does again. None: there is none."""
         assert self._folder is not None
         path, kept = self._folder / FILE, []
-        if trainer.is_global_zero and trainer.global_step and path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without a line that a kill cut off
-            kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
+        rows = _own_rows(path) if trainer.is_global_zero and path.exists() else []
+        if trainer.strategy.broadcast(rows is None):  # all processes raise
+            raise FileExistsError(
+                f"Expected {path} to be from SampleCompletions, because it would be replaced, but it holds something "
+                "else. Move it, or give the Trainer another `default_root_dir`."
+            )
+        if rows:
+            kept = [row for row in rows if trainer.global_step and row["step"] <= trainer.global_step]
         if trainer.is_global_zero and path.exists():
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            beside.replace(path)
-        return trainer.strategy.broadcast(json.loads(kept[-1])["step"] if kept else None)
+            with whole_file(path) as beside:
+                beside.write_text("".join(map(_line, kept)), encoding="utf-8")
+        return trainer.strategy.broadcast(kept[-1]["step"] if kept else None)
 
     def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes a table, unless there is one of this step."""
@@ -199,13 +206,29 @@ class SampleCompletions(Callback):
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / FILE).open("a", encoding="utf-8") as file:
                 for row in _rows(table):
-                    file.write(json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False) + "\n")
+                    file.write(_line(dict(zip(table, row, strict=True))))
             for logger in trainer.loggers:
                 _log_table(logger, table, step)
 
 
 def _models(pl_module: lightning.LightningModule) -> PolicyAndReference | None:
     return next((child for child in pl_module.children() if isinstance(child, PolicyAndReference)), None)
+
+
+def _own_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file, without one that a kill cut off. None: something else wrote the file."""
+    start = '{"step": '
+    try:
+        *lines, cut_off = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
+    except ValueError:  # no text, or no JSON
+        return None
+    own = all(isinstance(row, dict) and {"step", "prompt", "policy"} <= row.keys() for row in rows)
+    return rows if own and cut_off.startswith(start[: len(cut_off)]) else None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _rows(table: dict[str, list[Any]]) -> list[tuple]:

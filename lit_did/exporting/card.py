@@ -61,6 +61,7 @@ def model_card(
         title=title,
         what=_what(kind, named),
         kind=kind,
+        needs_peft=kind == "adapter" and needs_peft(facts["adapter"]),
         module=facts["module"],
         chat=chat,
         data=_data(data),
@@ -75,6 +76,15 @@ def model_card(
         lit_did_version=facts["versions"].get("lit-did", __version__),
     )
     return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+
+
+def needs_peft(adapter: Mapping[str, Any] | None) -> bool:
+    """Whether transformers alone leaves out a part of an adapter (DoRA's magnitudes), which peft loads.
+
+    Args:
+        adapter: Its configuration as plain values.
+    """
+    return bool((adapter or {}).get("use_dora"))
 
 
 def _base(base_model: str | None) -> tuple[str | None, str]:
@@ -178,9 +188,9 @@ def _training(facts: Mapping[str, Any], arguments: Mapping[str, Any], settings: 
         "Precision": training.get("precision"),
         "Optimiser": training.get("optimizer"),
         "Learning rate": training.get("learning_rate"),
-        "Schedule": arguments.get("schedule"),
-        "Warmup": arguments.get("warmup_steps") or None,
-        "Weight decay": arguments.get("weight_decay"),
+        "Schedule": training.get("lr_scheduler") or arguments.get("schedule"),
+        "Warmup": None if training.get("lr_scheduler") else arguments.get("warmup_steps") or None,
+        "Weight decay": training.get("weight_decay"),
         "Gradient clipping": training.get("gradient_clip_val"),
         "Seed of the training order": settings.get("seed"),
     }

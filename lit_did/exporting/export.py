@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,17 +15,22 @@ import torch
 from torch import nn
 
 from lit_did.arguments import check_bools
-from lit_did.exporting.card import model_card
+from lit_did.exporting.card import model_card, needs_peft
 from lit_did.exporting.checkpoints import PREFIX, read_checkpoint
 from lit_did.models.adapters import REFERENCE_ADAPTER, import_peft, save_policy
+from lit_did.models.dropout import dropout_in_config
 from lit_did.models.loading import add_lora, load_model
-from lit_did.models.names import load_tokenizer
+from lit_did.models.names import load_tokenizer, local_folder
 from lit_did.models.wrappers import inner, is_peft, plain_name
 from lit_did.modules import LitDPO
 from lit_did.modules.run_facts import KEY, run_facts
 
 Kind = Literal["adapter", "merged", "full"]
 CARD = "README.md"
+_SENTENCE = "The quick brown fox jumps over the lazy dog."
+# The largest difference between logits of a merged and an unmerged model, relative to their norm.
+_MERGED, _MERGED_HALF = 1e-4, 0.05
+_UNMERGED = "Export without `merge`, and load that folder with peft's AutoPeftModelForCausalLM."
 REPLACED_MARK = "<!-- Written by lit_did.callbacks.ExportPolicy, which replaces this folder with newer weights. -->"
 
 
@@ -37,19 +44,28 @@ class Exported(NamedTuple):
     """the name or folder of the model that the policy was made from; None: unknown"""
     checkpoint: Path | None
     """the checkpoint that was read; None for a module"""
+    needs_peft: bool = False
+    """whether only peft loads the adapter right, see `lit_did.exporting.card.needs_peft`"""
 
     def describe(self) -> str:
         """What was written and how to use it."""
         base = self.base_model or "its base model"
         what = {
-            "adapter": f"an adapter, which transformers loads onto {base}, with its tokenizer",
+            "adapter": f"an adapter for {base}, with its tokenizer",
             "merged": "a whole model, with the adapter merged, and its tokenizer",
             "full": "a whole model and its tokenizer",
         }
+        loader, hint = "transformers.AutoModelForCausalLM", ""
+        if self.needs_peft:
+            loader = "peft.AutoPeftModelForCausalLM"
+            hint = (
+                "\nTransformers' AutoModelForCausalLM leaves out a part of this adapter (DoRA) and gives another "
+                "model. To get a folder that it opens right, export with --merge."
+            )
         return (
             f"Written: {self.folder}, {what[self.kind]}.\n"
-            f'Load it with AutoModelForCausalLM.from_pretrained("{self.folder}") and '
-            f'AutoTokenizer.from_pretrained("{self.folder}").'
+            f'Load it with {loader}.from_pretrained("{self.folder}") and '
+            f'transformers.AutoTokenizer.from_pretrained("{self.folder}").{hint}'
         )
 
 
@@ -90,17 +106,19 @@ def export_policy(
     facts, arguments = found.content[KEY], found.content["hyper_parameters"]
     if merge and facts["adapter"] is None:
         raise ValueError(f"Expected `merge` to be False, because the policy of {found.path} has no adapter.")
+    _warn_of_another(policy, arguments.get("policy") or facts["base_model"], found.path)
     tokens = _tokenizer(facts["data"], tokenizer, policy or arguments.get("policy"))
     model, dtypes = _load(found.content, found.path, policy, merge)
     base_model = _base_name(model)
     if merge:
-        model = _merge(model, dtypes)
+        model = _merge(model, dtypes, tokens(_SENTENCE, return_tensors="pt").input_ids)
     kind: Kind = "merged" if merge else "full" if facts["adapter"] is None else "adapter"
     card = model_card(
         facts, arguments, kind=kind, base_model=base_model, title=target.name, chat=bool(tokens.chat_template)
     )
     _write(target, model, tokens, card)
-    exported = Exported(target, kind, base_model, found.path)
+    peft_alone = kind == "adapter" and needs_peft(facts["adapter"])
+    exported = Exported(target, kind, base_model, found.path, peft_alone)
     if not quiet:
         print(exported.describe())
     return exported
@@ -144,8 +162,9 @@ def export_module(
         chat=bool(tokens.chat_template),
         mark=REPLACED_MARK if replace else "",
     )
-    _write(target, policy, tokens, card, state, replace)
-    return Exported(target, kind, facts["base_model"], None)
+    with dropout_in_config(module.switched_off):
+        _write(target, policy, tokens, card, state, replace)
+    return Exported(target, kind, facts["base_model"], None, needs_peft(facts["adapter"]))
 
 
 def check_new(folder: str | os.PathLike, *, replace: bool = False, argument: str = "`folder`") -> Path:
@@ -158,6 +177,7 @@ def check_new(folder: str | os.PathLike, *, replace: bool = False, argument: str
 
     Raises:
         FileExistsError: It is a link or a file, or holds other files.
+        OSError: It cannot be made.
     """
     path = Path(os.path.abspath(Path(folder).expanduser()))  # without a trailing slash, and links are not followed
     if path.is_symlink():
@@ -166,13 +186,22 @@ def check_new(folder: str | os.PathLike, *, replace: bool = False, argument: str
         card = path / CARD
         ours = card.is_file() and REPLACED_MARK in card.read_text(encoding="utf-8", errors="replace")
         if (replace and ours) or not any(path.iterdir()):
-            return path
+            return _can_be_made(path, argument)
         found = "a folder with files"
     elif path.exists():
         found = "a file"
     else:
-        return path
+        return _can_be_made(path, argument)
     raise FileExistsError(f"Expected {argument} to be new or empty, but {path} is {found}. Choose another one.")
+
+
+def _can_be_made(path: Path, argument: str) -> Path:
+    """`path`, if a folder can be made in the nearest folder above it that exists."""
+    try:
+        with tempfile.TemporaryDirectory(dir=next(above for above in path.parents if above.exists())):
+            return path
+    except OSError as error:
+        raise OSError(f"Expected {argument} to be a folder that can be made, but got {path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +235,7 @@ def _load(
     if merge and getattr(inner(model), "is_quantized", False):
         raise ValueError(
             "Expected a base model that is not quantised to merge the adapter into, but the run's `model_kwargs` "
-            f"quantise {name}. Export without `merge`. AutoPeftModelForCausalLM then loads and merges the adapter."
+            f"quantise {name}. {_UNMERGED}"
         )
     base_dtypes = {plain_name(key): p.dtype for key, p in inner(model).named_parameters()}
     if facts["adapter"] is not None and not is_peft(model):
@@ -227,12 +256,72 @@ def _load(
     return model, base_dtypes
 
 
-def _merge(policy: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+def _warn_of_another(policy: str | None, trained: str | None, path: Path) -> None:
+    """Warns if `policy` is another model than the one that training started from."""
+    if policy is None or trained is None:
+        return
+    given = local_folder(policy, "policy")
+    if str(policy) == trained or (given is not None and given == Path(trained).expanduser().resolve()):
+        return
+    try:
+        if given is not None and given == local_folder(trained, "policy"):  # such as smollm2
+            return
+    except FileNotFoundError:  # it was moved
+        pass
+    warnings.warn(
+        f"The policy is exported as one of {policy}, but the run of {path} started from {trained}. If these are not "
+        "the same weights, what is exported is another model than the trained one. Leave `policy` out, unless the "
+        "model was moved or renamed.",
+        stacklevel=3,
+    )
+
+
+def _merge(policy: nn.Module, dtypes: Mapping[str, torch.dtype], input_ids: torch.Tensor) -> nn.Module:
+    """The base model with the adapter merged into it, in the base model's dtypes.
+
+    Args:
+        policy: The PeftModel.
+        dtypes: The dtypes of the base model's parameters by name.
+        input_ids: [1, T] tokens on which both models have to give the same logits.
+
+    Raises:
+        ValueError: They do not, or the adapter changes one of two layers that share a weight.
+    """
     peft: Any = policy
-    model = peft.merge_and_unload(safe_merge=True)
+    _check_untied(peft)
+    half = next((dtype for dtype in dtypes.values() if dtype in (torch.bfloat16, torch.float16)), None)
+    expected = _logits(policy, input_ids, half)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # which may be right
+        model = peft.merge_and_unload(safe_merge=True)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(plain_name(name), parameter.dtype))
+    error = (_logits(model, input_ids, half) - expected).norm() / expected.norm()
+    if not error <= (_MERGED_HALF if half else _MERGED):
+        raise ValueError(
+            "Expected the merged model to give the logits of the model with its adapter, but they differ by "
+            f"{error:.1%}. {_UNMERGED}"
+        )
     return model
+
+
+def _check_untied(peft: Any) -> None:
+    """Raises ValueError if the adapter changes one of two layers that share a weight: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    weights = Counter(id(module._parameters.get("weight")) for module in peft.modules())
+    for name, module in peft.named_modules():
+        if isinstance(module, BaseTunerLayer) and weights[id(getattr(module.get_base_layer(), "weight", name))] > 1:
+            raise ValueError(
+                f"Expected `merge` to be False, because the adapter changes {name.removeprefix('base_model.model.')}, "
+                f"which shares its weight with another layer (tied embeddings), but got True. {_UNMERGED}"
+            )
+
+
+def _logits(model: Any, input_ids: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """[T, V] float32. Layers of an adapter may have another dtype than the base model's."""
+    with torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
+        return model.eval()(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0].float()
 
 
 def _tokenizer(data: Mapping[str, Any] | None, given: str | None, policy: str | None) -> Any:

@@ -6,7 +6,8 @@ Otherwise a log-ratio would compare two draws of noise, not two models.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,36 @@ _MARKS = ("drop", "jitter", "noise")  # dropout, layerdrop, attn_pdrop, router_j
 _PROBE_TOKENS = 8
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability and every noise of the modules and their configurations to 0."""
-    for owner, name, _ in _probabilities(model):
+Probability = tuple[Any, str, float]
+"""owner, attribute and value"""
+
+
+def switch_off_dropout(model: nn.Module) -> list[Probability]:
+    """Sets every dropout probability and every noise of the modules and their configurations to 0.
+
+    Returns:
+        What the configurations had, for `dropout_in_config`.
+    """
+    changed = list(_probabilities(model))
+    for owner, name, _ in changed:
         setattr(owner, name, 0.0)
+    return [probability for probability in changed if _is_config(probability[0])]
+
+
+@contextmanager
+def dropout_in_config(switched_off: Sequence[Probability]) -> Iterator[None]:
+    """The configurations have their dropout again, so that a saved model has the values of the one it was made from.
+
+    Args:
+        switched_off: From `switch_off_dropout`.
+    """
+    for owner, name, value in switched_off:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, _ in switched_off:
+            setattr(owner, name, 0.0)
 
 
 def active_dropout(model: nn.Module) -> list[str]:
@@ -122,8 +149,8 @@ def _within(name: str, outer: str) -> bool:
     return not outer or name.startswith(f"{outer}.")
 
 
-def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[tuple[Any, str, float]]:
-    """Owner, attribute and value of every probability above 0."""
+def _probabilities(model: nn.Module, deep: bool = True) -> Iterator[Probability]:
+    """Every probability above 0."""
     seen = set()
     for module in model.modules() if deep else [model]:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:

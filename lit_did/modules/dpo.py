@@ -192,6 +192,8 @@ class LitDPO(PairModule):
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         check_functions_given_again(saved, functions, resuming=resuming)
         super().on_load_checkpoint(checkpoint)
+        if resuming:
+            self._validation = (checkpoint.get(run_facts.KEY) or {}).get("validation")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `lit_did.exporting` needs of the run: tokenizer, data, training and the last validation."""

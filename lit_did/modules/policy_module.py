@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_did.batches.checks import checked_sequences
 from lit_did.batches.sequences import Sequences
 from lit_did.models import forward, loading
-from lit_did.models.dropout import switch_off_dropout
+from lit_did.models.dropout import Probability, switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quantisation import check_has_adapter
 from lit_did.models.wrappers import plain_name
@@ -44,6 +44,8 @@ class PolicyModule(TrainedState):
 
     given: dict[str, Any]
     """the arguments of `lit_did.models.loading.load_pair`, until the models are loaded"""
+    switched_off: Sequence[Probability] = ()
+    """the dropout that the policy's configuration had, for a policy that is saved"""
     _cache: CachedReference | None = None
     _noise_checked = False
     _start_checked = False
@@ -85,7 +87,7 @@ class PolicyModule(TrainedState):
             backend=options.backend,
         )
         if options.disable_dropout:
-            switch_off_dropout(policy)
+            self.switched_off = switch_off_dropout(policy)
         if options.gradient_checkpointing or options.recompute_elementwise:
             loading.checkpoint_activations(policy, keep_products=not options.gradient_checkpointing)
         self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards

@@ -37,7 +37,7 @@ def run_facts(module: LitDPO) -> dict[str, Any]:
         "adapter": adapter_config(policy),
         "adapter_name": active_adapter(policy) if is_peft(unwrapped(policy)) else None,
         "data": data.facts() if isinstance(data, PreferenceDataModule) else None,
-        "training": None if trainer is None else _training(trainer),
+        "training": None if trainer is None else _training(trainer, module),
         "validation": module._validation,
         "versions": {
             name: version(name)
@@ -66,11 +66,13 @@ def data_parallel_size(trainer: lightning.Trainer) -> int:
     return (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
 
 
-def _training(trainer: lightning.Trainer) -> dict[str, Any]:
+def _training(trainer: lightning.Trainer, module: LitDPO) -> dict[str, Any]:
     batches, batches_an_epoch = trainer.fit_loop.epoch_loop.batch_progress.total.completed, trainer.num_training_batches
     optimizer = next(iter(trainer.optimizers), None)
     group = {} if optimizer is None else optimizer.param_groups[0]
     learning_rate = group.get("initial_lr", group.get("lr"))
+    schedulers = [type(configuration.scheduler).__name__ for configuration in trainer.lr_scheduler_configs]
+    own = module._lr_scheduler is None and schedulers == ["LambdaLR"]  # which `schedule` and `warmup_steps` describe
     return {
         "steps": trainer.global_step,
         "epochs": batches / batches_an_epoch if 0 < batches_an_epoch < math.inf else None,
@@ -82,4 +84,6 @@ def _training(trainer: lightning.Trainer) -> dict[str, Any]:
         "gradient_clip_val": trainer.gradient_clip_val,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "learning_rate": None if learning_rate is None else float(learning_rate),
+        "weight_decay": group.get("weight_decay"),
+        "lr_scheduler": None if own or not schedulers else schedulers[0],
     }

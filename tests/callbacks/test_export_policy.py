@@ -87,6 +87,20 @@ def test_its_own_folders_are_replaced_and_no_others(tiny_model, tmp_path):
     assert (tmp_path / "out" / "last" / "README.md").read_text() == "mine"
 
 
+def test_a_relative_folder_is_below_the_runs(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("one", "two"):
+        fit(tiny_model, tmp_path / run, ExportPolicy("exported"), max_steps=1)
+        assert (tmp_path / run / "exported" / "last" / "README.md").exists()
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected `folder` of ExportPolicy to be"):
+        fit(tiny_model, tmp_path, ExportPolicy(tmp_path / "file"), max_steps=1)
+
+
 def test_a_folder_of_export_policy_is_not_replaced(tiny_model, tmp_path):
     save = saver(tmp_path)
     fit(tiny_model, tmp_path, save, max_epochs=1)

@@ -62,6 +62,14 @@ def test_steps(tmp_path, every_n_steps, options, steps):
     assert [row["prompt"] for row in written] == ["hi", "you"] * len(steps)
 
 
+@pytest.mark.parametrize("content", ["mine", '{"prompt": "hi", "text": "you"}\n', '{"step": 1}\n'])
+def test_a_file_of_something_else_is_left_alone(tmp_path, content):
+    (tmp_path / "completions.jsonl").write_text(content)
+    with pytest.raises(FileExistsError, match="to be from SampleCompletions"):
+        run(tmp_path, SampleCompletions(["hi"], max_new_tokens=2), max_steps=1)
+    assert (tmp_path / "completions.jsonl").read_text() == content
+
+
 class Save(lightning.Callback):
     """A checkpoint after two steps."""
 

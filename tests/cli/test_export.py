@@ -21,7 +21,7 @@ def export(*arguments: object) -> int:
 def test_an_adapter_and_a_merged_model(checkpoint, tmp_path, capsys):
     assert export(checkpoint, tmp_path / "adapter") == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"Written: {tmp_path}/adapter, an adapter, which transformers loads onto /")
+    assert printed.startswith(f"Written: {tmp_path}/adapter, an adapter for /")
     assert f'AutoTokenizer.from_pretrained("{tmp_path}/adapter")' in printed
     assert export(checkpoint.parent, tmp_path / "merged", "--merge", "--quiet") == 0
     captured = capsys.readouterr()

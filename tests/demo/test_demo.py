@@ -54,7 +54,7 @@ def test_trains_writes_and_saves(tiny_model, tmp_path, capsys, monkeypatch, recw
     assert "0.693 → " in printed
     assert "After 6 steps " in printed
     assert str(output / "metrics.csv") in printed.replace("\n", "")
-    assert f"Written: {saved}, an adapter, which transformers loads onto {tiny_model}, with its tokenizer." in printed
+    assert f"Written: {saved}, an adapter for {tiny_model}, with its tokenizer." in printed
     assert sorted(p.name for p in output.iterdir()) == ["held_out.png", "metrics.csv", "training.png"]
     assert list(output.parent.iterdir()) == [output]  # no working folder is left
     assert sorted(tmp_path.iterdir()) == [output.parent, saved]

@@ -34,7 +34,7 @@ def run(
 ) -> tuple[LitDPO, lightning.Trainer, Path]:
     """A module after training, its Trainer, and its last checkpoint."""
     lightning.seed_everything(0, verbose=False)
-    module = module_class(policy, **{"learning_rate": 1e-2, **options})
+    module = module_class(policy, **{"learning_rate": None if "optimizer" in options else 1e-2, **options})
     if data is None:
         data = PreferenceDataModule(ROWS, policy, val_fraction=0.25, batch_size=3, max_length=64, as_chat=True)
     saved = ModelCheckpoint(folder, filename="epoch", monitor=None)

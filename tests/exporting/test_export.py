@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
-from lit_did.exporting import export_policy
+from lit_did.exporting import export_module, export_policy
+from lit_did.exporting.export import check_new
 from lit_did.models.loading import load_model
 from tests.exporting.runs import LORA, ROWS, TEMPLATE, run
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
@@ -204,6 +205,7 @@ def test_a_tokenizer_of_another_size_is_refused(lora_run, tiny_model, tmp_path):
         export_policy(lora_run[1], tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
 
 
+@pytest.mark.filterwarnings("ignore:The policy is exported as one of")
 def test_another_policy_is_refused(lora_run, tmp_path):
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"4 of 8 have no place in it.*layers\.1\.self_attn"):
@@ -366,3 +368,74 @@ def test_folders_with_several_best_ones_or_none(lora_run, tmp_path):
     (tmp_path / "none" / "x.ckpt").write_text("")
     with pytest.raises(ValueError, match=r"none of 1 is: Expected .*x\.ckpt"):
         export_policy(tmp_path / "none", tmp_path / "out")
+
+
+def test_another_base_of_the_same_shape_is_warned_of(lora_run, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"exported as one of .*other, but the run of .* started from"):
+        export_policy(lora_run[1], tmp_path / "out", policy=str(tmp_path / "other"), quiet=True)
+    export_policy(lora_run[1], tmp_path / "same", policy=f"{tiny_model}/", quiet=True)  # no warning
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_an_adapter_of_tied_embeddings_is_not_merged(tiny_model, tmp_path):
+    base = tmp_path / "tied"
+    shutil.copytree(tiny_model, base)
+    size = AutoTokenizer.from_pretrained(tiny_model)
+    tiny_llama(vocab_size=len(size), max_position_embeddings=512, tie_word_embeddings=True).save_pretrained(base)
+    lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}
+    _, _, checkpoint = run(tmp_path / "run", str(base), lora=lora)
+    with pytest.raises(ValueError, match=r"changes model\.embed_tokens, which shares its weight"):
+        export_policy(checkpoint, tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_that_differs_is_refused(lora_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", lambda self, **_: self.unload())
+    with pytest.raises(ValueError, match="to give the logits of the model with its adapter, but they differ by"):
+        export_policy(lora_run[1], tmp_path / "out", merge=True)
+
+
+def test_an_adapter_with_dora_is_opened_by_peft(tiny_model, tmp_path):
+    module, _, checkpoint = run(tmp_path / "run", str(tiny_model), lora={**LORA, "use_dora": True})
+    written = export_policy(checkpoint, tmp_path / "out", quiet=True)
+    assert "peft.AutoPeftModelForCausalLM" in written.describe()
+    assert "--merge" in written.describe()
+    assert "AutoPeftModelForCausalLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    peft = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(peft, logits(module.policy), atol=1e-5, rtol=1e-5)
+    export_policy(checkpoint, tmp_path / "merged", merge=True, quiet=True)
+    torch.testing.assert_close(opened(tmp_path / "merged"), logits(module.policy), atol=1e-4, rtol=1e-4)
+
+
+def test_the_card_names_the_optimiser_that_trained(tiny_model, tmp_path):
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1e-2, weight_decay=0.25)
+
+    def exponential(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    _, _, checkpoint = run(tmp_path / "run", str(tiny_model), lora=LORA, optimizer=sgd, lr_scheduler=exponential)
+    export_policy(checkpoint, tmp_path / "out", quiet=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Optimiser | SGD |" in card
+    assert "| Weight decay | 0.25 |" in card
+    assert "| Schedule | ExponentialLR |" in card
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected `folder` to be a folder that can be made"):
+        check_new(tmp_path / "file" / "out")
+
+
+def test_the_configuration_keeps_its_dropout(tiny_model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.125}))
+    module, _, _ = run(tmp_path / "run", str(base))
+    export_module(module, tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(base))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attention_dropout"] == 0.125
+    assert module.policy.config.attention_dropout == 0

@@ -145,7 +145,7 @@ def test_the_commands_that_it_opens_with(recipe, small):
     kinds = []
     for command in commands:
         assert command[1:3] == ["-c", f"recipes/{recipe.name}"]
-        cli = Training("fit", [*command[1:], *small])
+        cli = Training("fit", [*command[1:], *small, f"--output=run{len(kinds)}"])
         kinds.append((type(cli.model), cli.model.hparams["loss"], cli.model.hparams["beta"]))
     if recipe.stem == "paper_comparison":
         assert kinds == [(LitDPO, "sigmoid", 0.1), (LitDPOPG, "sigmoid", 0.1), (LitDPO, "simpo", 2.0)]
