@@ -322,6 +322,14 @@ def summary(report: dict[str, Any]) -> str:
         f"The largest possible entropy is {report['log_num_completions']:.1f} nats, the logarithm of the number of "
         f"completions of up to {arguments['max_new_tokens']} tokens. Concentration is the distance from it."
     )
+    unreliable = [result["where"] for result in report["prompts"] if not result["reliable"]]
+    if unreliable:
+        more = f" and {len(unreliable) - _NAMED} more" if len(unreliable) > _NAMED else ""
+        lines.append(
+            f"Unreliable estimates: {'; '.join(unreliable[:_NAMED])}{more}. "
+            + ("" if overall["reliable"] else "Do not believe the mean over all prompts. ")
+            + f"Use more particles, such as --num_samples {4 * arguments['num_samples']}."
+        )
     if all(result["same_models"] for result in report["prompts"]):
         lines.append(
             "Policy and reference give the same probabilities: nothing was learned, and the entropy is that logarithm."
@@ -330,14 +338,6 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             "A high entropy means that what the policy learned is open-ended: it lies on many completions. A low one "
             "means that it lies on few, as facts do. Compare only runs with the same --max_new_tokens."
-        )
-    unreliable = [result["where"] for result in report["prompts"] if not result["reliable"]]
-    if unreliable:
-        more = f" and {len(unreliable) - _NAMED} more" if len(unreliable) > _NAMED else ""
-        lines.append(
-            f"Unreliable estimates: {'; '.join(unreliable[:_NAMED])}{more}. "
-            + ("" if overall["reliable"] else "Do not believe the mean over all prompts. ")
-            + f"Use more particles, such as --num_samples {4 * arguments['num_samples']}."
         )
     return "\n".join(lines)
 

@@ -40,7 +40,9 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a run continues exactly: every few optimiser steps, and at the end.
 
     If validation follows a step, the checkpoint is written after it. Otherwise a run that is killed in validation would
-    continue behind it. All ranks write where rank 0 does: it alone has taken the folder.
+    continue behind it. Where `max_steps` ends a run within an epoch, the checkpoint is written before Lightning counts
+    the epoch as done, so that a longer run takes the epoch's next batch. All ranks write where rank 0 does: it alone
+    has taken the folder.
 
     Args:
         path: The file.
@@ -59,7 +61,8 @@ class LastCheckpoint(Checkpoint):
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step % self.every_n_steps or trainer.global_step == self._step:
+        last = trainer.global_step == trainer.max_steps
+        if trainer.global_step == self._step or (trainer.global_step % self.every_n_steps and not last):
             return
         self._step, self._due = trainer.global_step, True
         loop: Any = trainer.fit_loop
@@ -71,7 +74,10 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save(trainer)
+        loop: Any = trainer.fit_loop
+        within = trainer.global_step == trainer.max_steps and not loop.epoch_loop.batch_progress.is_last_batch
+        if not (within and self._step == trainer.global_step):
+            self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
         self._due = False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
@@ -81,7 +82,7 @@ class Training(LightningCLI):
                 PreferenceDataModule,
                 subclass_mode_model=True,
                 run=False,  # no subcommands: one parser for the command
-                args=with_recipes(arguments),
+                args=_with_torch_optimizers(with_recipes(arguments)),
                 seed_everything_default=0,
                 trainer_defaults=TRAINER,
                 save_config_callback=None,
@@ -248,6 +249,20 @@ class Training(LightningCLI):
         return [*writers, LastCheckpoint(folder / "last.ckpt", self.config.save_every)]
 
 
+def _with_torch_optimizers(arguments: list[str]) -> list[str]:
+    """`--optimizer SGD` means torch's, although bitsandbytes has one of this name too."""
+    found, previous = [], ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if previous == "--optimizer" and hasattr(torch.optim, argument):
+            argument = f"torch.optim.{argument}"
+        elif equals and option == "--optimizer" and hasattr(torch.optim, value):
+            argument = f"--optimizer=torch.optim.{value}"
+        found.append(argument)
+        previous = argument
+    return found
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
@@ -325,12 +340,15 @@ def _summary(cli: Training) -> str:
     trainer: Any = cli.trainer
     checkpoints = sorted((cli.folder / runs.CHECKPOINTS).glob("*.ckpt"))
     lines = [f"Finished after {trainer.global_step} steps: {cli.folder}"]
-    if cli.datamodule.val_dataset is not None and "val/loss" not in trainer.callback_metrics:
+    limit = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
+    if cli.path is not None and trainer.global_step == cli.step:
+        lines = [f"Nothing was left to train: the run ended after {cli.step} steps, at trainer.{limit}: {cli.folder}"]
+    elif cli.datamodule.val_dataset is not None and "val/loss" not in trainer.callback_metrics:
         lines.append("not validated: training ended before the first validation, see --trainer.val_check_interval")
     if checkpoints:
         lines += [
             f"checkpoints: {', '.join(path.name for path in checkpoints)}",
             f"to export:   lit-did export {cli.folder} FOLDER",
-            f"to go on:    lit-did fit -c {cli.folder / runs.CONFIG} --ckpt_path last --trainer.max_epochs N",
+            f"to go on:    lit-did fit -c {cli.folder / runs.CONFIG} --ckpt_path last --trainer.{limit} N",
         ]
     return "\n".join(lines)

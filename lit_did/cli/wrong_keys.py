@@ -15,6 +15,7 @@ import jsonargparse
 import yaml
 
 from lit_did.cli.errors import InputError
+from lit_did.cli.recipes import RECIPES
 
 
 def check_yaml_files(arguments: Sequence[str]) -> None:
@@ -29,7 +30,8 @@ def check_yaml_files(arguments: Sequence[str]) -> None:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            near = _near(path.name, (p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else ())
+            files = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            near = _near(path.name, [*files, *(p.stem for p in RECIPES.glob("*.yaml"))])
             raise InputError(f"Expected {name} to be a YAML file, but got {path}: {error.strerror}.{near}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: Expected YAML in UTF-8, but {error.reason} at byte {error.start}.") from error

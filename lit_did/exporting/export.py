@@ -62,6 +62,8 @@ class Exported(NamedTuple):
                 "\nTransformers' AutoModelForCausalLM leaves out a part of this adapter (DoRA) and gives another "
                 "model. To get a folder that it opens right, export with --merge."
             )
+        if self.kind == "adapter" and os.path.isdir(base):
+            hint += "\nIts base model is a folder of this machine. For other machines, export with --merge."
         return (
             f"Written: {self.folder}, {what[self.kind]}.\n"
             f'Load it with {loader}.from_pretrained("{self.folder}") and '

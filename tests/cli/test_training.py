@@ -223,6 +223,21 @@ def test_a_half_written_checkpoint_is_named_and_the_newest_whole_one_used(work, 
     assert "best.ckpt is not: it is empty." in capsys.readouterr().err
 
 
+def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_with_the_next_batch(work, recipe, capsys):
+    name = write(recipe, model={"warmup_steps": 0, "schedule": "constant"})
+    assert lit_did(f"fit -c {name} --output whole --trainer.max_steps 8 --quiet") == 0
+    assert lit_did(f"fit -c {name} --output cut --trainer.max_steps 3") == 0
+    assert "fit -c cut/config.yaml --ckpt_path last --trainer.max_steps N" in capsys.readouterr().out
+    assert lit_did("fit -c cut/config.yaml --ckpt_path last") == 0
+    assert "Nothing was left to train: the run ended after 3 steps, at trainer.max_steps" in capsys.readouterr().out
+    assert lit_did("fit -c cut/config.yaml --ckpt_path last --trainer.max_steps 8 --quiet") == 0
+    losses = [[row["train/loss"] for row in metrics(folder) if row["train/loss"]] for folder in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    one, other = (checkpoint(folder)["state_dict"] for folder in ("whole", "cut"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_last_finds_the_run_with_the_same_configuration(work, recipe, capsys):
     name = write(recipe, trainer={"max_epochs": 1}, model={"warmup_steps": 0})
     for beta in ("0.1", "0.2"):

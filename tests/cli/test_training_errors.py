@@ -66,6 +66,7 @@ WRONG_OPTIONS = [
     ("fit", "Expected `data.train`, `model.policy` to be given, in a recipe (-c FILE) or as an option (--data.train)."),
     ("fit --model.beta 0.1 --data.train PAIRS", "Expected `model.policy` to be given"),
     ("fit -c none.yaml", "none.yaml: No such file"),
+    ("fit -c smollm2", "smollm2: No such file or directory. Did you mean smollm2_lora_cpu?"),
     ("fit --model.policy MODEL --data.train none.jsonl", "none.jsonl"),
     ("fit --model.policy ./nowhere --data.train PAIRS", "Expected `policy` to be a folder"),
     (f"{BASE} --model.reference ./nowhere", "Expected `reference` to be a folder"),
@@ -105,6 +106,8 @@ WRONG_OPTIONS = [
         "`trainer.val_check_interval` to be at most the 2 batches of an epoch, but got 100. A fraction",
     ),
     (f"{BASE} --optimizer torch.optim.SGD --optimizer.lr -1", "the run can be set up, but: Invalid learning rate: -1"),
+    (f"{BASE} --optimizer SGD --optimizer.lr -2", "the run can be set up, but: Invalid learning rate: -2"),
+    (f"{BASE} --optimizer=SGD --optimizer.lr -3", "the run can be set up, but: Invalid learning rate: -3"),
     (
         f"{BASE} --lr_scheduler torch.optim.lr_scheduler.OneCycleLR --lr_scheduler.max_lr 1 "
         "--lr_scheduler.total_steps -1",

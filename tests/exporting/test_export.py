@@ -52,6 +52,7 @@ def test_a_policy_by_name(tiny_model, tmp_path, capsys, lora):
     assert printed == written.describe() + "\n"
     assert str(tmp_path / "out") in printed
     assert "an adapter" in printed if lora else "a whole model" in printed
+    assert ("For other machines, export with --merge." in printed) == bool(lora)  # the base is a folder
     assert not torch.allclose(opened(tiny_model), opened(tmp_path / "out"), atol=1e-3)  # the premise: it has learned
     torch.testing.assert_close(opened(tmp_path / "out"), logits(module.policy), atol=1e-5, rtol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
