@@ -1,0 +1,38 @@
+"""The settings of an audit: how texts become tokens, how models run, and how much work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all parts of an audit share.
+
+    Attributes:
+        by: Columns of the source, beside the tag, whose values get figures of their own.
+        beta: DPO's inverse temperature.
+        tokenization: Arguments of `PreferenceDataset`: max_length, truncation, min_completion_tokens, as_chat,
+            chat_template, chat_template_kwargs, parse_special_tokens.
+        batch_size: Pairs a forward pass.
+        num_prompts: Prompts whose DID entropy of completions is estimated, and which are completed.
+        max_new_tokens: Where these completions are cut.
+        seed: Of all draws.
+        dtype, device: Of models that are given by name.
+        progress: Whether a terminal shows progress bars.
+    """
+
+    by: tuple[str, ...] = ()
+    beta: float = 0.1
+    tokenization: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    num_prompts: int = 8
+    max_new_tokens: int = 32
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
+    progress: bool = True

@@ -1,0 +1,99 @@
+"""The data of an audit: its pairs as texts, the rows that were refused, and the source's other columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lit_did.data.columns import read_columns
+from lit_did.data.pairs import PreferencePair, Text
+from lit_did.data.reading import Columns, SourceRow, read_rows
+
+
+class AuditData:
+    """Preference pairs to audit. Reads what `PreferenceDataModule` reads.
+
+    Args:
+        source: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        name: What messages call it.
+        columns: Names of the source's columns by field, such as {"prompt": "question"}.
+        max_pairs: Only that many pairs, drawn at random. None: all.
+        seed: Of that draw.
+        warn: Called with the text of each warning about the source.
+
+    Attributes:
+        rows: The usable pairs, in the order of the source.
+        skipped: The rows that cannot be trained on.
+        num_rows: How many rows the source has.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        name: str,
+        *,
+        columns: Columns | None = None,
+        max_pairs: int | None = None,
+        seed: int = 0,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.source, self.name, self._columns = source, name, columns
+        self.rows: list[SourceRow]
+        self.rows, self.skipped = read_rows(source, name, columns=columns, on_bad_rows="skip", warn=warn)
+        self.num_rows = len(self.rows) + len(self.skipped)
+        if max_pairs is not None and max_pairs < len(self.rows):
+            kept = np.sort(np.random.default_rng(seed).choice(len(self.rows), max_pairs, replace=False))
+            self.rows = [self.rows[i] for i in kept]
+
+    def __len__(self) -> int:
+        """How many usable pairs there are."""
+        return len(self.rows)
+
+    @cached_property
+    def columns(self) -> dict[int, dict[str, Any]]:
+        """By row number in the source, the columns that are no part of the pair, such as sources and models."""
+        return read_columns(self.source, self.name, columns=self._columns)
+
+    @cached_property
+    def row_numbers(self) -> np.ndarray:
+        """[pairs] int64, in the source."""
+        return np.array([row.index for row in self.rows], dtype=np.int64)
+
+    @cached_property
+    def prompt_groups(self) -> np.ndarray:
+        """[pairs] int64: equal numbers, from 0, for pairs of the same prompt, system message and tools."""
+        numbers: dict[Any, int] = {}
+        keys = (hash((prompt_text(row.pair), repr(row.pair.tools))) for row in self.rows)
+        return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(self.rows))
+
+    def texts(self, number: int) -> tuple[str, str, str]:
+        """The prompt, the chosen and the rejected completion of the pair `rows[number]`, each as one text."""
+        pair = self.rows[number].pair
+        return prompt_text(pair), as_text(pair.chosen), as_text(pair.rejected)
+
+
+def prompt_text(pair: PreferencePair) -> str:
+    """The prompt as one text, with the system message of a plain-text pair before it."""
+    text = as_text(pair.prompt, roles=True)
+    return text if pair.system is None else f"system: {pair.system}\n\n{text}"
+
+
+def as_text(text: Text, *, roles: bool = False) -> str:
+    """Plain text as it is, or the messages of a chat, one after another.
+
+    Args:
+        text: The text or messages.
+        roles: Whether a chat's messages begin with their role. Without it, only those after the first do.
+    """
+    if isinstance(text, str):
+        return text
+    parts: Sequence[str] = [
+        (f"{message['role']}: " if roles or number else "")
+        + message.get("content", "")
+        + ("".join(f"\n{call}" for call in message.get("tool_calls", ())))
+        for number, message in enumerate(text)
+    ]
+    return "\n\n".join(parts)
