@@ -24,6 +24,7 @@ from lit_did.models.names import load_tokenizer, local_folder
 from lit_did.models.wrappers import inner, is_peft, plain_name
 from lit_did.modules import LitDPO
 from lit_did.modules.run_facts import KEY, run_facts
+from lit_did.writing import whole_folder
 
 Kind = Literal["adapter", "merged", "full"]
 CARD = "README.md"
@@ -364,14 +365,8 @@ def _write(
     state: Mapping[str, torch.Tensor] | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes beside `target`, and renames."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
-        finished = Path(work) / target.name
-        save_policy(policy, finished, state)
-        tokenizer.save_pretrained(finished)
-        (finished / CARD).write_text(card, encoding="utf-8")
+    with whole_folder(target) as beside:
+        save_policy(policy, beside, state)
+        tokenizer.save_pretrained(beside)
+        (beside / CARD).write_text(card, encoding="utf-8")
         check_new(target, replace=replace)  # somebody may have written there meanwhile
-        if replace and target.exists():
-            target.rename(Path(work) / "before")
-        finished.rename(target)

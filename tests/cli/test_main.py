@@ -14,7 +14,7 @@ from lit_did.cli import bench, main
 from lit_did.cli.errors import InputError, run_command
 from lit_did.cli.functions import call
 from lit_did.cli.output import Finished, make_parent
-from lit_did.writing import whole_file
+from lit_did.writing import whole_file, whole_folder
 from tests.processes import run_program
 
 NAMES = [name for group in main.COMMANDS.values() for name in group]
@@ -138,6 +138,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         beside.write_bytes(tmp_path.read_bytes())
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a", "before"])
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, name):
+    path = tmp_path / "new" / name
+    for text in ("one", "two"):
+        with whole_folder(path) as beside:
+            beside.mkdir()
+            (beside / text).write_text(text)
+        with pytest.raises(FileNotFoundError), whole_folder(path) as beside:
+            (beside / "no folder" / text).write_text(text)
+        assert [file.name for file in path.iterdir()] == [text]
+        assert list(path.parent.iterdir()) == [path]
 
 
 def test_outputs_that_cannot_be_made(tmp_path):
