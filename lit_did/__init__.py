@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lit_did.data import PreferenceDataModule
     from lit_did.metrics import DIDMetrics
     from lit_did.models import PolicyAndReference
-    from lit_did.modules import LitDPO, LitDPOPG
+    from lit_did.modules import LitDPO, LitDPOPG, LitSFT
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "DIDMonitor",
     "LitDPO",
     "LitDPOPG",
+    "LitSFT",
     "PolicyAndReference",
     "PreferenceDataModule",
     "SequenceStatistics",
@@ -47,6 +48,7 @@ _LAZY = {
     "DIDMonitor": "lit_did.callbacks",
     "LitDPO": "lit_did.modules",
     "LitDPOPG": "lit_did.modules",
+    "LitSFT": "lit_did.modules",
     "PolicyAndReference": "lit_did.models",
     "PreferenceDataModule": "lit_did.data",
 }

@@ -41,13 +41,18 @@ def model_card(
 
     data, validation = facts["data"] or {}, facts["validation"]
     hub_name, named = _base(base_model)
+    method = ["sft"] if "side" in arguments else ["dpo", "preference-optimization"]
     front_matter = ModelCardData(
         base_model=hub_name,
         base_model_relation=None if hub_name is None else "adapter" if kind == "adapter" else "finetune",
         datasets=_hub_datasets(data) or None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "lit-did", "preference-optimization", *["lora"] * (facts["adapter"] is not None)],
+        tags=[*method, "lit-did", *["lora"] * (facts["adapter"] is not None)],
+            *(["sft"] if "side" in arguments else ["dpo", "preference-optimization"]),
+            "lit-did",
+            *["lora"] * (facts["adapter"] is not None),
+        ],
     )
     steps = (facts["training"] or {}).get("steps")
     environment = Environment(
@@ -145,7 +150,8 @@ def _objective(facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> Rows:
         loss = " + ".join(f"{weight:g} {name}" for name, weight in loss.items())
     rows = {
         "Loss": "a function of its own" if loss is None else f"`{_cell(loss)}`",
-        "beta": arguments.get("beta"),
+        "Side": arguments.get("side"),
+        "beta": None if "side" in arguments else arguments.get("beta"),  # LitSFT has none
         "label_smoothing": arguments.get("label_smoothing") or None,
         "gamma": arguments.get("gamma"),
         "nll_weight": arguments.get("nll_weight"),

@@ -34,7 +34,7 @@ from lit_did.modules.optimizer import (
     warn_if_steps_are_rounded_away,
 )
 from lit_did.modules.optimizer_state import accept_names
-from lit_did.modules.pairs import PairMetrics, PairStatistics, both_sides
+from lit_did.modules.pairs import PairStatistics, both_sides
 from lit_did.modules.watch import Watch, count_bad_gradients
 from lit_did.ops.extension import Backend
 
@@ -181,7 +181,7 @@ class LitDPO(PairModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._watch = Watch()
-        self.train_metrics = PairMetrics(self.objective)
+        self.train_metrics = self.metrics_class(self.objective)
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
             self.configure_model()
 

@@ -22,6 +22,8 @@ class PairModule(PolicyModule):
     """What LitDPO does with pairs that it does not train on. A subclass sets `objective`."""
 
     objective: Objective
+    metrics_class: type[PairMetrics] = PairMetrics
+    """what is logged"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class PairModule(PolicyModule):
 
     def _metrics(self, loaders: int) -> nn.ModuleList:
         copies = self.trainer.world_size // data_parallel_size(self.trainer)
-        metrics = (PairMetrics(self.objective, intervals=True, copies=copies) for _ in range(loaders))
+        metrics = (self.metrics_class(self.objective, intervals=True, copies=copies) for _ in range(loaders))
         return nn.ModuleList(m.to(self.device) for m in metrics)
 
     def _log_epoch(self, prefix: str, loaders: Any) -> dict[str, Any]:

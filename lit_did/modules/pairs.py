@@ -164,6 +164,31 @@ class _Loss(StatisticsMetric):
         return {"loss": loss_value(totals, counts[:2], self.sft), "bad_gradients": counts[2]}
 
 
+class TokenLoss(_Loss):
+    """The mean negative log-likelihood of a token, `nll`, and with what is added to a pair's loss, `loss`.
+
+    Args:
+        copies: How many processes get every batch.
+    """
+
+    quantity = "nll"
+
+    def __init__(self, copies: int = 1) -> None:
+        super().__init__(sft=1.0)
+        self.copies = copies
+
+    def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
+        assert self._losses is not None
+        counts = statistics.num_tokens > 0
+        nll = torch.where(counts, -statistics.policy_logprob.double(), 0).sum()
+        totals = torch.stack([self._losses.double().sum(), nll])
+        numbers = [torch.full_like(statistics.num_tokens.sum(), len(self._losses)), statistics.num_tokens.sum()]
+        return totals, torch.nn.functional.pad(torch.stack(numbers).long(), (0, 1))
+
+    def value(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        return super().value(totals, counts) | {"nll": totals[1] / counts[1], "num_pairs": counts[0] // self.copies}
+
+
 class _Logprob(LikelihoodDisplacement):
     """The mean of the policy's log-probability instead of the log-ratio."""
 
