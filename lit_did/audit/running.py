@@ -1,16 +1,57 @@
-"""audit: runs the parts of an audit, one after another, and collects what they found."""
+"""audit: checks its arguments, loads data and models once, runs the parts in order, and collects what they found."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
+import platform
 import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from lit_did.audit.report import Finding, Part
+import torch
+from torch import nn
+
+from lit_did.arguments import check_bools, check_integer, check_range
+from lit_did.audit.plain import plain
+from lit_did.audit.report import FLAGS, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
+from lit_did.data.errors import in_words
+from lit_did.data.formats import check_columns
 from lit_did.data.reading import Columns
-from lit_did.scoring.models import Model
+from lit_did.data.rendering import check_template_kwargs
+from lit_did.data.templates import check_chat_template
+from lit_did.data.tokenizing import Truncation, check_truncation
+from lit_did.models.names import load_tokenizer
+from lit_did.models.quiet import adapter_off
+from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.scoring.models import Model, check_adapter, check_models, device_of, load_models, load_placed, tokenizer_of
+
+VERDICT = 5  # findings
+_NOT_FAULTS = 2  # of them, that are no faults
+_PACKAGES = {"sklearn": "scikit-learn", "rensa": "rensa", "matplotlib": "matplotlib"}
+_TOKENIZATION = (
+    "max_length",
+    "truncation",
+    "min_completion_tokens",
+    "as_chat",
+    "chat_template",
+    "chat_template_kwargs",
+    "parse_special_tokens",
+)
+# Arguments that have no effect unless one of others is given.
+_NEEDED = {
+    **dict.fromkeys(_TOKENIZATION, ("tokenizer", "reference", "policy")),
+    **dict.fromkeys(("batch_size", "dtype", "device"), ("reference", "policy")),
+    **dict.fromkeys(("beta", "num_prompts", "max_new_tokens"), ("policy", "sides")),
+}
 
 
 @dataclass
@@ -21,17 +62,79 @@ class Audit:
         data: The pairs.
         settings: How it was made.
         parts: What each part found, by name.
+        inputs: The names of pairs, validation pairs, tokenizer, reference and policy.
     """
 
     data: AuditData
     settings: Settings
     parts: dict[str, Part] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def findings(self) -> list[Finding]:
         """All findings, faults first, the most severe first."""
         found = [finding for part in self.parts.values() for finding in part.findings]
         return sorted(found, key=lambda finding: (not finding.raised, -finding.severity))
+
+    @property
+    def raised(self) -> list[Finding]:
+        """The faults, the most severe first."""
+        return [finding for finding in self.findings if finding.raised]
+
+    @property
+    def verdict(self) -> list[Finding]:
+        """At most five findings: the most severe faults, and what is worth knowing of a policy, such as who made its
+        margin. If there is no fault, the first one says so."""
+        faults = self.raised or [
+            Finding("no_flags", f"No flag was raised in {len(self.data)} pairs.", "", raised=False, severity=0.0)
+        ]
+        learned = [
+            finding for name in ("policy", "sides") if name in self.parts for finding in self.parts[name].findings
+        ]
+        others = sorted((f for f in learned if f.name not in FLAGS), key=lambda f: -f.severity)[:_NOT_FAULTS]
+        return [*faults[: VERDICT - len(others)], *others]
+
+    def table(self) -> dict[str, list]:
+        """A row a row of the source: index, where, tag, other columns of the source, the parts' columns, flags,
+        and why a row was refused."""
+        from lit_did.audit.table import pairs_table
+
+        return pairs_table(self.data, self.parts, self.raised)
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the table, as plain values of JSON: settings, versions, findings, and the parts' figures."""
+        packages = ("lit-did", "torch", "transformers", "numpy", "scipy", *_PACKAGES.values())
+        return plain(
+            {
+                "inputs": self.inputs,
+                "num_rows": self.data.num_rows,
+                "num_refused": len(self.data.skipped),
+                "num_pairs": len(self.data),
+                "settings": self.settings,
+                "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
+                "verdict": [f"{finding.sentence} {finding.advice}".strip() for finding in self.verdict],
+                "flags": [finding.name for finding in self.raised],
+                "findings": self.findings,
+                "parts": {name: part.figures for name, part in self.parts.items()},
+            }
+        )
+
+    def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> list[Path]:
+        """Writes audit.html, pairs.csv, audit.json and the rows of each flag. docs/audit.md describes the files.
+
+        Args:
+            folder: The folder, which appears whole or not at all.
+            overwrite: Whether to replace an audit that is there.
+
+        Returns:
+            The files.
+
+        Raises:
+            FileExistsError: There is something else, or an audit and not `overwrite`.
+        """
+        from lit_did.audit.writing import write_audit
+
+        return write_audit(self, Path(folder).expanduser(), overwrite, "`folder`")
 
 
 def audit(
@@ -42,11 +145,207 @@ def audit(
     reference: Model | None = None,
     policy: Model | None = None,
     sides: bool = False,
+    by: Sequence[str] = (),
+    beta: float = 0.1,
     columns: Columns | None = None,
     max_pairs: int | None = None,
-    settings: Settings | None = None,
+    max_length: int = 1024,
+    truncation: Truncation = "completion",
+    min_completion_tokens: int | None = None,
+    as_chat: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    parse_special_tokens: bool = False,
+    batch_size: int = 8,
+    num_prompts: int = 8,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> Audit:
-    """Audits preference pairs."""
-    settings = settings or Settings()
-    found = Audit(AuditData(pairs, "pairs", columns=columns, max_pairs=max_pairs, warn=warnings.warn), settings)
+    """Audits preference pairs: what they hold, what a reference says of them, and what a policy learned from them.
+
+    How much is measured depends on what is given. The pairs alone need no model. A tokenizer shows what `max_length`
+    cuts and what is scored. A reference, a policy and `sides` add a part each. docs/audit.md describes them.
+
+    Args:
+        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        val: Validation pairs, which training must not see.
+        tokenizer: A transformers tokenizer, or its name or path. None: that of the policy or the reference.
+        reference: The model that training starts from: a causal language model of transformers, or its name or path.
+            None: a policy that is a `PeftModel` is compared with its base model.
+        policy: The trained model, as `reference`.
+        sides: Whether to predict what training would learn, from two adapters that are fitted to the chosen and to the
+            rejected completions. It needs a reference.
+        by: Columns of the source, besides `tag`, whose values get figures of their own.
+        beta: DPO's inverse temperature.
+        columns: Names of the source's columns by field, such as {"prompt": "question"}.
+        max_pairs: Only that many pairs, drawn at random. None: all.
+        max_length: The most tokens of a prompt and its completion together.
+        truncation: What loses tokens in longer pairs: "completion", "prompt" or "drop".
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some.
+        as_chat: Whether to wrap plain text as messages of user and assistant.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the chat template.
+        parse_special_tokens: Whether to read control tokens that the text spells as control tokens.
+        batch_size: Pairs a forward pass.
+        num_prompts: How many prompts are completed by the models.
+        max_new_tokens: Where these completions are cut.
+        seed: Of all draws.
+        dtype: Of models that are given by name. None: float32.
+        device: Of models that are given by name. None: the GPU if there is one, else the CPU.
+        progress: Whether a terminal shows progress bars.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range or has no effect without another, the data is malformed, or
+            the models do not fit together.
+        FileNotFoundError: There is no such file or model.
+        ModuleNotFoundError: A package of the extra `audit` is not installed.
+    """
+    given = dict(locals())
+    _check(given)
+    placed = device_of(device)
+    check_models(policy, reference)
+    _check_packages(sides)
+    read: dict[str, Any] = {"columns": columns, "seed": seed, "warn": warnings.warn}
+    data = AuditData(pairs, "pairs", max_pairs=max_pairs, **read)
+    held_out = None if val is None else AuditData(val, "val", **read)
+    settings = Settings(
+        by=_check_by(by, data),
+        beta=beta,
+        tokenization={name: given[name] for name in _TOKENIZATION},
+        batch_size=batch_size,
+        num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        dtype=dtype,
+        device=placed,
+        progress=progress,
+    )
+    inputs = {name: given[name] for name in ("pairs", "val", "tokenizer", "reference", "policy")}
+    found = Audit(data, settings, inputs={name: _name(value) for name, value in inputs.items() if value is not None})
+    model = policy if policy is not None else reference
+    if tokenizer is None and model is not None:
+        tokenizer = tokenizer_of(model)
+        found.inputs["tokenizer"] = tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
+    placing: dict[str, Any] = {"dtype": dtype, "device": placed}
+    if policy is not None:
+        policy, reference = load_models(policy, reference, **placing)
+        if reference is None:
+            check_adapter(is_peft(unwrapped(policy)))
+    elif reference is not None:
+        reference = load_placed(reference, "reference", **placing)
+    _run(found, held_out, tokenizer, reference, policy, sides)
     return found
+
+
+def _run(
+    found: Audit,
+    val: AuditData | None,
+    tokenizer: Any,
+    reference: nn.Module | None,
+    policy: nn.Module | None,
+    sides: bool,
+) -> None:
+    """Runs the parts. Each is imported when it runs."""
+    parts, shared = found.parts, (found.data, found.settings)
+    parts["data"] = _function("data", "examine_data")(*shared, val=val)
+    if tokenizer is not None:
+        parts["tokens"] = _function("tokens", "examine_tokens")(*shared, tokenizer)
+    if reference is not None or policy is not None:
+        # The base of an adapter is the policy without its adapter.
+        with nullcontext() if reference is not None or policy is None else adapter_off(policy):
+            base = policy if reference is None else reference
+            parts["reference"] = _function("reference", "examine_reference")(*shared, tokenizer, base, parts)
+    if policy is not None:
+        examine = _function("policy", "examine_policy")
+        parts["policy"] = examine(*shared, tokenizer, reference, policy, parts)
+    if sides:
+        parts["sides"] = _function("sides", "examine_sides")(*shared, tokenizer, reference, policy, parts)
+    if "reference" in parts:
+        columns, finding, blocks = _function("mislabelled", "examine_labels")(*shared, parts)
+        parts["reference"].columns |= columns
+        parts["reference"].findings.append(finding)
+        parts["reference"].blocks.extend(blocks)
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(import_module(f"lit_did.audit.{module}"), name)
+
+
+def parts_of(*, tokenizer: Any, reference: Any, policy: Any, sides: bool) -> list[str]:
+    """The parts that an audit with these arguments has."""
+    model = reference is not None or policy is not None
+    runs = {
+        "data": True,
+        "tokens": model or tokenizer is not None,
+        "reference": model,
+        "policy": policy is not None,
+        "sides": sides,
+    }
+    return [name for name, is_run in runs.items() if is_run]
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Checks all arguments that can be checked before anything is read."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(audit).parameters.items()}
+    check_bools(**{name: given[name] for name in ("sides", "as_chat", "parse_special_tokens", "progress")})
+    check_range("beta", given["beta"], "(0, inf)")
+    check_columns(given["columns"])
+    check_truncation(given["max_length"], given["truncation"], given["min_completion_tokens"])
+    check_chat_template(given["chat_template"])
+    check_template_kwargs(given["chat_template_kwargs"])
+    for name, least in (("batch_size", 1), ("num_prompts", 1), ("max_new_tokens", 1), ("seed", 0), ("max_pairs", 1)):
+        if given[name] is not None or name != "max_pairs":
+            check_integer(name, given[name], least)
+    by, dtype, tokenizer = given["by"], given["dtype"], given["tokenizer"]
+    if isinstance(by, str) or not isinstance(by, Sequence) or not all(isinstance(name, str) for name in by):
+        raise TypeError(f"Expected `by` to be a list of names of columns, but got {by!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"Expected `dtype` to be a floating-point dtype of torch or None, but got {dtype!r}.")
+    if not (tokenizer is None or isinstance(tokenizer, str | os.PathLike) or hasattr(tokenizer, "decode")):
+        raise TypeError(
+            f"Expected `tokenizer` to be a tokenizer of transformers or its name, but got {type(tokenizer).__name__}."
+        )
+    for name in ("reference", "policy"):
+        if not isinstance(given[name], str | os.PathLike | nn.Module | None):
+            raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(given[name]).__name__}.")
+    if given["sides"] and given["reference"] is None and given["policy"] is None:
+        raise ValueError("Expected `reference` with `sides`, whose adapters are fitted on top of it, but got None.")
+    for name, others in _NEEDED.items():
+        if given[name] != defaults[name] and not any(given[other] not in (None, False) for other in others):
+            raise ValueError(
+                f"Expected {' or '.join(f'`{other}`' for other in others)} with `{name}`, which has no effect without "
+                "it, but got none."
+            )
+
+
+def _check_packages(sides: bool) -> None:
+    missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(f"An audit needs {' and '.join(missing)}. Run pip install 'lit-did[audit]'.")
+    if sides and importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError("`sides` needs the package peft. Run pip install 'lit-did[lora]'.")
+
+
+def _check_by(by: Sequence[str], data: AuditData) -> tuple[str, ...]:
+    names = {name for row in data.columns.values() for name in row} if by else set()
+    for name in by:
+        if name not in names:
+            raise ValueError(
+                f"Expected `by` to name columns of {data.name} that are no part of the pairs, but no row has {name!r}. "
+                f"It has {in_words(sorted(names)) if names else 'none'}."
+            )
+    return tuple(by)
+
+
+def _name(value: Any) -> str:
+    """What the report calls an input."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(part, str | os.PathLike) for part in value):
+        return ", ".join(map(os.fspath, value))
+    return getattr(value, "name_or_path", "") or f"a {type(value).__name__}"

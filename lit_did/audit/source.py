@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ class AuditData:
 
     Args:
         source: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
-        name: What messages call it.
+        name: What messages call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}.
         max_pairs: Only that many pairs, drawn at random. None: all.
         seed: Of that draw.
@@ -40,7 +41,8 @@ class AuditData:
         seed: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.source, self.name, self._columns = source, name, columns
+        self.source, self._columns = source, columns
+        self.name = name = os.fspath(source) if isinstance(source, str | os.PathLike) else name
         self.rows: list[SourceRow]
         self.rows, self.skipped = read_rows(source, name, columns=columns, on_bad_rows="skip", warn=warn)
         self.num_rows = len(self.rows) + len(self.skipped)
@@ -56,6 +58,11 @@ class AuditData:
     def columns(self) -> dict[int, dict[str, Any]]:
         """By row number in the source, the columns that are no part of the pair, such as sources and models."""
         return read_columns(self.source, self.name, columns=self._columns)
+
+    @property
+    def tag_column(self) -> str | None:
+        """The source's column of the tag, if it has one."""
+        return (self._columns or {}).get("tag", "tag")
 
     @cached_property
     def row_numbers(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The command `lit-did`: the table of its commands, and the screen that shows them.
 
-Each command is a function that takes its arguments and returns the exit status: 0 if all is done, 2 if something has to
-be mended first, 130 after an interrupt.
+Each command is a function that takes its arguments and returns the exit status: 0 if all is done, 1 if `lit-did audit`
+raised a flag of --fail_on, 2 if something has to be mended first, 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ COMMANDS = {
         "generate": Command("shows two models' completions side by side", "lit_did.cli.generate:main"),
     },
     "Measure": {
+        "audit": Command("reports what pairs hold and what a policy learned from them", "lit_did.cli.audit:main"),
+        "compare": Command(
+            "reports what training changed: compare BASE TUNED --data PAIRS", "lit_did.cli.compare:main"
+        ),
         "score": Command("writes a table of pairs: log-ratios, margin, token DID ...", "lit_did.cli.score:main"),
         "entropy": Command("estimates the DID entropy of completions of prompts", "lit_did.cli.entropy:main"),
         "experiment": Command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,12 @@ def check_new_file(path: Path, overwrite: bool) -> None:
         raise InputError(
             f"Expected --output to be a new file, but {path} exists. Choose another name, or pass --overwrite."
         )
+
+
+def short_name(pairs: str) -> str:
+    """What files about a source of pairs are called: its last part, without the endings of data files."""
+    name = re.sub(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet)?(\.gz)?$", "", Path(pairs).name)
+    return re.sub(r"[^\w.-]+", "_", name) or "pairs"
 
 
 class Finished:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import torch
 from lit_did.cli.errors import InputError
 from lit_did.cli.facts import facts, recorded
 from lit_did.cli.functions import call
-from lit_did.cli.output import Finished, check_new_file
+from lit_did.cli.output import Finished, check_new_file, short_name
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
@@ -120,8 +119,7 @@ def score(
 
 def _table_path(output: str | None, pairs: str, overwrite: bool) -> Path:
     if output is None:
-        name = re.sub(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet)?(\.gz)?$", "", Path(pairs).name)
-        output = (re.sub(r"[^\w.-]+", "_", name) or "pairs") + ".scores.csv"
+        output = f"{short_name(pairs)}.scores.csv"
     path = Path(output).expanduser()
     try:
         check_table_path(path)

@@ -18,11 +18,11 @@ from lit_did.models.wrappers import is_peft, unwrapped
 Model = str | os.PathLike | nn.Module
 
 
-def check_models(policy: Model, reference: Model | None, *, needs_reference: bool = True) -> None:
+def check_models(policy: Model | None, reference: Model | None, *, needs_reference: bool = True) -> None:
     """Finds out what is wrong with the two before anything is loaded.
 
     Args:
-        policy: As for `load_models`.
+        policy: As for `load_models`. None: there is only the reference.
         reference: As for `load_models`.
         needs_reference: Whether a policy without an adapter needs a reference.
 
@@ -39,7 +39,7 @@ def check_models(policy: Model, reference: Model | None, *, needs_reference: boo
     for argument, model in (("policy", policy), ("reference", reference)):
         if isinstance(model, str | os.PathLike):
             folders[argument] = local_folder(model, argument)
-    if reference is None and needs_reference:
+    if reference is None and needs_reference and policy is not None:
         folder = folders.get("policy")
         if isinstance(policy, nn.Module):
             check_adapter(is_peft(unwrapped(policy)))
@@ -76,19 +76,26 @@ def load_models(
     Raises:
         ValueError: The two models have different vocabularies.
     """
-    options = {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})}
-    placed = device_of(device)
-
-    def load(model: Model, argument: str) -> nn.Module:
-        loaded = load_model(model, argument, options)
-        return loaded if isinstance(model, nn.Module) else loaded.to(placed).eval()
-
-    first = load(policy, "policy")
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "model_kwargs": model_kwargs}
+    first = load_placed(policy, "policy", **options)
     if reference is None:
         return first, None
-    second = load(reference, "reference")
+    second = load_placed(reference, "reference", **options)
     check_same_vocabulary(first, second)
     return first, second
+
+
+def load_placed(
+    model: Model,
+    argument: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """One model, as `load_models` describes them. Errors call it `argument`."""
+    loaded = load_model(model, argument, {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})})
+    return loaded if isinstance(model, nn.Module) else loaded.to(device_of(device)).eval()
 
 
 def device_of(device: str | torch.device | None) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,20 +65,32 @@ def with_columns(rows: Sequence[Row], columns: Mapping[int, Mapping[str, Any]]) 
         columns: The source's columns by row number, from `read_columns`. A row without a column has None.
     """
     own = list(rows[0])
-    names: dict[str, str] = {}
-    for row in rows:
-        for name in columns.get(row["index"], ()):
-            if name not in names:
+    others = source_columns(own, [row["index"] for row in rows], columns)
+    return {**{name: [row[name] for row in rows] for name in own}, **others}
+
+
+def source_columns(
+    own: Iterable[str], index: Sequence[int], columns: Mapping[int, Mapping[str, Any]], left_out: str | None = None
+) -> dict[str, list]:
+    """The source's columns for a table. One warning names those that get the suffix `_source`.
+
+    Args:
+        own: The names of the table's own columns.
+        index: The row numbers of the table's rows in the source.
+        columns: As for `with_columns`.
+        left_out: A column that the table lacks.
+    """
+    own, names = set(own), dict[str, str]()
+    for number in index:
+        for name in columns.get(number, ()):
+            if name not in names and name != left_out:
                 names[name] = _free(name, {*own, *names.values()})
     if renamed := [f"`{name}` is `{new}`" for name, new in names.items() if new != name]:
         warnings.warn(
             f"Columns of the source have names of the table's own columns. In the table {', '.join(renamed)}.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    table = {name: [row[name] for row in rows] for name in own}
-    for name, new in names.items():
-        table[new] = [columns.get(row["index"], {}).get(name) for row in rows]
-    return table
+    return {new: [columns.get(number, {}).get(name) for number in index] for name, new in names.items()}
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -1,0 +1,162 @@
+"""`lit-did audit`: what preference data holds, what a reference says of it, and what a policy learned from it."""
+
+from __future__ import annotations
+
+import textwrap
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_did.audit.report import FLAGS
+from lit_did.audit.running import Audit, parts_of
+from lit_did.audit.running import audit as run_audit
+from lit_did.audit.writing import PAGE, check_folder, write_audit
+from lit_did.cli.errors import InputError
+from lit_did.cli.functions import call
+from lit_did.cli.output import make_parent, short_name
+from lit_did.cli.score import Dtype
+from lit_did.data.tokenizing import Truncation
+
+_OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--policy", "sides": "--sides"}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    return call(audit, "audit", arguments)
+
+
+def audit(
+    pairs: str,
+    *,
+    val: str | None = None,
+    tokenizer: str | None = None,
+    reference: str | None = None,
+    policy: str | None = None,
+    sides: bool = False,
+    fail_on: list[str] | None = None,
+    output: str | None = None,
+    overwrite: bool = False,
+    by: list[str] | None = None,
+    beta: float = 0.1,
+    columns: dict[str, str | None] | None = None,
+    max_pairs: int | None = None,
+    max_length: int = 1024,
+    truncation: Truncation = "completion",
+    min_completion_tokens: int | None = None,
+    as_chat: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    parse_special_tokens: bool = False,
+    batch_size: int = 8,
+    num_prompts: int = 8,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Reports what preference pairs hold, and with models, what a reference says of them and what a policy learned.
+
+    It writes a folder with a page (audit.html), a table of all pairs (pairs.csv), all figures (audit.json), and for
+    each flag that it raises the rows flagged and kept. The pairs alone need no model.
+
+    Args:
+        pairs: Preference pairs: a file, a folder, a pattern or a data set of the Hugging Face hub.
+        val: Validation pairs, which training must not see.
+        tokenizer: The name or path of the tokenizer, by default that of the policy or the reference.
+        reference: The model that training starts from: a folder, a name of the hub, or smollm2.
+        policy: The trained model. Without a reference, an adapter is compared with its base.
+        sides: Whether to predict what training would learn, from two adapters that are fitted to the chosen and to the
+            rejected completions.
+        fail_on: Flags that make the exit status 1 if they are raised, or any for all.
+        output: The folder, by default the name of the pairs with .audit.
+        overwrite: Whether to replace an audit that is there.
+        by: Columns of the pairs, besides tag, whose values get figures of their own.
+        beta: DPO's inverse temperature.
+        columns: Names of the source's columns by field, such as '{"prompt": "question"}'.
+        max_pairs: Only that many pairs, drawn at random.
+        max_length: The most tokens of a prompt and its completion together.
+        truncation: What loses tokens in longer pairs. drop leaves them out.
+        min_completion_tokens: The tokens that a completion keeps before the prompt loses some.
+        as_chat: Whether to wrap plain text as messages of user and assistant.
+        chat_template: A Jinja template to use instead of the tokenizer's.
+        chat_template_kwargs: Variables for the chat template.
+        parse_special_tokens: Whether to read control tokens that the text spells as control tokens.
+        batch_size: Pairs a forward pass.
+        num_prompts: How many prompts are completed by the models.
+        max_new_tokens: Where these completions are cut.
+        seed: Of all draws.
+        dtype: The number format of the models' weights.
+        device: The device, such as cuda:1. By default the GPU if there is one.
+        quiet: Whether to show neither progress bars nor the verdict.
+    """
+    parts = parts_of(tokenizer=tokenizer, reference=reference, policy=policy, sides=sides)
+    failing = _check_flags(fail_on or [], parts, val)
+    folder = Path(output or f"{short_name(pairs)}.audit").expanduser()
+    make_parent(folder)
+    check_folder(folder, overwrite, "--output")
+    found = run_audit(
+        pairs,
+        val=val,
+        tokenizer=tokenizer,
+        reference=reference,
+        policy=policy,
+        sides=sides,
+        by=by or (),
+        beta=beta,
+        columns=columns,
+        max_pairs=max_pairs,
+        max_length=max_length,
+        truncation=truncation,
+        min_completion_tokens=min_completion_tokens,
+        as_chat=as_chat,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+        batch_size=batch_size,
+        num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        dtype=None if dtype == "float32" else getattr(torch, dtype),
+        device=device,
+        progress=not quiet,
+    )
+    files = write_audit(found, folder, overwrite, "--output")
+    if not quiet:
+        print(describe(found))
+    names = dict.fromkeys(path.relative_to(folder).parts[0] for path in files)
+    print(f"Written: {folder / PAGE}, {', '.join(name for name in names if name != PAGE)}")
+    failed = [finding.name for finding in found.raised if finding.name in failing]
+    if failed:
+        print(f"Raised, as --fail_on names: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def describe(found: Audit) -> str:
+    """The verdict for a terminal."""
+    refused = len(found.data.skipped)
+    lines = [f"{len(found.data)} pairs of {found.data.num_rows} rows" + (f", {refused} refused" if refused else "")]
+    for finding in found.verdict:
+        text = f"{finding.sentence} {finding.advice}".strip() + (f" [{finding.name}]" if finding.raised else "")
+        lines += textwrap.wrap(text, 110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    if more := len(found.raised) - sum(finding.raised for finding in found.verdict):
+        lines.append(f"- {more} more flags are in the page.")
+    return "\n".join(lines)
+
+
+def _check_flags(names: list[str], parts: list[str], val: str | None) -> set[str]:
+    """The flags of --fail_on, each of which this audit can raise."""
+    for name in names:
+        if name != "any" and name not in FLAGS:
+            near = get_close_matches(name, FLAGS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"The flags are {', '.join(FLAGS)}."
+            raise InputError(f"Expected --fail_on to name flags or any, but got {name}. {hint}")
+        part = FLAGS[name].part if name != "any" else "data"
+        option = _OPTIONS[part] if part not in parts else "--val" if name == "leaked" and val is None else None
+        if option:
+            raise InputError(
+                f"Expected {option} with --fail_on {name}, which cannot be raised without it, but got none."
+            )
+    return set(FLAGS) if "any" in names else set(names)
