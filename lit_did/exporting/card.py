@@ -49,10 +49,6 @@ def model_card(
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=[*method, "lit-did", *["lora"] * (facts["adapter"] is not None)],
-            *(["sft"] if "side" in arguments else ["dpo", "preference-optimization"]),
-            "lit-did",
-            *["lora"] * (facts["adapter"] is not None),
-        ],
     )
     steps = (facts["training"] or {}).get("steps")
     environment = Environment(
