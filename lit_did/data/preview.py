@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -27,13 +27,13 @@ def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: 
     """
     write = _writer()
     write(f"{where}: prompt {_count(cut.prompt_ids, whole.prompt_ids)}", "bold")
-    prompt = _prompt(whole.prompt_ids, cut.prompt_ids)
+    prompt = prompt_parts(whole.prompt_ids, cut.prompt_ids)
     _print_parts(prompt, [], tokenizer, control, write)
     for side in ("chosen", "rejected"):
         ids, context = getattr(whole, f"{side}_ids"), getattr(whole, f"{side}_context")
         kept = getattr(cut, f"{side}_ids")
         write(f"{side}: {_count(kept, ids)} scored", "bold")
-        parts = _completion(ids, context, len(kept))
+        parts = completion_parts(ids, context, len(kept))
         _print_parts(parts, whole.prompt_ids, tokenizer, control, write)
 
 
@@ -41,14 +41,15 @@ def _count(kept: list[int], whole: list[int]) -> str:
     return f"{len(kept)} tokens" if len(kept) == len(whole) else f"{len(kept)} of {len(whole)} tokens"
 
 
-def _prompt(whole: list[int], kept: list[int]) -> list[Part]:
+def prompt_parts(whole: list[int], kept: list[int]) -> list[Part]:
+    """The prompt's tokens before truncation, in order."""
     if whole[len(whole) - len(kept) :] == kept:
         return [("cut", whole[: len(whole) - len(kept)]), ("prompt", kept)]
     start = len(whole) - len(kept) + 1  # BOS stays
     return [("prompt", whole[:1]), ("cut", whole[1:start]), ("prompt", whole[start:])]
 
 
-def _completion(ids: list[int], context: Context | None, num_kept: int) -> list[Part]:
+def completion_parts(ids: list[int], context: Context | None, num_kept: int) -> list[Part]:
     """The completion tokens and those between them, in order. All after the first `num_kept` are cut."""
     tokens = []
     between = list(zip(context.places, context.ids, strict=True)) if context else []
@@ -59,6 +60,36 @@ def _completion(ids: list[int], context: Context | None, num_kept: int) -> list[
     return [(kind, [token for _, token in group]) for kind, group in groupby(tokens, key=lambda item: item[0])]
 
 
+def runs(
+    parts: Iterable[Part], before: list[int], tokenizer: Any, control: ControlTokens
+) -> Iterator[tuple[str, bool, str]]:
+    """The parts as text. Each is a key of `_STYLES`, whether the text is control tokens, and the text.
+
+    Args:
+        parts: From `prompt_parts` or `completion_parts`.
+        before: The ids before them.
+        tokenizer: Turns the ids to text.
+        control: The tokenizer's control tokens. Those that are spelled as text are marked.
+    """
+    ids = list(before)
+    control_ids = control.ids(tokenizer)
+    for kind, part in parts:
+        for is_control, group in groupby(part, key=control_ids.__contains__):
+            run = list(group)
+            # After the tokens before it, because SentencePiece drops the first space of a text.
+            start, whole = tokenizer.decode(ids), tokenizer.decode(ids + run)
+            piece = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(run)
+            yield kind, is_control, piece if is_control else control.show(piece)
+            ids += run
+
+
+def shortened(text: str) -> str:
+    """`text` without the middle, if it is long."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ...{len(text) - _LONGEST:,} characters... {text[-_LONGEST // 2 :]}"
+
+
 def _print_parts(
     parts: list[Part],
     before: list[int],
@@ -66,22 +97,9 @@ def _print_parts(
     control: ControlTokens,
     write: Callable[[str, str], None],
 ) -> None:
-    ids = list(before)
-    control_ids = control.ids(tokenizer)
-    for kind, part in parts:
-        if not part:
-            continue
-        text = ""
-        for is_control, group in groupby(part, key=control_ids.__contains__):
-            run = list(group)
-            # After the tokens before it, because SentencePiece drops the first space of a text.
-            start, whole = tokenizer.decode(ids), tokenizer.decode(ids + run)
-            piece = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(run)
-            text += piece if is_control else control.show(piece)
-            ids += run
-        if len(text) > _LONGEST:
-            left_out = len(text) - _LONGEST
-            text = f"{text[: _LONGEST // 2]} ...{left_out:,} characters... {text[-_LONGEST // 2 :]}"
+    # Parts of no tokens have no runs. Neighbours differ in kind.
+    for kind, group in groupby(runs(parts, before, tokenizer, control), key=lambda run: run[0]):
+        text = shortened("".join(piece for _, _, piece in group))
         for old, new in (("\r", "\\r"), ("\n", "\\n"), ("\t", "\\t")):
             text = text.replace(old, new)
         write(f"{kind:>12} | {text}", _STYLES[kind])
