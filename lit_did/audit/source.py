@@ -26,6 +26,7 @@ class AuditData:
         warn: Called with the text of each warning about the source.
 
     Attributes:
+        column_names: As `columns` of the arguments.
         rows: The usable pairs, in the order of the source.
         skipped: The rows that cannot be trained on.
         num_rows: How many rows the source has.
@@ -41,7 +42,7 @@ class AuditData:
         seed: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.source, self._columns = source, columns
+        self.source, self.column_names = source, columns
         self.name = name = os.fspath(source) if isinstance(source, str | os.PathLike) else name
         self.rows: list[SourceRow]
         self.rows, self.skipped = read_rows(source, name, columns=columns, on_bad_rows="skip", warn=warn)
@@ -57,12 +58,12 @@ class AuditData:
     @cached_property
     def columns(self) -> dict[int, dict[str, Any]]:
         """By row number in the source, the columns that are no part of the pair, such as sources and models."""
-        return read_columns(self.source, self.name, columns=self._columns)
+        return read_columns(self.source, self.name, columns=self.column_names)
 
     @property
     def tag_column(self) -> str | None:
         """The source's column of the tag, if it has one."""
-        return (self._columns or {}).get("tag", "tag")
+        return (self.column_names or {}).get("tag", "tag")
 
     @cached_property
     def row_numbers(self) -> np.ndarray:

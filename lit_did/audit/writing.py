@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_did.audit.report import Finding
 from lit_did.audit.source import AuditData
-from lit_did.data.reading import read_raw
+from lit_did.data.errors import UnusableRowError
+from lit_did.data.pairs import parse_row
+from lit_did.data.prompts import are_repeated, num_repeats, surely_repeats
+from lit_did.data.reading import Columns, read_raw
 from lit_did.scoring.table import write_table
 from lit_did.writing import whole_folder
 
@@ -78,39 +82,88 @@ def write_rows(data: AuditData, findings: Sequence[Finding], folder: Path) -> No
     """Writes the source's rows of each finding to `folder/NAME`, unchanged and in their order.
 
     flagged.jsonl has the finding's rows. kept.jsonl has all rows that were not refused, without those that it drops.
-    Rows that were not audited, because of `max_pairs`, are kept.
+    Rows that were not audited, because of `max_pairs`, are kept. One warning names files that would be read otherwise
+    than the source.
 
     Raises:
         ValueError: The source has changed since it was read.
     """
     findings = [finding for finding in findings if len(finding.rows)]
-    refused = {row.index for row in data.skipped}
-    flagged = [set(map(int, finding.rows)) for finding in findings]
-    dropped = [
-        refused | (rows if finding.dropped is None else set(map(int, finding.dropped)))
-        for finding, rows in zip(findings, flagged, strict=True)
-    ]
     if not findings:
         return
-    number = -1
+    refused = {row.index for row in data.skipped}
+    whole, number = _Rows(None, lambda row: True), -1
     with ExitStack() as stack:
         files = []
         for finding in findings:
             (folder / finding.name).mkdir(parents=True)
-            names = ("flagged", "kept")
-            files.append([stack.enter_context((folder / finding.name / f"{name}.jsonl").open("wb")) for name in names])
-        for number, (_, row) in enumerate(read_raw(data.source, data.name, lambda names, _: names)):
-            line = _line(row)
-            for (of_flagged, of_kept), is_flagged, is_dropped in zip(files, flagged, dropped, strict=True):
-                if number in is_flagged:
-                    of_flagged.write(line)
-                if number not in is_dropped:
-                    of_kept.write(line)
+            flagged = set(map(int, finding.rows))
+            dropped = refused | (flagged if finding.dropped is None else set(map(int, finding.dropped)))
+            for name, holds in (("flagged", flagged.__contains__), ("kept", lambda row, left=dropped: row not in left)):
+                file = stack.enter_context((folder / finding.name / f"{name}.jsonl").open("wb"))
+                files.append(_Rows(file, holds))
+        for number, (where, row) in enumerate(read_raw(data.source, data.name, lambda names, _: names)):
+            line, repeats = _line(row), _repeats(row, where, data.column_names)
+            for rows in (whole, *files):
+                rows.add(number, line, repeats)
     if number + 1 != data.num_rows:
         raise ValueError(
             f"{data.name}: Expected {data.num_rows} rows, as before, but got {number + 1}. The data changed during the "
             "audit. Run it again."
         )
+    if others := [Path(rows.file.name) for rows in files if rows.reads_otherwise_than(whole)]:
+        warnings.warn(
+            f"{', '.join(str(path.relative_to(folder)) for path in others)}: Some completions begin with their prompt. "
+            f"Readers decide by the share of such rows whether to remove it, and these files have another share than "
+            f"{data.name}. So these rows would be read otherwise. Choose the rows from {data.name} instead, by `index` "
+            f"and `flags` in {TABLE}.",
+            stacklevel=2,
+        )
+
+
+class _Rows:
+    """The rows of one file, and how a reader takes completions that begin with the prompt."""
+
+    def __init__(self, file: Any, holds: Callable[[int], bool]) -> None:
+        self.file, self.holds = file, holds
+        self.num_rows = self.num_repeating = self.num_uncertain = 0
+
+    def add(self, number: int, line: bytes, repeats: tuple[bool, bool] | None) -> None:
+        """Writes a row if it is one of this file's.
+
+        Args:
+            number: Its number.
+            line: Its content.
+            repeats: From `_repeats`.
+        """
+        if not self.holds(number):
+            return
+        if self.file is not None:
+            self.file.write(line)
+        if repeats is not None:
+            self.num_rows += 1
+            self.num_repeating += repeats[0]
+            self.num_uncertain += repeats[1]
+
+    def reads_otherwise_than(self, whole: _Rows) -> bool:
+        """Whether readers take rows of this file otherwise than in the whole source."""
+        here, there = (are_repeated(rows.num_repeating, rows.num_rows) for rows in (self, whole))
+        return here != there and self.num_uncertain > 0
+
+
+def _repeats(row: Any, where: str, columns: Columns | None) -> tuple[bool, bool] | None:
+    """Whether a completion begins with the prompt, and whether only the whole source shows if it repeats it.
+
+    None: the row is a chat or cannot be trained on.
+    """
+    try:
+        pair = parse_row(row, where, columns)
+    except UnusableRowError:
+        return None
+    if pair.is_chat:
+        return None
+    repeats = num_repeats(*pair.texts)
+    return repeats > 0, repeats > 0 and not surely_repeats(pair.texts[0], repeats)
 
 
 def _line(row: Any) -> bytes:

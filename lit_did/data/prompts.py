@@ -71,6 +71,16 @@ def num_repeats(prompt: str, chosen: str, rejected: str) -> int:
     )
 
 
+def surely_repeats(prompt: str, repeats: int) -> bool:
+    """Whether a row alone shows that its completions, of which `repeats` begin with the prompt, repeat it."""
+    return repeats == 2 and len(prompt.split()) >= _LEAST_WORDS
+
+
+def are_repeated(num_repeating: int, num_rows: int) -> bool:
+    """Whether a quarter of a source's plain-text rows have a completion that begins with the prompt: too many for chance."""
+    return 4 * num_repeating >= num_rows > 0
+
+
 def _is_word(character: str) -> bool:
     return character.isascii() and character.isalnum()  # other scripts may put no spaces between words
 
@@ -89,7 +99,7 @@ def strip_text(prompt: str, chosen: str, rejected: str, where: str, certain: boo
         UnusableRowError: If only one completion begins with the prompt, or a completion has no other text.
     """
     repeats = num_repeats(prompt, chosen, rejected)
-    if not repeats or not (certain or (repeats == 2 and len(prompt.split()) >= _LEAST_WORDS)):
+    if not repeats or not (certain or surely_repeats(prompt, repeats)):
         return prompt, chosen, rejected
     if repeats == 1:
         side = "chosen" if num_repeats(prompt, chosen, "") else "rejected"

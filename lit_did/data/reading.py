@@ -20,7 +20,7 @@ from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_tab
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
 from lit_did.data.messages import KNOWN_ROLES
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
-from lit_did.data.prompts import num_repeats
+from lit_did.data.prompts import are_repeated, num_repeats
 
 Columns = Mapping[str, str | None]
 OnBadRows = Literal["skip", "raise"]
@@ -186,9 +186,8 @@ def _warn_of_roles(rows: list[SourceRow], warn: Warn) -> None:
 
 
 def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
-    """Whether a quarter of the plain-text pairs have a completion that begins with the prompt: too many for chance."""
     repeats = [num_repeats(*pair.texts) > 0 for pair in pairs if not pair.is_chat]
-    return 4 * sum(repeats) >= len(repeats) > 0
+    return are_repeated(sum(repeats), len(repeats))
 
 
 def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:

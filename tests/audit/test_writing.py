@@ -192,3 +192,29 @@ def test_nothing_is_half_written(parts, tmp_path, monkeypatch, stop, where):
         found.save(tmp_path / "a", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "audit.json").stat().st_ino == before
+
+
+def test_files_that_would_be_read_otherwise(tmp_path):
+    """One row in six begins with its prompt by chance. Among fewer rows it would count as a repeated prompt."""
+    hello = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}
+    data = AuditData([hello, *TEXTS], "pairs")
+    assert data.rows[0].pair.chosen == "Hi there"
+    with pytest.warns(UserWarning, match="identical/kept.jsonl: Some completions begin with their prompt") as caught:
+        write_rows(data, [Finding("identical", "", "", True, 0.5, [1, 2, 3])], tmp_path)
+    assert len(caught) == 1
+    assert read_rows(tmp_path / "identical/kept.jsonl")[0][0].pair.chosen == " there"
+    assert [row.pair.chosen for row in read_rows(tmp_path / "identical/flagged.jsonl")[0]] == [
+        row["chosen"] for row in TEXTS[:3]
+    ]
+
+
+@pytest.mark.parametrize("hello", ["Hi", "What is the capital of France?"])
+def test_repeated_prompts_are_read_alike(tmp_path, hello):
+    """Without a warning: the share stays that of the source, or each row alone shows that it repeats the prompt."""
+    long = [{"prompt": hello, "chosen": f"{hello} yes", "rejected": f"{hello} no"}] * (3 if hello == "Hi" else 1)
+    data = AuditData([*long, *TEXTS], "pairs")
+    write_rows(data, [Finding("identical", "", "", True, 0.5, [4, 5])], tmp_path)
+    before = [row.pair for row in data.rows]
+    kept = [row.pair for row in read_rows(tmp_path / "identical/kept.jsonl")[0]]
+    assert kept == [pair for i, pair in enumerate(before) if i not in (4, 5)]
+    assert before[0].chosen == " yes"
