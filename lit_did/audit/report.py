@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lit_did.audit.blocks import Block
+
+Column = Sequence[Any] | np.ndarray
+"""a column of the table of pairs, with a value a pair"""
 
 PARTS = ("data", "tokens", "reference", "policy", "sides")
 """the parts of an audit, in the order of the page"""
@@ -106,5 +111,5 @@ class Part:
     introduction: str
     findings: list[Finding] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    columns: dict[str, Sequence[Any]] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def surely_repeats(prompt: str, repeats: int) -> bool:
 
 
 def are_repeated(num_repeating: int, num_rows: int) -> bool:
-    """Whether a quarter of a source's plain-text rows have a completion that begins with the prompt: too many for chance."""
+    """Whether in a quarter of a source's plain-text rows a completion begins with the prompt: too many for chance."""
     return 4 * num_repeating >= num_rows > 0
 
 
