@@ -119,6 +119,7 @@ class LitSFT(LitDPO):
         TypeError, ValueError: An argument is out of range; in a step, a batch has another form.
     """
 
+    objective: _Likelihood
     objective_class = _Likelihood
     metrics_class = _Metrics
 
@@ -178,5 +179,6 @@ class LitSFT(LitDPO):
             return super().run_sides(sequences)
         rows = rows_of(self.side, sequences.num_sequences)
         run, auxiliary = self.statistics(sequences.select(range(sequences.num_sequences)[rows]), sequences)
-        absent = SequenceStatistics(*(torch.full_like(value.detach(), torch.nan) for value in run[:-1]), run[-1] * 0)
+        absent = SequenceStatistics(*(value.detach() * torch.nan for value in run))
+        absent = absent._replace(num_tokens=torch.zeros_like(run.num_tokens))
         return (run, absent, auxiliary) if self.side == "chosen" else (absent, run, auxiliary)

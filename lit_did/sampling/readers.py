@@ -277,6 +277,36 @@ def as_readers(
     return first, second, left_padded(prompts)
 
 
+def as_reader(
+    model: nn.Module | NextToken,
+    name: str,
+    beside: nn.Module | NextToken,
+    prompts: Sequence[Tensor] | None,
+    max_new_tokens: int,
+    *,
+    cache: bool = True,
+) -> CachedModel | CachedFunction:
+    """A further model, ready to read what the two of `as_readers` read. Errors are theirs.
+
+    Args:
+        model: It is of the kind of `beside`.
+        name: The argument that it is, for errors.
+        beside: The policy.
+        prompts: As for `as_readers`.
+        max_new_tokens: As for `as_readers`.
+        cache: As for `as_readers`.
+    """
+    if isinstance(model, nn.Module) != isinstance(beside, nn.Module) or not callable(model):
+        kind = "a causal language model" if isinstance(beside, nn.Module) else "a function of prefixes"
+        raise TypeError(f"Expected `{name}` to be {kind}, as `policy` is, but got {type(model).__name__}.")
+    if not isinstance(model, nn.Module):
+        return CachedFunction(model, name)
+    reader = CachedModel(model, cache=cache)
+    for prompt in prompts or ():
+        reader.check_prompt(prompt, max_new_tokens, name)
+    return reader
+
+
 def model_readers(policy: nn.Module, reference: Any, *, cache: bool = True) -> tuple[CachedModel, CachedModel]:
     """Two language models, ready to read. Arguments and errors are those of `as_readers`."""
     model, without_adapter = second_model(policy, reference)

@@ -18,6 +18,7 @@ from lit_did.representing import short_repr
 from lit_did.sampling.readers import (
     CachedFunction,
     CachedModel,
+    as_reader,
     as_readers,
     checked_prompt,
     ends_of,
@@ -32,6 +33,8 @@ _COMPARED, _LEAST_COMPARED = 8, 2  # completions that a model reads once more, w
 @short_repr
 class DIDSamples(NamedTuple):
     """K weighted completions of the DID q(y) = pi(y) / rho(y) / Z, and its entropy. In nats; on the CPU.
+
+    With `exponent` or `prior`, q(y) = prior(y) (pi(y) / rho(y))^exponent / Z.
 
     The particles stand island after island, K / num_islands each.
     """
@@ -58,6 +61,8 @@ class DIDSamples(NamedTuple):
     """the logarithm of how many completions there are: H(q) where nothing was learned, pi = rho"""
     estimate: DIDEntropyEstimate
     """H(q) and log Z over all islands, with an interval from their differences"""
+    prior_logprob: Tensor
+    """[K] float64: log of the prior's probability; 0 without a prior"""
 
     @property
     def log_ratio(self) -> Tensor:
@@ -86,6 +91,8 @@ def sample_did(
     num_islands: int = 4,
     ess_threshold: float = 0.5,
     confidence: float = 0.95,
+    exponent: float = 1.0,
+    prior: nn.Module | NextToken | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> DIDSamples:
@@ -120,6 +127,11 @@ def sample_did(
         ess_threshold: In [0, 1], as a share of an island's particles. With 0 it never resamples: the samples are then
             independent, as `lit_did.functional.estimate_did_entropy` needs them.
         confidence: The level of the interval, in (0, 1).
+        exponent: a of q(y) proportional to (pi(y) / rho(y))^a, finite. With 1 / beta and the models of the chosen and
+            of the rejected completions, q is the DID of DPO's optimum (docs/theory.md, "Two sides").
+        prior: A model with the same vocabulary, to draw from q(y) proportional to prior(y) (pi(y) / rho(y))^a. A DID
+            has the uniform prior. With the reference of DPO as the prior, `exponent=1 / beta` and the two sides'
+            models, q is DPO's optimum, over whole completions, and Z = E_prior[(pi / rho)^a].
         seed: The seed of the draws.
         progress: Whether to show a progress bar.
 
@@ -144,13 +156,14 @@ def sample_did(
         >>> round(samples.estimate.entropy, 1), round(float(exact.entropy), 1)
         (2.7, 2.7)
     """
-    settings = Settings(max_new_tokens, num_samples, num_islands, ess_threshold, confidence).checked()
+    settings = Settings(max_new_tokens, num_samples, num_islands, ess_threshold, confidence, exponent).checked()
     check_seed(seed)
     check_bools(progress=progress)
     prompts = None if prompt is None else [checked_prompt(prompt)]
     ends = ends_of(policy, eos_token_id)
     with tqdm(total=max_new_tokens, desc="DID", unit="token", disable=not progress) as bar:
-        return draw(policy, reference, prompts, [seed], ends, settings, lambda step: bar.update(step - bar.n))[0]
+        report = lambda step: bar.update(step - bar.n)  # noqa: E731
+        return draw(policy, reference, prompts, [seed], ends, settings, report, prior)[0]
 
 
 class Settings(NamedTuple):
@@ -161,6 +174,7 @@ class Settings(NamedTuple):
     num_islands: int
     ess_threshold: float
     confidence: float
+    exponent: float = 1.0
 
     def checked(self) -> Settings:
         """The same; raises TypeError or ValueError if a field is wrong."""
@@ -174,7 +188,13 @@ class Settings(NamedTuple):
             )
         check_range("ess_threshold", self.ess_threshold, "[0, 1]")
         check_confidence(self.confidence)
+        check_range("exponent", self.exponent, "(-inf, inf)")
         return self
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """Of the policy's, the reference's and perhaps the prior's probabilities in q."""
+        return (self.exponent, -self.exponent, 1.0)
 
 
 def draw(
@@ -185,6 +205,7 @@ def draw(
     ends: list[int],
     settings: Settings,
     report: Callable[[int], object],
+    prior: nn.Module | NextToken | None = None,
 ) -> list[DIDSamples]:
     """`sample_did` of several prompts, whose particles the models read together.
 
@@ -198,18 +219,22 @@ def draw(
         ends: The tokens that end a completion.
         settings: Checked.
         report: Called with the number of tokens that all particles have.
+        prior: As for `sample_did`.
     """
     for cache in (True, False):
         first, second, unread = as_readers(policy, reference, prompts, settings.max_new_tokens, cache=cache)
-        particles = _Particles(settings, seeds)
-        log_num_completions = _grow(particles, first, second, unread, ends, settings, report)
-        wrong = _wrong_caches(particles, first, second, prompts) if cache and prompts else []
+        readers = [first, second]
+        if prior is not None:
+            readers.append(as_reader(prior, "prior", policy, prompts, settings.max_new_tokens, cache=cache))
+        particles = _Particles(settings, seeds, len(readers))
+        log_num_completions = _grow(particles, readers, unread, ends, settings, report)
+        wrong = _wrong_caches(particles, readers, prompts) if cache and prompts else []
         if not wrong:
             break
         if prompts and len({len(prompt) for prompt in prompts}) > 1:
             warn_without_padding(" and ".join(wrong))
             alone = [
-                draw(policy, reference, [prompt], [seed], ends, settings, report)
+                draw(policy, reference, [prompt], [seed], ends, settings, report, prior)
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
             return [samples for (samples,) in alone]
@@ -219,8 +244,7 @@ def draw(
 
 def _grow(
     particles: _Particles,
-    policy: CachedModel | CachedFunction,
-    reference: CachedModel | CachedFunction,
+    readers: Sequence[CachedModel | CachedFunction],
     unread: tuple[Tensor, ...],
     ends: list[int],
     settings: Settings,
@@ -230,12 +254,14 @@ def _grow(
     own, max_new_tokens = torch.arange(len(particles.ended)), settings.max_new_tokens
     parents = own // settings.num_samples  # all particles of a prompt begin with the same row, which is read once
     for step in range(max_new_tokens):
-        policy_logits, reference_logits = policy.read(*unread), reference.read(*unread)
+        logits = [reader.read(*unread) for reader in readers]
         if step == 0:
-            after = _log_completions(policy_logits.shape[-1], ends, max_new_tokens)
+            completions = _log_completions(logits[0].shape[-1], ends, max_new_tokens)
+            # Under a prior, what follows a prefix has the probability 1.
+            after = completions if len(readers) == 2 else torch.zeros_like(completions)
             particles.log_partition += after[max_new_tokens]  # the number of all completions
-        ended = particles.ended[: len(policy_logits)]  # False for prompts
-        twisted = _Twisted(policy_logits, reference_logits, ended, ends, float(after[max_new_tokens - step - 1]))
+        ended = particles.ended[: len(logits[0])]  # False for prompts
+        twisted = _Twisted(logits, settings.exponents, ended, ends, float(after[max_new_tokens - step - 1]))
         particles.weigh(twisted.log_sum[parents] - after[max_new_tokens - step])
         ancestors = particles.resample(settings.ess_threshold)
         parents = parents[ancestors]
@@ -245,17 +271,14 @@ def _grow(
         if particles.ended.all():
             break
         if step == 0 or not torch.equal(ancestors, own):  # saves a copy of keys and values
-            policy.select(parents)
-            reference.select(parents)
+            for reader in readers:
+                reader.select(parents)
         parents, unread = own, (tokens[:, None],)
-    return float(after[max_new_tokens])
+    return float(completions[max_new_tokens])
 
 
 def _wrong_caches(
-    particles: _Particles,
-    policy: CachedModel | CachedFunction,
-    reference: CachedModel | CachedFunction,
-    prompts: Sequence[Tensor],
+    particles: _Particles, readers: Sequence[CachedModel | CachedFunction], prompts: Sequence[Tensor]
 ) -> list[str]:
     """Names of models that give some completions other log-probabilities in one forward pass over all their tokens.
 
@@ -266,7 +289,7 @@ def _wrong_caches(
     compared = max(_LEAST_COMPARED, _COMPARED // len(prompts))
     rows = [range(i * each, (i + 1) * each, max(1, each // compared)) for i in range(len(prompts))]
     wrong = set()
-    for reader, log_probs in ((policy, particles.logprobs[0]), (reference, particles.logprobs[1])):
+    for reader, log_probs in zip(readers, particles.logprobs, strict=False):  # the last row is the proposal's
         if not isinstance(reader, CachedModel) or not reader.has_cached:
             continue
         for prompt, row in ((prompt, row) for prompt, some in zip(prompts, rows, strict=True) for row in some):
@@ -283,13 +306,15 @@ class _Particles:
     A prompt has K particles in some islands, and its own random numbers. n counts the particles of all prompts.
     """
 
-    def __init__(self, settings: Settings, seeds: Sequence[int]) -> None:
+    def __init__(self, settings: Settings, seeds: Sequence[int], num_models: int) -> None:
+        self._exponents = settings.exponents[:num_models]
         self._num_samples, self._num_islands = settings.num_samples, settings.num_islands
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         particles, islands = len(seeds) * settings.num_samples, len(seeds) * settings.num_islands
         self.completions = torch.full((particles, settings.max_new_tokens), -1)
         self.ended = torch.zeros(particles, dtype=torch.bool)
-        self.logprobs = torch.zeros(3, particles, dtype=torch.float64)  # policy's, reference's, proposal's
+        # The policy's, the reference's, perhaps the prior's, and the proposal's.
+        self.logprobs = torch.zeros(num_models + 1, particles, dtype=torch.float64)
         self.log_weight = torch.zeros(islands, particles // islands, dtype=torch.float64)  # since resampling
         self.log_partition = torch.zeros(islands, dtype=torch.float64)  # until resampling
         self.control = torch.zeros(islands, dtype=torch.float64)  # the control variate, of mean 0
@@ -325,7 +350,15 @@ class _Particles:
         return ancestors
 
     def add(self, step: int, tokens: Tensor, logprobs: Tensor, surprise: Tensor, ends: list[int]) -> None:
-        """Adds token number `step` [n] to those that go on: `logprobs` [3, n], `surprise` [n] of its log-ratio."""
+        """Adds token number `step` [n] to those that go on.
+
+        Args:
+            step: The token's number.
+            tokens: [n].
+            logprobs: [models + 1, n] each model's and the proposal's.
+            surprise: [n] of the log density.
+            ends: The tokens that end a completion.
+        """
         going = ~self.ended
         self.completions[going, step] = tokens[going]
         self.logprobs += torch.where(going, logprobs, 0)
@@ -336,15 +369,16 @@ class _Particles:
         """Of every prompt."""
         each = self.log_weight.shape[1]
         log_partition = self.log_partition + self.log_weight.logsumexp(1) - math.log(each)
-        log_ratio = (self.logprobs[0] - self.logprobs[1]).view_as(self.log_weight)
-        mean_log_ratio = (self.log_weight.softmax(1) * log_ratio).sum(1) - self.control
+        exponents = torch.tensor(self._exponents, dtype=torch.float64)
+        log_density = (exponents[:, None] * self.logprobs[:-1]).sum(0).view_as(self.log_weight)  # but for log Z
+        mean_log_density = (self.log_weight.softmax(1) * log_density).sum(1) - self.control
         results = []
         for i in range(len(self._generators)):
             rows = slice(i * self._num_samples, (i + 1) * self._num_samples)
             islands = slice(i * self._num_islands, (i + 1) * self._num_islands)
-            partition, mean, completions = log_partition[islands], mean_log_ratio[islands], self.completions[rows]
+            partition, mean, completions = log_partition[islands], mean_log_density[islands], self.completions[rows]
             log_weight = (self.log_weight[islands].log_softmax(1) + partition.log_softmax(0)[:, None]).flatten()
-            policy_logprob, reference_logprob, proposal_logprob = self.logprobs[:, rows]
+            policy_logprob, reference_logprob, *priors, proposal_logprob = self.logprobs[:, rows]
             results.append(
                 DIDSamples(
                     completions,
@@ -358,6 +392,7 @@ class _Particles:
                     self.num_resamplings[islands],
                     log_num_completions,
                     estimate_from_islands(partition, mean, log_weight, completions, confidence),
+                    priors[0] if priors else torch.zeros_like(policy_logprob),
                 )
             )
         return results
@@ -367,7 +402,8 @@ class _Twisted:
     """The proposal of one step: the token DIDs of n prefixes, twisted by how many completions follow a token.
 
     Args:
-        policy_logits, reference_logits: [n, V], of float64 computed in it, of other dtypes in float32.
+        logits: [n, V] of every model, of float64 computed in it, of other dtypes in float32.
+        exponents: Of the models' probabilities.
         ended: [n] bool: prefixes whose logits are not looked at.
         ends: The tokens that end a completion, followed by one (empty) completion.
         log_following: The logarithm of how many follow any other token.
@@ -375,25 +411,31 @@ class _Twisted:
 
     def __init__(
         self,
-        policy_logits: Tensor,
-        reference_logits: Tensor,
+        logits: Sequence[Tensor],
+        exponents: Sequence[float],
         ended: Tensor,
         ends: list[int],
         log_following: float,
     ) -> None:
-        if policy_logits.shape != reference_logits.shape:
-            raise ValueError(
-                f"Expected `reference` to return logits of the policy's shape, {tuple(policy_logits.shape)}, "
-                f"but got {tuple(reference_logits.shape)}."
-            )
-        self._policy_logits = _wide(policy_logits)
-        self._reference_logits = _wide(reference_logits).to(self._policy_logits)
-        self._normalizers = [x.logsumexp(-1) for x in (self._policy_logits, self._reference_logits)]
-        policy_normalizer, reference_normalizer = self._normalizers
-        log_ratio = self._policy_logits - self._reference_logits
-        log_ratio -= (policy_normalizer - reference_normalizer)[:, None]
-        # Excluded by the policy: of weight 0, whatever the reference says.
-        log_ratio.masked_fill_(self._policy_logits == -torch.inf, -torch.inf)
+        for name, other in zip(("reference", "prior"), logits[1:], strict=False):
+            if other.shape != logits[0].shape:
+                raise ValueError(
+                    f"Expected `{name}` to return logits of the policy's shape, {tuple(logits[0].shape)}, "
+                    f"but got {tuple(other.shape)}."
+                )
+        self._logits = [_wide(logits[0])]
+        self._logits += [_wide(other).to(self._logits[0]) for other in logits[1:]]
+        self._normalizers = [x.logsumexp(-1) for x in self._logits]
+        log_ratio = exponents[0] * self._logits[0]
+        normalizer = exponents[0] * self._normalizers[0]
+        for exponent, other, of_other in zip(exponents[1:], self._logits[1:], self._normalizers[1:], strict=False):
+            log_ratio.add_(other, alpha=exponent)
+            normalizer.add_(of_other, alpha=exponent)
+        log_ratio -= normalizer[:, None]
+        # Excluded by a model with a positive exponent: of weight 0, whatever the others say.
+        for exponent, x in zip(exponents, self._logits, strict=False):
+            if exponent > 0:
+                log_ratio.masked_fill_(x == -torch.inf, -torch.inf)
         log_ratio.masked_fill_(ended.to(log_ratio.device)[:, None], 0)
         self._twist = torch.full((log_ratio.shape[-1],), log_following, dtype=torch.float64, device=log_ratio.device)
         self._twist[ends] = 0
@@ -451,13 +493,12 @@ class _Twisted:
         return torch.cat(tokens).cpu()
 
     def of(self, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of K tokens: [3, K] policy's, reference's and proposal's logprob; [K] log-ratio less its expectation."""
+        """Of K tokens: [., K] each model's and the proposal's logprob; [K] log density less its expectation."""
         at = (parents.to(self._log_ratio.device), tokens.to(self._log_ratio.device))
-        policy = self._policy_logits[at] - self._normalizers[0][at[0]]
-        reference = self._reference_logits[at] - self._normalizers[1][at[0]]
+        models = [x[at] - of[at[0]] for x, of in zip(self._logits, self._normalizers, strict=True)]
         log_ratio = self._log_ratio[at]
         proposal = log_ratio.double() + self._twist[at[1]] - self._log_following - self._log_sum[at[0]]
-        logprobs = torch.stack([policy.double(), reference.double(), proposal])
+        logprobs = torch.stack([*(logprob.double() for logprob in models), proposal])
         return logprobs.cpu(), (log_ratio - self._expected[at[0]]).double().cpu()
 
 
