@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +30,7 @@ _VARIABLES = {_INK: "--ink", _FAINT: "--line", _PAPER: "--paper"} | {
 _MARKERS, _LINES = "osD^", ("-", "--", ":", "-.")
 _WIDTH = 5.0  # inches, of 72 units each
 _MAX_POINTS, _MAX_NAME = 500, 32
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lit-did",
     "text.parse_math": False,
@@ -167,7 +168,7 @@ def scatter(
     belongs = np.asarray([""] * len(across) if groups is None else groups, dtype=object)
     known = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
     drawn = known[np.unique(np.linspace(0, len(known) - 1, _MAX_POINTS).round().astype(int))] if len(known) else known
-    names = _checked(dict.fromkeys(belongs.tolist()))
+    names = _checked(dict.fromkeys(belongs.tolist() or [""]))
 
     def draw(axes: Axes) -> None:
         for number, name in enumerate(names):
@@ -228,6 +229,7 @@ def curves(
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        axes.locator_params(nbins=6)
         axes.grid(alpha=0.6)
         _legend(axes, series)
 
