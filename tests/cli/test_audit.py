@@ -50,7 +50,7 @@ def test_a_flag_fails(folder, capsys, spelling):
     ("options", "status"),
     [
         (["--fail-on", "length_bias"], 0),
-        (["--fail-on", "length_bias", "--fail-on", "unusable"], 1),
+        (["--fail-on", "unusable", "--fail-on", "length_bias"], 1),
         (["--fail-on", "length_bias,empty_think"], 0),
         (["--fail-on", "length_bias, unusable"], 1),
         (["--fail-on", "any"], 1),
