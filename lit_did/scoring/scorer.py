@@ -1,4 +1,4 @@
-"""PairScorer and score_pairs: the statistics of preference pairs under a policy and its reference, a row a pair."""
+"""PairScorer, score_pairs and score_dataset: statistics of preference pairs under two models, a row a pair."""
 
 from __future__ import annotations
 
@@ -179,23 +179,9 @@ class PairScorer:
         """
         if self.models is None:
             raise RuntimeError("Expected `load` to be called before `batches`, but it was not.")
-        # A model's layout depends on the batches before. So a run that goes on has to choose the same ones again.
-        for number in range(start):
-            self.models.choose_layouts(self._sequences(number))
-        done = min(start * self.batch_size, len(self.dataset))
-        hidden = None if progress else True  # None: where there is no terminal
-        with tqdm(total=len(self.dataset), initial=done, desc="Scoring", unit="pair", disable=hidden) as bar:
-            for number in range(start, self.num_batches):
-                chosen, rejected = _sides(self.models.measure(self._sequences(number)))
-                rows = rows_of(
-                    self._examples(number),
-                    chosen,
-                    rejected,
-                    truncated=self.dataset.truncated,
-                    reward_margin=None if self.beta is None else self.beta * margin(chosen, rejected),
-                )
-                bar.update(len(rows))
-                yield rows
+        return score_dataset(
+            self.models, self.dataset, batch_size=self.batch_size, beta=self.beta, start=start, progress=progress
+        )
 
     def table(self, rows: Sequence[Row]) -> dict[str, list]:
         """The columns of the table: those of `rows`, which are of all batches, and then the source's.
@@ -211,15 +197,53 @@ class PairScorer:
             )
         return with_columns(rows, self._columns)
 
-    def _examples(self, number: int) -> list[Example]:
-        first = number * self.batch_size
-        return [self.dataset[i] for i in range(first, min(first + self.batch_size, len(self.dataset)))]
 
-    def _sequences(self, number: int) -> Sequences:
-        assert self.models is not None
-        policy = self.models.policy
-        batch = collate_packed(self._examples(number))
+def score_dataset(
+    models: PolicyAndReference,
+    dataset: PreferenceDataset,
+    *,
+    batch_size: int,
+    beta: float | None = None,
+    start: int = 0,
+    progress: bool = True,
+) -> Iterator[list[Row]]:
+    """The rows of each batch of pairs that are tokenised already, in the order of the source.
+
+    Args:
+        models: The policy beside its reference.
+        dataset: The pairs.
+        batch_size: Pairs a forward pass.
+        beta: DPO's inverse temperature. With it, rows have `reward_margin`.
+        start: The number of batches to leave out, which an earlier run has scored.
+        progress: Whether a terminal shows a progress bar.
+    """
+
+    def examples(number: int) -> list[Example]:
+        first = number * batch_size
+        return [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
+
+    def sequences(number: int) -> Sequences:
+        policy = models.policy
+        batch = collate_packed(examples(number))
         return checked_sequences(batch, num_embeddings=num_embeddings(policy), num_positions=num_positions(policy))
+
+    # A model's layout depends on the batches before. So a run that goes on has to choose the same ones again.
+    for number in range(start):
+        models.choose_layouts(sequences(number))
+    done = min(start * batch_size, len(dataset))
+    hidden = None if progress else True  # None: where there is no terminal
+    with tqdm(total=len(dataset), initial=done, desc="Scoring", unit="pair", disable=hidden) as bar:
+        for number in range(start, -(-len(dataset) // batch_size)):
+            chosen, rejected = _sides(models.measure(sequences(number)))
+            rows = rows_of(
+                examples(number),
+                chosen,
+                rejected,
+                truncated=dataset.truncated,
+                reward_margin=None if beta is None else beta * margin(chosen, rejected),
+            )
+            bar.update(len(rows))
+            yield rows
 
 
 def _sides(statistics: SequenceStatistics) -> tuple[SequenceStatistics, SequenceStatistics]:
