@@ -48,24 +48,33 @@ def share(hits: float, count: float) -> Estimate:
     return Estimate(value, max(0.0, middle - half), min(1.0, middle + half), round(count))
 
 
-def share_over_groups(hits: ArrayLike, groups: ArrayLike) -> Estimate:
-    """The share of pairs that are hits, with Wilson's interval over prompts.
+def share_over_groups(hits: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None) -> Estimate:
+    """The weighted share of pairs that are hits, with Wilson's interval over prompts.
 
-    Where prompts have several pairs, Wilson's interval is that of as many independent pairs as would vary as much.
+    Where prompts have several pairs, or pairs weights, Wilson's interval is that of as many independent pairs as would
+    vary as much.
 
     Args:
         hits: [pairs] 0, 1, or 1/2 for a tie. Pairs whose value is NaN are left out.
         groups: [pairs] the number of each pair's prompt.
+        weights: [pairs]. None: all 1.
     """
     hit = np.asarray(hits, dtype=float)
-    known = np.isfinite(hit)
-    mean = mean_over_groups(hit, groups)
-    if mean.count == known.sum():  # one pair a prompt
+    weight = np.ones(len(hit)) if weights is None else np.asarray(weights, dtype=float)
+    known = np.isfinite(hit) & (weight > 0)
+    mean = mean_over_groups(hit, groups, weight)
+    if weights is None and mean.count == known.sum():  # one pair a prompt
         return share(float(hit[known].sum()), mean.count)
+    if not mean.count:
+        return mean
     error = (mean.upper - mean.lower) / 2 / float(special.stdtrit(max(1, mean.count - 1), 0.975))
-    effective = mean.value * (1 - mean.value) / error**2 if error > 0 else mean.count
-    found = share(mean.value * effective, effective) if effective >= 1 else share(mean.value, 1)
-    return found._replace(value=mean.value, count=mean.count)
+    if error > 1e-12:
+        effective = max(1.0, mean.value * (1 - mean.value) / error**2)
+    else:
+        _, numbers = np.unique(np.asarray(groups)[known], return_inverse=True)
+        sums = np.bincount(numbers, weight[known])
+        effective = float(sums.sum() ** 2 / np.square(sums).sum())
+    return share(mean.value * effective, effective)._replace(value=mean.value, count=mean.count)
 
 
 def mean_over_groups(values: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None) -> Estimate:

@@ -1,0 +1,102 @@
+"""Every figure of a policy over all pairs, by tag and by other columns of the source."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lit_did.audit.blocks import Table
+from lit_did.audit.policy import calibration, displacement, information, length, margins
+from lit_did.audit.policy.scored import Scored
+from lit_did.audit.policy.wording import cell
+from lit_did.audit.report import Estimate
+from lit_did.audit.source import AuditData
+from lit_did.audit.statistics import MIN_PROMPTS
+
+Topic = tuple[Mapping[str, str], Callable[[Scored], dict[str, Estimate]]]
+TOPICS: dict[str, Topic] = {
+    "Margin and accuracy": (margins.LABELS, margins.margin_figures),
+    "Length": (length.LABELS, length.length_figures),
+    "Displacement": (displacement.LABELS, displacement.displacement_figures),
+    "Calibration": (calibration.LABELS, calibration.calibration_figures),
+    "Information": (information.LABELS, information.information_figures),
+}
+MOST_VALUES = 30
+
+
+def figures_of(scored: Scored) -> dict[str, Estimate]:
+    """Every figure by name. With fewer than 20 prompts, all are NaN: there is too little data."""
+    if scored.num_prompts < MIN_PROMPTS:
+        nothing = Estimate(float("nan"), count=scored.num_prompts)
+        return {name: nothing for labels, _ in TOPICS.values() for name in labels}
+    return {name: value for _, figures in TOPICS.values() for name, value in figures(scored).items()}
+
+
+def column_values(data: AuditData, rows: Sequence[int], by: Sequence[str]) -> dict[str, list[str]]:
+    """By "tag" and the columns `by`, the value of every pair as text. A tag that no pair has is left out.
+
+    Args:
+        data: The pairs.
+        rows: Row numbers in the source, in the order of the values.
+        by: Names of columns of the source.
+
+    Raises:
+        ValueError: The source has no such column.
+    """
+    tags = {row.index: row.pair.tag for row in data.rows}
+    found = {"tag": [tags[row] for row in rows]}
+    if not any(found["tag"]):
+        del found["tag"]
+    for name in by:
+        values = [data.columns.get(row, {}).get(name) for row in rows]
+        if all(value is None for value in values):
+            known = sorted({column for row in data.columns.values() for column in row})
+            raise ValueError(f"Expected `by` to name columns of the source, {known}, but got {name!r}.")
+        found[name] = ["" if value is None else str(value) for value in values]
+    return found
+
+
+def by_value(scored: Scored, values: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+    """By value, the most frequent ones first, every figure of its pairs; of at most 30 values.
+
+    Args:
+        scored: The pairs.
+        values: [pairs].
+    """
+    array = np.array(values, dtype=object)
+    frequent = [value for value, _ in Counter(values).most_common(MOST_VALUES)]
+    return {value: figures_of(scored.select(array == value)) for value in frequent}
+
+
+def breakdown_tables(column: str, found: Mapping[str, Mapping[str, Estimate]], num_values: int) -> list[Table]:
+    """A table a topic, with a row a value.
+
+    Args:
+        column: The column's name.
+        found: From `by_value`.
+        num_values: How many values the column has.
+    """
+    note = "Intervals are over prompts."
+    if num_values > len(found):
+        note += f" The {num_values - len(found)} rarest of {num_values} values are not shown."
+    return [
+        Table(
+            f"{topic}, by {column}",
+            [column, "prompts", *labels.values()],
+            [
+                [value or "(none)", figures[next(iter(labels))].count, *(cell(figures[name]) for name in labels)]
+                for value, figures in found.items()
+            ],
+            note,
+        )
+        for topic, (labels, _) in TOPICS.items()
+    ]
+
+
+def figures_table(figures: Mapping[str, Any]) -> Table:
+    """Every figure over all pairs."""
+    rows = [[label, cell(figures[name])] for labels, _ in TOPICS.values() for name, label in labels.items()]
+    return Table("All pairs", ["", "value"], rows, note="95% intervals over prompts.")

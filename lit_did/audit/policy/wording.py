@@ -1,0 +1,52 @@
+"""How the sentences about a policy write numbers."""
+
+from __future__ import annotations
+
+import math
+
+from lit_did.audit.report import Estimate
+from lit_did.audit.statistics import MIN_PROMPTS
+
+
+def decimal(value: float) -> str:
+    """A share without the 0 before the point.
+
+    Example:
+        >>> decimal(0.638)
+        '.64'
+    """
+    return f"{value:.2f}".removeprefix("0")
+
+
+def with_half(estimate: Estimate) -> str:
+    """A share and half of its interval.
+
+    Example:
+        >>> with_half(Estimate(0.66, 0.63, 0.69, 900))
+        '.66 ± .03'
+    """
+    if math.isnan(estimate.lower):
+        return decimal(estimate.value)
+    return f"{decimal(estimate.value)} ± {decimal((estimate.upper - estimate.lower) / 2)}"
+
+
+def percent(estimate: Estimate) -> str:
+    """A share in percent, with its interval.
+
+    Example:
+        >>> percent(Estimate(0.612, 0.5, 0.72, 900))
+        '61% (50% to 72%)'
+    """
+    return f"{estimate.value:.0%} ({estimate.lower:.0%} to {estimate.upper:.0%})"
+
+
+def cell(estimate: Estimate) -> Estimate | str:
+    """What a table shows of a figure.
+
+    Example:
+        >>> cell(Estimate(0.5, 0.1, 0.9, 6))
+        'too little data (6 prompts)'
+    """
+    if estimate.count < MIN_PROMPTS:
+        return f"too little data ({estimate.count} prompt{'' if estimate.count == 1 else 's'})"
+    return "undefined" if math.isnan(estimate.value) else estimate
