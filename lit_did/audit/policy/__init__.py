@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lit_did.audit.blocks import Block, Paragraph, Table
+from lit_did.audit.blocks import Block, Paragraph, Picture, Table
+from lit_did.audit.page import pictures
 from lit_did.audit.policy.breakdown import (
-    breakdown_tables,
+    breakdown_blocks,
     by_value,
     column_values,
     figures_of,
@@ -26,7 +27,7 @@ from lit_did.audit.policy.completions import (
 )
 from lit_did.audit.policy.displacement import REASON, displacement_findings
 from lit_did.audit.policy.heat import heat_maps
-from lit_did.audit.policy.information import CLAIM, information_findings, num_not_finite
+from lit_did.audit.policy.information import CLAIM, information_findings, num_not_finite, token_means
 from lit_did.audit.policy.length import length_findings
 from lit_did.audit.policy.margins import accuracy_table, margin_findings
 from lit_did.audit.policy.scored import Scored, scored_from
@@ -63,9 +64,8 @@ def examine_policy(
         parts: The parts that ran before: baselines and lengths in words come from "data".
 
     Raises:
-        ValueError: `settings.by` names a column that the source does not have, or no pair is left.
+        ValueError: No pair has tokens in both completions.
     """
-    column_values(data, data.row_numbers.tolist(), settings.by)  # now, because scoring may take hours
     dataset = tokenized(data.rows, settings, tokenizer)
     models = PolicyAndReference(policy, reference, freeze=False)
     batches = score_dataset(
@@ -151,19 +151,49 @@ def _add_figures(
         *calibration_findings(scored, figures, curve),
         *information_findings(figures),
     ]
+    means, _ = token_means(scored)
     bins = zip(curve.confidence, curve.accuracy, curve.counts, strict=True)
     blocks: list[Block] = [
         figures_table(figures),
         accuracy_table(scored, figures["accuracy_at_equal_length"], baselines, words_probability),
-        Paragraph(REASON),
-        Table(
+        Picture(
+            "Margins",
+            pictures.histogram({"": scored.margin}, "margin (nats)", line=0.0),
+            "A histogram of the margins of all pairs.",
+        ),
+        Picture(
+            "Where the margin comes from",
+            pictures.histogram(
+                {"chosen": scored.chosen, "rejected": scored.rejected}, "change of the log-likelihood (nats)", line=0.0
+            ),
+            "Histograms of the changes of the chosen and of the rejected completions' log-likelihood.",
+            note=REASON,
+        ),
+        Picture(
             "Calibration",
+            pictures.reliability(curve.confidence, curve.accuracy),
+            "A reliability curve: the accuracy of pairs against the policy's confidence. Calibrated: on the diagonal.",
+        ),
+        Table(
+            "Calibration, by confidence",
             ["confidence", "accuracy", "pairs"],
             [[f"{confidence:.3f}", accuracy, count] for confidence, accuracy, count in bins],
             note=f"Confidence is sigmoid(beta |margin|) with beta {settings.beta:g}. The expected calibration error is "
             f"{curve.error:.3f}; a calibrated policy would have {curve.by_chance:.3f} with as many pairs.",
         ),
-        Paragraph(CLAIM),
+        Picture(
+            "Between reinforcing and exploring",
+            pictures.scatter(
+                means["token_did_entropy"],
+                means["entropy_change"],
+                "token DID entropy (nats a token)",
+                "entropy change (nats a token)",
+                line=0.0,
+            ),
+            "A point a pair: the token DID entropy, and the change of the policy's entropy, which is below 0 where the "
+            "policy concentrates and above 0 where it spreads.",
+            note=CLAIM,
+        ),
     ]
     if count := num_not_finite(scored):
         blocks.append(
@@ -177,7 +207,7 @@ def _add_figures(
     for column, values in column_values(data, scored.rows.tolist(), settings.by).items():
         found = by_value(scored, values)
         part.figures["by"][column] = found
-        part.blocks += breakdown_tables(column, found, len(set(values)))
+        part.blocks += breakdown_blocks(column, found, len(set(values)))
 
 
 def _not_finite(scored: Scored, finite: np.ndarray) -> list[Finding]:
@@ -197,12 +227,10 @@ def _not_finite(scored: Scored, finite: np.ndarray) -> list[Finding]:
     ]
 
 
-def _columns(
-    table: list[dict[str, Any]], at: np.ndarray, count: int, parts: Mapping[str, Part]
-) -> dict[str, list[Any]]:
+def _columns(table: list[dict[str, Any]], at: np.ndarray, count: int, parts: Mapping[str, Part]) -> dict[str, Any]:
     """The columns of scored pairs, None for pairs without tokens, without those that an earlier part has."""
     taken = {name for part in parts.values() for name in part.columns} | {"index"}
-    found = {}
+    found: dict[str, Any] = {}
     for name in table[0]:
         if name not in taken:
             values: list[Any] = [math.nan if isinstance(table[0][name], float) else None] * count

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_did.audit.blocks import Table
+from lit_did.audit.blocks import Block, Picture, Table
+from lit_did.audit.page import pictures
 from lit_did.audit.policy import calibration, displacement, information, length, margins
 from lit_did.audit.policy.scored import Scored
 from lit_did.audit.policy.wording import cell
@@ -42,9 +43,6 @@ def column_values(data: AuditData, rows: Sequence[int], by: Sequence[str]) -> di
         data: The pairs.
         rows: Row numbers in the source, in the order of the values.
         by: Names of columns of the source.
-
-    Raises:
-        ValueError: The source has no such column.
     """
     tags = {row.index: row.pair.tag for row in data.rows}
     found = {"tag": [tags[row] for row in rows]}
@@ -52,9 +50,6 @@ def column_values(data: AuditData, rows: Sequence[int], by: Sequence[str]) -> di
         del found["tag"]
     for name in by:
         values = [data.columns.get(row, {}).get(name) for row in rows]
-        if all(value is None for value in values):
-            known = sorted({column for row in data.columns.values() for column in row})
-            raise ValueError(f"Expected `by` to name columns of the source, {known}, but got {name!r}.")
         found[name] = ["" if value is None else str(value) for value in values]
     return found
 
@@ -71,8 +66,8 @@ def by_value(scored: Scored, values: Sequence[str]) -> dict[str, dict[str, Estim
     return {value: figures_of(scored.select(array == value)) for value in frequent}
 
 
-def breakdown_tables(column: str, found: Mapping[str, Mapping[str, Estimate]], num_values: int) -> list[Table]:
-    """A table a topic, with a row a value.
+def breakdown_blocks(column: str, found: Mapping[str, Mapping[str, Estimate]], num_values: int) -> list[Block]:
+    """A picture of the accuracies, and a table a topic, with a row a value.
 
     Args:
         column: The column's name.
@@ -82,18 +77,24 @@ def breakdown_tables(column: str, found: Mapping[str, Mapping[str, Estimate]], n
     note = "Intervals are over prompts."
     if num_values > len(found):
         note += f" The {num_values - len(found)} rarest of {num_values} values are not shown."
-    return [
-        Table(
-            f"{topic}, by {column}",
-            [column, "prompts", *labels.values()],
-            [
-                [value or "(none)", figures[next(iter(labels))].count, *(cell(figures[name]) for name in labels)]
-                for value, figures in found.items()
-            ],
-            note,
+    known = {value or "(none)": figures for value, figures in found.items() if figures["accuracy"].count >= MIN_PROMPTS}
+    blocks: list[Block] = []
+    if len(known) > 1:
+        series = {
+            "accuracy": [figures["accuracy"] for figures in known.values()],
+            "at equal length": [figures["accuracy_at_equal_length"] for figures in known.values()],
+        }
+        picture = pictures.forest(list(known), series, "accuracy", line=0.5)
+        blocks.append(
+            Picture(f"Accuracy, by {column}", picture, f"Accuracy, and accuracy at equal length, by {column}.", note)
         )
-        for topic, (labels, _) in TOPICS.items()
-    ]
+    for topic, (labels, _) in TOPICS.items():
+        rows = [
+            [value or "(none)", figures["accuracy"].count, *(cell(figures[name]) for name in labels)]
+            for value, figures in found.items()
+        ]
+        blocks.append(Table(f"{topic}, by {column}", [column, "prompts", *labels.values()], rows, note))
+    return blocks
 
 
 def figures_table(figures: Mapping[str, Any]) -> Table:

@@ -61,7 +61,7 @@ def did_entropy_of_completions(
     )
     count = len(prompts)
     means = {
-        name: Estimate(mean.mean, *(x if np.isfinite(x) else float("nan") for x in (mean.lower, mean.upper)), count)
+        name: Estimate(mean.mean, mean.lower, mean.upper, count) if count > 1 else Estimate(mean.mean, count=count)
         for name, mean in (
             ("did_entropy", found.entropy),
             ("did_entropy_per_token", found.entropy_per_token),
@@ -148,8 +148,6 @@ def greedy_samples(
 
 def nothing_to_complete(settings: Settings) -> Paragraph:
     """Says why there are no completions."""
-    if not settings.num_prompts:
-        return Paragraph("No prompts were completed, because num_prompts is 0.")
     return Paragraph(
         f"No prompt leaves room for {settings.max_new_tokens} new tokens within the positions of the models, so none "
         "was completed."

@@ -25,8 +25,6 @@ CLAIM = (
 
 def token_means(scored: Scored) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """By figure, its mean over the tokens of each pair, [pairs]; and the tokens of each pair, [pairs]."""
-    assert scored.num_tokens is not None
-    assert scored.information is not None
     tokens = sum(scored.num_tokens[side] for side in SIDES)
     assert isinstance(tokens, np.ndarray)
     with np.errstate(invalid="ignore"):

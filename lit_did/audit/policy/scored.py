@@ -24,9 +24,9 @@ class Scored:
         rejected: That of the rejected one.
         chosen_length: The length of the chosen completion, such as in words.
         rejected_length: That of the rejected one.
-        beta: DPO's inverse temperature.
         num_tokens: By side, the tokens of the completion.
         information: By "SIDE_STATISTIC", its mean over the completion's tokens, in nats a token.
+        beta: DPO's inverse temperature.
     """
 
     rows: np.ndarray
@@ -35,9 +35,9 @@ class Scored:
     rejected: np.ndarray
     chosen_length: np.ndarray
     rejected_length: np.ndarray
+    num_tokens: Mapping[str, np.ndarray]
+    information: Mapping[str, np.ndarray]
     beta: float = 0.1
-    num_tokens: Mapping[str, np.ndarray] | None = None
-    information: Mapping[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """How many pairs there are."""
@@ -71,11 +71,10 @@ class Scored:
             kept: [pairs] bool.
         """
         arrays = ("rows", "groups", "chosen", "rejected", "chosen_length", "rejected_length")
-        several = {
-            name: {key: values[kept] for key, values in (getattr(self, name) or {}).items()}
-            for name in ("num_tokens", "information")
-        }
-        return replace(self, **{name: getattr(self, name)[kept] for name in arrays}, **several)
+        selected: dict[str, Any] = {name: getattr(self, name)[kept] for name in arrays}
+        for name in ("num_tokens", "information"):
+            selected[name] = {key: values[kept] for key, values in getattr(self, name).items()}
+        return replace(self, **selected)
 
 
 def scored_from(

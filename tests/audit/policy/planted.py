@@ -8,7 +8,7 @@ from scipy import special
 from lit_did.audit.policy.scored import INFORMATION, SIDES, Scored
 
 
-def scored(chosen, rejected, chosen_length=None, rejected_length=None, groups=None, beta: float = 0.1, **info) -> Scored:
+def scored(chosen, rejected, chosen_length=None, rejected_length=None, groups=None, **info) -> Scored:
     """Pairs with these log-ratios. Lengths are 10 and information is 1 unless it is given by "SIDE_STATISTIC"."""
     chosen, rejected = np.asarray(chosen, dtype=float), np.asarray(rejected, dtype=float)
     count = len(chosen)
@@ -20,7 +20,6 @@ def scored(chosen, rejected, chosen_length=None, rejected_length=None, groups=No
         rejected=rejected,
         chosen_length=10 * ones if chosen_length is None else np.asarray(chosen_length, dtype=float),
         rejected_length=10 * ones if rejected_length is None else np.asarray(rejected_length, dtype=float),
-        beta=beta,
         num_tokens={side: info.get(f"{side}_num_tokens", 10 * ones) for side in SIDES},
         information={f"{s}_{name}": info.get(f"{s}_{name}", ones) for s in SIDES for name in INFORMATION},
     )
