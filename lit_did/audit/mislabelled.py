@@ -60,10 +60,12 @@ def examine_labels(
     """
     groups = data.prompt_groups
     unknown = np.full(len(data), np.nan)
-    columns = dict.fromkeys(("label_score", "label_probability", "swap_probability"), unknown)
+    columns: dict[str, Any] = dict.fromkeys(("label_score", "label_probability", "swap_probability"), unknown)
     prompts = len(np.unique(groups))
     features = features_of(parts, groups, settings.seed) if prompts >= LEAST_PROMPTS else []
-    known = np.isfinite([feature.values for feature in features]).any(axis=0) if features else np.zeros(len(data), bool)
+    known = np.zeros(len(data), dtype=bool)
+    for feature in features:
+        known |= np.isfinite(feature.values)
     if len(np.unique(groups[known])) < LEAST_PROMPTS:
         sentence = (
             f"{prompts} prompts are too few to tell whether labels are swapped: at least {LEAST_PROMPTS} are needed."

@@ -137,8 +137,13 @@ def _as_lists(example: Example) -> TokenizedPair:
     def context(arrays: ContextArrays | None) -> Context | None:
         return None if arrays is None else Context(arrays.ids.tolist(), arrays.places.tolist())
 
-    ids = (ids.tolist() for ids in (example.prompt_ids, example.chosen_ids, example.rejected_ids))
-    return TokenizedPair(*ids, context(example.chosen_context), context(example.rejected_context))
+    return TokenizedPair(
+        example.prompt_ids.tolist(),
+        example.chosen_ids.tolist(),
+        example.rejected_ids.tolist(),
+        context(example.chosen_context),
+        context(example.rejected_context),
+    )
 
 
 def _quantile(values: Sequence[float], q: float) -> int:

@@ -1,0 +1,249 @@
+"""What a reference says of the pairs: how likely and how alike both sides are, and what training costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special
+from torch import nn
+
+from lit_did.audit.blocks import Block, PairList, Paragraph, Table
+from lit_did.audit.reference.cost import examine_cost
+from lit_did.audit.reference.measuring import SIDES, Answers, ches, cosine, edit_similarity, measure
+from lit_did.audit.report import Estimate, Finding, Part
+from lit_did.audit.settings import Settings
+from lit_did.audit.source import AuditData
+from lit_did.audit.statistics import mean_over_groups, share
+from lit_did.audit.tokenized import tokenized
+
+LARGEST_EXCESS = 1.0  # nats per token above the reference's own completions
+FAMILY_P = 0.001  # the chance that any completion of the data is flagged as off-policy by chance
+LEAST_OFF_POLICY = 0.05  # of the pairs
+LEAST_SIMILARITY = 0.9  # at most a tenth of the tokens differ
+LARGEST_DIFFERENCE = 0.1  # nats per token between the sides
+LEAST_INDISTINCT = 0.01  # of the pairs
+PROJECTED = 512  # dimensions that last hidden states keep
+_SHOWN = 10
+
+
+@dataclass
+class ReferencePart(Part):
+    """The part of the reference.
+
+    Attributes:
+        hidden_difference: [pairs, H] float32, the mean last hidden state of the chosen side less that of the rejected
+            one. More than 512 dimensions are projected to 512 at random. None: the model has none.
+    """
+
+    hidden_difference: np.ndarray | None = None
+
+
+def examine_reference(
+    data: AuditData, settings: Settings, tokenizer: Any, reference: nn.Module, parts: Mapping[str, Part]
+) -> ReferencePart:
+    """What the reference says of the pairs, from one pass over both sides.
+
+    Args:
+        data: The pairs.
+        settings: With the arguments of tokenising and the number of pairs a forward pass.
+        tokenizer: The reference's.
+        reference: The model. A PeftModel is measured without its adapter.
+        parts: The parts that ran before, which are not needed.
+    """
+    dataset = tokenized(data.rows, settings, tokenizer)
+    start = time.perf_counter()
+    answers = measure(dataset, reference, settings.batch_size, progress=settings.progress)
+    seconds = time.perf_counter() - start
+    place_of = {int(row): place for place, row in enumerate(data.row_numbers)}
+    places = np.array([place_of[example.index] for example in dataset])
+    groups = data.prompt_groups[places]
+    similarity = np.array([edit_similarity(e.chosen_ids, e.rejected_ids) for e in dataset])
+
+    part = ReferencePart(
+        "reference",
+        "What the reference says",
+        "The reference reads both sides of every pair once. What it finds likely is where training starts.",
+    )
+
+    def column(values: np.ndarray) -> list[float]:
+        result = np.full(len(data), np.nan)
+        result[places] = values
+        return result.tolist()
+
+    measured = dict(zip(SIDES, (answers.chosen, answers.rejected), strict=True))
+    for side, of in measured.items():
+        part.columns[f"{side}_reference_logprob"] = column(of.logprob)
+        part.columns[f"{side}_num_tokens"] = column(of.num_tokens)
+        part.columns[f"{side}_reference_entropy"] = column(of.entropy)
+        part.columns[f"{side}_excess"] = column(of.excess)
+    part.columns["edit_similarity"] = column(similarity)
+    if answers.hidden is not None:
+        part.columns["hidden_cosine"] = column(cosine(answers.hidden))
+        part.columns["ches"] = column(ches(answers.hidden))
+        part.hidden_difference = np.full((len(data), min(PROJECTED, answers.hidden.shape[2])), np.nan, np.float32)
+        part.hidden_difference[places] = _projected(answers.hidden[:, 0] - answers.hidden[:, 1], settings.seed)
+
+    numbers = data.row_numbers[places]
+    off_policy, excesses = _off_policy(answers, groups, numbers)
+    part.findings = [off_policy, _indistinct(answers, similarity, numbers)]
+    part.figures = {
+        "num_pairs": len(dataset),
+        "excess": excesses,
+        "logprob_per_token": {
+            side: mean_over_groups(of.logprob / of.num_tokens, groups, of.num_tokens) for side, of in measured.items()
+        },
+        "reference_prefers_chosen": _preferences(answers, groups),
+    }
+    part.blocks = [_sides_table(answers, groups, part.figures), *_alike(answers, similarity, numbers)]
+    blocks, figures = examine_cost(dataset, reference, settings, seconds)
+    part.blocks += blocks
+    part.figures["cost"] = figures
+    return part
+
+
+def _projected(values: np.ndarray, seed: int) -> np.ndarray:
+    if values.shape[1] <= PROJECTED:
+        return values
+    draws = np.random.default_rng(seed).standard_normal((values.shape[1], PROJECTED), dtype=np.float32)
+    return values @ (draws / np.sqrt(PROJECTED).astype(np.float32))
+
+
+def _preferences(answers: Answers, groups: np.ndarray) -> dict[str, Estimate]:
+    """How often the chosen side is the likelier one."""
+    one, other = answers.chosen, answers.rejected
+
+    def wins(difference: np.ndarray) -> Estimate:
+        return mean_over_groups((np.sign(difference) + 1) / 2, groups)
+
+    return {
+        "in total": wins(one.logprob - other.logprob),
+        "per token": wins(one.logprob / one.num_tokens - other.logprob / other.num_tokens),
+    }
+
+
+def _sides_table(answers: Answers, groups: np.ndarray, figures: Mapping[str, Any]) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for side, of in zip(SIDES, (answers.chosen, answers.rejected), strict=True):
+        rows.append(
+            (
+                side,
+                mean_over_groups(of.num_tokens, groups),
+                figures["logprob_per_token"][side],
+                mean_over_groups(of.entropy, groups, of.num_tokens),
+                figures["excess"][side],
+            )
+        )
+    likelier = figures["reference_prefers_chosen"]
+    return Table(
+        "Both sides under the reference",
+        ("side", "tokens", "log-probability per token", "entropy per token", "surprisal less entropy"),
+        rows,
+        "In nats. The last column says how far the side is off-policy: it is 0 for completions that the reference "
+        "samples at temperature 1, and below 0 for completions that are more predictable than these. The chosen side "
+        f"is the likelier one in {likelier['in total']} of the pairs, and per token in {likelier['per token']}.",
+    )
+
+
+def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tuple[Finding, dict[str, Estimate]]:
+    """Completions that are far more surprising than the reference's own."""
+    sides = dict(zip(SIDES, (answers.chosen, answers.rejected), strict=True))
+    excess = {side: mean_over_groups(of.excess, groups, of.num_tokens) for side, of in sides.items()}
+    limit = -float(special.ndtri(FAMILY_P / (2 * len(numbers))))
+    far = {side: (of.excess > LARGEST_EXCESS) & (of.z > limit) for side, of in sides.items()}
+    flagged = np.flatnonzero(far["chosen"] | far["rejected"])
+    worst = np.maximum(*(np.where(far[side], of.excess, 0) for side, of in sides.items()))
+    flagged = flagged[np.argsort(-worst[flagged], kind="stable")]
+    found = share(len(flagged), len(numbers))
+    raised = found.lower > LEAST_OFF_POLICY
+    sentence = (
+        f"The chosen completions are {excess['chosen']} nats per token more surprising to the reference than its own "
+        f"would be, the rejected ones {excess['rejected']}"
+        + (f"; {len(flagged):,} pairs have a side above {LARGEST_EXCESS:g}." if len(flagged) else ".")
+    )
+    advice = (
+        "Fine-tune the reference on the chosen completions first, or let the reference write the completions."
+        if raised
+        else ""
+    )
+    evidence = {
+        int(numbers[i]): ", ".join(
+            f"{side} {of.excess[i]:.2f} nats per token above the reference's own"
+            for side, of in sides.items()
+            if far[side][i]
+        )
+        for i in flagged
+    }
+    rows = [int(row) for row in numbers[flagged]]
+    finding = Finding("off_policy", sentence, advice, raised, found.value, rows, evidence=evidence, value=found)
+    return finding, excess
+
+
+def _indistinct(answers: Answers, similarity: np.ndarray, numbers: np.ndarray) -> Finding:
+    """Pairs of nearly the same tokens that the reference finds equally likely."""
+    one, other = answers.chosen, answers.rejected
+    difference = np.abs(one.logprob / one.num_tokens - other.logprob / other.num_tokens)
+    alike = np.flatnonzero((similarity >= LEAST_SIMILARITY) & (difference <= LARGEST_DIFFERENCE))
+    alike = alike[np.argsort(-similarity[alike], kind="stable")]
+    found = share(len(alike), len(numbers))
+    raised = found.value > LEAST_INDISTINCT
+    count = f"{len(alike):,} {'pair has' if len(alike) == 1 else 'pairs have'}"
+    return Finding(
+        "indistinct",
+        f"{count} sides that the reference can hardly tell apart, which is {100 * found.value:.1f}% of the pairs; "
+        "training on them may lower the likelihood of both sides."
+        if len(alike)
+        else "No pair has sides that the reference can hardly tell apart.",
+        "Drop these pairs, or write sides that differ in more than a few words." if raised else "",
+        raised,
+        found.value,
+        [int(row) for row in numbers[alike]],
+        evidence={
+            int(
+                numbers[i]
+            ): f"edit similarity {similarity[i]:.2f}, log-probabilities per token {difference[i]:.2f} nats apart"
+            for i in alike
+        },
+        value=found,
+    )
+
+
+def _alike(answers: Answers, similarity: np.ndarray, numbers: np.ndarray) -> list[Block]:
+    """How alike the sides are, and the pairs with the highest CHES score."""
+    one, other = answers.chosen, answers.rejected
+    measures = {
+        "edit similarity of the tokens": similarity,
+        "log-probability per token, difference in nats": np.abs(
+            one.logprob / one.num_tokens - other.logprob / other.num_tokens
+        ),
+    }
+    if answers.hidden is not None:
+        measures["cosine of mean last hidden states"] = cosine(answers.hidden)
+        measures["CHES, per token"] = ches(answers.hidden)
+    quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
+    rows = [(name, *np.quantile(values, quantiles).tolist()) for name, values in measures.items()]
+    table = Table(
+        "How alike the two sides are",
+        ("measure", "1%", "10%", "median", "90%", "99%"),
+        rows,
+        "CHES is <h_w, h_l> - |h_w|^2 with the mean last hidden states of the two sides (Razin et al. 2024, arXiv "
+        "2410.08847). Pairs with a high CHES score make training lower the likelihood of the chosen side (likelihood "
+        "displacement). It compares pairs of one model, and has no scale of its own.",
+    )
+    if answers.hidden is None:
+        no_states = "The model's logits are not a linear layer of last hidden states, so that there is no CHES score."
+        return [table, Paragraph(no_states)]
+    scores = ches(answers.hidden)
+    highest = np.argsort(-scores, kind="stable")[:_SHOWN]
+    remarks = {int(numbers[i]): f"CHES {scores[i]:.2f}, edit similarity {similarity[i]:.2f}" for i in highest}
+    return [
+        table,
+        PairList(
+            "The highest CHES scores: the largest risk of likelihood displacement",
+            [int(numbers[i]) for i in highest],
+            remarks,
+        ),
+    ]

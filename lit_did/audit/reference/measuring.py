@@ -1,0 +1,171 @@
+"""One pass of the reference over both sides of every pair: log-probabilities, entropies, and last hidden states.
+
+A completion that the reference samples itself at temperature 1 is as surprising as the reference expects: the surprisal
+of each token, -log rho(y_t), less the entropy H(rho_t) is 0 on average. The sum of these excesses is a martingale, so
+that a completion's z is its excess divided by the root of the summed squares of its tokens' excesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_did.batches.checks import checked_sequences
+from lit_did.data.collating import collate_packed
+from lit_did.data.dataset import PreferenceDataset
+from lit_did.models.forward import Outputs, num_embeddings, num_positions
+from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.models.trial import layout_of, outputs_of
+from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.ops import TokenStatistics, linear_token_statistics, token_statistics
+
+SIDES = ("chosen", "rejected")
+
+
+class Measured(NamedTuple):
+    """What the reference says of the completions of one side, [pairs] float64, in nats."""
+
+    logprob: np.ndarray
+    """of the whole completion"""
+    num_tokens: np.ndarray
+    entropy: np.ndarray
+    """mean over tokens"""
+    excess: np.ndarray
+    """mean over tokens of the surprisal less the entropy"""
+    z: np.ndarray
+    """how many standard deviations the excess is above 0"""
+
+
+class Answers(NamedTuple):
+    """What the reference says of all pairs.
+
+    Attributes:
+        chosen, rejected: By side.
+        hidden: [pairs, 2, H] float32, the mean over each side's tokens of the last hidden states that predict them.
+            None: the model's logits are not a linear layer of them.
+    """
+
+    chosen: Measured
+    rejected: Measured
+    hidden: np.ndarray | None
+
+
+def measure(dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *, progress: bool = True) -> Answers:
+    """Runs the reference once over every pair.
+
+    Args:
+        dataset: The pairs.
+        reference: The model. A PeftModel is measured without its adapter.
+        batch_size: Pairs a forward pass.
+        progress: Whether a terminal shows a progress bar.
+    """
+    model = unwrapped(reference)
+    device = next(model.parameters()).device
+    off: AbstractContextManager = adapter_off(model) if is_peft(model) else evaluating(model)
+    rows: list[np.ndarray] = []
+    hidden: list[np.ndarray] | None = []
+    with (
+        random_numbers_kept(device),
+        off,
+        tqdm(total=len(dataset), desc="Reference", unit="pair", disable=None if progress else True) as bar,
+    ):
+        for first in range(0, len(dataset), batch_size):
+            examples = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
+            sequences = checked_sequences(
+                collate_packed(examples), num_embeddings=num_embeddings(model), num_positions=num_positions(model)
+            )
+            layout = layout_of(model, sequences)
+            outputs = outputs_of(model, layout)
+            tokens = statistics_of(outputs, layout.labels)
+            excess = -tokens.policy_logprob.double() - tokens.policy_entropy.double()
+            counts = layout.cu_labels.diff()
+            columns = [
+                _sums(values, layout.cu_labels)
+                for values in (tokens.policy_logprob, tokens.policy_entropy, excess, excess.square())
+            ]
+            rows.append(torch.stack([*columns, counts.double()], dim=1).cpu().numpy())
+            if outputs.hidden is None:
+                hidden = None
+            elif hidden is not None:
+                means = _sums(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
+                hidden.append(torch.stack(means.float().chunk(2), dim=1).cpu().numpy())
+            bar.update(len(examples))
+    sides = []
+    for side in (0, 1):
+        logprob, entropy, excess_sum, squares, count = np.concatenate([np.split(batch, 2)[side] for batch in rows]).T
+        z = excess_sum / np.sqrt(np.maximum(squares, np.finfo(float).tiny))
+        sides.append(Measured(logprob, count, entropy / count, excess_sum / count, z))
+    return Answers(sides[0], sides[1], None if hidden is None else np.concatenate(hidden))
+
+
+def statistics_of(outputs: Outputs, labels: Tensor) -> TokenStatistics:
+    """The statistics of a model's own tokens, [completion tokens]: `policy_logprob` and `policy_entropy` are its."""
+    if outputs.hidden is None:
+        assert outputs.logits is not None
+        return token_statistics(outputs.logits, outputs.logits, labels)
+    layer: Any = outputs.layer
+    return linear_token_statistics(
+        outputs.hidden,
+        layer.weight,
+        outputs.hidden,
+        layer.weight,
+        labels,
+        policy_bias=layer.bias,
+        reference_bias=layer.bias,
+        softcap=layer.softcap,
+        scale=layer.scale,
+        ignore_index=None,
+    )
+
+
+def _sums(values: Tensor, cu_labels: Tensor) -> Tensor:
+    """[sequences, ...] float64: the sum of each sequence's tokens."""
+    sequence = torch.repeat_interleave(torch.arange(len(cu_labels) - 1, device=values.device), cu_labels.diff())
+    total = torch.zeros(len(cu_labels) - 1, *values.shape[1:], dtype=torch.float64, device=values.device)
+    return total.index_add(0, sequence, values.double())
+
+
+def edit_similarity(one: Sequence[int] | np.ndarray, other: Sequence[int] | np.ndarray) -> float:
+    """1 less the edit distance of two token sequences divided by the length of the longer one.
+
+    Example:
+        >>> edit_similarity([1, 2, 3, 4], [1, 3, 4])
+        0.75
+    """
+    first, second = np.asarray(one), np.asarray(other)
+    longest = max(len(first), len(second))
+    if not longest:
+        return 1.0
+    places = np.arange(len(second) + 1)
+    row = places.copy()
+    for token in first:
+        changed = np.minimum(row[1:] + 1, row[:-1] + (second != token))
+        row = np.concatenate([[row[0] + 1], changed])
+        row = np.minimum.accumulate(row - places) + places  # insertions
+    return float(1 - row[-1] / longest)
+
+
+def ches(hidden: np.ndarray) -> np.ndarray:
+    """[pairs] float64: the length-normalised CHES score of Razin et al. (arXiv 2410.08847).
+
+    It is <h_w, h_l> - |h_w|^2, with the mean last hidden states h_w of the chosen and h_l of the rejected side. The
+    higher it is, the likelier it is that training lowers the likelihood of the chosen side too.
+
+    Args:
+        hidden: [pairs, 2, H], means over tokens.
+    """
+    chosen, rejected = hidden[:, 0].astype(float), hidden[:, 1].astype(float)
+    return (chosen * (rejected - chosen)).sum(axis=1)
+
+
+def cosine(hidden: np.ndarray) -> np.ndarray:
+    """[pairs] float64: the cosine of the angle between the mean last hidden states of the two sides."""
+    chosen, rejected = hidden[:, 0].astype(float), hidden[:, 1].astype(float)
+    norms = np.linalg.norm(chosen, axis=1) * np.linalg.norm(rejected, axis=1)
+    return (chosen * rejected).sum(axis=1) / np.maximum(norms, np.finfo(float).tiny)
