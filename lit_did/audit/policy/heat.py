@@ -177,7 +177,8 @@ def _tokens(heat: TokenHeat, tokenizer: Any) -> Sequence[HeatToken]:
 
 def token_text(token: int, tokenizer: Any) -> str:
     """A token as text, with the space that it begins with."""
-    text, spelled = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    spelled = tokenizer.convert_ids_to_tokens(token)
     if spelled is None:  # the vocabulary of a model may be padded
         return f"<{token}>"
+    text = tokenizer.decode([token])
     return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text or spelled
