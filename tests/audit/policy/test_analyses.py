@@ -161,6 +161,16 @@ def test_learned_length_is_not_flagged(options):
     assert not any("learned_length" in raised(follows_length(seed, **options)) for seed in range(8))
 
 
+def test_a_policy_that_is_better_than_length_is_not_flagged():
+    pairs = follows_length(0, 1000, follows=1.0)  # right wherever the longer side is
+    shorter = np.flatnonzero(pairs.longer == 0)[: int(0.75 * (pairs.longer == 0).sum())]
+    chosen = pairs.chosen.copy()
+    chosen[shorter] = pairs.rejected[shorter] + 1.0  # and in three of four other pairs
+    better = scored(chosen, pairs.rejected, pairs.chosen_length, pairs.rejected_length)
+    assert length_figures(better)["longer_preferred"].value > 0.6
+    assert not findings(better)["learned_length"].raised
+
+
 def test_few_pairs_do_not_flag_length():
     assert not any("learned_length" in raised(follows_length(seed, 25, follows=0.3)) for seed in range(8))
 
@@ -238,6 +248,12 @@ def test_overconfidence_is_flagged():
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_overconfidence_is_not_flagged(scale):
     assert not any("overconfident" in raised(calibrated(seed, scale=scale)) for seed in range(8))
+
+
+def test_a_small_excess_of_confidence_is_not_flagged():
+    pairs = calibrated(0, 20000, scale=1.22)
+    assert calibration_figures(pairs)["calibration_slope"].upper < 0.9
+    assert not findings(pairs)["overconfident"].raised
 
 
 def test_a_policy_that_is_always_right_has_no_finite_slope():

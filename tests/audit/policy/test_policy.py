@@ -158,7 +158,8 @@ def test_margins_that_are_not_finite_are_named(monkeypatch):
             yield rows
 
     monkeypatch.setattr(module, "score_dataset", broken)
-    found = examine()
+    words = Part("data", "", "", columns={"words_probability": np.linspace(0.0, 1.0, 47)})
+    found = examine(parts={"data": words})
     [finding] = [finding for finding in found.findings if finding.name == "not_finite"]
     assert finding.sentence.startswith("The margins of 2 of 46 pairs are not finite, the first in row 12:")
     assert list(finding.rows) == [12, 30]
