@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -221,7 +222,7 @@ def audit(
         seed=seed,
         dtype=dtype,
         device=placed,
-        progress=progress,
+        progress=progress and sys.stderr.isatty(),
     )
     inputs = {name: given[name] for name in ("pairs", "val", "tokenizer", "reference", "policy")}
     found = Audit(data, settings, inputs={name: _name(value) for name, value in inputs.items() if value is not None})

@@ -142,7 +142,7 @@ def describe(found: Audit) -> str:
         text = f"{finding.sentence} {finding.advice}".strip() + (f" [{finding.name}]" if finding.raised else "")
         lines += textwrap.wrap(text, 110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     if more := len(found.raised) - sum(finding.raised for finding in found.verdict):
-        lines.append(f"- {more} more flags are in the page.")
+        lines.append(f"- {more} more {'flag is' if more == 1 else 'flags are'} in the page.")
     return "\n".join(lines)
 
 

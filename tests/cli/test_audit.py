@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -69,10 +70,19 @@ def test_nothing_raised(folder, parts, capsys):
     assert "- No flag was raised in 4 pairs.\n" in capsys.readouterr().out
 
 
-def test_more_flags_than_the_verdict_has(folder, parts, capsys):
-    parts.findings["data"] = [Finding("identical", f"Fault {i}.", "", True, 0.1) for i in range(7)]
+@pytest.mark.parametrize(("count", "more"), [(6, "1 more flag is"), (7, "2 more flags are")])
+def test_more_flags_than_the_verdict_has(folder, parts, capsys, count, more):
+    parts.findings["data"] = [Finding("identical", f"Fault {i}.", "", True, 0.1) for i in range(count)]
     assert main(["audit", PAIRS]) == 0
-    assert "- 2 more flags are in the page." in capsys.readouterr().out
+    assert f"- {more} in the page." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(folder, parts, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["audit", PAIRS]) == main(["audit", PAIRS, "--quiet", "--output", "quiet"]) == 0
+    shown = [json.loads((folder / name / "audit.json").read_text()) for name in ("pairs.v2.audit", "quiet")]
+    assert [figures["settings"]["progress"] for figures in shown] == [terminal, False]
 
 
 @pytest.mark.parametrize(
