@@ -15,7 +15,7 @@ from scipy import optimize, special, stats
 from lit_did.audit.report import Estimate
 
 _LARGEST = 0.45  # of eps: at 1/2, labels and scores are unrelated, and k has no meaning
-_POWERS = (0.4, 2.5)  # of a
+_POWERS = (0.75, 2.5)  # of a; flatter curves look like swaps, and would hide them
 _START = np.array([0.0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.22, 0.3, 0.38, _LARGEST])
 
 

@@ -145,7 +145,7 @@ def _sentence(noise: LabelNoise, raised: bool, predicts: bool, count: int) -> st
     if raised:
         pairs = "1 pair is" if count == 1 else f"{count:,} pairs are"
         return f"About {interval} of the labels seem to be swapped; {pairs} more likely swapped than not."
-    return f"There is no clear sign of swapped labels: their share is estimated as {interval}."
+    return f"There is no clear sign of swapped labels: as far as these features show, their share is {interval}."
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,290 @@
+"""examine_labels: planted swaps are ranked and counted, clean labels raise nothing; the fit equals brute force."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, special
+from scipy.stats import chi2
+
+from lit_did.audit.label_noise import fit_label_noise
+from lit_did.audit.mislabelled import cross_fitted, examine_labels
+from lit_did.audit.reference import cost, examine_reference
+from lit_did.audit.report import Part
+from lit_did.audit.settings import Settings
+from lit_did.audit.source import AuditData
+from lit_did.audit.statistics import area_under_curve
+from tests.modules.tiny import byte_tokenizer, tiny_llama
+
+SETTINGS = Settings(batch_size=64, progress=False)
+WORDS = np.array(["red", "hot", "old", "big", "sad", "fun", "dry", "wet", "shy", "raw", "odd", "new"])
+
+
+def noisy_scores(seed, count=1000, share=0.05, noise=0.5):
+    generator = np.random.default_rng(seed)
+    scores = np.abs(generator.normal(size=count)) * 3 + noise * generator.normal(size=count)
+    return np.where(generator.random(count) < share, -scores, scores)
+
+
+# ------------------------------------------------------------------------------------------------ the noise model
+
+
+def negative_log_likelihood(scores, eps, log_slope, log_power):
+    scaled = scores / np.sqrt(np.mean(scores**2))
+    logits = np.exp(log_slope) * np.sign(scaled) * np.abs(scaled) ** np.exp(log_power)
+    return -np.log(eps + (1 - 2 * eps) / (1 + np.exp(-np.clip(logits, -600, 600)))).sum()
+
+
+def brute_force(scores, eps=None):
+    """The lowest negative log-likelihood from many starts, without gradients."""
+    low, high = np.log(0.75), np.log(2.5)
+
+    def loss(at):
+        value, slope, power = (eps, *at) if eps is not None else (special.expit(at[0]) * 0.45, *at[1:])
+        return negative_log_likelihood(scores, value, slope, np.clip(power, low, high))
+
+    starts = [[*([e] if eps is None else []), k, a] for e in (-4, -1) for k in (0, 2) for a in (-0.2, 0, 0.5)]
+    options = {"xatol": 1e-7, "fatol": 1e-9, "maxiter": 4000, "maxfev": 4000}
+    return min(
+        (optimize.minimize(loss, start, method="Nelder-Mead", options=options) for start in starts),
+        key=lambda found: found.fun,
+    )
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.05), (1, 0.15)])
+def test_the_fit_equals_brute_force(seed, share):
+    scores = noisy_scores(seed, 400, share)
+    fit = fit_label_noise(scores)
+    best = brute_force(scores)
+    at = (fit.share.value, np.log(fit.slope), np.log(fit.power))
+    assert negative_log_likelihood(scores, *at) == pytest.approx(best.fun, abs=1e-4)
+    assert fit.share.value == pytest.approx(0.45 * special.expit(best.x[0]), abs=2e-3)
+    half = chi2.ppf(0.95, 1) / 2
+    for end in fit.share[1:3]:
+        if end == 0:
+            assert brute_force(scores, end).fun - best.fun <= half
+            continue
+        assert brute_force(scores, end).fun - best.fun == pytest.approx(half, abs=0.01)
+    statistic = 2 * (brute_force(scores, 0.0).fun - best.fun)
+    assert fit.p_value == pytest.approx(chi2.sf(statistic, 1) / 2, rel=0.01)
+
+
+def test_swap_probability_is_bayes_rule():
+    fit = fit_label_noise(noisy_scores(0))
+    scores = np.array([-3.0, -1.0, 0.0, 1.0, 3.0])
+    scaled = scores / fit.scale
+    right = 1 / (1 + np.exp(-fit.slope * np.sign(scaled) * np.abs(scaled) ** fit.power))
+    eps = fit.share.value
+    given = eps * (1 - right) + (1 - eps) * right
+    assert np.allclose(fit.label_probability(scores), given)
+    assert np.allclose(fit.swap_probability(scores), eps * (1 - right) / given)
+
+
+def test_the_interval_covers_the_share():
+    covered = sum(
+        fit.share.lower <= 0.08 <= fit.share.upper
+        for fit in (fit_label_noise(noisy_scores(s, 600, 0.08)) for s in range(40))
+    )
+    assert covered >= 35  # 38 expected
+
+
+@pytest.mark.parametrize("scores", [np.zeros(100), np.full(100, 2.0), np.repeat([1.0, -1.0], 50)])
+def test_scores_without_a_slope(scores):
+    fit = fit_label_noise(scores)
+    assert np.isfinite(fit.share[:3]).all()
+    assert fit.p_value > 0.005 or fit.share.lower < 0.01
+
+
+# ------------------------------------------------------------------------------------------------- the regression
+
+
+def test_scores_are_held_out_and_antisymmetric():
+    """They equal fits by brute force on the other folds, whose loss has no intercept and a ridge penalty."""
+    generator = np.random.default_rng(0)
+    features = generator.normal([0.8, -0.3, 0], size=(60, 3))
+    groups = np.arange(60) // 2
+    scores, weights = cross_fitted(features, groups, [0.5], seed=0)
+    for row in np.unique(weights, axis=0):
+        test = (weights == row).all(axis=1)
+        train = features[~test]
+        assert not set(groups[test]) & set(groups[~test])
+        found = optimize.minimize(lambda w, x=train: np.logaddexp(0, -x @ w).sum() + w @ w / (2 * 0.5), np.zeros(3))
+        assert np.allclose(row, found.x, atol=2e-3)
+    assert np.allclose(scores, (features * weights).sum(1))
+    assert np.allclose(cross_fitted(-features, groups, [0.5], seed=0)[1], -weights, atol=1e-3)
+
+
+def test_pairs_of_a_prompt_are_held_out_together():
+    generator = np.random.default_rng(1)
+    features = np.repeat(generator.normal(size=(60, 200)), 2, axis=0)  # each pair twice, with labels by chance
+    scores, _ = cross_fitted(features, np.arange(120) // 2, [1.0], seed=0)
+    assert np.mean(scores > 0) < 0.65
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def counts(text):
+    return np.array([text.split().count(word) for word in WORDS], dtype=float)
+
+
+def logprobs(model, tokenizer, prompt, texts):
+    """log p(text | prompt), by a plain padded forward pass."""
+    ids = [tokenizer(prompt + text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    start = len(tokenizer(prompt)["input_ids"])
+    batch = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    for row, own in enumerate(ids):
+        batch[row, : len(own)] = torch.tensor(own)
+    with torch.no_grad():
+        logp = model(batch).logits.log_softmax(-1)
+    values = logp[:, :-1].gather(2, batch[:, 1:, None])[:, :, 0].numpy()
+    return np.array([values[row, start - 1 : len(own) - 1].sum() for row, own in enumerate(ids)])
+
+
+@cache
+def models():
+    tokenizer = byte_tokenizer()
+    return tokenizer, *(
+        tiny_llama(seed, vocab_size=len(tokenizer), max_position_embeddings=128).eval() for seed in (0, 1)
+    )
+
+
+@cache
+def judged(reward, steepness, share, seed=0):
+    """Pairs, which are swapped, the difference of rewards in favour of the label, and the parts so far."""
+    generator = np.random.default_rng(seed)
+    count = 600 if reward == "words" else 1200
+    texts = [" ".join(generator.choice(WORDS, generator.integers(4, 9))) for _ in range(2 * count)]
+    tokenizer, policy, reference = models()
+    if reward == "words":
+        value = np.array([counts(text) for text in texts]) @ generator.normal(size=len(WORDS))
+    else:
+        value = logprobs(policy, tokenizer, "say", texts) - logprobs(reference, tokenizer, "say", texts)
+    value = value / value.std()
+    one, other = value[:count], value[count:]
+    right = (
+        np.ones(count, bool)
+        if steepness is None
+        else generator.random(count) < special.expit(steepness * np.abs(one - other))
+    )
+    swapped = generator.random(count) < share
+    first = (one > other) == (right ^ swapped)
+    rows, margins = [], np.where(first, one - other, other - one)
+    for i in range(count):
+        chosen, rejected = (texts[i], texts[count + i]) if first[i] else (texts[count + i], texts[i])
+        rows.append({"prompt": "say", "chosen": chosen, "rejected": rejected})
+    data = AuditData(rows, "pairs")
+    data.__dict__["prompt_groups"] = np.arange(count)  # one prompt would be one group
+    words = np.array([counts(row["chosen"]) - counts(row["rejected"]) for row in rows])
+    scores, _ = cross_fitted(words, np.arange(count), [0.01, 0.1, 1], 0)
+    lengths = {f"{side}_words": [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
+    parts = {"data": Part("data", "", "", columns={"words_probability": special.expit(scores), **lengths})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "measure_step", lambda *_: (1.0, 1.0))
+        parts["reference"] = examine_reference(data, SETTINGS, tokenizer, reference, parts)
+    return data, swapped, margins, parts
+
+
+def examine(form, reward, steepness, share, seed=0):
+    data, swapped, margins, parts = judged(reward, steepness, share, seed)
+    generator = np.random.default_rng(99)
+    if form == 3:  # a policy that learned the reward from other pairs, not exactly
+        margin = 20 * (margins + 0.3 * generator.normal(size=len(data)))
+        parts = {**parts, "policy": Part("policy", "", "", columns={"margin": margin})}
+    if form == 4:
+        margin = 5 * (margins + 0.5 * generator.normal(size=len(data)))
+        parts = {**parts, "sides": Part("sides", "", "", columns={"side_margin": margin})}
+    columns, finding, blocks = examine_labels(data, SETTINGS, parts)
+    return swapped, np.asarray(columns["label_score"]), columns, finding, blocks
+
+
+@pytest.mark.parametrize("form", [2, 3, 4])
+@pytest.mark.parametrize("steepness", [None, 8.0])
+@pytest.mark.parametrize("reward", ["words", "models"])
+def test_planted_swaps_are_ranked(reward, steepness, form):
+    swapped, scores, _, finding, _ = examine(form, reward, steepness, 0.05)
+    assert area_under_curve(-scores, swapped) >= 0.9
+    if reward == "words":  # elsewhere the score misses too much of the reward for the share
+        assert finding.value.lower <= swapped.mean() <= finding.value.upper
+
+
+@pytest.mark.parametrize("form", [2, 3, 4])
+def test_planted_swaps_raise_the_flag(form):
+    swapped, scores, columns, finding, blocks = examine(form, "words", None, 0.05)
+    assert finding.raised
+    assert area_under_curve(columns["swap_probability"], swapped) >= 0.9
+    assert finding.sentence.startswith(f"About {100 * finding.value.value:.0f}% (")
+    assert finding.sentence.endswith(f"{len(finding.rows)} pairs are more likely swapped than not.")
+    assert np.mean(swapped[list(finding.rows)]) > 0.7
+    assert (np.diff(scores[list(finding.rows)]) >= 0).all()  # the worst first
+    assert sorted(finding.rows) == np.flatnonzero(columns["swap_probability"] > 0.5).tolist()
+    assert any("the words give the label 0." in finding.evidence[row] for row in finding.rows)
+    texts = " ".join(getattr(block, "text", "") for block in blocks)
+    assert ("trained on these very pairs" in texts) == (form == 3)
+    assert ("It is cross-fitted" in texts) == (form == 4)
+
+
+def clean(kind, seed, count=300):
+    """Parts of clean labels: the words' probability, hidden states and lengths, all without a model."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(count, 12))
+    reward = features @ generator.normal(size=12)
+    reward = reward / reward.std()
+    steepness = {"deterministic": None, "steep": 4.0, "weak": 1.0, "unrelated": 0.0}[kind]
+    right = (
+        np.full(count, True)
+        if steepness is None
+        else generator.random(count) < special.expit(steepness * np.abs(reward))
+    )
+    features *= np.where((reward > 0) == right, 1, -1)[:, None]
+    lengths = generator.integers(10, 50, size=(2, count))
+    scores, _ = cross_fitted(features[:, :8], np.arange(count), [0.1, 1, 10], seed)
+    columns = {"words_probability": special.expit(scores), "chosen_words": lengths[0], "rejected_words": lengths[1]}
+    reference = Part("reference", "", "")
+    reference.hidden_difference = features + 0.5 * generator.normal(size=features.shape)
+    return {"data": Part("data", "", "", columns=columns), "reference": reference}
+
+
+def rows(count):
+    return AuditData([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(count)], "pairs")
+
+
+def test_clean_labels_raise_nothing():
+    kinds = ["deterministic", "steep", "weak", "unrelated"] * 5
+    found = [examine_labels(rows(300), SETTINGS, clean(kind, seed))[1] for seed, kind in enumerate(kinds)]
+    assert not any(finding.raised for finding in found)
+    assert not any(finding.rows for finding in found)
+    assert sum(finding.sentence.startswith("Nothing that was measured") for finding in found) == 5
+
+
+def test_words_and_models_without_swaps_raise_nothing():
+    for reward, steepness in (("words", None), ("words", 2.0), ("models", None)):
+        assert not examine(2, reward, steepness, 0.0)[3].raised
+
+
+def test_two_hundred_pairs():
+    parts = clean("deterministic", 3, 200)
+    swapped = np.random.default_rng(0).random(200) < 0.1
+    sign = np.where(swapped, -1, 1)
+    parts["reference"].hidden_difference *= sign[:, None]
+    parts["data"].columns["words_probability"] = np.full(200, np.nan)
+    columns, finding, _ = examine_labels(rows(200), SETTINGS, parts)
+    assert area_under_curve(-columns["label_score"], swapped) > 0.85
+    assert finding.value.lower <= swapped.mean() <= finding.value.upper
+
+
+def test_too_few_pairs():
+    columns, finding, blocks = examine_labels(rows(49), SETTINGS, clean("deterministic", 0, 49))
+    assert finding.sentence == "49 prompts are too few to tell whether labels are swapped: at least 50 are needed."
+    assert not finding.raised
+    assert not blocks
+    assert np.isnan(columns["label_score"]).all()
+
+
+def test_pairs_without_features_are_left_out():
+    parts = clean("deterministic", 0, 120)
+    parts["data"].columns = {}
+    parts["reference"].hidden_difference[[5, 70]] = np.nan
+    columns, _, _ = examine_labels(rows(120), SETTINGS, parts)
+    assert np.flatnonzero(np.isnan(columns["label_score"])).tolist() == [5, 70]
