@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from lit_did.audit.report import Estimate
+from lit_did.functional.intervals import Z, ratio_of_sums, student, wilson
 
-Z = float(special.ndtri(0.975))
 MIN_PROMPTS = 20
 """with fewer prompts a figure is not shown: there is too little data"""
 SURE = float(special.ndtri(0.999)) / Z
@@ -42,10 +42,7 @@ def share(hits: float, count: float) -> Estimate:
     """
     if not count:
         return Estimate(math.nan)
-    value = hits / count
-    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(value * (1 - value) / count + Z**2 / (4 * count**2))
-    return Estimate(value, max(0.0, middle - half), min(1.0, middle + half), round(count))
+    return Estimate(hits / count, *wilson(hits / count, count), round(count))
 
 
 def share_over_groups(hits: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None) -> Estimate:
@@ -80,7 +77,7 @@ def share_over_groups(hits: ArrayLike, groups: ArrayLike, weights: ArrayLike | N
 def mean_over_groups(values: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None) -> Estimate:
     """A weighted mean over pairs, with Student's interval over prompts: pairs of one prompt are not independent.
 
-    The mean is linearised in the sums of each group (the delta method).
+    The mean is linearised in the sums of each group (`ratio_of_sums`).
 
     Args:
         values: [pairs]. Pairs whose value is NaN are left out.
@@ -93,15 +90,10 @@ def mean_over_groups(values: ArrayLike, groups: ArrayLike, weights: ArrayLike | 
     value, weight = value[known], weight[known]
     if not len(value):
         return Estimate(math.nan)
-    mean = float(np.average(value, weights=weight))
     _, numbers = np.unique(np.asarray(groups)[known], return_inverse=True)
-    residuals = np.bincount(numbers, weight * (value - mean)) / weight.sum()
-    count = len(residuals)
-    if count < 2:
-        return Estimate(mean, count=count)
-    error = math.sqrt(float(np.square(residuals).sum()) * count / (count - 1))
-    half = float(special.stdtrit(count - 1, 0.975)) * error
-    return Estimate(mean, mean - half, mean + half, count)
+    totals = np.bincount(numbers, weight)
+    mean, interval = ratio_of_sums(np.bincount(numbers, weight * value), totals)
+    return Estimate(mean, *interval, len(totals))
 
 
 def ratio_over_groups(numerator: ArrayLike, denominator: ArrayLike, groups: ArrayLike) -> Estimate:
@@ -247,14 +239,11 @@ def calibration_slope(margins: ArrayLike, groups: ArrayLike) -> Estimate:
         k += step
         if abs(step) <= 1e-12 * max(1.0, abs(k)):
             break
-    if count < 2:
-        return Estimate(k / scale, count=count)
     miss = special.expit(-k * x)
     curvature = float(np.square(x) @ (miss * (1 - miss)))
     scores = np.bincount(numbers, x * miss)
-    error = math.sqrt(float(np.square(scores).sum()) * count / (count - 1)) / curvature
-    half = float(special.stdtrit(count - 1, 0.975)) * error
-    return Estimate(k / scale, (k - half) / scale, (k + half) / scale, count)
+    error = math.sqrt(float(np.square(scores).sum()) * count / max(1, count - 1)) / curvature
+    return Estimate(k / scale, *student(k / scale, error / scale, count), count)
 
 
 def area_under_curve(scores: ArrayLike, positive: ArrayLike) -> float:

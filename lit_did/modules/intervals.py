@@ -10,16 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from scipy import special
 from torch import Tensor
 
 from lit_did.functional.information import token_values
 from lit_did.functional.inputs import as_pairs
+from lit_did.functional.intervals import student, wilson
 from lit_did.functional.preference import pair_accuracy
 from lit_did.metrics.base import StatisticsMetric
 from lit_did.ops import SequenceStatistics
-
-LEVEL = 0.95
 
 _OF_TOKENS = ("token_did_entropy", "token_did_concentration", "token_did_log_partition", "policy_entropy", "kl")
 _SUMS = (
@@ -158,15 +156,11 @@ class _Moments:
             return torch.full((2,), math.nan, dtype=torch.float64)
         # The pairs' shares, times the slopes, add up to 0. This is the unbiased variance of that sum.
         variance = slopes @ self._products[rows][:, rows] @ slopes * count / (count - 1)
-        margin = special.stdtrit(count - 1, (1 + LEVEL) / 2) * variance.clamp(min=0).sqrt().item()
-        return torch.tensor([value - margin, value + margin], dtype=torch.float64)
+        interval = student(value, variance.clamp(min=0).sqrt().item(), count)
+        return torch.tensor(interval, dtype=torch.float64)
 
     def of_share(self, name: str) -> Tensor:
         """[2] Wilson's interval of a share of the pairs."""
-        count, z = self._total["pairs"], special.ndtri((1 + LEVEL) / 2)
-        if not count:
-            return torch.full((2,), math.nan, dtype=torch.float64)
-        share = self._total[name] / count
-        middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-        margin = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-        return torch.tensor([middle - margin, middle + margin], dtype=torch.float64)
+        count = self._total["pairs"]
+        interval = wilson(self._total[name] / count, count) if count else (math.nan, math.nan)
+        return torch.tensor(interval, dtype=torch.float64)

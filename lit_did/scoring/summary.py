@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _SIDES = ("chosen", "rejected")
 
 
 class Mean(NamedTuple):
-    """A mean with its 95% interval, which is NaN for a single pair."""
+    """A mean with its 95% interval, which for a single pair is NaN unless it is that of a share."""
 
     mean: float
     lower: float
@@ -32,18 +32,22 @@ def summarize(rows: Sequence[Row]) -> dict[str, Mean]:
     Args:
         rows: From `PairScorer.batches`.
     """
+    from lit_did.functional.intervals import ratio_of_sums, wilson  # scipy takes a tenth of a second to load
+
     values = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in _NEEDED}
-    ones = torch.ones(len(rows), dtype=torch.float64)
     tokens = values["chosen_num_tokens"] + values["rejected_num_tokens"]
 
-    def over_tokens(name: str) -> Mean:
-        sums = sum(values[f"{side}_{name}"] * values[f"{side}_num_tokens"] for side in _SIDES)
-        assert isinstance(sums, Tensor)
-        return _ratio(sums, tokens)
+    def ratio(sums: Any, weights: Tensor) -> Mean:
+        mean, interval = ratio_of_sums(sums, weights)
+        return Mean(mean, *interval)
 
+    def over_tokens(name: str) -> Mean:
+        return ratio(sum(values[f"{side}_{name}"] * values[f"{side}_num_tokens"] for side in _SIDES), tokens)
+
+    accuracy = float(pair_accuracy(values["chosen_log_ratio"], values["rejected_log_ratio"]).mean())
     return {
-        "margin": _ratio(values["margin"], ones),
-        "accuracy": _share(pair_accuracy(values["chosen_log_ratio"], values["rejected_log_ratio"])),
+        "margin": ratio(values["margin"], torch.ones(len(rows))),
+        "accuracy": Mean(accuracy, *wilson(accuracy, len(rows))),
         "token_did_concentration": over_tokens("token_did_concentration"),
         "kl": over_tokens("kl"),
     }
@@ -69,25 +73,3 @@ def describe(summary: dict[str, Mean]) -> str:
         interval = "" if math.isnan(lower) else f"  {lower:.4g} to {upper:.4g}"
         lines.append(f"{label:40}{mean:>10.4g}{interval}")
     return "\n".join(lines)
-
-
-def _ratio(sums: Tensor, weights: Tensor) -> Mean:
-    """sum(sums) / sum(weights), with the interval of a ratio of means over independent pairs."""
-    ratio, n = float(sums.sum() / weights.sum()), len(sums)
-    if n < 2:
-        return Mean(ratio, math.nan, math.nan)
-    from scipy.special import stdtrit  # takes a tenth of a second to load
-
-    residuals = sums - ratio * weights
-    error = float((residuals.square().sum() * n / (n - 1)).sqrt() / weights.sum())
-    half = float(stdtrit(n - 1, 0.975)) * error
-    return Mean(ratio, ratio - half, ratio + half)
-
-
-def _share(hits: Tensor) -> Mean:
-    share, n, z = float(hits.mean()), len(hits), 1.96
-    if n < 2:
-        return Mean(share, math.nan, math.nan)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Mean(share, max(0.0, centre - half), min(1.0, centre + half))

@@ -21,6 +21,7 @@ from lit_did.audit.statistics import (
     surely_above,
     surely_below,
 )
+from lit_did.functional.intervals import wilson
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -41,6 +42,10 @@ def test_share_of_repeated_pairs_counts_prompts():
     once, repeated = share(hits.sum(), 60), share_over_groups(np.repeat(hits, 5), np.repeat(range(60), 5))
     assert repeated.count == 60
     assert (repeated.lower, repeated.upper) == pytest.approx((once.lower, once.upper), abs=0.003)
+
+
+def test_unknown_share_has_no_interval():
+    assert all(map(math.isnan, wilson(math.nan, 10)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

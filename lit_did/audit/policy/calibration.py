@@ -20,7 +20,7 @@ LARGEST_SLOPE, LEAST_ERROR = 0.8, 0.02
 
 
 class Reliability(NamedTuple):
-    """A reliability curve over bins of equal counts, and its expected calibration error."""
+    """A reliability curve over bins of equal counts, and the expected calibration error."""
 
     confidence: list[float]
     """by bin, the mean of sigmoid(beta |margin|)"""
@@ -29,31 +29,30 @@ class Reliability(NamedTuple):
     counts: list[int]
     """by bin, its pairs"""
     error: float
-    """the expected calibration error: the mean of |accuracy - confidence| over pairs"""
+    """the expected calibration error over bins of equal width, as `lit_did.functional.reward_calibration`"""
     by_chance: float
     """what it is on average for a calibrated policy with as many pairs"""
 
 
 def reliability(scored: Scored) -> Reliability:
-    """The reliability curve of sigmoid(beta margin).
+    """The reliability curve of sigmoid(beta margin), and its expected calibration error.
 
     A pair has no order of its sides, so every pair counts once: the confidence is that in the side that the policy
     prefers, from 1/2 to 1, and the accuracy how often that side is the chosen one.
     """
     confidence = special.expit(scored.beta * np.abs(scored.margin))
     count = max(1, min(NUM_BINS, len(scored) // LEAST_IN_BIN))
-    order = np.argsort(confidence, kind="stable")
-    means, accuracies, counts, error, by_chance = [], [], [], 0.0, 0.0
-    for part in np.array_split(order, count):
-        mean, right = float(confidence[part].mean()), share_over_groups(scored.right[part], scored.groups[part])
-        share = len(part) / len(scored)
-        error += share * abs(right.value - mean)
-        deviation = math.sqrt(float(np.sum(confidence[part] * (1 - confidence[part])))) / len(part)
-        by_chance += share * deviation * math.sqrt(2 / math.pi)  # the mean of |x| of a normal x
-        means.append(mean)
-        accuracies.append(right)
-        counts.append(len(part))
-    return Reliability(means, accuracies, counts, error, by_chance)
+    parts = np.array_split(np.argsort(confidence, kind="stable"), count)
+    bins = np.clip(np.ceil((2 * confidence - 1) * NUM_BINS) - 1, 0, NUM_BINS - 1).astype(int)
+    gaps = np.abs(np.bincount(bins, scored.right - confidence))
+    deviations = np.sqrt(np.bincount(bins, confidence * (1 - confidence)))
+    return Reliability(
+        [float(confidence[part].mean()) for part in parts],
+        [share_over_groups(scored.right[part], scored.groups[part]) for part in parts],
+        [len(part) for part in parts],
+        float(gaps.sum()) / len(scored),
+        float(deviations.sum()) * math.sqrt(2 / math.pi) / len(scored),  # the mean of |x| of a normal x
+    )
 
 
 def calibration_figures(scored: Scored) -> dict[str, Estimate]:

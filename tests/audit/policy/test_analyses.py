@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
@@ -19,6 +20,8 @@ from lit_did.audit.policy.margins import accuracy_table, margin_figures, margin_
 from lit_did.audit.policy.scored import Scored
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.statistics import mean_over_groups, share
+from lit_did.functional import reward_calibration
+from lit_did.ops import SequenceStatistics
 from tests.audit.policy.planted import calibrated, follows_length, scored
 
 
@@ -228,7 +231,15 @@ def test_reliability_is_sklearns():
     accuracy, mean = calibration_curve(pairs.margin > 0, confidence, n_bins=10, strategy="quantile")
     assert curve.confidence == pytest.approx(mean.tolist())
     assert [found.value for found in curve.accuracy] == pytest.approx(accuracy.tolist())
-    assert curve.error == pytest.approx(np.abs(accuracy - mean).mean())
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
+def test_calibration_error_is_the_metric(scale):
+    pairs = calibrated(2, scale=scale)
+    statistics = SequenceStatistics(*[torch.zeros(800)] * 10, num_tokens=torch.ones(800, dtype=torch.long))
+    log_ratio = torch.from_numpy(np.concatenate([pairs.chosen, pairs.rejected]))
+    expected = reward_calibration(statistics._replace(log_ratio=log_ratio), beta=0.1)
+    assert reliability(pairs).error == pytest.approx(float(expected))
 
 
 def test_calibration_error_by_chance():
