@@ -51,7 +51,7 @@ def margin_findings(scored: Scored, figures: Mapping[str, Estimate]) -> list[Fin
     margin, accuracy, lowered = figures["margin"], figures["accuracy"], figures["from_rejected"]
     prefers = Finding(
         "accuracy",
-        f"The policy prefers the chosen side in {with_half(accuracy)} of the pairs, by {margin} nats on average.",
+        f"The policy prefers the chosen side in {with_half(accuracy)} of the pairs; the mean margin is {margin} nats.",
         "",
         raised=False,
         severity=0.4,
