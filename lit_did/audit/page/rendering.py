@@ -25,6 +25,7 @@ from lit_did.audit.report import FLAGS, PARTS, Finding
 if TYPE_CHECKING:
     from lit_did.audit.running import Audit
 
+_BEGINNING = 90  # letters
 MAX_ROWS = 50  # of a finding that the page shows
 _OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--policy", "leaked": "--val"}
 _LABELS = {"pairs": "Pairs", "val": "Validation pairs"}
@@ -115,6 +116,11 @@ class _Pairs:
             return self._data.rows[place].where
         return self._refused[int(row)].where if int(row) in self._refused else ""
 
+    def beginning(self, row: int) -> str:
+        """The first letters of a row, on one line."""
+        text = " ".join(self.texts(row)[0][1][: 2 * _BEGINNING].split())
+        return text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]}…"
+
     def texts(self, row: int) -> list[tuple[str, str]]:
         """The names and texts of a row's sides. A row that was refused has only the reason."""
         if (place := self._places.get(int(row))) is not None:
@@ -151,7 +157,7 @@ def _flags(audit: Audit) -> Iterator[tuple[str, str, str, str, Finding | None]]:
             yield name, flag.meaning, "raised" if finding.raised else "not raised", finding.sentence, finding
         else:
             option = _OPTIONS.get(name) or (_OPTIONS.get(flag.part) if flag.part not in audit.parts else None)
-            remedy = f"{option} looks for it." if option else "Nothing in this data could be looked at."
+            remedy = f"Pass {option} to look for it." if option else "It could not be measured here."
             yield name, flag.meaning, "not looked for", remedy, None
 
 

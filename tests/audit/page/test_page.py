@@ -84,7 +84,7 @@ def test_every_flag_is_listed_with_its_state(tree):
     rows = [named["class"] for tag, named in tree.tags if tag == "tr" and "class" in named]
     assert len(rows) == len(FLAGS)
     assert (rows.count("raised"), rows.count("not-raised")) == (2, 1)
-    assert "--val looks for it." in tree.text
+    assert "Pass --val to look for it." in tree.text
 
 
 def test_texts_are_shown_whole_or_cut_with_a_note(tree):
@@ -92,6 +92,7 @@ def test_texts_are_shown_whole_or_cut_with_a_note(tree):
     assert "998,000 more letters are cut on this page" in tree.text
     assert "U+202E" in tree.text
     assert "U+D800" in tree.text
+    assert "row 7 How far is town 7?" in " ".join(tree.text.split())  # a row without evidence shows its beginning
     assert "20 more rows are in" in tree.text
     assert "empty" in tree.text  # why row 5 was refused
 
