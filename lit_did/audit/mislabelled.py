@@ -90,8 +90,10 @@ def examine_labels(
     place = np.cumsum(known) - 1
     numbers = data.row_numbers
     worst = [i for i in order if columns["swap_probability"][i] > 0.5] if raised else []
-    remarks = {int(numbers[i]): _evidence(i, features, matrix[place[i]] * weights[place[i]]) for i in order[:_SHOWN]}
-    remarks |= {int(numbers[i]): _evidence(i, features, matrix[place[i]] * weights[place[i]]) for i in worst}
+    remarks = {
+        int(numbers[i]): _evidence(i, features, matrix[place[i]] * weights[place[i]])
+        for i in dict.fromkeys([*order[:_SHOWN], *worst])
+    }
     finding = Finding(
         "mislabelled",
         _sentence(noise, raised, predicts, len(worst)),

@@ -11,7 +11,8 @@ import numpy as np
 from scipy import special
 from torch import nn
 
-from lit_did.audit.blocks import Block, PairList, Paragraph, Table
+from lit_did.audit.blocks import Block, PairList, Paragraph, Picture, Table
+from lit_did.audit.page import pictures
 from lit_did.audit.reference.cost import examine_cost
 from lit_did.audit.reference.measuring import SIDES, Answers, ches, cosine, edit_similarity, measure
 from lit_did.audit.report import Estimate, Finding, Part
@@ -98,7 +99,11 @@ def examine_reference(
         },
         "reference_prefers_chosen": _preferences(answers, groups),
     }
-    part.blocks = [_sides_table(answers, groups, part.figures), *_alike(answers, similarity, numbers)]
+    part.blocks = [
+        _sides_table(answers, groups, part.figures),
+        _picture(answers),
+        *_alike(answers, similarity, numbers),
+    ]
     blocks, figures = examine_cost(dataset, reference, settings, seconds)
     part.blocks += blocks
     part.figures["cost"] = figures
@@ -145,6 +150,16 @@ def _sides_table(answers: Answers, groups: np.ndarray, figures: Mapping[str, Any
         "In nats. The last column says how far the side is off-policy: it is 0 for completions that the reference "
         "samples at temperature 1, and below 0 for completions that are more predictable than these. The chosen side "
         f"is the likelier one in {likelier['in total']} of the pairs, and per token in {likelier['per token']}.",
+    )
+
+
+def _picture(answers: Answers) -> Picture:
+    excesses = {"chosen": answers.chosen.excess, "rejected": answers.rejected.excess}
+    return Picture(
+        "How far off-policy the completions are",
+        pictures.histogram(excesses, "surprisal less entropy (nats per token)", line=0.0),
+        "Histograms of surprisal less entropy per token, of chosen and of rejected completions.",
+        "Completions that the reference samples itself lie around 0. Those on the right it would hardly write.",
     )
 
 
