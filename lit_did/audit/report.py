@@ -35,7 +35,7 @@ FLAGS = {
     "contradictions": Flag("data", "pairs that contradict other pairs of the same prompt"),
     "leaked": Flag("data", "pairs whose prompt is in the validation data too"),
     "empty_think": Flag("data", "completions with an empty think block"),
-    "length_bias": Flag("data", "the longer side is chosen more often than chance explains"),
+    "length_bias": Flag("data", "the longer, or the shorter, side is chosen more often than chance explains"),
     "habits": Flag("data", "a habit of formatting or phrasing predicts the chosen side"),
     "truncated": Flag("tokens", "completions that lose tokens to max_length"),
     "indistinct": Flag("reference", "pairs whose sides the reference can hardly tell apart"),

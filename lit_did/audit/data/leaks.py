@@ -1,0 +1,77 @@
+"""Pairs whose prompt, or nearly the same prompt, is in the validation data."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lit_did.audit.data.keys import Keys, read_keys
+from lit_did.audit.data.near import Shingles, similar_prompts
+from lit_did.audit.data.sample import read_words
+from lit_did.audit.data.sentences import many, percent
+from lit_did.audit.report import Estimate, Finding
+from lit_did.audit.source import AuditData
+
+_TRIED = 4  # validation prompts of each band that a prompt is compared with
+
+
+def find_leaks(data: AuditData, keys: Keys, shingles: Shingles, val: AuditData) -> Finding:
+    """Pairs whose prompt is in the validation data, equal but for case and whitespace, or nearly equal."""
+    others = read_keys(val)
+    first: dict[int, int] = {}
+    for place, key in enumerate(others.folded.tolist()):
+        first.setdefault(key, place)
+    exact = {place: first[key] for place, key in enumerate(keys.folded.tolist()) if key in first}
+    near = _near(data, shingles, val, exact)
+    rows, of_val = data.row_numbers, val.row_numbers
+    evidence = {
+        int(rows[place]): f"Has {how} prompt of row {of_val[other]} of the validation data."
+        for found, how in ((exact, "the"), (near, "nearly the"))
+        for place, other in found.items()
+    }
+    numbers, total = list(evidence), len(data)
+    if not numbers:
+        return Finding("leaked", f"No prompt is in the {many(len(val), 'validation pair')} too.", "", False, 0.0)
+    shared = set(keys.folded[list(exact)].tolist())
+    in_val = set(np.flatnonzero(np.isin(others.folded, list(shared))).tolist()) | set(near.values())
+    share = len(numbers) / total
+    sentence = (
+        f"{many(len(numbers), 'pair')} of {total:,} ({percent(share)}) {'has' if len(numbers) == 1 else 'have'} a "
+        f"prompt that is in the validation data too, in {len(in_val):,} of its {many(len(val), 'pair')} "
+        f"({len(exact):,} the same, {len(near):,} nearly)."
+    )
+    value = Estimate(share, count=total)
+    return Finding("leaked", sentence, "Remove them from one of both.", True, share, numbers, None, evidence, value)
+
+
+def _near(data: AuditData, shingles: Shingles, val: AuditData, exact: dict[int, int]) -> dict[int, int]:
+    """By the place of a pair, that of a validation pair with nearly the same prompt."""
+    theirs = [(places, shingles.bands(words, prompts=True)) for places, words in read_words(val, np.arange(len(val)))]
+    bands = np.concatenate([found for _, found in theirs])
+    order = np.argsort(bands, axis=0, kind="stable")
+    ordered = np.take_along_axis(bands, order, 0)
+    candidates: set[tuple[int, int]] = set()
+    left = np.array([place for place in range(len(data)) if place not in exact], np.int64)
+    for places, words in read_words(data, left):
+        for number, band in enumerate(shingles.bands(words, prompts=True).T):
+            starts = np.searchsorted(ordered[:, number], band)
+            for step in range(_TRIED):
+                at = np.minimum(starts + step, len(val) - 1)
+                same = (ordered[at, number] == band) & (band != 0) & (starts + step < len(val))
+                candidates |= set(zip(places[same].tolist(), order[at[same], number].tolist(), strict=True))
+    if not candidates:
+        return {}
+    prompts = [
+        _prompts(source, shingles, {pair[part] for pair in candidates}) for part, source in enumerate((data, val))
+    ]
+    found: dict[int, int] = {}
+    for place, other in sorted(candidates):
+        if place not in found and similar_prompts(shingles, prompts[0][place], prompts[1][other]):
+            found[place] = other
+    return found
+
+
+def _prompts(data: AuditData, shingles: Shingles, places: set[int]) -> dict[int, np.ndarray]:
+    known: dict[int, np.ndarray] = {}
+    for numbers, words in read_words(data, sorted(places)):
+        known |= {place: texts[0] for place, texts in zip(numbers.tolist(), shingles.sides(words), strict=True)}
+    return known

@@ -1,0 +1,43 @@
+"""Completions with an empty think block: spelled in the text, or by a reasoning field of a message that is empty."""
+
+from __future__ import annotations
+
+import re
+
+from lit_did.audit.data.keys import thoughts
+from lit_did.audit.data.sentences import of_rows
+from lit_did.audit.report import Finding
+from lit_did.audit.source import AuditData, as_text
+from lit_did.data.pairs import Text
+
+_NAMES = "think|thinking|thought|thoughts|reasoning|scratchpad|seed:think"
+_EMPTY = re.compile(
+    rf"<({_NAMES})>\s*</\1>|\[(think)\]\s*\[/\2\]|◁think▷\s*◁/think▷|<\|begin_of_thought\|>\s*<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+
+
+def find_empty_thinking(data: AuditData) -> Finding:
+    """Pairs with an empty think block in a completion."""
+    evidence = {}
+    for row in data.rows:
+        sides = [name for name in ("chosen", "rejected") if has_empty_thinking(getattr(row.pair, name))]
+        if sides:
+            evidence[row.index] = f"An empty think block is in {' and '.join(sides)}."
+    return of_rows(
+        "empty_think",
+        "have an empty think block in a completion",
+        "No completion has an empty think block.",
+        "Remove the empty think blocks, unless the model is to answer without thinking.",
+        list(evidence),
+        evidence,
+        len(data),
+    )
+
+
+def has_empty_thinking(side: Text) -> bool:
+    """Whether a completion has an empty think block."""
+    if any(isinstance(value, str) and not value.strip() for value in thoughts(side)):
+        return True
+    text = as_text(side)
+    return any(mark in text for mark in "<[◁") and _EMPTY.search(text) is not None
