@@ -1,8 +1,8 @@
 """Near duplicates: MinHash finds candidates, and the exact weighted Jaccard similarity of their words decides.
 
-A shingle is a word with the one before it. The MinHash leaves out shingles that more than 1% of the pairs have, and more
-than 20: they belong to a template. In the similarity a shingle weighs log(1 / the share of pairs that have it). So pairs
-that share boilerplate alone are not similar.
+A shingle is a word with the one before it. The MinHash leaves out shingles that more than 1% of the pairs have, and
+more than 20: they belong to a template. In the similarity a shingle weighs log(1 / the share of pairs that have it).
+So pairs that share boilerplate alone are not similar.
 """
 
 from __future__ import annotations
