@@ -181,6 +181,7 @@ def test_tables_sort_with_nothing_last(visit):
         state = table.query_selector(f"th:nth-child({column})").get_attribute("aria-sort")
         return state, [row.text_content()[:3] for row in table.query_selector_all("tbody th")]
 
+    assert table.query_selector("th button").text_content() == "name"  # a header without a text gets one
     assert order(2, 1) == ("descending", ["bag", "lon", "<b>", "unk"])
     assert order(2, 1) == ("ascending", ["<b>", "lon", "bag", "unk"])
     assert order(3, 1) == ("descending", ["bag", "lon", "<b>", "unk"])
