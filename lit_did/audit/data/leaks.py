@@ -19,7 +19,8 @@ def find_leaks(data: AuditData, keys: Keys, shingles: Shingles, val: AuditData) 
     others = read_keys(val)
     first: dict[int, int] = {}
     for place, key in enumerate(others.folded.tolist()):
-        first.setdefault(key, place)
+        if key != hash(""):  # data without prompts leaks none
+            first.setdefault(key, place)
     exact = {place: first[key] for place, key in enumerate(keys.folded.tolist()) if key in first}
     near = _near(data, shingles, val, exact)
     rows, of_val = data.row_numbers, val.row_numbers

@@ -230,6 +230,13 @@ def test_nearly_leaked_prompts():
     assert "leaked" not in examine(rows)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*No row has a prompt")
+def test_data_without_prompts_leaks_none():
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}]
+    assert not AuditData(rows, "pairs").texts(0)[0]
+    assert not examine(rows, rows)[0]["leaked"].rows
+
+
 def test_words_are_judged_by_models_that_did_not_see_the_prompt():
     # Labels at random: a model that had seen a prompt would remember them.
     rows = clean("several pairs a prompt", 2, 400)
