@@ -21,6 +21,7 @@ from lit_did.audit.tokenized import tokenized
 from lit_did.data.dataset import Example
 from lit_did.functional import fit_power_law
 from lit_did.ops import SequenceStatistics
+from lit_did.sampling.prompts import LEAST_RELIABLE
 
 LEAST_PROMPTS = 8
 CONDITIONS = (
@@ -170,6 +171,8 @@ def _findings(accuracy: Estimate, k: Estimate, parts: Mapping[str, Part]) -> lis
             f"The sides are not independent, or their models are not well fitted: k = {k}, where independent sides "
             f"have 1, so the side models' margins are {why} than their accuracy warrants."
         )
+    elif k.upper - k.lower > 1:
+        text = f"There is too little data to tell whether the sides are independent: k = {k}. Independent sides have 1."
     else:
         text = f"The sides may be independent: k = {k}, and independent sides have 1."
     return [*found, Finding("independent_sides", text, "", False, 0.35, value=k)]
@@ -263,7 +266,8 @@ def _predict(
         )
     )
     falls = predicted[0].upper < 0
-    if falls or predicted[0].lower > 0:
+    known = k.lower > 0 and of_target >= LEAST_RELIABLE * len(drawn)  # else the table says how little is known
+    if known and (falls or predicted[0].lower > 0):
         direction = "less" if falls else "more"
         part.findings.append(
             Finding(
