@@ -16,8 +16,8 @@ from lit_did.audit.writing import PAGE, check_folder, write_audit
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
 from lit_did.cli.output import make_parent, short_name
-from lit_did.cli.score import Dtype
 from lit_did.data.tokenizing import Truncation
+from lit_did.scoring.models import Dtype
 
 _OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--policy", "sides": "--sides"}
 

@@ -19,13 +19,12 @@ from lit_did.cli.errors import InputError
 from lit_did.cli.facts import facts, recorded
 from lit_did.cli.functions import call
 from lit_did.cli.output import Finished, check_new_file
-from lit_did.cli.score import Dtype
 from lit_did.data.prompt_files import PromptRow, encode_prompts, read_prompts
 from lit_did.models.names import load_tokenizer
 from lit_did.sampling.prompts import check_seed, mean_over_prompts, prompt_seed, sample_in_batches, verdict_of_mean
 from lit_did.sampling.readers import ends_of
 from lit_did.sampling.sequential import DIDSamples, Settings
-from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
+from lit_did.scoring.models import Dtype, check_models, device_of, load_models, tokenizer_of
 from lit_did.writing import whole_file
 
 _SHOWN_LETTERS = 200  # of a prompt, in the JSON

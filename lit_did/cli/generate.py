@@ -16,7 +16,6 @@ from lit_did.arguments import check_integer, check_range
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
 from lit_did.cli.output import check_new_file
-from lit_did.cli.score import Dtype
 from lit_did.data.pairs import Text
 from lit_did.data.prompt_files import encode_prompts, read_prompts
 from lit_did.models.names import load_tokenizer
@@ -24,7 +23,7 @@ from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.sampling.completing import complete
 from lit_did.sampling.prompts import prompt_seed
 from lit_did.sampling.readers import CachedModel, ends_of
-from lit_did.scoring.models import check_models, device_of, load_models, tokenizer_of
+from lit_did.scoring.models import Dtype, check_models, device_of, load_models, tokenizer_of
 from lit_did.writing import whole_file
 
 

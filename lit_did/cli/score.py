@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,12 +16,10 @@ from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import OnBadRows
 from lit_did.data.tokenizing import Truncation
 from lit_did.models.names import load_tokenizer
-from lit_did.scoring.models import check_models, device_of, tokenizer_of
+from lit_did.scoring.models import Dtype, check_models, device_of, tokenizer_of
 from lit_did.scoring.scorer import PairScorer
 from lit_did.scoring.summary import describe, summarize
 from lit_did.scoring.table import check_table_path, write_table
-
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def main(arguments: list[str]) -> int:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lit_did.data.policy_tokenizer import tokenizer_name
 from lit_did.models.adapters import ADAPTER
-from lit_did.models.loading import check_same_vocabulary, load_model
 from lit_did.models.names import first_line, local_folder
 from lit_did.models.wrappers import is_peft, unwrapped
 
 Model = str | os.PathLike | nn.Module
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+"""number formats of models that commands load"""
 
 
 def check_models(policy: Model | None, reference: Model | None, *, needs_reference: bool = True) -> None:
@@ -76,6 +77,8 @@ def load_models(
     Raises:
         ValueError: The two models have different vocabularies.
     """
+    from lit_did.models.loading import check_same_vocabulary
+
     options: dict[str, Any] = {"dtype": dtype, "device": device, "model_kwargs": model_kwargs}
     first = load_placed(policy, "policy", **options)
     if reference is None:
@@ -94,6 +97,8 @@ def load_placed(
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """One model, as `load_models` describes them. Errors call it `argument`."""
+    from lit_did.models.loading import load_model  # half a second, which checks of arguments do not need
+
     loaded = load_model(model, argument, {**({} if dtype is None else {"dtype": dtype}), **(model_kwargs or {})})
     return loaded if isinstance(model, nn.Module) else loaded.to(device_of(device)).eval()
 
