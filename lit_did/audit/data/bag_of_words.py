@@ -48,12 +48,15 @@ class BagOfWords:
         signs = np.where(np.arange(len(starts) - 1) % 2, 1.0, -1.0)
         features = features.multiply(signs[:, None]).tocsr()
         fold = folds[np.concatenate(places)]
+        used = np.unique(features.indices)  # the weight of any other bucket is 0
+        features = features[:, used]
         for number in range(FOLDS):
             seen = fold != number
             if seen.sum() >= _LEAST and features[seen].nnz:
                 model = LogisticRegression(fit_intercept=False, C=1.0, max_iter=200, tol=1e-3)
                 model.fit(features[seen], signs[seen] > 0)
-                self.weights[number] = model.coef_[0]
+                self.weights[number] = 0
+                self.weights[number, used] = model.coef_[0]
 
     def probabilities(self, words: Words, folds: np.ndarray) -> np.ndarray:
         """[pairs] the probability that the label is right; NaN where there are too few pairs for a model.
