@@ -12,6 +12,7 @@ from lit_did.audit.reference import cost, examine_reference
 from lit_did.audit.reference.measuring import edit_similarity
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
+from lit_did.models.quiet import adapter_off
 from tests.modules.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
 TOKENIZER = byte_tokenizer()
@@ -80,13 +81,17 @@ def test_columns_equal_a_plain_forward_pass(make):
         )
 
 
-def test_an_adapter_is_switched_off():
+def test_a_reference_is_measured_with_its_adapter():
+    """An adapter that fine-tuning has made is part of the reference, unless the caller switches it off."""
     base = model(dtype=torch.float32)
-    expected = examine(ROWS, copy.deepcopy(base)).columns["chosen_reference_logprob"]
+    without = examine(ROWS, copy.deepcopy(base)).columns["chosen_reference_logprob"]
     torch.manual_seed(0)
     tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
-    part = examine(ROWS, tuned)
-    assert np.allclose(part.columns["chosen_reference_logprob"], expected, rtol=1e-5)
+    expected = examine(ROWS, copy.deepcopy(tuned).merge_and_unload()).columns["chosen_reference_logprob"]
+    assert not np.allclose(expected, without, rtol=1e-5)
+    assert np.allclose(examine(ROWS, tuned).columns["chosen_reference_logprob"], expected, rtol=1e-5)
+    with adapter_off(tuned):
+        assert np.allclose(examine(ROWS, tuned).columns["chosen_reference_logprob"], without, rtol=1e-5)
     assert tuned.active_adapter == "default"
 
 

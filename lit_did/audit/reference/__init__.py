@@ -52,7 +52,7 @@ def examine_reference(
         data: The pairs.
         settings: With the arguments of tokenising and the number of pairs a forward pass.
         tokenizer: The reference's.
-        reference: The model. A PeftModel is measured without its adapter.
+        reference: The model. A PeftModel is measured as it is, with the adapters that are active.
         parts: The parts that ran before, which are not needed.
     """
     dataset = tokenized(data.rows, settings, tokenizer)

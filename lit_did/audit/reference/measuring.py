@@ -8,7 +8,6 @@ that a completion's z is its excess divided by the root of the summed squares of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,9 @@ from lit_did.batches.checks import checked_sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.models.forward import Outputs, num_embeddings, num_positions
-from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.models.quiet import evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
-from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.models.wrappers import unwrapped
 from lit_did.ops import TokenStatistics, linear_token_statistics, token_statistics
 
 SIDES = ("chosen", "rejected")
@@ -61,18 +60,17 @@ def measure(dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *
 
     Args:
         dataset: The pairs.
-        reference: The model. A PeftModel is measured without its adapter.
+        reference: The model. A PeftModel is measured as it is, with the adapters that are active.
         batch_size: Pairs a forward pass.
         progress: Whether a terminal shows a progress bar.
     """
     model = unwrapped(reference)
     device = next(model.parameters()).device
-    off: AbstractContextManager = adapter_off(model) if is_peft(model) else evaluating(model)
     rows: list[np.ndarray] = []
     hidden: list[np.ndarray] | None = []
     with (
         random_numbers_kept(device),
-        off,
+        evaluating(model),
         tqdm(total=len(dataset), desc="Reference", unit="pair", disable=None if progress else True) as bar,
     ):
         for first in range(0, len(dataset), batch_size):
