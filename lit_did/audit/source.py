@@ -13,6 +13,9 @@ from lit_did.data.columns import read_columns
 from lit_did.data.pairs import PreferencePair, Text
 from lit_did.data.reading import Columns, SourceRow, read_rows
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""keys of a message whose value templates put into a think block"""
+
 
 class AuditData:
     """Preference pairs to audit. Reads what `PreferenceDataModule` reads.
@@ -71,11 +74,25 @@ class AuditData:
         return np.array([row.index for row in self.rows], dtype=np.int64)
 
     @cached_property
+    def prompt_keys(self) -> np.ndarray:
+        """[pairs] int64: equal numbers for prompts that differ in whitespace alone, with system message and tools.
+
+        Python draws the numbers for each process, so that only their equality means something.
+        """
+        return np.fromiter((hash(prompt_key(row.pair)) for row in self.rows), np.int64, len(self.rows))
+
+    @cached_property
     def prompt_groups(self) -> np.ndarray:
-        """[pairs] int64: equal numbers, from 0, for pairs of the same prompt, system message and tools."""
+        """[pairs] int64: equal numbers, from 0, for pairs of the same prompt (`prompt_keys`).
+
+        Statistics and folds take the pairs of a prompt together. A pair without a prompt is alone with its copies.
+        """
         numbers: dict[Any, int] = {}
-        keys = (hash((prompt_text(row.pair), repr(row.pair.tools))) for row in self.rows)
-        return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(self.rows))
+        names = (
+            key if has_prompt(row.pair) else frozenset(completion_keys(row.pair))
+            for key, row in zip(self.prompt_keys.tolist(), self.rows, strict=True)
+        )
+        return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
     def texts(self, number: int) -> tuple[str, str, str]:
         """The prompt, the chosen and the rejected completion of the pair `rows[number]`, each as one text."""
@@ -87,6 +104,40 @@ def prompt_text(pair: PreferencePair) -> str:
     """The prompt as one text, with the system message of a plain-text pair before it."""
     text = as_text(pair.prompt, roles=True)
     return text if pair.system is None else f"system: {pair.system}\n\n{text}"
+
+
+def prompt_key(pair: PreferencePair) -> str:
+    """What pairs of the same prompt have in common: its text but for whitespace, its thoughts, system and tools."""
+    return without_layout(prompt_text(pair), pair.prompt) + (repr(pair.tools) if pair.tools else "")
+
+
+def has_prompt(pair: PreferencePair) -> bool:
+    """Whether anything but a system message comes before the completions."""
+    if isinstance(pair.prompt, str):
+        return bool(pair.prompt.strip())
+    return bool(as_text([turn for turn in pair.prompt if turn["role"] != "system"]).strip())
+
+
+def completion_keys(pair: PreferencePair) -> list[int]:
+    """The numbers of both completions, equal for completions that differ in whitespace alone."""
+    return [hash(without_layout(as_text(side), side)) for side in (pair.chosen, pair.rejected)]
+
+
+def without_layout(text: str, raw: Text) -> str:
+    """A text with single spaces between its words, and its thoughts.
+
+    Args:
+        text: The text.
+        raw: The same, as the pair has it.
+    """
+    words = " ".join(text.split())
+    return f"{words}{found!r}" if (found := thoughts(raw)) else words
+
+
+def thoughts(text: Text) -> list[Any]:
+    """The values of messages that templates put into think blocks."""
+    messages = [] if isinstance(text, str) else text
+    return [message[key] for message in messages for key in THOUGHTS if key in message]
 
 
 def as_text(text: Text, *, roles: bool = False) -> str:

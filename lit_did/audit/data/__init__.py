@@ -8,7 +8,7 @@ from lit_did.audit.blocks import Block, Paragraph, Picture, Table
 from lit_did.audit.data.bag_of_words import BagOfWords, draw_folds
 from lit_did.audit.data.copies import find_contradictions, find_duplicates, find_identical, find_unusable
 from lit_did.audit.data.habits import Habit, find_habits, rank_habits, read_habits
-from lit_did.audit.data.keys import in_order, read_keys
+from lit_did.audit.data.keys import read_keys
 from lit_did.audit.data.kinds import tables_of_kinds
 from lit_did.audit.data.leaks import find_leaks
 from lit_did.audit.data.length import find_length_bias, log_ratios, longer_is_chosen
@@ -34,7 +34,7 @@ def examine_data(data: AuditData, settings: Settings, *, val: AuditData | None) 
     """
     seed, count = settings.seed, len(data)
     keys = read_keys(data)
-    groups, sample = in_order(keys.prompt), draw_sample(data, seed)
+    groups, sample = data.prompt_groups, draw_sample(data, seed)
     folds = draw_folds(groups, seed)
     sampled = list(read_words(data, sample))
     shingles, classifier = Shingles(words for _, words in sampled), BagOfWords(sampled, folds)
@@ -49,18 +49,17 @@ def examine_data(data: AuditData, settings: Settings, *, val: AuditData | None) 
     signs = read_habits(data, sample)
     habits = rank_habits(signs, ratios[sample], groups[sample])
     duplicates, is_copy = find_duplicates(data, keys)
-    sides = np.stack([keys.chosen, keys.rejected], 1)
-    near = find_near_duplicates(data, shingles, np.concatenate(bands), is_copy, groups, sides)
+    near = find_near_duplicates(data, shingles, np.concatenate(bands), is_copy, keys)
     findings = [
         find_unusable(data),
         find_identical(data, keys),
         duplicates,
         near,
         find_contradictions(data, keys),
-        *([] if val is None else [find_leaks(data, keys, shingles, val)]),
+        *([] if val is None else [find_leaks(data, shingles, val)]),
         find_empty_thinking(data),
         find_length_bias(data, ratios, groups, seed),
-        find_habits(habits, signs, data.row_numbers[sample], seed),
+        find_habits(data, habits, seed),
     ]
     longer = longer_is_chosen(ratios)
     right = np.where(np.isnan(probabilities), np.nan, (np.sign(probabilities - 0.5) + 1) / 2)

@@ -122,7 +122,7 @@ def _has(name: str, pattern: re.Pattern[str], text: str) -> bool:
 
 
 def read_habits(data: AuditData, places: np.ndarray) -> np.ndarray:
-    """[pairs, habits] int8: 1 where the chosen side alone has a habit, -1 where the rejected one has, else 0."""
+    """[places, habits] int8: 1 where the chosen side alone has a habit, -1 where the rejected one has, else 0."""
     found = np.zeros((len(places), len(HABITS)), np.int8)
     for number, place in enumerate(places.tolist()):
         _, chosen, rejected = data.texts(place)
@@ -166,41 +166,52 @@ def rank_habits(signs: np.ndarray, ratios: np.ndarray, groups: np.ndarray) -> li
     return sorted(corrected, key=lambda habit: -_evidence(habit.accuracy))
 
 
-def find_habits(habits: Sequence[Habit], signs: np.ndarray, rows: np.ndarray, seed: int) -> Finding:
+def read_habit(data: AuditData, name: str) -> np.ndarray:
+    """[pairs] int8: one column of `read_habits`, of all pairs."""
+    found = np.zeros(len(data), np.int8)
+    for place in range(len(data)):
+        _, *sides = data.texts(place)
+        chosen, rejected = (_has(name, _SEARCHED[name], side) for side in sides)
+        found[place] = chosen - rejected
+    return found
+
+
+def find_habits(data: AuditData, habits: Sequence[Habit], seed: int) -> Finding:
     """Whether a habit predicts the chosen side.
 
     Args:
-        habits: From `rank_habits`.
-        signs: From `read_habits`.
-        rows: [pairs] the row numbers of these pairs.
+        data: All pairs.
+        habits: From `rank_habits`, of a sample of the pairs or of all.
         seed: Of the draw of the surplus.
     """
     faults = [habit for habit in habits if habit.is_fault]
     if not faults:
         return Finding("habits", "No habit of formatting or phrasing predicts the chosen side.", "", False, 0.0)
     first = faults[0]
-    more = first.accuracy.value > 0.5
-    accuracy = first.accuracy
+    signs, groups = read_habit(data, first.name), data.prompt_groups
+    told = signs != 0
+    accuracy = share_over_groups((signs[told] + 1) / 2, groups[told])
+    coverage = float(told.mean())
+    more = accuracy.value > 0.5
     shown = accuracy if more else Estimate(1 - accuracy.value, 1 - accuracy.upper, 1 - accuracy.lower, accuracy.count)
     others = (
         f"; so do {len(faults) - 1} other habits" if len(faults) > 2 else "; so does 1 other habit" * (len(faults) - 1)
     )
     sentence = (
         f'The habit "{first.name}" predicts the {"chosen" if more else "rejected"} side in {shown} of the '
-        f"{first.coverage:.0%} of pairs where one side alone has it{others}."
+        f"{coverage:.0%} of pairs where one side alone has it{others}."
     )
-    sign = signs[:, HABITS.index(first.name)] * (1 if more else -1)
-    with_it = np.flatnonzero(sign > 0)
-    extra = len(with_it) - int((sign < 0).sum())
+    with_it = np.flatnonzero(signs == (1 if more else -1))
+    extra = 2 * len(with_it) - int(told.sum())
     places = np.sort(np.random.default_rng(seed).choice(with_it, extra, replace=False))
-    side = "chosen" if more else "rejected"
+    side, rows = "chosen" if more else "rejected", data.row_numbers
     evidence = {int(row): f"The {side} side alone has: {first.name}." for row in rows[places]}
     return Finding(
         "habits",
         sentence,
         "Check that the habit is wanted, or leave out the flagged pairs, which balances it.",
         True,
-        abs(2 * accuracy.value - 1) * first.coverage,
+        abs(2 * accuracy.value - 1) * coverage,
         rows[places].tolist(),
         None,
         evidence,

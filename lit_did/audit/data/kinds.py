@@ -27,14 +27,16 @@ def tables_of_kinds(
         right: [pairs] 1 where the classifier of words is right, NaN where there is none.
         groups: [pairs] the number of each prompt.
     """
-    columns: dict[str, Sequence[Any]] = {"turns of the user": _turns(data)}
+    columns: dict[str, Sequence[Any]] = {}
     if any(row.pair.tag for row in data.rows):
-        columns = {"tag": [row.pair.tag or None for row in data.rows]} | columns
-    columns |= _others(data)
+        columns["tag"] = [row.pair.tag or None for row in data.rows]
+    columns["turns of the user"] = _turns(data)
+    for name, values in _others(data).items():
+        columns[f"{name}_source" if name in columns else name] = values
     found = []
     for name, values in columns.items():
-        texts = np.array(["" if value is None else str(value) for value in values])
-        kinds, numbers, counts = np.unique(texts, return_inverse=True, return_counts=True)
+        numbers, kinds = _numbered(values)
+        counts = np.bincount(numbers)
         if not 2 <= len(kinds) <= MOST_VALUES:
             continue
         rows = []
@@ -44,11 +46,19 @@ def tables_of_kinds(
             enough = len(np.unique(groups[of_kind])) >= MIN_PROMPTS
             figures = [share_over_groups(hits[of_kind], groups[of_kind]) for hits in (longer, right)]
             shown = [figure if enough and figure.count else None for figure in figures]
-            rows.append([str(kinds[kind]) or "(none)", int(counts[kind]), *map(float, median), *shown])
+            rows.append([kinds[kind] or "(none)", int(counts[kind]), *map(float, median), *shown])
         names = (name, "pairs", "prompt (words)", "chosen (words)", "rejected (words)", "longer side", "words")
         note = "Lengths are medians. The last columns are accuracies. They need 20 prompts."
         found.append(Table(f"Pairs by {name}", names, rows, note))
     return found
+
+
+def _numbered(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    """[pairs] the number of each value, and the values as texts, sorted. None is ""."""
+    texts = {value: "" if value is None else str(value) for value in dict.fromkeys(values)}
+    kinds = sorted(set(texts.values()))
+    places = {text: place for place, text in enumerate(kinds)}
+    return np.array([places[texts[value]] for value in values], np.int64), kinds
 
 
 def _others(data: AuditData) -> Mapping[str, list[Any]]:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from lit_did.audit.data.keys import Keys, read_keys
 from lit_did.audit.data.near import Shingles, similar_prompts
 from lit_did.audit.data.sample import read_words
 from lit_did.audit.data.sentences import many, percent
 from lit_did.audit.report import Estimate, Finding
-from lit_did.audit.source import AuditData
+from lit_did.audit.source import AuditData, has_prompt, prompt_key
 
 _TRIED = 4  # validation prompts of each band that a prompt is compared with
 
 
-def find_leaks(data: AuditData, keys: Keys, shingles: Shingles, val: AuditData) -> Finding:
+def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
     """Pairs whose prompt is in the validation data, equal but for case and whitespace, or nearly equal."""
-    others = read_keys(val)
+    keys, others = _folded(data), _folded(val)
     first: dict[int, int] = {}
-    for place, key in enumerate(others.folded.tolist()):
-        if key != hash(""):  # data without prompts leaks none
-            first.setdefault(key, place)
-    exact = {place: first[key] for place, key in enumerate(keys.folded.tolist()) if key in first}
+    for place, key in others.items():
+        first.setdefault(key, place)
+    exact = {place: first[key] for place, key in keys.items() if key in first}
     near = _near(data, shingles, val, exact)
     rows, of_val = data.row_numbers, val.row_numbers
     evidence = {
@@ -32,8 +30,8 @@ def find_leaks(data: AuditData, keys: Keys, shingles: Shingles, val: AuditData) 
     numbers, total = list(evidence), len(data)
     if not numbers:
         return Finding("leaked", f"No prompt is in the {many(len(val), 'validation pair')} too.", "", False, 0.0)
-    shared = set(keys.folded[list(exact)].tolist())
-    in_val = set(np.flatnonzero(np.isin(others.folded, list(shared))).tolist()) | set(near.values())
+    shared = {keys[place] for place in exact}
+    in_val = {place for place, key in others.items() if key in shared} | set(near.values())
     share = len(numbers) / total
     sentence = (
         f"{many(len(numbers), 'pair')} of {total:,} ({percent(share)}) {'has' if len(numbers) == 1 else 'have'} a "
@@ -42,6 +40,11 @@ def find_leaks(data: AuditData, keys: Keys, shingles: Shingles, val: AuditData) 
     )
     value = Estimate(share, count=total)
     return Finding("leaked", sentence, "Remove them from one of both.", True, share, numbers, None, evidence, value)
+
+
+def _folded(data: AuditData) -> dict[int, int]:
+    """By the place of a pair with a prompt, the number of its prompt without regard to case and whitespace."""
+    return {place: hash(prompt_key(row.pair).casefold()) for place, row in enumerate(data.rows) if has_prompt(row.pair)}
 
 
 def _near(data: AuditData, shingles: Shingles, val: AuditData, exact: dict[int, int]) -> dict[int, int]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import rensa
 
+from lit_did.audit.data.keys import Keys
 from lit_did.audit.data.sample import read_words
 from lit_did.audit.data.sentences import of_rows
 from lit_did.audit.data.words import Words, mix
@@ -92,7 +93,7 @@ class Shingles:
 
 
 def find_near_duplicates(
-    data: AuditData, shingles: Shingles, bands: np.ndarray, is_copy: np.ndarray, groups: np.ndarray, sides: np.ndarray
+    data: AuditData, shingles: Shingles, bands: np.ndarray, is_copy: np.ndarray, keys: Keys
 ) -> Finding:
     """Pairs that nearly repeat an earlier one.
 
@@ -101,11 +102,14 @@ def find_near_duplicates(
         shingles: How common they are.
         bands: [pairs, bands] of all pairs.
         is_copy: [pairs] bool: exact duplicates, which are not searched.
-        groups: [pairs] the number of each prompt.
-        sides: [pairs, 2] the numbers of both sides, to leave out swapped pairs.
+        keys: The numbers of their texts, to leave out swapped pairs.
     """
     firsts, seconds = _candidates(bands, ~is_copy)
-    swapped = (groups[firsts] == groups[seconds]) & (sides[firsts] == sides[seconds][:, ::-1]).all(1)
+    swapped = (
+        (keys.prompt[firsts] == keys.prompt[seconds])
+        & (keys.chosen[firsts] == keys.rejected[seconds])
+        & (keys.rejected[firsts] == keys.chosen[seconds])
+    )
     firsts, seconds = firsts[~swapped], seconds[~swapped]
     found: dict[int, tuple[int, float]] = {}
     # A block of candidates at once, so that the words of few pairs are in memory.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from lit_did.audit.data.keys import thoughts
 from lit_did.audit.data.sentences import of_rows
 from lit_did.audit.report import Finding
-from lit_did.audit.source import AuditData, as_text
+from lit_did.audit.source import AuditData, as_text, thoughts
 from lit_did.data.pairs import Text
 
 _NAMES = "think|thinking|thought|thoughts|reasoning|scratchpad|seed:think"

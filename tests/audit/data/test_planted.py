@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("sklearn", reason="the extra audit is not installed")
 pytest.importorskip("rensa", reason="the extra audit is not installed")
 
 from lit_did.audit.data import examine_data
-from lit_did.audit.data.keys import in_order, read_keys
+from lit_did.audit.data.kinds import tables_of_kinds
 from lit_did.audit.data.length import surplus
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
@@ -237,17 +238,72 @@ def test_data_without_prompts_leaks_none():
     assert not examine(rows, rows)[0]["leaked"].rows
 
 
+@pytest.mark.filterwarnings("ignore:.*No row has a prompt")
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_pairs_without_a_prompt_are_independent(system):
+    """But for copies, which are in one fold."""
+    rows = [{"prompt": "", "chosen": f"a {n} b c d e", "rejected": f"f {n}"} for n in range(60)]
+    rows = [row | ({"system": system} if system else {}) for row in [*rows, rows[3] | {"chosen": "a  3 b c d e"}]]
+    findings, part, data = examine(rows)
+    assert data.prompt_groups.tolist() == [*range(60), 3]
+    assert findings["length_bias"].raised
+    assert part.figures["num_prompts"] == 60
+    assert findings["duplicates"].rows == [60]
+    again, _, _ = examine([*rows, rows[0] | {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}], rows)
+    assert again["contradictions"].rows == [0, 61]
+    assert not again["leaked"].rows
+
+
+def test_prompts_that_differ_in_whitespace_are_one():
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ("Why so?", " Why\nso?", "why so?")]
+    assert AuditData(rows, "pairs").prompt_groups.tolist() == [0, 0, 1]
+
+
+def test_columns_of_the_source_hide_none_of_the_audit():
+    rows = [row | {"turns of the user": "ab"[n % 2]} for n, row in enumerate(clean("random words", 0, 40))]
+    rows[0]["prompt"] = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    _, part, _ = examine(rows)
+    tables = {block.title: block for block in part.blocks if getattr(block, "title", "").startswith("Pairs by")}
+    assert list(tables) == ["Pairs by turns of the user", "Pairs by turns of the user_source"]
+    assert [row[:2] for row in tables["Pairs by turns of the user"].rows] == [["1", 39], ["2", 1]]
+    assert [row[:2] for row in tables["Pairs by turns of the user_source"].rows] == [["a", 20], ["b", 20]]
+
+
+def test_long_values_of_a_column_need_little_memory():
+    rows = [row | {"kind": "ab"[n % 2] * 20_000} for n, row in enumerate(clean("short answers", 0, 2_000))]
+    data, shape = AuditData(rows, "pairs"), np.ones(2_000)
+    tracemalloc.start()
+    try:
+        found = tables_of_kinds(data, np.ones((2_000, 3)), shape, shape, data.prompt_groups)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert [table.title for table in found] == ["Pairs by kind"]
+
+
+def test_the_surplus_of_a_habit_is_that_of_all_pairs(monkeypatch):
+    from lit_did.audit.data import sample
+
+    monkeypatch.setattr(sample, "SAMPLE", 200)
+    rows, rng = clean("random words", 4, 400), np.random.default_rng(1)
+    for row in rows:
+        side = "chosen" if rng.random() < 0.9 else "rejected"
+        row[side] = "Certainly " + row[side]
+    finding = examine(rows)[0]["habits"]
+    starts = [row["chosen"].startswith("Certainly") for n, row in enumerate(rows) if n not in set(finding.rows)]
+    assert sum(starts) * 2 == len(starts)
+    assert finding.value.count == 400
+
+
 def test_words_are_judged_by_models_that_did_not_see_the_prompt():
     # Labels at random: a model that had seen a prompt would remember them.
     rows = clean("several pairs a prompt", 2, 400)
     _, part, _ = examine(rows)
     assert part.figures["baselines"]["words"].value < 0.6
-    _, part, data = examine(clean("hidden reward", 2, 300))
+    _, part, _ = examine(clean("hidden reward", 2, 300))
     right = np.array(part.columns["words_probability"]) > 0.5
     assert part.figures["baselines"]["words"].value == pytest.approx(right.mean())
     assert part.figures["baselines"]["words"].value > 0.62
-    groups = in_order(read_keys(data).prompt)
-    assert len(right) == len(groups)
 
 
 def test_a_habit_is_found_beyond_length():
