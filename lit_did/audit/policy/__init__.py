@@ -19,18 +19,14 @@ from lit_did.audit.policy.breakdown import (
     figures_table,
 )
 from lit_did.audit.policy.calibration import calibration_findings, reliability
-from lit_did.audit.policy.completions import (
-    did_entropy_of_completions,
-    greedy_samples,
-    nothing_to_complete,
-    sampled_places,
-)
+from lit_did.audit.policy.completions import did_entropy_of_completions, greedy_samples
 from lit_did.audit.policy.displacement import REASON, displacement_findings
 from lit_did.audit.policy.heat import heat_maps
 from lit_did.audit.policy.information import CLAIM, information_findings, num_not_finite, token_means
 from lit_did.audit.policy.length import length_findings
 from lit_did.audit.policy.margins import accuracy_table, margin_findings
 from lit_did.audit.policy.scored import Scored, scored_from
+from lit_did.audit.prompts import nothing_to_complete, places_to_complete
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
@@ -100,7 +96,7 @@ def examine_policy(
     )
     examples = {example.index: example for example in dataset}
     part.blocks += heat_maps(scored, places, examples, data, tokenizer, policy, reference)
-    chosen = sampled_places(dataset, groups, settings, policy, reference)
+    chosen = places_to_complete(dataset, groups, settings, [m for m in (policy, reference) if m is not None])
     prompts = [dataset[i].prompt_ids.tolist() for i in chosen]
     if not chosen:
         part.blocks.append(nothing_to_complete(settings))

@@ -5,38 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from lit_did.audit.blocks import Block, Paragraph, SideBySide, Table
+from lit_did.audit.blocks import Block, SideBySide, Table
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
-from lit_did.data.dataset import PreferenceDataset
 from lit_did.sampling.completing import complete
 from lit_did.sampling.prompts import DIDEntropyOfPrompts, did_entropy_of_prompts
-from lit_did.sampling.readers import CachedModel, ends_of
+from lit_did.sampling.readers import ends_of
 
 NUM_PARTICLES = 128
-
-
-def sampled_places(
-    dataset: PreferenceDataset, groups: np.ndarray, settings: Settings, policy: nn.Module, reference: nn.Module | None
-) -> list[int]:
-    """Places in `dataset` of pairs with different prompts, drawn at random among those with room for a completion.
-
-    Args:
-        dataset: The tokenised pairs.
-        groups: [pairs] the number of each pair's prompt.
-        settings: With `num_prompts`, `max_new_tokens` and `seed`.
-        policy: The policy.
-        reference: The reference, if it is another model.
-    """
-    most = min(CachedModel(model).max_tokens for model in (policy, reference) if model is not None)
-    _, first = np.unique(groups, return_index=True)
-    fitting = [int(i) for i in first if len(dataset[int(i)].prompt_ids) + settings.max_new_tokens - 1 <= most]
-    count = min(settings.num_prompts, len(fitting))
-    return sorted(np.random.default_rng(settings.seed).choice(fitting, count, replace=False).tolist()) if count else []
 
 
 def did_entropy_of_completions(
@@ -143,12 +122,4 @@ def greedy_samples(
         "Greedy completions",
         items,
         note=f"The most likely next token again and again, at most {settings.max_new_tokens}. Three dots: cut there.",
-    )
-
-
-def nothing_to_complete(settings: Settings) -> Paragraph:
-    """Says why there are no completions."""
-    return Paragraph(
-        f"No prompt leaves room for {settings.max_new_tokens} new tokens within the positions of the models, so none "
-        "was completed."
     )

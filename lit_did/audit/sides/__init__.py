@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from lit_did.audit.blocks import Paragraph, SideBySide, Table
+from lit_did.audit.prompts import nothing_to_complete, places_to_complete
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
-from lit_did.audit.sides.fitting import base_of, fit_side_models, folds_of, held_out_scores, score
+from lit_did.audit.sides.fitting import SideModels, base_of, fit_side_models, folds_of, held_out_scores, score
 from lit_did.audit.sides.prediction import Drawn, draw, line_between, predicted_change
 from lit_did.audit.source import AuditData
-from lit_did.audit.statistics import calibration_slope, mean_over_groups, share_over_groups
+from lit_did.audit.statistics import MIN_PROMPTS, calibration_slope, mean_over_groups, share_over_groups
 from lit_did.audit.tokenized import tokenized
 from lit_did.data.dataset import Example
 from lit_did.functional import fit_power_law
 from lit_did.ops import SequenceStatistics
 from lit_did.sampling.prompts import LEAST_RELIABLE
 
-LEAST_PROMPTS = 8
 CONDITIONS = (
     "The side models are small adapters, fitted here to a few pairs. They are not the population's side models, so all "
     "figures of this part are estimates of what better side models would say. If chosen and rejected completions come "
@@ -61,14 +61,19 @@ def examine_sides(
     place = {int(row): number for number, row in enumerate(data.row_numbers)}
     places = np.array([place[example.index] for example in examples])
     groups = data.prompt_groups[places]
-    if len(np.unique(groups)) < LEAST_PROMPTS:
-        part.blocks.append(Paragraph(f"Too few prompts for side models: at least {LEAST_PROMPTS} are needed."))
+    if len(np.unique(groups)) < MIN_PROMPTS:
+        part.blocks.append(Paragraph(f"Too few prompts for side models: at least {MIN_PROMPTS} are needed."))
         return part
 
     base = base_of(reference, policy)
     folds = folds_of(groups, settings.seed)
     options: dict[str, Any] = {"seed": settings.seed, "progress": settings.progress}
-    models = fit_side_models(base, examples, folds, batch_size=settings.batch_size, **options)
+    try:
+        models = fit_side_models(base, examples, folds, batch_size=settings.batch_size, **options)
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        part.findings.append(_failed(error))
+        part.blocks.append(Paragraph(part.findings[-1].sentence))
+        return part
     by_chosen, by_rejected = held_out_scores(models, examples, folds, settings.batch_size)  # [pairs, 2] each
     beside = _beside(base, reference, policy, examples, settings.batch_size)
     margins = [_margin(x) for x in (by_chosen, by_rejected, beside.reference_logprob.numpy())]
@@ -103,22 +108,50 @@ def examine_sides(
         ),
     ]
     part.findings += _findings(accuracy, k, parts)
-    if not 0 < k.value < math.inf:
-        part.blocks.append(Paragraph(f"No prediction, because it needs a slope k above 0, and k is {k}."))
-        return part
 
     # -- the predicted policy, for completions that are cut ------------------------------------------------------
-    length = settings.max_new_tokens
-    pairs = _sample_of_prompts(examples, groups, settings)
-    if not pairs:
+    plain = [i for i, e in enumerate(examples) if e.chosen_context is None and e.rejected_context is None]
+    if not plain:
         part.blocks.append(Paragraph("No prediction, because completions with several scored turns are not sampled."))
         return part
+    cut = _cut(examples, plain, groups, folds, models, settings)
+    part.figures["k_of_cut"] = cut.k
+    if not 0 < cut.k.value < math.inf:
+        part.blocks.append(Paragraph(_no_prediction(cut.k.value, settings.max_new_tokens)))
+        return part
+    pairs = [plain[i] for i in places_to_complete(cut.examples, cut.groups, settings, [base])]
+    if not pairs:
+        part.blocks.append(nothing_to_complete(settings))
+        return part
+    exponent = cut.k.value / settings.beta
     drawn = draw(
-        models, base, examples, folds, pairs, exponent=k.value / settings.beta, max_new_tokens=length, **options
+        models, base, examples, folds, pairs, exponent=exponent, max_new_tokens=settings.max_new_tokens, **options
     )
-    _predict(part, drawn, models, beside, base, reference, policy, examples, folds, groups, k, settings)
+    happened = None if policy is None else _mean_changes(beside.log_ratio.numpy(), groups)
+    _predict(part, drawn, cut, groups, happened, settings, base, reference, policy)
     part.blocks.append(_samples(drawn, data, places, tokenizer, settings.seed))
     return part
+
+
+def _failed(error: Exception) -> Finding:
+    """Says why there are no side models. The other parts of the audit stay."""
+    if isinstance(error, torch.OutOfMemoryError):
+        why, advice = "memory ran out", "Use a smaller `batch_size` or `max_length`."
+    else:
+        why, advice = "their loss became NaN or infinite", "Check the reference's weights, or load it in bfloat16."
+    sentence = f"The side models could not be fitted, because {why}."
+    return Finding("no_side_models", sentence, advice, raised=False, severity=1.0)
+
+
+def _no_prediction(k: float, length: int) -> str:
+    """Why there is no prediction with such a slope of cut pairs."""
+    if k == math.inf:
+        why = f"the side models are right on every pair cut at {length} tokens, so no finite slope k fits"
+    elif k == 0 or math.isnan(k):
+        why = f"the side models see no difference between the sides of pairs cut at {length} tokens"
+    else:
+        why = f"it needs a slope k above 0, and that of pairs cut at {length} tokens is {k:.3g}"
+    return f"No prediction, because {why}."
 
 
 def _beside(
@@ -163,9 +196,15 @@ def _findings(accuracy: Estimate, k: Estimate, parts: Mapping[str, Part]) -> lis
             value=accuracy,
         )
     ]
-    if math.isnan(k.lower):
+    if math.isinf(k.value):
+        side = "right" if k.value > 0 else "wrong"
+        text = (
+            f"The side models are {side} on every pair, so the slope k is not finite, and it cannot be said whether "
+            "the sides are independent."
+        )
+    elif math.isnan(k.lower):
         return found
-    if k.lower > 1 or k.upper < 1:
+    elif k.lower > 1 or k.upper < 1:
         why = "larger" if k.upper < 1 else "smaller"
         text = (
             f"The sides are not independent, or their models are not well fitted: k = {k}, where independent sides "
@@ -178,54 +217,74 @@ def _findings(accuracy: Estimate, k: Estimate, parts: Mapping[str, Part]) -> lis
     return [*found, Finding("independent_sides", text, "", False, 0.35, value=k)]
 
 
-def _sample_of_prompts(examples: Sequence[Example], groups: np.ndarray, settings: Settings) -> list[int]:
-    """A pair of each of `num_prompts` prompts."""
-    plain = _plain(examples)
-    _, first = np.unique(groups[plain], return_index=True)
-    count = min(settings.num_prompts, len(first))
-    chosen = np.random.default_rng(settings.seed).choice(first, count, replace=False)
-    return [plain[number] for number in chosen]
+class _Cut(NamedTuple):
+    """The pairs whose completions can be cut, cut at `max_new_tokens`, as the prediction needs them."""
+
+    examples: list[Example]
+    groups: np.ndarray
+    """[pairs] the number of each pair's prompt"""
+    log_ratio: np.ndarray
+    """[pairs, 2] held-out log pi_w - log pi_l of the chosen and of the rejected completion"""
+    k: Estimate
+    """their calibration slope, which may differ from that of whole completions"""
 
 
-def _plain(examples: Sequence[Example]) -> list[int]:
-    """The pairs without further turns within a completion, which cannot be cut or drawn."""
-    return [i for i, e in enumerate(examples) if e.chosen_context is None and e.rejected_context is None]
+def _cut(
+    examples: Sequence[Example],
+    plain: Sequence[int],
+    groups: np.ndarray,
+    folds: np.ndarray,
+    models: Sequence[SideModels],
+    settings: Settings,
+) -> _Cut:
+    length = settings.max_new_tokens
+    cut = [
+        examples[i]._replace(chosen_ids=examples[i].chosen_ids[:length], rejected_ids=examples[i].rejected_ids[:length])
+        for i in plain
+    ]
+    by_chosen, by_rejected = held_out_scores(models, cut, folds[plain], settings.batch_size)
+    log_ratio = by_chosen - by_rejected
+    return _Cut(cut, groups[plain], log_ratio, calibration_slope(_margin(log_ratio), groups[plain]))
+
+
+def _mean_changes(changes: np.ndarray, groups: np.ndarray) -> list[Estimate]:
+    """The means of [pairs, 2] over the pairs."""
+    return [mean_over_groups(changes[:, side], groups) for side in range(2)]
 
 
 def _predict(
     part: Part,
     drawn: Sequence[Drawn],
-    models: Any,
-    whole: SequenceStatistics,
+    cut: _Cut,
+    groups: np.ndarray,
+    happened: Sequence[Estimate] | None,
+    settings: Settings,
     base: nn.Module,
     reference: nn.Module | None,
     policy: nn.Module | None,
-    examples: Sequence[Example],
-    folds: np.ndarray,
-    groups: np.ndarray,
-    k: Estimate,
-    settings: Settings,
 ) -> None:
-    """Adds the predicted change of both log-likelihoods, what happened, and the DID entropy of the predicted policy."""
-    length, of_pair = settings.max_new_tokens, {groups[d.pair]: d for d in drawn}
-    used = [i for i in _plain(examples) if groups[i] in of_pair]
-    cut = [
-        examples[i]._replace(chosen_ids=examples[i].chosen_ids[:length], rejected_ids=examples[i].rejected_ids[:length])
-        for i in used
-    ]
-    by_chosen, by_rejected = held_out_scores(models, cut, folds[used], settings.batch_size)
-    log_partition = np.array([of_pair[groups[i]].optimum.estimate.log_partition for i in used])
-    change = predicted_change(by_chosen - by_rejected, log_partition, exponent=k.value / settings.beta)
-    predicted = [mean_over_groups(change[:, side], groups[used]) for side in range(2)]
+    """Adds the predicted change of both log-likelihoods, what happened, and the DID entropy of the predicted policy.
+
+    Args:
+        part: Where they go.
+        drawn: The draws.
+        cut: The pairs, cut.
+        groups: [pairs] the number of each pair's prompt, of all pairs, for the pairs of `drawn`.
+        happened: The policy's mean changes over all whole pairs. None: there is no policy.
+        settings: beta and the length.
+        base, reference, policy: The models.
+    """
+    length, of_prompt = settings.max_new_tokens, {groups[d.pair]: d for d in drawn}
+    used = np.array([i for i, group in enumerate(cut.groups) if group in of_prompt])
+    log_partition = np.array([of_prompt[group].optimum.estimate.log_partition for group in cut.groups[used]])
+    change = predicted_change(cut.log_ratio[used], log_partition, exponent=cut.k.value / settings.beta)
+    predicted = _mean_changes(change, cut.groups[used])
     part.figures |= {"predicted_chosen_change": predicted[0], "predicted_rejected_change": predicted[1]}
     rows: list[list[Any]] = [[f"predicted, first {length} tokens, these prompts", *predicted]]
-    if policy is not None:
-        beside = _beside(base, reference, policy, cut, settings.batch_size).log_ratio.numpy()
-        rows.append(
-            [f"policy, first {length} tokens, these prompts"]
-            + [mean_over_groups(beside[:, side], groups[used]) for side in range(2)]
-        )
-        happened = [mean_over_groups(whole.log_ratio[:, side].numpy(), groups) for side in range(2)]
+    if policy is not None and happened is not None:
+        beside = _beside(base, reference, policy, [cut.examples[i] for i in used], settings.batch_size)
+        of_these = _mean_changes(beside.log_ratio.numpy(), cut.groups[used])
+        rows.append([f"policy, first {length} tokens, these prompts", *of_these])
         rows.append(["policy, whole completions, all pairs", *happened])
         part.figures |= {"chosen_change": happened[0], "rejected_change": happened[1]}
     part.blocks.append(
@@ -234,9 +293,9 @@ def _predict(
             ["", "chosen", "rejected"],
             rows,
             f"The prediction is for training to the end with beta {settings.beta:g} on pairs cut at {length} tokens: k "
-            f"(log pi_w - log pi_l) / beta - log Z, with k = {k.value:.3g} fixed. log Z comes from sequential Monte "
-            f"Carlo for {len(drawn)} prompts. The intervals are over these prompts. A run that stops early changes "
-            "less.",
+            f"(log pi_w - log pi_l) / beta - log Z, with k fixed at {cut.k.value:.3g}, the slope of the cut pairs. log "
+            f"Z comes from sequential Monte Carlo for {len(drawn)} prompts. The intervals are over these prompts. A "
+            "run that stops early changes less.",
         )
     )
     prompts = np.array([groups[d.pair] for d in drawn])
@@ -258,15 +317,16 @@ def _predict(
                 ["DID entropy (nats)", entropy],
                 ["DID entropy a token (nats)", _divided(entropy, length)],
                 ["concentration (nats)", concentration],
-                ["prompts with a reliable estimate of the DID entropy", f"{reliable} of {len(drawn)}"],
-                ["prompts with a reliable sample of the predicted policy", f"{of_target} of {len(drawn)}"],
+                ["prompts", len(drawn)],
+                ["prompts with a reliable estimate of the DID entropy", reliable],
+                ["prompts with a reliable sample of the predicted policy", of_target],
             ],
             "The DID is proportional to (pi_w / pi_l)^(k / beta) over whole completions, which needs no normalising "
             "per token. Prompts without a reliable estimate bias these figures.",
         )
     )
     falls = predicted[0].upper < 0
-    known = k.lower > 0 and of_target >= LEAST_RELIABLE * len(drawn)  # else the table says how little is known
+    known = cut.k.lower > 0 and of_target >= LEAST_RELIABLE * len(drawn)  # else the table says how little is known
     if known and (falls or predicted[0].lower > 0):
         direction = "less" if falls else "more"
         part.findings.append(

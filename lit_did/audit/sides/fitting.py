@@ -115,11 +115,19 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+class _Staying(LitSFT):
+    """`LitSFT` that stays on its device: Lightning would move it to the CPU after training, which copies the weights
+    that it shares with the base."""
+
+    def cpu(self) -> _Staying:
+        return self
+
+
 def _fit(start: nn.Module, side: Side, examples: list[Example], batch_size: int, seed: int) -> nn.Module:
     device = next(start.parameters()).device
     with random_numbers_kept(device), _quiet():
         torch.manual_seed(seed)
-        module = LitSFT(start, side=side, lora=LORA, learning_rate=LEARNING_RATE, warmup_steps=0.1, schedule="linear")
+        module = _Staying(start, side=side, lora=LORA, learning_rate=LEARNING_RATE, warmup_steps=0.1, schedule="linear")
         order = torch.Generator().manual_seed(seed)
         loader: DataLoader = DataLoader(
             examples,  # type: ignore[arg-type]  # a list is a dataset
@@ -140,7 +148,7 @@ def _fit(start: nn.Module, side: Side, examples: list[Example], batch_size: int,
         )
         trainer.fit(module, loader)
     assert module.policy is not None
-    return module.policy.to(device).eval()
+    return module.policy.eval()
 
 
 @contextmanager

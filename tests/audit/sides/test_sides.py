@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import Mock
+
+import lightning
 import numpy as np
 import pytest
 import torch
 
+import lit_did.audit.sides as sides
 from lit_did.audit.settings import Settings
 from lit_did.audit.sides import examine_sides, fitting
 from lit_did.audit.source import AuditData
+from lit_did.audit.tokenized import tokenized
 from lit_did.models.loading import add_lora
-from tests.modules.tiny import byte_tokenizer, tiny_llama
+from tests.modules.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
 SETTINGS = Settings(beta=0.5, num_prompts=2, max_new_tokens=3, progress=False, tokenization={"max_length": 48})
 
@@ -94,7 +100,9 @@ def test_figures_and_models(quick, with_policy):
     assert part.figures["side_accuracy"].value == 1
     # All margins have one sign: k is infinite, and the prediction says why there is none.
     assert part.figures["k"].value == np.inf
-    assert "No prediction" in part.blocks[-1].text
+    assert part.blocks[-1].text.startswith("No prediction, because the side models are right on every pair cut at 3")
+    [finding] = [finding for finding in part.findings if finding.name == "independent_sides"]
+    assert finding.sentence.startswith("The side models are right on every pair, so the slope k is not finite")
     assert ("exponent" in part.figures) == with_policy
 
 
@@ -117,6 +125,62 @@ def test_prediction(quick):
 
 
 def test_too_few_prompts():
-    part = examine_sides(data(4), SETTINGS, byte_tokenizer(), reference(), None, {})
+    part = examine_sides(data(19), SETTINGS, byte_tokenizer(), reference(), None, {})
     assert not part.figures
-    assert "at least 8" in part.blocks[0].text
+    assert "at least 20" in part.blocks[0].text
+
+
+def test_the_prediction_has_the_slope_of_the_pairs_that_are_cut(quick, monkeypatch):
+    """Margins of 3 tokens are smaller than those of whole completions, and right as often: their slope is larger."""
+    used = {}
+    for name in ("draw", "predicted_change"):
+        monkeypatch.setattr(sides, name, recording(getattr(sides, name), used, name))
+    part = examine_sides(data(swapped=True), SETTINGS, byte_tokenizer(), reference(), None, {})
+    whole, cut = part.figures["k"].value, part.figures["k_of_cut"].value
+    assert cut > 1.3 * whole > 0
+    assert used == {name: pytest.approx(cut / SETTINGS.beta) for name in ("draw", "predicted_change")}
+
+
+def recording(function, used, name):
+    def recorded(*args, exponent, **options):
+        used[name] = exponent
+        return function(*args, exponent=exponent, **options)
+
+    return recorded
+
+
+def test_prompts_without_room_are_not_completed(quick):
+    """GPT-2 looks positions up in a table. Pairs that are cut fit, whereas a prompt and its new tokens do not."""
+    model = tiny_gpt2(vocab_size=257 + 8, n_positions=20).eval()
+    settings = replace(SETTINGS, max_new_tokens=20)
+    part = examine_sides(data(swapped=True), settings, byte_tokenizer(), model, None, {})
+    assert part.figures["k"].value > 0
+    assert "No prompt leaves room for 20 new tokens" in part.blocks[-1].text
+
+
+@pytest.mark.parametrize(
+    ("error", "why"), [(None, "their loss became NaN"), (torch.OutOfMemoryError("CUDA"), "memory ran out")]
+)
+def test_a_failed_fit_is_a_finding(monkeypatch, error, why):
+    model = reference()
+    if error is None:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(torch.nan)
+    else:
+        monkeypatch.setattr(fitting, "_fit", Mock(side_effect=error))
+    part = examine_sides(data(), SETTINGS, byte_tokenizer(), model, None, {})
+    [finding] = part.findings
+    assert finding.sentence.startswith(f"The side models could not be fitted, because {why}")
+    assert part.blocks[0].text == finding.sentence
+    assert not part.columns
+
+
+def test_side_models_share_the_weights_of_the_base(monkeypatch):
+    """Lightning moves a module to the CPU after training. Here that copies its weights, as from a GPU it would."""
+    monkeypatch.setattr(lightning.LightningModule, "cpu", lambda module: module._apply(torch.clone))
+    model = reference()
+    examples = list(tokenized(data(4).rows, SETTINGS, byte_tokenizer()))
+    models = fitting.fit_side_models(model, examples, np.array([0, 0, 1, 1]), batch_size=2, seed=0, progress=False)
+    own = {p.data_ptr() for p in model.parameters()}
+    for one in (model for fold in models for model in fold):
+        assert {p.data_ptr() for name, p in one.named_parameters() if "lora_" not in name} == own
