@@ -14,8 +14,6 @@ from lit_did.functional.intervals import Z, ratio_of_sums, student, wilson
 
 MIN_PROMPTS = 20
 """with fewer prompts a figure is not shown: there is too little data"""
-SURE = float(special.ndtri(0.999)) / Z
-"""how far a figure must be from a limit, in halves of its 95% interval, to be beyond it at the one-sided level .001"""
 
 
 def surely_above(estimate: Estimate, limit: float) -> bool:
@@ -25,12 +23,23 @@ def surely_above(estimate: Estimate, limit: float) -> bool:
         >>> surely_above(Estimate(0.6, 0.55, 0.65), 0.5), surely_above(Estimate(0.6, 0.51, 0.69), 0.5)
         (True, False)
     """
-    return estimate.value - limit > SURE * (estimate.value - estimate.lower)
+    return estimate.value - limit > _sure(estimate.count) * (estimate.value - estimate.lower)
 
 
 def surely_below(estimate: Estimate, limit: float) -> bool:
     """Whether a figure is below a limit at the one-sided level .001."""
-    return limit - estimate.value > SURE * (estimate.upper - estimate.value)
+    return limit - estimate.value > _sure(estimate.count) * (estimate.upper - estimate.value)
+
+
+def _sure(count: int) -> float:
+    """How far beyond a limit a figure must be for the one-sided level .001, in halves of its 95% interval.
+
+    Student's quantiles of as many units, such as prompts. For intervals of Wilson or the bootstrap that is a little
+    more than is needed.
+    """
+    if count < 2:  # not known: a normal figure
+        return float(special.ndtri(0.999)) / Z
+    return float(special.stdtrit(count - 1, 0.999) / special.stdtrit(count - 1, 0.975))
 
 
 def share(hits: float, count: float) -> Estimate:

@@ -32,6 +32,16 @@ def coverage(estimates: list[Estimate], truth: float) -> float:
     return float(np.mean([found.lower <= truth <= found.upper for found in estimates]))
 
 
+@pytest.mark.parametrize("count", [20, 40, 1000])
+@pytest.mark.parametrize("p", [0.0009, 0.0011])
+def test_surely_is_students_test_at_the_level_001(count, p):
+    values = np.linspace(-1, 1, count)
+    values += special.stdtrit(count - 1, 1 - p) * values.std(ddof=1) / math.sqrt(count)
+    assert stats.ttest_1samp(values, 0.0, alternative="greater").pvalue == pytest.approx(p)
+    assert surely_above(mean_over_groups(values, range(count)), 0.0) == (p < 0.001)
+    assert surely_below(mean_over_groups(-values, range(count)), 0.0) == (p < 0.001)
+
+
 def test_share_of_single_pairs_is_wilsons():
     hits = np.array([1.0] * 8 + [0.0] * 2)
     assert share_over_groups(hits, range(10)) == share(8, 10)

@@ -173,7 +173,7 @@ def _add_figures(
         Table(
             "Calibration, by confidence",
             ["confidence", "accuracy", "pairs"],
-            [[f"{confidence:.3f}", accuracy, count] for confidence, accuracy, count in bins],
+            [[confidence, accuracy, count] for confidence, accuracy, count in bins],
             note=f"Confidence is sigmoid(beta |margin|) with beta {settings.beta:g}. The expected calibration error is "
             f"{curve.error:.3f}; a calibrated policy would have {curve.by_chance:.3f} with as many pairs.",
         ),

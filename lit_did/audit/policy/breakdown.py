@@ -12,7 +12,7 @@ from lit_did.audit.blocks import Block, Picture, Table
 from lit_did.audit.page import pictures
 from lit_did.audit.policy import calibration, displacement, information, length, margins
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import cell
+from lit_did.audit.policy.wording import NOTHING, cell
 from lit_did.audit.report import Estimate
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS
@@ -93,11 +93,11 @@ def breakdown_blocks(column: str, found: Mapping[str, Mapping[str, Estimate]], n
             [value or "(none)", figures["accuracy"].count, *(cell(figures[name]) for name in labels)]
             for value, figures in found.items()
         ]
-        blocks.append(Table(f"{topic}, by {column}", [column, "prompts", *labels.values()], rows, note))
+        blocks.append(Table(f"{topic}, by {column}", [column, "prompts", *labels.values()], rows, f"{note} {NOTHING}"))
     return blocks
 
 
 def figures_table(figures: Mapping[str, Any]) -> Table:
     """Every figure over all pairs."""
     rows = [[label, cell(figures[name])] for labels, _ in TOPICS.values() for name, label in labels.items()]
-    return Table("All pairs", ["", "value"], rows, note="95% intervals over prompts.")
+    return Table("All pairs", ["", "value"], rows, note=f"95% intervals over prompts. {NOTHING}")

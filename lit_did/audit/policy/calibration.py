@@ -80,6 +80,8 @@ def calibration_findings(scored: Scored, figures: Mapping[str, Estimate], curve:
             f"The policy is surer than it is right: its mean confidence is {said:.2f}, its accuracy {right.value:.2f}, "
             f"and its calibration slope {slope}."
         )
+    elif math.isnan(slope.value):
+        sentence = "Every margin is 0, as with a policy that equals its reference: it has no calibration."
     elif math.isinf(slope.value):
         side = "chosen" if slope.value > 0 else "rejected"
         sentence = f"The policy prefers the {side} side of every pair: its calibration slope is not finite."

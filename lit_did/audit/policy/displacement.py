@@ -58,6 +58,7 @@ def displacement_findings(scored: Scored, figures: Mapping[str, Estimate]) -> li
             raised=raised,
             severity=fell.value if raised else 0.3,
             rows=scored.rows[order].tolist(),
+            dropped=(),  # the advice is about training: the pairs are not wrong
             evidence={
                 int(scored.rows[i]): f"The chosen log-likelihood changed by {scored.chosen[i]:.3g} nats, the rejected "
                 f"one by {scored.rejected[i]:.3g}."

@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_did.audit.blocks import Table
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import cell, decimal, percent, with_half
+from lit_did.audit.policy.wording import NOTHING, cell, percent, with_half
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.statistics import mean_over_groups, ratio_over_groups, share_over_groups
 
@@ -62,15 +62,16 @@ def margin_findings(scored: Scored, figures: Mapping[str, Estimate]) -> list[Fin
         sentence = f"On average the policy prefers the rejected side: the mean margin is {margin} nats."
     elif math.isnan(lowered.value):
         sentence = f"The mean margin is {margin} nats, which may be 0: which side made it cannot be said."
-    elif lowered.value > 1:
+    elif lowered.lower > 1:
         sentence = (
-            f"All of the margin comes from lowering rejected completions: they fell by {-rejected:.3g} nats, and "
-            f"chosen ones fell too, by {-chosen:.3g}."
+            f"All of the margin, {percent(lowered)}, comes from lowering rejected completions: they fell by "
+            f"{-rejected:.3g} nats, and chosen ones fell too, by {-chosen:.3g}."
         )
-    elif lowered.value < 0:
+    elif lowered.upper < 0:
+        raised = Estimate(1 - lowered.value, 1 - lowered.upper, 1 - lowered.lower, lowered.count)
         sentence = (
-            f"All of the margin comes from raising chosen completions: they rose by {chosen:.3g} nats, and "
-            f"rejected ones rose too, by {rejected:.3g}."
+            f"All of the margin, {percent(raised)}, comes from raising chosen completions: they rose by {chosen:.3g} "
+            f"nats, and rejected ones rose too, by {rejected:.3g}."
         )
     else:
         sentence = f"{percent(lowered)} of the margin comes from lowering rejected completions."
@@ -105,12 +106,12 @@ def accuracy_table(
         accuracy = baselines[name] if right is None else share_over_groups(right, scored.groups)
         ahead = None if right is None else cell(mean_over_groups(scored.right - right, scored.groups))
         rows.append([_RULES.get(name, name), accuracy, ahead])
-    rows.append(["taking the longer side, at equal length", decimal(0.5), None])
+    rows.append(["taking the longer side, at equal length", 0.5, None])
     return Table(
         "Accuracy beside rules that need no model",
         ["", "accuracy", "policy minus rule"],
         rows,
         note="At equal length: pairs count so that taking the longer side is right in exactly half of them. If the "
         "policy was trained on these pairs, its accuracy is in-sample: it also says how well the policy remembers "
-        "them. Then audit pairs that it has not seen.",
+        f"them. Then audit pairs that it has not seen. {NOTHING}",
     )

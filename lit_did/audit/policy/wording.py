@@ -7,6 +7,9 @@ import math
 from lit_did.audit.report import Estimate
 from lit_did.audit.statistics import MIN_PROMPTS
 
+NOTHING = f"A dash: fewer than {MIN_PROMPTS} prompts, or a figure that is not defined."
+"""what tables say of cells without a figure"""
+
 
 def decimal(value: float) -> str:
     """A share without the 0 before the point.
@@ -40,13 +43,11 @@ def percent(estimate: Estimate) -> str:
     return f"{estimate.value:.0%} ({estimate.lower:.0%} to {estimate.upper:.0%})"
 
 
-def cell(estimate: Estimate) -> Estimate | str:
-    """What a table shows of a figure.
+def cell(estimate: Estimate) -> Estimate | None:
+    """What a table shows of a figure: nothing where there is too little data. `NOTHING` explains it.
 
     Example:
-        >>> cell(Estimate(0.5, 0.1, 0.9, 6))
-        'too little data (6 prompts)'
+        >>> cell(Estimate(0.5, 0.1, 0.9, 6)), cell(Estimate(math.nan, count=30))
+        (None, None)
     """
-    if estimate.count < MIN_PROMPTS:
-        return f"too little data ({estimate.count} prompt{'' if estimate.count == 1 else 's'})"
-    return "undefined" if math.isnan(estimate.value) else estimate
+    return None if estimate.count < MIN_PROMPTS or math.isnan(estimate.value) else estimate

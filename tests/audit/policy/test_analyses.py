@@ -72,8 +72,10 @@ def test_ties_count_half():
     ("chosen", "rejected", "sentence"),
     [
         (4.0, -6.0, "60% (5"),
-        (-1.0, -5.0, "All of the margin comes from lowering rejected completions: they fell by 5"),
-        (6.0, 2.0, "All of the margin comes from raising chosen completions: they rose by 6"),
+        (-1.0, -5.0, "comes from lowering rejected completions: they fell by 5 nats, and chosen ones fell too, by 1."),
+        (6.0, 2.0, "comes from raising chosen completions: they rose by 6 nats, and rejected ones rose too, by 2."),
+        (-0.05, -2.0, "103% (96% to 110%) of the margin comes from lowering rejected completions."),
+        (2.0, 0.05, "-3% (-11% to 4%) of the margin comes from lowering rejected completions."),
         (1.0, 1.0, "which may be 0: which side made it cannot be said"),
         (-3.0, 3.0, "On average the policy prefers the rejected side"),
     ],
@@ -91,6 +93,17 @@ def test_which_side_made_the_margin(chosen, rejected, sentence):
         assert math.isnan(finding.value.value)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "start"),
+    [(-1.0, -5.0, "All of the margin, 125% (12"), (6.0, 2.0, "All of the margin, 150% (1")],
+)
+def test_all_of_the_margin_has_an_interval(chosen, rejected, start):
+    noise = np.random.default_rng(0).normal(0, 1, (2, 200))
+    noise -= noise.mean(1, keepdims=True)
+    finding = findings(scored(chosen + noise[0], rejected + noise[1]))["margin_side"]
+    assert finding.sentence.startswith(start)
+
+
 def test_accuracy_beside_rules():
     pairs = follows_length(0, follows=0.0)
     words = np.where(np.arange(400) % 4 == 0, 0.2, 0.9)
@@ -103,6 +116,7 @@ def test_accuracy_beside_rules():
     assert ahead == mean_over_groups((pairs.margin > 0) * 1.0 - hits, range(400))
     assert rows["a bag-of-words classifier, held out"][0].value == pytest.approx(300 / 399)
     assert rows["other"] == [share(7, 10), None]
+    assert rows["taking the longer side, at equal length"] == [0.5, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- length
@@ -195,6 +209,7 @@ def test_displacement_is_flagged():
     fell = pairs.chosen < 0
     assert finding.rows == (100 + np.argsort(pairs.chosen)[: fell.sum()]).tolist()
     assert finding.severity == pytest.approx(fell.mean())
+    assert finding.dropped == ()
     assert displacement_figures(pairs)["chosen_change"].value == pytest.approx(pairs.chosen.mean())
 
 
@@ -271,6 +286,12 @@ def test_a_policy_that_is_always_right_has_no_finite_slope():
     finding = findings(scored(np.arange(1.0, 51.0), np.zeros(50)))["overconfident"]
     assert not finding.raised
     assert "prefers the chosen side of every pair" in finding.sentence
+
+
+def test_a_policy_that_is_its_reference_has_no_calibration():
+    finding = findings(scored(np.zeros(50), np.zeros(50)))["overconfident"]
+    assert not finding.raised
+    assert finding.sentence.startswith("Every margin is 0")
 
 
 # ----------------------------------------------------------------------------------------------------- information

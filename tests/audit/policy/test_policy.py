@@ -114,10 +114,20 @@ def test_by_tag_and_column(part, frame):
     assert part.figures["by"]["source"]["0"]["margin"].count == 16  # too few prompts
     assert math.isnan(part.figures["by"]["source"]["0"]["margin"].value)
     [table] = [block for block in part.blocks if isinstance(block, Table) and block.title == "Length, by source"]
-    assert table.rows[0][2:] == ["too little data (16 prompts)"] * 3
+    assert table.rows[0][2:] == [None] * 3
+    assert "fewer than 20 prompts" in table.note
     titles = [block.title for block in part.blocks if isinstance(block, Picture)]
     assert "Accuracy, by tag" in titles
     assert "Accuracy, by source" not in titles
+
+
+def test_figures_are_no_texts(part):
+    """Texts would sort as texts."""
+    tables = [block for block in part.blocks if isinstance(block, Table)]
+    cells = [cell for table in tables for row in table.rows for cell in row[1:]]
+    assert {cell for cell in cells if isinstance(cell, str)} <= {"yes", "no"}
+    [calibration] = [table for table in tables if table.title == "Calibration, by confidence"]
+    assert all(isinstance(row[0], float) for row in calibration.rows)
 
 
 def test_lengths_and_baselines_come_from_the_data():
