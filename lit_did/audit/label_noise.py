@@ -3,6 +3,9 @@
 The model of a label: P(right | s) = eps + (1 - 2 eps) sigmoid(k sign(s) |s|^a). Without swaps, eps is 0, and the chance
 of a wrong label vanishes as the score grows. A share of swaps leaves a floor. The power a lets the curve be steeper or
 flatter than a logistic one, so that scores on another scale than logits are not taken for swaps.
+
+Pairs of a prompt may be right or wrong together. The likelihood ratios are divided by the design effect: the variance
+of the sums of the efficient scores over prompts, over that of independent pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ class LabelNoise(NamedTuple):
     """The fitted model, see the module.
 
     Attributes:
-        share: eps, with its profile-likelihood interval.
+        share: eps, with its profile-likelihood interval. The count is the number of prompts.
         slope: k, for scores divided by `scale`.
         power: a.
         scale: The scores' root mean square.
@@ -54,24 +57,30 @@ class LabelNoise(NamedTuple):
         return self.slope * np.sign(scaled) * np.abs(scaled) ** self.power
 
 
-def fit_label_noise(scores: np.ndarray) -> LabelNoise:
+def fit_label_noise(scores: np.ndarray, groups: np.ndarray) -> LabelNoise:
     """Fits the model by maximum likelihood.
 
     Args:
         scores: [pairs], held out: positive where the features support the label.
+        groups: [pairs] the number of each pair's prompt.
     """
     scores = np.asarray(scores, dtype=float)
     scale = float(np.sqrt(np.mean(np.square(scores)))) or 1.0
     sign, size = np.sign(scores), np.log(np.maximum(np.abs(scores) / scale, 1e-12))
 
-    def loss(eps: float, log_slope: float, log_power: float) -> tuple[float, np.ndarray]:
-        """The negative log-likelihood, and its gradient in log k and log a."""
+    def gradients(eps: float, log_slope: float, log_power: float) -> tuple[np.ndarray, np.ndarray]:
+        """[pairs] the likelihood, and [3, pairs] the gradient of its logarithm in eps, log k and log a."""
         power = np.exp(log_power)
         logits = sign * np.exp(np.clip(log_slope + power * size, -700, 6.5))
         right = special.expit(logits)
         likelihood = np.maximum(eps + (1 - 2 * eps) * right, 1e-300)
-        slope = -(1 - 2 * eps) * right * (1 - right) / likelihood * logits
-        return -float(np.log(likelihood).sum()), np.array([slope.sum(), (slope * power * size).sum()])
+        slope = (1 - 2 * eps) * right * (1 - right) / likelihood * logits
+        return likelihood, np.stack([(1 - 2 * right) / likelihood, slope, slope * power * size])
+
+    def loss(eps: float, log_slope: float, log_power: float) -> tuple[float, np.ndarray]:
+        """The negative log-likelihood, and its gradient in log k and log a."""
+        likelihood, gradient = gradients(eps, log_slope, log_power)
+        return -float(np.log(likelihood).sum()), -gradient[1:].sum(axis=1)
 
     bounds = [(np.log(1e-6), np.log(1e3)), tuple(np.log(_POWERS))]
 
@@ -90,9 +99,13 @@ def fit_label_noise(scores: np.ndarray) -> LabelNoise:
     eps, lowest = (float(found.x), float(found.fun)) if found.fun < fits[best].fun else (_START[best], fits[best].fun)
     fit = profile(eps, middle)
     lowest = min(lowest, fit.fun)
-    statistic = max(0.0, 2 * (fits[0].fun - lowest))
+    _, numbers = np.unique(groups, return_inverse=True)
+    _, at_best = gradients(eps, *fit.x)
+    effect = _design_effect(at_best[0], at_best[1:], numbers)
+    statistic = max(0.0, 2 * (fits[0].fun - lowest)) / effect
     unrelated = max(0.0, 2 * (len(scores) * np.log(2) - min(fits[0].fun, lowest)))
-    half = stats.chi2.ppf(0.95, 1) / 2
+    unrelated /= _design_effect(at_best[1], at_best[:0], numbers)
+    half = stats.chi2.ppf(0.95, 1) / 2 * effect
 
     def crosses(value: float) -> float:
         return profile(value, fit.x).fun - lowest - half
@@ -100,10 +113,24 @@ def fit_label_noise(scores: np.ndarray) -> LabelNoise:
     lower = 0.0 if crosses(0.0) <= 0 else optimize.brentq(crosses, 0.0, eps, xtol=1e-5)
     upper = _LARGEST if crosses(_LARGEST) <= 0 else optimize.brentq(crosses, eps, _LARGEST, xtol=1e-5)
     return LabelNoise(
-        Estimate(float(eps), float(lower), float(upper), len(scores)),
+        Estimate(float(eps), float(lower), float(upper), int(numbers.max()) + 1),
         slope=float(np.exp(fit.x[0])),
         power=float(np.exp(fit.x[1])),
         scale=scale,
         p_value=float(stats.chi2.sf(statistic, 1) / 2) if statistic > 0 else 1.0,
         p_unrelated=float(stats.chi2.sf(unrelated, 2)),
     )
+
+
+def _design_effect(scores: np.ndarray, others: np.ndarray, groups: np.ndarray) -> float:
+    """By how much pairs of a prompt that are right or wrong together raise the variance of an estimate, at least 1.
+
+    Args:
+        scores: [pairs] the gradients of the log-likelihoods in the parameter.
+        others: [parameters, pairs] those in parameters that are estimated too.
+        groups: [pairs] the number of each pair's prompt, from 0.
+    """
+    known = np.vstack([np.ones(len(scores)), others])
+    efficient = scores - np.linalg.lstsq(known.T, scores, rcond=None)[0] @ known
+    alone = float(np.square(efficient).sum())
+    return max(1.0, float(np.square(np.bincount(groups, efficient)).sum()) / alone) if alone else 1.0

@@ -17,7 +17,7 @@ from lit_did.audit.label_noise import LabelNoise, fit_label_noise
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
-from lit_did.audit.statistics import mean_over_groups
+from lit_did.audit.statistics import share_over_groups
 
 LEAST_PROMPTS = 50  # with fewer, the regression and the share of swaps are guesses
 LARGEST_P = 0.005  # of the test that no label is swapped
@@ -73,7 +73,7 @@ def examine_labels(
         return columns, Finding("mislabelled", sentence, "", raised=False, severity=0.0), []
     matrix = np.stack([_tamed(feature.values[known]) for feature in features], axis=1)
     scores, weights = cross_fitted(matrix, groups[known], _STRENGTHS, settings.seed)
-    noise = fit_label_noise(scores)
+    noise = fit_label_noise(scores, groups[known])
     predicts = noise.p_unrelated < LARGEST_P_UNRELATED
 
     def column(values: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def examine_labels(
         evidence={int(numbers[i]): remarks[int(numbers[i])] for i in worst},
         value=noise.share if predicts else None,
     )
-    accuracy = mean_over_groups((scores > 0) + 0.5 * (scores == 0), groups[known])
+    accuracy = share_over_groups((scores > 0) + 0.5 * (scores == 0), groups[known])
     blocks: list[Block] = [
         Paragraph(
             f"What speaks for a label: {', '.join(feature.name for feature in features)}. Together they give the label "
@@ -278,7 +278,7 @@ def _table(features: Sequence[Feature], matrix: np.ndarray, weights: np.ndarray,
     rows = []
     for i, feature in enumerate(features):
         signed = np.sign(matrix[:, i] * np.sign(weights[:, i]))
-        alone: Estimate = mean_over_groups(np.where(np.isfinite(signed), (signed + 1) / 2, np.nan), groups)
+        alone: Estimate = share_over_groups(np.where(np.isfinite(signed), (signed + 1) / 2, np.nan), groups)
         rows.append((feature.name, float(weights[:, i].mean()), alone))
     return Table(
         "What speaks for a label",

@@ -12,7 +12,7 @@ from lit_did.audit.blocks import Block, Paragraph, ScoredPair, ScoredPairs, Scor
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
-from lit_did.audit.statistics import share
+from lit_did.audit.statistics import share_over_groups
 from lit_did.audit.tokenized import max_length_of, tokenized
 from lit_did.data.dataset import ContextArrays, Example
 from lit_did.data.pairs import prepare_pair
@@ -21,7 +21,7 @@ from lit_did.data.rendering import Renderer
 from lit_did.data.tokenizing import Context, TokenizedPair, TooLongError, tokenize_rendered, truncate_pair
 
 MOST_PAIRS = 20_000  # of larger data a sample is tokenised
-LARGEST_SHARE = 0.01  # of the pairs whose completions lose tokens
+LARGEST_SHARE = 0.01  # of the pairs whose completions lose tokens, by the lower end of the interval
 _WHOLE = 2**31 - 1
 _QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 _THINK = re.compile(r"(<think>.*?(?:</think>|\Z))", re.DOTALL)
@@ -88,7 +88,9 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
                 f"A random sample of {len(places):,} of the {len(data):,} pairs is tokenised (seed {settings.seed})."
             )
         )
-    part.findings.append(_truncation(dataset, max_length, lost, dropped, needed, columns, len(data) > len(places)))
+    groups = data.prompt_groups[[place_of[example.index] for example in dataset]]
+    truncation = _truncation(dataset, max_length, lost, dropped, needed, columns, groups)
+    part.findings.append(truncation)
     part.findings += _notes(dataset)
     part.figures = {
         "num_pairs": len(dataset),
@@ -98,7 +100,7 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
         "num_too_long": len(dropped),
         "lost_prompt_tokens": lost_in_prompts,
         "lost_completion_tokens": sum(lost.values()),
-        "truncated_share": share(len(lost) + len(dropped), len(dataset)),
+        "truncated_share": truncation.value,
         "max_length_for": {f"{100 * q:.0f}%": _quantile(needed, q) for q in (0.95, 0.99, 1.0)},
     }
     part.blocks += [
@@ -165,11 +167,11 @@ def _truncation(
     dropped: list[int],
     needed: list[int],
     columns: dict[str, np.ndarray],
-    is_sample: bool,
+    groups: np.ndarray,
 ) -> Finding:
-    value = share(len(lost) + len(dropped), len(dataset))
-    # A sample must show that the share is above the limit; all of the data has the share that it has.
-    raised = (value.lower if is_sample else value.value) > LARGEST_SHARE
+    worse = {*lost, *dropped}
+    value = share_over_groups([example.index in worse for example in dataset], groups)
+    raised = value.lower > LARGEST_SHARE
     if not lost and not dropped:
         sentence = f"No completion loses tokens to max_length={max_length:,}."
     else:

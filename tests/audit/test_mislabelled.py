@@ -55,7 +55,7 @@ def brute_force(scores, eps=None):
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.05), (1, 0.15)])
 def test_the_fit_equals_brute_force(seed, share):
     scores = noisy_scores(seed, 400, share)
-    fit = fit_label_noise(scores)
+    fit = fit_label_noise(scores, np.arange(len(scores)))
     best = brute_force(scores)
     at = (fit.share.value, np.log(fit.slope), np.log(fit.power))
     assert negative_log_likelihood(scores, *at) == pytest.approx(best.fun, abs=1e-4)
@@ -71,7 +71,7 @@ def test_the_fit_equals_brute_force(seed, share):
 
 
 def test_swap_probability_is_bayes_rule():
-    fit = fit_label_noise(noisy_scores(0))
+    fit = fit_label_noise(noisy_scores(0), np.arange(1000))
     scores = np.array([-3.0, -1.0, 0.0, 1.0, 3.0])
     scaled = scores / fit.scale
     right = 1 / (1 + np.exp(-fit.slope * np.sign(scaled) * np.abs(scaled) ** fit.power))
@@ -84,14 +84,36 @@ def test_swap_probability_is_bayes_rule():
 def test_the_interval_covers_the_share():
     covered = sum(
         fit.share.lower <= 0.08 <= fit.share.upper
-        for fit in (fit_label_noise(noisy_scores(s, 600, 0.08)) for s in range(40))
+        for fit in (fit_label_noise(noisy_scores(s, 600, 0.08), np.arange(600)) for s in range(40))
     )
     assert covered >= 35  # 38 expected
 
 
+@pytest.mark.long
+def test_the_interval_covers_where_whole_prompts_are_swapped():
+    """60 prompts of 15 pairs: without regard to prompts, the interval covers in a fifth of the sets."""
+    covered = 0
+    for seed in range(40):
+        generator, prompts = np.random.default_rng(seed), np.repeat(np.arange(60), 15)
+        scores = noisy_scores(seed, 900, 0.0) * np.where(generator.random(60) < 0.08, -1, 1)[prompts]
+        fit = fit_label_noise(scores, prompts)
+        covered += fit.share.lower <= 0.08 <= fit.share.upper
+        assert fit.share.count == 60
+    assert covered >= 33
+
+
+def test_copies_of_pairs_say_no_more_than_the_pairs():
+    """Each prompt has 4 times the same pair, so interval and tests are those of one pair a prompt."""
+    scores = noisy_scores(1, 300, 0.1)
+    once, copied = fit_label_noise(scores, np.arange(300)), fit_label_noise(np.repeat(scores, 4), np.arange(1200) // 4)
+    assert np.allclose(once.share, copied.share, atol=2e-3)
+    assert once.p_value == pytest.approx(copied.p_value, rel=0.05)
+    assert np.log(once.p_unrelated) == pytest.approx(np.log(copied.p_unrelated), rel=0.05)
+
+
 @pytest.mark.parametrize("scores", [np.zeros(100), np.full(100, 2.0), np.repeat([1.0, -1.0], 50)])
 def test_scores_without_a_slope(scores):
-    fit = fit_label_noise(scores)
+    fit = fit_label_noise(scores, np.arange(len(scores)))
     assert np.isfinite(fit.share[:3]).all()
     assert fit.p_value > 0.005 or fit.share.lower < 0.01
 

@@ -130,6 +130,7 @@ def test_own_samples_are_on_policy_and_others_are_not():
     assert excess["rejected"].lower > 1
     assert finding.raised
     assert len(finding.rows) == 60
+    assert finding.dropped == ()  # the advice is to train the reference, not to drop pairs
     own, _ = _off_policy(answers._replace(rejected=answers.chosen), groups, groups)
     assert not own.raised
     assert not own.rows
@@ -168,8 +169,9 @@ def test_near_identical_sides():
 
     rows = [{"prompt": text(9), "chosen": text(40), "rejected": text(40)} for _ in range(30)]
     assert not examine(rows, model()).findings[1].raised
-    for number in (4, 17):
-        rows[number]["rejected"] = rows[number]["chosen"][:-1] + "k"
+    rows[4]["rejected"] = rows[4]["chosen"][:-1] + "k"
+    assert not examine([*rows, *rows[:3], *rows[5:]], model()).findings[1].raised  # 1 of 59 may be chance
+    rows[17]["rejected"] = rows[17]["chosen"][:-1] + "k"
     finding = examine(rows, model()).findings[1]
     assert finding.name == "indistinct"
     assert finding.raised

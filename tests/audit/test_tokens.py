@@ -10,7 +10,7 @@ from lit_did.audit.tokens import examine_tokens
 from tests.modules.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()  # a byte a token; a completion ends in EOS
-ROWS = [{"prompt": "p" * 4, "chosen": "c" * n, "rejected": "r" * 3} for n in range(1, 101)]
+ROWS = [{"prompt": f"{n:04}", "chosen": "c" * n, "rejected": "r" * 3} for n in range(1, 101)]
 
 
 def examine(rows, **tokenization):
@@ -42,8 +42,9 @@ def test_what_max_length_cuts():
     assert part.columns["chosen_whole_tokens"] == [n + 1 for n in range(1, 101)]
 
 
-@pytest.mark.parametrize(("max_length", "raised"), [(104, False), (103, True)])
-def test_one_pair_in_a_hundred_raises_nothing(max_length, raised):
+@pytest.mark.parametrize(("max_length", "raised"), [(103, False), (100, True)])
+def test_two_pairs_in_a_hundred_raise_nothing(max_length, raised):
+    """A share of .02 may be .01 by chance, one of .05 not."""
     assert examine(ROWS, max_length=max_length).findings[0].raised is raised
 
 

@@ -18,15 +18,15 @@ from lit_did.audit.reference.measuring import SIDES, Answers, ches, cosine, edit
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
-from lit_did.audit.statistics import mean_over_groups, share
+from lit_did.audit.statistics import mean_over_groups, share_over_groups
 from lit_did.audit.tokenized import tokenized
 
 LARGEST_EXCESS = 1.0  # nats per token above the reference's own completions
 FAMILY_P = 0.001  # the chance that any completion of the data is flagged as off-policy by chance
-LEAST_OFF_POLICY = 0.05  # of the pairs
+LEAST_OFF_POLICY = 0.05  # of the pairs, by the lower end of the interval
 LEAST_SIMILARITY = 0.9  # at most a tenth of the tokens differ
 LARGEST_DIFFERENCE = 0.1  # nats per token between the sides
-LEAST_INDISTINCT = 0.01  # of the pairs
+LEAST_INDISTINCT = 0.01  # of the pairs, by the lower end of the interval
 PROJECTED = 512  # dimensions that last hidden states keep
 _SHOWN = 10
 
@@ -90,7 +90,7 @@ def examine_reference(
 
     numbers = data.row_numbers[places]
     off_policy, excesses = _off_policy(answers, groups, numbers)
-    part.findings = [off_policy, _indistinct(answers, similarity, numbers)]
+    part.findings = [off_policy, _indistinct(answers, similarity, groups, numbers)]
     part.figures = {
         "num_pairs": len(dataset),
         "excess": excesses,
@@ -122,7 +122,7 @@ def _preferences(answers: Answers, groups: np.ndarray) -> dict[str, Estimate]:
     one, other = answers.chosen, answers.rejected
 
     def wins(difference: np.ndarray) -> Estimate:
-        return mean_over_groups((np.sign(difference) + 1) / 2, groups)
+        return share_over_groups((np.sign(difference) + 1) / 2, groups)
 
     return {
         "in total": wins(one.logprob - other.logprob),
@@ -172,7 +172,7 @@ def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tu
     flagged = np.flatnonzero(far["chosen"] | far["rejected"])
     worst = np.maximum(*(np.where(far[side], of.excess, 0) for side, of in sides.items()))
     flagged = flagged[np.argsort(-worst[flagged], kind="stable")]
-    found = share(len(flagged), len(numbers))
+    found = share_over_groups(far["chosen"] | far["rejected"], groups)
     raised = found.lower > LEAST_OFF_POLICY
     sentence = (
         f"The chosen completions are {excess['chosen']} nats per token more surprising to the reference than its own "
@@ -193,18 +193,19 @@ def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tu
         for i in flagged
     }
     rows = [int(row) for row in numbers[flagged]]
-    finding = Finding("off_policy", sentence, advice, raised, found.value, rows, evidence=evidence, value=found)
+    finding = Finding("off_policy", sentence, advice, raised, found.value, rows, (), evidence, found)
     return finding, excess
 
 
-def _indistinct(answers: Answers, similarity: np.ndarray, numbers: np.ndarray) -> Finding:
+def _indistinct(answers: Answers, similarity: np.ndarray, groups: np.ndarray, numbers: np.ndarray) -> Finding:
     """Pairs of nearly the same tokens that the reference finds equally likely."""
     one, other = answers.chosen, answers.rejected
     difference = np.abs(one.logprob / one.num_tokens - other.logprob / other.num_tokens)
-    alike = np.flatnonzero((similarity >= LEAST_SIMILARITY) & (difference <= LARGEST_DIFFERENCE))
+    hit = (similarity >= LEAST_SIMILARITY) & (difference <= LARGEST_DIFFERENCE)
+    alike = np.flatnonzero(hit)
     alike = alike[np.argsort(-similarity[alike], kind="stable")]
-    found = share(len(alike), len(numbers))
-    raised = found.value > LEAST_INDISTINCT
+    found = share_over_groups(hit, groups)
+    raised = found.lower > LEAST_INDISTINCT
     count = f"{len(alike):,} {'pair has' if len(alike) == 1 else 'pairs have'}"
     return Finding(
         "indistinct",
