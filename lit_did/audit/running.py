@@ -177,7 +177,7 @@ def audit(
         reference: The model that training starts from: a causal language model of transformers, or its name or path.
             None: a policy that is a `PeftModel` is compared with its base model.
         policy: The trained model, as `reference`.
-        sides: Whether to predict what training would learn, from two adapters that are fitted to the chosen and to the
+        sides: Whether to predict what training would learn, from four adapters that are fitted to the chosen and to the
             rejected completions. It needs a reference.
         by: Columns of the source, besides `tag`, whose values get figures of their own.
         beta: DPO's inverse temperature.
