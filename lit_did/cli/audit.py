@@ -68,7 +68,7 @@ def audit(
         tokenizer: The name or path of the tokenizer, by default that of the policy or the reference.
         reference: The model that training starts from: a folder, a name of the hub, or smollm2.
         policy: The trained model. Without a reference, an adapter is compared with its base.
-        sides: Whether to predict what training would learn, from two adapters that are fitted to the chosen and to the
+        sides: Whether to predict what training would learn, from four adapters that are fitted to the chosen and to the
             rejected completions.
         fail_on: Flags that make the exit status 1 if they are raised, or any for all.
         output: The folder, by default the name of the pairs with .audit.

@@ -54,8 +54,8 @@ def examine_sides(
     part = Part(
         "sides",
         "Before training: the two sides",
-        "Small adapters of the reference are fine-tuned on the chosen and on the rejected completions: a pair of them "
-        "for each half of the prompts, fitted to the other half, so that none scores a pair that it was fitted to. From "
+        "Four small adapters of the reference are trained: for each half of the prompts, one on the chosen and one on "
+        "the rejected completions of the other half, so that none scores a pair that it was fitted to. From "
         "them follows what DPO would learn.",
     )
     examples = list(tokenized(data.rows, settings, tokenizer))
