@@ -10,11 +10,12 @@ from lit_did.audit.data.sentences import many, percent
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.source import AuditData, has_prompt, prompt_key
 
+_PUNCTUATION = " .,;:!?\"'`…。？！"  # which does not count at the ends of prompts
 _TRIED = 4  # validation prompts of each band that a prompt is compared with
 
 
 def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
-    """Pairs whose prompt is in the validation data, equal but for case and whitespace, or nearly equal."""
+    """Pairs whose prompt is in the validation data: equal but for case, whitespace and marks at its ends, or nearly."""
     keys, others = _folded(data), _folded(val)
     first: dict[int, int] = {}
     for place, key in others.items():
@@ -44,7 +45,11 @@ def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
 
 def _folded(data: AuditData) -> dict[int, int]:
     """By the place of a pair with a prompt, the number of its prompt without regard to case and whitespace."""
-    return {place: hash(prompt_key(row.pair).casefold()) for place, row in enumerate(data.rows) if has_prompt(row.pair)}
+    return {
+        place: hash(prompt_key(row.pair).casefold().strip(_PUNCTUATION))
+        for place, row in enumerate(data.rows)
+        if has_prompt(row.pair)
+    }
 
 
 def _near(data: AuditData, shingles: Shingles, val: AuditData, exact: dict[int, int]) -> dict[int, int]:

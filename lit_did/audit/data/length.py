@@ -68,6 +68,11 @@ def find_length_bias(data: AuditData, ratios: np.ndarray, groups: np.ndarray, se
         row: f"The chosen side has {np.exp(ratio):.2f} times the words of the rejected one."
         for row, ratio in zip(rows, ratios[places].tolist(), strict=True)
     }
-    left_out = many(len(rows), "flagged pair")
-    advice = f"Leave out the {left_out}, which balances the lengths, or use a loss that corrects for length."
-    return Finding("length_bias", sentence, advice, True, abs(2 * accuracy.value - 1), rows, None, evidence, accuracy)
+    too_many = 2 * len(rows) > len(ratios)
+    mend = f"Leave out the {many(len(rows), 'flagged pair')}, which balances the lengths"
+    if too_many:
+        mend = f"Add pairs whose {'longer' if below else 'shorter'} side is chosen"
+    advice = f"{mend}, or use a loss that corrects for length."
+    dropped = () if too_many else None  # so few would be left that they make no data set
+    severity = abs(2 * accuracy.value - 1)
+    return Finding("length_bias", sentence, advice, True, severity, rows, dropped, evidence, accuracy)

@@ -1,8 +1,8 @@
 """Near duplicates: MinHash finds candidates, and the exact weighted Jaccard similarity of their words decides.
 
-A shingle is a word with the one before it. The MinHash leaves out shingles that more than 1% of the pairs have, and
-more than 20: they belong to a template. In the similarity a shingle weighs log(1 / the share of pairs that have it).
-So pairs that share boilerplate alone are not similar.
+A shingle is a word with the one before it. Punctuation and case do not count. The MinHash leaves out shingles that more
+than 1% of the pairs have, and more than 20: they belong to a template. In the similarity a shingle weighs
+log(1 / the share of pairs that have it). So pairs that share boilerplate alone are not similar.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from lit_did.audit.data.words import Words, mix
 from lit_did.audit.report import Finding
 from lit_did.audit.source import AuditData
 
-SIMILAR = 0.7
+SIMILAR = 0.6
 """the least similarity of near duplicates"""
 SIMILAR_PART = 0.5
 """the least similarity of the prompts, of the chosen and of the rejected sides of near duplicates"""
+FEW = 4
+"""shingles that may differ in a part that is less similar: those of two changed words"""
+SIMILAR_PROMPT = 0.7
+"""the least similarity of prompts that are nearly the same"""
 LEAST_SHINGLES = 20
 """pairs (or prompts) with fewer different shingles are not compared: chance makes them similar"""
 LEAST_SHARE = 0.001
 """the share of pairs from which on near duplicates are a fault"""
-_BANDS, _ROWS = 20, 5  # pairs with Jaccard similarity .7 share a band with a chance of .97, those with .8 of .9996
+_BANDS, _ROWS = 25, 4  # pairs with Jaccard similarity .6 share a band with a chance of .97, those with .7 of .999
 _COMMON, _COMMON_SHARE = 20, 0.01
 _LAST = 4  # earlier members of a band that each of its pairs is compared with, beside the first
 _SALTS = np.array([0, 0x1F83D9ABFB41BD6B, 0x5BE0CD19137E2179], np.uint64)  # prompt, chosen, rejected
@@ -44,7 +48,7 @@ class Shingles:
     def __init__(self, sample: Iterable[Words]) -> None:
         found, self.num_pairs = [], 0
         for words in sample:
-            salted, offsets = _salted(words)
+            salted, offsets = _salted(words.without_marks)
             found += [np.unique(salted[a:b]) for a, b in pairwise(offsets)]
             self.num_pairs += len(offsets) - 1
         self._known, self._counts = np.unique(np.concatenate(found), return_counts=True)
@@ -59,6 +63,7 @@ class Shingles:
             words: Those of prompt, chosen and rejected of pairs.
             prompts: Whether to compare the prompts alone.
         """
+        words = words.without_marks
         salted, offsets = _salted(words)
         kept = ~self._is_common[_place(salted)]
         if prompts:
@@ -74,6 +79,7 @@ class Shingles:
 
     def sides(self, words: Words) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """By pair, the different shingles of prompt, chosen and rejected; shingles of both sides have equal numbers."""
+        words = words.without_marks
         shingles, cuts = words.shingles, words.offsets
         texts = [np.unique(shingles[a:b]) for a, b in pairwise(cuts)]
         return [(texts[n], texts[n + 1], texts[n + 2]) for n in range(0, len(texts), 3)]
@@ -147,8 +153,9 @@ def _similarity(shingles: Shingles, first: tuple, second: tuple) -> float:
     if min(sum(map(len, first)), sum(map(len, second))) < LEAST_SHINGLES:
         return 0.0
     parts = [shingles.overlap(a, b, part) for part, (a, b) in enumerate(zip(first, second, strict=True))]
-    if any(shared < SIMILAR_PART * total for shared, total in parts):
-        return 0.0
+    for a, b, (shared, total) in zip(first, second, parts, strict=True):
+        if shared < SIMILAR_PART * total and not _differ_in_few(a, b):
+            return 0.0
     swapped = (shingles.overlap(first[1], second[2], 1), shingles.overlap(first[2], second[1], 2))
     if sum(a / b for a, b in swapped if b) > sum(a / b for a, b in parts[1:] if b):
         return 0.0
@@ -156,12 +163,18 @@ def _similarity(shingles: Shingles, first: tuple, second: tuple) -> float:
     return sum(shared for shared, _ in parts) / total if total else 0.0
 
 
+def _differ_in_few(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two texts, each by its different shingles, differ in a word or two and have others in common."""
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared >= 2 and max(len(first), len(second)) - shared <= FEW
+
+
 def similar_prompts(shingles: Shingles, first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two prompts, each by its different shingles, nearly repeat each other."""
     if min(len(first), len(second)) < LEAST_SHINGLES:
         return False
     shared, total = shingles.overlap(first, second, 0)
-    return total > 0 and shared >= SIMILAR * total
+    return total > 0 and shared >= SIMILAR_PROMPT * total
 
 
 def _candidates(bands: np.ndarray, searched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,10 @@ from lit_did.audit.source import AuditData, as_text, thoughts
 from lit_did.data.pairs import Text
 
 _NAMES = "think|thinking|thought|thoughts|reasoning|scratchpad|seed:think"
+_BLANK = r"[\s\u200b\u2060\ufeff]*"
 _EMPTY = re.compile(
-    rf"<({_NAMES})>\s*</\1>|\[(think)\]\s*\[/\2\]|◁think▷\s*◁/think▷|<\|begin_of_thought\|>\s*<\|end_of_thought\|>",
+    rf"<({_NAMES})>{_BLANK}</\1>|<({_NAMES})\s*/>|\[(think)\]{_BLANK}\[/\3\]|◁think▷{_BLANK}◁/think▷"
+    rf"|<\|begin_of_thought\|>{_BLANK}<\|end_of_thought\|>|<\|START_THINKING\|>{_BLANK}<\|END_THINKING\|>",
     re.IGNORECASE,
 )
 

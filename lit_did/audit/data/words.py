@@ -51,6 +51,13 @@ class Words(NamedTuple):
         return np.diff(np.concatenate([[0], np.cumsum(~self.is_mark)])[self.offsets])
 
     @property
+    def without_marks(self) -> Words:
+        """The same texts without punctuation marks."""
+        kept = ~self.is_mark
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
+        return Words(self.numbers[kept], offsets, np.zeros(int(offsets[-1]), bool))
+
+    @property
     def shingles(self) -> np.ndarray:
         """[words] uint64: each word with the one before it in its text."""
         before = np.empty_like(self.numbers)
@@ -61,7 +68,8 @@ class Words(NamedTuple):
 
 def words_of(texts: Sequence[str]) -> Words:
     """The words of texts. Give about `CHUNK` characters at once."""
-    encoded = [text.encode() for text in texts]
+    # `_VALUE` makes ASCII letters lower case.
+    encoded = [(text if text.isascii() else text.lower()).encode() for text in texts]
     joined = np.frombuffer(b"\n".join(encoded) + b"\n", np.uint8)
     places = np.cumsum([0, *(len(text) + 1 for text in encoded)])
     starts_word = _STARTS_WORD[joined]

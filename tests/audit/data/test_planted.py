@@ -170,11 +170,60 @@ def test_near_duplicates_against_brute_force():
     for a, b in itertools.combinations(range(len(rows)), 2):
         shared = [weight(x & y) for x, y in zip(parts[a], parts[b], strict=True)]
         either = [weight(x | y) for x, y in zip(parts[a], parts[b], strict=True)]
-        if sum(shared) >= 0.7 * sum(either) and all(x >= 0.5 * y for x, y in zip(shared, either, strict=True)):
+        few = [
+            len(x & y) >= 2 and max(len(x), len(y)) - len(x & y) <= 4 for x, y in zip(parts[a], parts[b], strict=True)
+        ]
+        alike = [x >= 0.5 * y or small for x, y, small in zip(shared, either, few, strict=True)]
+        if sum(shared) >= 0.6 * sum(either) and all(alike):
             truth.add(b)
     truth -= set(findings["duplicates"].rows)  # the first ones are exact copies
     assert 5 < len(truth) < 35
     assert set(findings["near_duplicates"].rows) == truth
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace(" ", ", "),
+        str.upper,
+        lambda text: text.replace("река", "гора"),
+        lambda text: text.translate(str.maketrans("", "", ".,!?")),
+    ],
+    ids=["punctuation added", "case of Cyrillic letters", "a word of a short prompt", "punctuation removed"],
+)
+def test_near_copies_in_other_punctuation_and_case(edit):
+    rows = clean("random words", 0, 40)
+    rows.append(
+        {
+            "prompt": "Где течёт эта длинная река сегодня?",
+            "chosen": "Она течёт на север, через леса и поля, и впадает в холодное море.",
+            "rejected": "Никто не знает, где она начинается и куда она идёт, говорят старые люди.",
+        }
+    )
+    rows.append({name: edit(text) for name, text in rows[-1].items()})
+    findings, _, _ = examine(rows)
+    assert [*findings["duplicates"].rows, *findings["near_duplicates"].rows] == [41]
+
+
+def test_pairs_of_one_prompt_with_other_short_answers_are_no_near_duplicates():
+    prompt = (
+        "Which city is the capital of the country in the north where the people speak the language of the text below?"
+    )
+    rows = [{"prompt": prompt, "chosen": "Oslo", "rejected": wrong} for wrong in ("Rome", "Paris", "Berlin")]
+    findings, _, _ = examine([*rows, *clean("random words", 0, 40)])
+    assert not findings["near_duplicates"].rows
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_the_rows_to_keep_without_length_bias_are_not_few(share):
+    rng, rows = np.random.default_rng(0), clean("random words", 1, 200)
+    for row in rows:
+        longer, shorter = row["chosen"] + " " + row["chosen"], row["chosen"]
+        row["chosen"], row["rejected"] = (longer, shorter) if rng.random() < share else (shorter, longer)
+    finding = examine(rows)[0]["length_bias"]
+    kept = len(rows) - len(finding.rows if finding.dropped is None else finding.dropped)
+    assert finding.raised
+    assert kept >= len(rows) / 2
 
 
 def test_swapped_near_copies_and_shared_boilerplate_are_no_near_duplicates():
@@ -199,9 +248,12 @@ def test_empty_thinking_of_messages():
         row("[THINK][/THINK]So."),
         row("<think>a</think>So."),
         row("a < b [c]"),
+        row("<think/>So."),
+        row("<think>\u200b\n</think>So."),
+        row("<|START_THINKING|><|END_THINKING|>So."),
     ]
     findings, _, _ = examine(rows)
-    assert findings["empty_think"].rows == [0, 2, 3]
+    assert findings["empty_think"].rows == [0, 2, 3, 6, 7, 8]
     assert "chosen" in findings["empty_think"].evidence[0]
 
 
@@ -318,3 +370,15 @@ def test_a_habit_is_found_beyond_length():
     kept = [row for number, row in enumerate(rows) if number not in set(findings["habits"].rows)]
     starts = [row["chosen"].startswith("Certainly") for row in kept]
     assert sum(starts) * 2 == len(kept)
+
+
+@pytest.mark.parametrize(
+    "edit", [str.upper, lambda text: text.rstrip("?"), lambda text: f" {text.replace(' ', '  ')}."]
+)
+def test_short_prompts_leak_in_other_case_and_punctuation(edit):
+    rows = [
+        row | {"prompt": f"How old is the {name}?"}
+        for name, row in zip("abc", clean("random words", 0, 3), strict=True)
+    ]
+    findings, _, _ = examine(rows, [rows[1] | {"prompt": edit(rows[1]["prompt"])}])
+    assert findings["leaked"].rows == [1]
