@@ -10,20 +10,23 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lit_did.arguments import check_bools, check_integer, check_range
+from lit_did.audit.blocks import Paragraph
 from lit_did.audit.plain import plain
-from lit_did.audit.report import FLAGS, Finding, Part
-from lit_did.audit.settings import Settings
+from lit_did.audit.report import FLAGS, PARTS, Column, Finding, Part
+from lit_did.audit.settings import MAX_LENGTH, Settings
 from lit_did.audit.source import AuditData
+from lit_did.audit.wording import many
 from lit_did.data.errors import in_words
 from lit_did.data.formats import check_columns
 from lit_did.data.reading import Columns
@@ -50,7 +53,8 @@ _TOKENIZATION = (
 # Arguments that have no effect unless one of others is given.
 _NEEDED = {
     **dict.fromkeys(_TOKENIZATION, ("tokenizer", "reference", "policy")),
-    **dict.fromkeys(("batch_size", "dtype", "device"), ("reference", "policy")),
+    **dict.fromkeys(("max_pairs", "batch_size", "dtype", "device"), ("reference", "policy")),
+    "by": ("policy",),
     **dict.fromkeys(("beta", "num_prompts", "max_new_tokens"), ("policy", "sides")),
 }
 
@@ -64,12 +68,19 @@ class Audit:
         settings: How it was made.
         parts: What each part found, by name.
         inputs: The names of pairs, validation pairs, tokenizer, reference and policy.
+        val_source: The validation pairs, as they were given.
     """
 
     data: AuditData
     settings: Settings
     parts: dict[str, Part] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    val_source: Any = None
+
+    @property
+    def num_read(self) -> int:
+        """How many pairs models read."""
+        return min(len(self.data), self.settings.max_pairs or len(self.data))
 
     @property
     def findings(self) -> list[Finding]:
@@ -87,7 +98,9 @@ class Audit:
         """At most five findings: the most severe faults, and what is worth knowing of a policy, such as who made its
         margin. If there is no fault, the first one says so."""
         faults = self.raised or [
-            Finding("no_flags", f"No flag was raised in {len(self.data)} pairs.", "", raised=False, severity=0.0)
+            Finding(
+                "no_flags", f"No flag was raised in {many(len(self.data), 'pair')}.", "", raised=False, severity=0.0
+            )
         ]
         learned = [
             finding for name in ("policy", "sides") if name in self.parts for finding in self.parts[name].findings
@@ -150,7 +163,7 @@ def audit(
     beta: float = 0.1,
     columns: Columns | None = None,
     max_pairs: int | None = None,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
     as_chat: bool = False,
@@ -179,10 +192,10 @@ def audit(
         policy: The trained model, as `reference`.
         sides: Whether to predict what training would learn, from four adapters that are fitted to the chosen and to the
             rejected completions. It needs a reference.
-        by: Columns of the source, besides `tag`, whose values get figures of their own.
+        by: Columns of the source, besides `tag`, for whose values a policy gets figures of their own.
         beta: DPO's inverse temperature.
         columns: Names of the source's columns by field, such as {"prompt": "question"}.
-        max_pairs: Only that many pairs, drawn at random. None: all.
+        max_pairs: The most pairs that models read, drawn at random. The data alone is examined in all pairs. None: all.
         max_length: The most tokens of a prompt and its completion together.
         truncation: What loses tokens in longer pairs: "completion", "prompt" or "drop".
         min_completion_tokens: The tokens that a completion keeps before the prompt loses some.
@@ -209,23 +222,27 @@ def audit(
     placed = device_of(device)
     check_models(policy, reference)
     _check_packages(sides)
-    read: dict[str, Any] = {"columns": columns, "seed": seed, "warn": warnings.warn}
-    data = AuditData(pairs, "pairs", max_pairs=max_pairs, **read)
+    read: dict[str, Any] = {"columns": columns, "warn": warnings.warn}
+    data = AuditData(pairs, "pairs", **read)
     held_out = None if val is None else AuditData(val, "val", **read)
     settings = Settings(
+        columns=columns,
+        sides=sides,
         by=_check_by(by, data),
         beta=beta,
         tokenization={name: given[name] for name in _TOKENIZATION},
         batch_size=batch_size,
         num_prompts=num_prompts,
         max_new_tokens=max_new_tokens,
+        max_pairs=max_pairs,
         seed=seed,
         dtype=dtype,
-        device=placed,
+        device=placed if _names_a_model(given) else None,
         progress=progress and sys.stderr.isatty(),
     )
     inputs = {name: given[name] for name in ("pairs", "val", "tokenizer", "reference", "policy")}
-    found = Audit(data, settings, inputs={name: _name(value) for name, value in inputs.items() if value is not None})
+    names = {name: _name(value) for name, value in inputs.items() if value is not None}
+    found = Audit(data, settings, inputs=names, val_source=val)
     model = policy if policy is not None else reference
     if tokenizer is None and model is not None:
         tokenizer = tokenizer_of(model)
@@ -239,7 +256,7 @@ def audit(
             check_adapter(is_peft(unwrapped(policy)))
     elif reference is not None:
         reference = load_placed(reference, "reference", **placing)
-    _run(found, held_out, tokenizer, reference, policy, sides)
+    _run(found, held_out, tokenizer, reference, policy)
     return found
 
 
@@ -249,13 +266,52 @@ def _run(
     tokenizer: Any,
     reference: nn.Module | None,
     policy: nn.Module | None,
-    sides: bool,
 ) -> None:
     """Runs the parts. Each is imported when it runs."""
-    parts, shared = found.parts, (found.data, found.settings)
-    parts["data"] = _function("data", "examine_data")(*shared, val=val)
+    data, settings = found.data, found.settings
+    found.parts["data"] = _function("data", "examine_data")(data, settings, val=val)
     if tokenizer is not None:
-        parts["tokens"] = _function("tokens", "examine_tokens")(*shared, tokenizer)
+        found.parts["tokens"] = _function("tokens", "examine_tokens")(data, settings, tokenizer)
+    if found.num_read == len(data):
+        _run_models(found.parts, data, settings, tokenizer, reference, policy)
+        return
+    places = np.sort(np.random.default_rng(settings.seed).choice(len(data), found.num_read, replace=False))
+    read = {
+        name: replace(part, columns={column: _taken(values, places) for column, values in part.columns.items()})
+        for name, part in found.parts.items()
+    }
+    _run_models(read, data.select(places), settings, tokenizer, reference, policy)
+    for name in read.keys() - found.parts.keys():
+        part = read[name]
+        part.columns = {column: _spread(values, places, len(data)) for column, values in part.columns.items()}
+        part.blocks.insert(
+            0, Paragraph(f"Models read {found.num_read:,} of the {len(data):,} pairs, drawn at random (max_pairs).")
+        )
+    found.parts |= {name: read[name] for name in PARTS if name in read and name not in found.parts}
+
+
+def _taken(values: Column, places: np.ndarray) -> Column:
+    return values[places] if isinstance(values, np.ndarray) else [values[place] for place in places.tolist()]
+
+
+def _spread(values: Column, places: np.ndarray, count: int) -> list[Any]:
+    """The values of some pairs as those of all, of which the others have None."""
+    result: list[Any] = [None] * count
+    for place, value in zip(places.tolist(), values, strict=True):
+        result[place] = value
+    return result
+
+
+def _run_models(
+    parts: dict[str, Part],
+    data: AuditData,
+    settings: Settings,
+    tokenizer: Any,
+    reference: nn.Module | None,
+    policy: nn.Module | None,
+) -> None:
+    """Runs the parts that need a model, and adds them to `parts`."""
+    shared = (data, settings)
     if reference is not None or policy is not None:
         # The base of an adapter is the policy without its adapter.
         with nullcontext() if reference is not None or policy is None else adapter_off(policy):
@@ -264,7 +320,7 @@ def _run(
     if policy is not None:
         examine = _function("policy", "examine_policy")
         parts["policy"] = examine(*shared, tokenizer, reference, policy, parts)
-    if sides:
+    if settings.sides:
         parts["sides"] = _function("sides", "examine_sides")(*shared, tokenizer, reference, policy, parts)
     if "reference" in parts:
         columns, finding, blocks = _function("mislabelled", "examine_labels")(*shared, parts)
@@ -305,6 +361,7 @@ def _check(given: Mapping[str, Any]) -> None:
     by, dtype, tokenizer = given["by"], given["dtype"], given["tokenizer"]
     if isinstance(by, str) or not isinstance(by, Sequence) or not all(isinstance(name, str) for name in by):
         raise TypeError(f"Expected `by` to be a list of names of columns, but got {by!r}.")
+    given = {**given, "by": tuple(by)}
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"Expected `dtype` to be a floating-point dtype of torch or None, but got {dtype!r}.")
     if not (tokenizer is None or isinstance(tokenizer, str | os.PathLike) or hasattr(tokenizer, "decode")):
@@ -322,6 +379,17 @@ def _check(given: Mapping[str, Any]) -> None:
                 f"Expected {' or '.join(f'`{other}`' for other in others)} with `{name}`, which has no effect without "
                 "it, but got none."
             )
+    for name in ("dtype", "device"):
+        if given[name] is not None and not _names_a_model(given):
+            loaded = given["policy"] if given["policy"] is not None else given["reference"]
+            raise ValueError(
+                f"Expected `reference` or `policy` to be a name or path with `{name}`, which has no effect on a model "
+                f"in memory, but got {type(loaded).__name__}."
+            )
+
+
+def _names_a_model(given: Mapping[str, Any]) -> bool:
+    return any(isinstance(given[name], str | os.PathLike) for name in ("reference", "policy"))
 
 
 def _check_packages(sides: bool) -> None:

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
+MAX_LENGTH = 1024
+"""`max_length` of an audit that is given none, as `PreferenceDataModule`'s"""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What all parts of an audit share.
 
     Attributes:
+        columns: Names of the source's columns by field.
+        sides: Whether a model of each side is fitted.
         by: Columns of the source, beside the tag, whose values get figures of their own.
         beta: DPO's inverse temperature.
         tokenization: Arguments of `PreferenceDataset`: max_length, truncation, min_completion_tokens, as_chat,
@@ -21,17 +26,21 @@ class Settings:
         batch_size: Pairs a forward pass.
         num_prompts: Prompts whose DID entropy of completions is estimated, and which are completed.
         max_new_tokens: Where these completions are cut.
+        max_pairs: The most pairs that models read. None: all.
         seed: Of all draws.
-        dtype, device: Of models that are given by name.
+        dtype, device: Of models that are given by name. None: there are none, or their own dtype.
         progress: Whether a terminal shows progress bars.
     """
 
+    columns: Mapping[str, str | None] | None = None
+    sides: bool = False
     by: tuple[str, ...] = ()
     beta: float = 0.1
     tokenization: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     num_prompts: int = 8
     max_new_tokens: int = 32
+    max_pairs: int | None = None
     seed: int = 0
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +25,6 @@ class AuditData:
         source: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
         name: What messages call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}.
-        max_pairs: Only that many pairs, drawn at random. None: all.
-        seed: Of that draw.
         warn: Called with the text of each warning about the source.
 
     Attributes:
@@ -41,8 +40,6 @@ class AuditData:
         name: str,
         *,
         columns: Columns | None = None,
-        max_pairs: int | None = None,
-        seed: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.source, self.column_names = source, columns
@@ -50,13 +47,18 @@ class AuditData:
         self.rows: list[SourceRow]
         self.rows, self.skipped = read_rows(source, name, columns=columns, on_bad_rows="skip", warn=warn)
         self.num_rows = len(self.rows) + len(self.skipped)
-        if max_pairs is not None and max_pairs < len(self.rows):
-            kept = np.sort(np.random.default_rng(seed).choice(len(self.rows), max_pairs, replace=False))
-            self.rows = [self.rows[i] for i in kept]
 
     def __len__(self) -> int:
         """How many usable pairs there are."""
         return len(self.rows)
+
+    def select(self, places: np.ndarray) -> AuditData:
+        """The same source with some of its pairs, `rows[places]`."""
+        part = copy(self)
+        for name in ("row_numbers", "prompt_keys", "prompt_groups"):
+            part.__dict__.pop(name, None)
+        part.rows = [self.rows[place] for place in places.tolist()]
+        return part
 
     @cached_property
     def columns(self) -> dict[int, dict[str, Any]]:

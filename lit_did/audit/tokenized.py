@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lit_did.audit.settings import Settings
+from lit_did.audit.settings import MAX_LENGTH, Settings
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import SourceRow
-
-MAX_LENGTH = 1024  # as PreferenceDataModule's
 
 
 def max_length_of(settings: Settings) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,31 +26,55 @@ if TYPE_CHECKING:
 PAGE, TABLE, FIGURES, FLAGS_FOLDER = "audit.html", "pairs.csv", "audit.json", "flags"
 
 
-def check_folder(folder: Path, overwrite: bool, argument: str) -> None:
+def check_folder(folder: Path, overwrite: bool, argument: str, sources: Sequence[Any] = ()) -> None:
     """Checks that an audit can be written to `folder`.
 
     Args:
         folder: The folder.
         overwrite: Whether the audit that is there may be replaced.
         argument: What errors call `folder`.
+        sources: The data, which may not be in the folder.
 
     Raises:
         FileExistsError: There is something else, or an audit and not `overwrite`.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"Expected {argument} to be a folder, but {folder} is a link or a file.")
-    found = [path.name for path in folder.iterdir()] if folder.exists() else []
-    others = sorted({*found} - {PAGE, TABLE, FIGURES, FLAGS_FOLDER})
+    place = folder.resolve()
+    found = {path.name for path in place.iterdir()} if place.exists() else set()
+    is_audit = found >= {PAGE, FIGURES}
+    others = sorted(found - {PAGE, TABLE, FIGURES, FLAGS_FOLDER} if is_audit else found)
     if others:
         raise FileExistsError(
             f"Expected {argument} to be a new folder or that of an audit, but {folder} holds {others[0]}. Choose "
             "another name."
+        )
+    if held := _held(place, sources):
+        raise FileExistsError(
+            f"Expected {argument} to be a folder without the data, but {folder} holds {held}. Choose another name."
+        )
+    if place.exists() and place in (here := Path.cwd(), *here.parents):
+        raise FileExistsError(
+            f"Expected {argument} to be a folder that can be replaced as a whole, but {folder} is the folder that you "
+            "are in. Choose another name."
         )
     if found and not overwrite:
         raise FileExistsError(
             f"Expected {argument} to be a new folder, but {folder} exists. Choose another name, or pass "
             f"{'--overwrite' if argument.startswith('--') else '`overwrite=True`'}."
         )
+
+
+def _held(folder: Path, sources: Sequence[Any]) -> str | None:
+    """A path of the data that is in the folder, or is the folder."""
+    for source in sources:
+        for part in source if isinstance(source, list | tuple) else [source]:
+            if isinstance(part, str | os.PathLike):
+                path = os.fspath(part)
+                for found in (path, *glob.glob(path, recursive=True)):
+                    if folder in (whole := Path(found).resolve(), *whole.parents):
+                        return found
+    return None
 
 
 def write_audit(audit: Audit, folder: Path, overwrite: bool, argument: str) -> list[Path]:
@@ -65,15 +91,16 @@ def write_audit(audit: Audit, folder: Path, overwrite: bool, argument: str) -> l
     """
     from lit_did.audit.page import render
 
-    check_folder(folder, overwrite, argument)
-    with whole_folder(folder) as beside:
+    sources = (audit.data.source, audit.val_source)
+    check_folder(folder, overwrite, argument, sources)
+    with whole_folder(folder.resolve()) as beside:
         beside.mkdir()
         (beside / PAGE).write_text(render(audit), encoding="utf-8", errors="backslashreplace")
         write_table(audit.table(), beside / TABLE)
         figures = json.dumps(audit.figures(), indent=1, ensure_ascii=False, allow_nan=False)
         (beside / FIGURES).write_text(figures + "\n", encoding="utf-8", errors="backslashreplace")
         write_rows(audit.data, audit.raised, beside / FLAGS_FOLDER)
-        check_folder(folder, overwrite, argument)  # somebody may have written there meanwhile
+        check_folder(folder, overwrite, argument, sources)  # somebody may have written there meanwhile
         files = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
     return [folder / path for path in files]
 
@@ -82,8 +109,8 @@ def write_rows(data: AuditData, findings: Sequence[Finding], folder: Path) -> No
     """Writes the source's rows of each finding to `folder/NAME`, unchanged and in their order.
 
     flagged.jsonl has the finding's rows. kept.jsonl has all rows that were not refused, without those that it drops.
-    Rows that were not audited, because of `max_pairs`, are kept. One warning names files that would be read otherwise
-    than the source.
+    Rows that models did not read, because of `max_pairs`, are kept. One warning names files that would be read
+    otherwise than the source.
 
     Raises:
         ValueError: The source has changed since it was read.

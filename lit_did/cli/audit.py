@@ -12,6 +12,8 @@ import torch
 from lit_did.audit.report import FLAGS
 from lit_did.audit.running import Audit, parts_of
 from lit_did.audit.running import audit as run_audit
+from lit_did.audit.settings import MAX_LENGTH
+from lit_did.audit.wording import many
 from lit_did.audit.writing import PAGE, check_folder, write_audit
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
@@ -42,7 +44,7 @@ def audit(
     beta: float = 0.1,
     columns: dict[str, str | None] | None = None,
     max_pairs: int | None = None,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
     as_chat: bool = False,
@@ -73,10 +75,10 @@ def audit(
         fail_on: Flags that make the exit status 1 if they are raised, or any for all.
         output: The folder, by default the name of the pairs with .audit.
         overwrite: Whether to replace an audit that is there.
-        by: Columns of the pairs, besides tag, whose values get figures of their own.
+        by: Columns of the pairs, besides tag, for whose values a policy gets figures of their own.
         beta: DPO's inverse temperature.
         columns: Names of the source's columns by field, such as '{"prompt": "question"}'.
-        max_pairs: Only that many pairs, drawn at random.
+        max_pairs: The most pairs that models read, drawn at random. The data alone is examined in all pairs.
         max_length: The most tokens of a prompt and its completion together.
         truncation: What loses tokens in longer pairs. drop leaves them out.
         min_completion_tokens: The tokens that a completion keeps before the prompt loses some.
@@ -96,7 +98,7 @@ def audit(
     failing = _check_flags(fail_on or [], parts, val)
     folder = Path(output or f"{short_name(pairs)}.audit").expanduser()
     make_parent(folder)
-    check_folder(folder, overwrite, "--output")
+    check_folder(folder, overwrite, "--output", (pairs, val))
     found = run_audit(
         pairs,
         val=val,
@@ -137,7 +139,10 @@ def audit(
 def describe(found: Audit) -> str:
     """The verdict for a terminal."""
     refused = len(found.data.skipped)
-    lines = [f"{len(found.data)} pairs of {found.data.num_rows} rows" + (f", {refused} refused" if refused else "")]
+    first = f"{many(len(found.data), 'pair')} of {many(found.data.num_rows, 'row')}"
+    first += f", {refused:,} refused" if refused else ""
+    first += f", {found.num_read:,} read by models" if found.num_read < len(found.data) else ""
+    lines = [first]
     for finding in found.verdict:
         text = f"{finding.sentence} {finding.advice}".strip() + (f" [{finding.name}]" if finding.raised else "")
         lines += textwrap.wrap(text, 110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)

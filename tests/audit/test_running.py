@@ -110,10 +110,41 @@ def test_an_adapter_without_a_reference_has_its_base(parts, tokenizer, monkeypat
     assert not torch.allclose(base, tuned)
 
 
-def test_max_pairs_are_drawn(parts):
-    found = audit(ROWS, max_pairs=2, seed=3)
-    assert (len(found.data), found.data.num_rows) == (2, 5)
-    assert found.data.row_numbers.tolist() == audit(ROWS, max_pairs=2, seed=3).data.row_numbers.tolist()
+def test_models_read_max_pairs_and_the_data_is_examined_whole(parts, models, tokenizer):
+    options = {
+        "tokenizer": tokenizer,
+        "reference": models[0],
+        "policy": models[1],
+        "seed": 3,
+        "columns": {"tag": "tag"},
+    }
+    found = audit(ROWS, max_pairs=2, **options)
+    assert (len(found.data), found.data.num_rows, found.num_read) == (4, 5, 2)
+    assert list(found.parts) == ["data", "tokens", "reference", "policy"]
+    *_, seen = parts.calls["policy"]
+    table = found.table()
+    places = [place for place, value in enumerate(table["swap"]) if value is not None]
+    assert (len(places), len(table["data_value"])) == (2, 5)
+    assert [table["policy_value"][place] for place in places] == [0.0, None]
+    known = found.parts["data"].columns["data_value"][found.data.row_numbers.searchsorted(places)]
+    np.testing.assert_array_equal(seen["data"].columns["data_value"], known)
+    sentence = "Models read 2 of the 4 pairs, drawn at random (max_pairs)."
+    assert [part.blocks[0].text for part in found.parts.values()] == ["data", "tokens", sentence, sentence]
+    assert found.table() == audit(ROWS, max_pairs=2, **options).table()
+    assert found.figures()["settings"].items() >= {"max_pairs": 2, "columns": {"tag": "tag"}, "sides": False}.items()
+    whole = audit(ROWS, max_pairs=4, **options)
+    assert whole.table() == audit(ROWS, **options).table()
+
+
+def test_duplicates_of_max_pairs_are_those_of_the_data(tiny_model, tokenizer):
+    """What the real parts say of pairs that models do not read."""
+    pytest.importorskip("sklearn")
+    rows = [{"prompt": f"q{i // 2}", "chosen": f"yes {i // 2}", "rejected": "no"} for i in range(60)]
+    found = audit(rows, reference=tiny_model, max_pairs=5, max_length=64, device="cpu")
+    assert [len(finding.rows) for finding in found.findings if finding.name == "duplicates"] == [30]
+    table = found.table()
+    assert sum(value is not None for value in table["chosen_reference_logprob"]) == 5
+    assert sum(value is not None for value in table["chosen_words"]) == 60
 
 
 def test_warnings_of_the_reader(parts):
@@ -138,6 +169,8 @@ def test_warnings_of_the_reader(parts):
         ({"num_prompts": 0}, ValueError, "Expected `num_prompts` to be an integer of at least 1"),
         ({"max_new_tokens": 1.5}, TypeError, "Expected `max_new_tokens` to be an integer"),
         ({"seed": -1}, ValueError, "Expected `seed` to be an integer of at least 0"),
+        ({"by": ["a"]}, ValueError, "Expected `policy` with `by`, which has no effect without it"),
+        ({"max_pairs": 3}, ValueError, "Expected `reference` or `policy` with `max_pairs`"),
         ({"by": "source"}, TypeError, "Expected `by` to be a list of names of columns, but got 'source'"),
         ({"columns": {"ask": "q"}}, ValueError, "Expected the keys of `columns`"),
         ({"tokenizer": "x", "max_length": 1}, ValueError, "Expected `max_length` to be an integer of at least 2"),
@@ -162,6 +195,16 @@ def test_wrong_arguments(parts, arguments, error, message):
     assert not parts.calls
 
 
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device": "cpu"}])
+def test_options_of_loading_need_a_name(parts, models, tokenizer, tiny_model, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"to be a name or path with `{name}`, .* but got LlamaForCausalLM"):
+        audit(ROWS, reference=models[0], tokenizer=tokenizer, **options)
+    assert not parts.calls
+    assert audit(ROWS, reference=models[0], tokenizer=tokenizer).settings.device is None
+    assert audit(ROWS, reference=tiny_model, device="cpu").settings.device == torch.device("cpu")
+
+
 def test_a_policy_needs_a_reference(parts, models, tokenizer, tiny_model):
     for policy in (models[1], tiny_model):
         with pytest.raises(ValueError, match="Expected `reference` for a policy without an adapter"):
@@ -174,10 +217,11 @@ def test_models_of_different_vocabularies(parts, models, tokenizer):
     assert not parts.calls
 
 
-def test_columns_that_by_names(parts):
-    assert audit(ROWS, by=["score", "tag"]).settings.by == ("score", "tag")
+def test_columns_that_by_names(parts, models, tokenizer):
+    options = {"tokenizer": tokenizer, "reference": models[0], "policy": models[1]}
+    assert audit(ROWS, by=["score", "tag"], **options).settings.by == ("score", "tag")
     with pytest.raises(ValueError, match=r"no row has 'source'\. It has `notes`, `score`, `tag`"):
-        audit(ROWS, by=["source"])
+        audit(ROWS, by=["source"], **options)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +290,9 @@ def test_parts_with_the_same_column(parts, monkeypatch, models, tokenizer):
         found.table()
 
 
-def test_the_figures(parts):
-    found = audit(ROWS, by=["score"], columns={"tag": "tag"})
+def test_the_figures(parts, models, tokenizer):
+    options = {"tokenizer": tokenizer, "reference": models[0], "policy": models[1]}
+    found = audit(ROWS, by=["score"], columns={"tag": "tag"}, **options)
     figures = json.loads(json.dumps(found.figures(), allow_nan=False))
     assert (figures["num_rows"], figures["num_refused"], figures["num_pairs"]) == (5, 1, 4)
     assert figures["settings"]["by"] == ["score"]
@@ -255,7 +300,7 @@ def test_the_figures(parts):
     assert set(figures["versions"]) >= {"lit-did", "torch", "scikit-learn", "python"}
     assert figures["verdict"][0] == "2 pairs contradict. Keep one."
     assert figures["flags"] == ["contradictions", "identical", "unusable"]
-    first, second, third, _ = figures["findings"]
+    first, second, third, *_ = figures["findings"]
     assert (first["rows"], first["dropped"], first["evidence"]) == ([2, 0], [2], {"2": "swaps row 0"})
     assert second["value"] == {"value": 0.25, "lower": 0.1, "upper": 0.5, "count": 4}
     assert third["rows"] == [1]

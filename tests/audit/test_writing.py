@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from lit_did.audit import audit, writing
@@ -140,9 +141,10 @@ def test_values_that_json_lacks(tmp_path):
     assert len(read_rows(tmp_path / "identical/flagged.jsonl")[0]) == 1
 
 
-def test_rows_that_were_not_drawn_are_kept(tmp_path):
-    data = AuditData(TEXTS, "pairs", max_pairs=2)
-    row = int(data.row_numbers[0])
+def test_rows_that_models_did_not_read_are_kept(tmp_path):
+    data = AuditData(TEXTS, "pairs").select(np.array([1, 4]))
+    assert data.row_numbers.tolist() == [1, 4]
+    row = 1
     write_rows(data, [Finding("identical", "", "", True, 0.5, [row])], tmp_path)
     assert lines(tmp_path / "identical/kept.jsonl") == [TEXTS[i] for i in range(5) if i != row]
 
@@ -173,6 +175,47 @@ def test_what_is_there_is_kept(parts, tmp_path):
     parts.findings["data"] = []
     audit(ROWS).save(tmp_path / "empty", overwrite=True)
     assert not (tmp_path / "empty" / "flags").exists()
+
+
+@pytest.mark.parametrize("names", [["pairs.csv"], ["pairs.csv", "audit.html"], ["flags"], ["audit.json"]])
+def test_files_with_names_of_an_audit_are_none(parts, tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"or that of an audit, but .* holds {min(names)}. Choose another name."):
+        audit(ROWS).save(tmp_path, overwrite=True)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize("pattern", ["a/pairs.csv", "*/pairs.csv", "a", "b/../a/*.csv"])
+@pytest.mark.parametrize("argument", ["pairs", "val"])
+def test_the_data_is_never_replaced(parts, tmp_path, monkeypatch, pattern, argument):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    audit(ROWS).save("a")
+    if pattern == "a":
+        for name in ("audit.json", "audit.html"):
+            (tmp_path / "a" / name).unlink()
+    (tmp_path / "a" / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    found = audit(**{"pairs": ROWS, argument: pattern})
+    for name in ("audit.json", "audit.html"):
+        (tmp_path / "a" / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="Expected `folder` to be a folder without the data"):
+        found.save("a", overwrite=True)
+
+
+def test_the_present_folder_is_refused(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    found = audit(ROWS)
+    monkeypatch.chdir(tmp_path / "b")
+    for folder in (".", "../b"):
+        with pytest.raises(FileExistsError, match="is the folder that you are in"):
+            found.save(folder)
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    found.save(tmp_path / "c" / "d" / "new" / "..")
+    assert (tmp_path / "c" / "d" / "audit.html").exists()
+    with pytest.raises(FileExistsError, match="Choose another name, or pass `overwrite=True`"):
+        found.save(tmp_path / "c" / "d" / "new" / "..")
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])

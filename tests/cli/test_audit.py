@@ -105,7 +105,7 @@ def test_progress_is_for_terminals(folder, parts, monkeypatch, terminal):
         (["--fail-on", "leaked"], "Expected --val with --fail_on leaked"),
         (["--fail-on"], "Expected a value after --fail_on, but got none."),
         (["--by", "--sides"], "Expected a value after --by, but got none."),
-        (["--by", "nothing"], "Expected `by` to name columns of pairs.v2.jsonl that are no part of the pairs, but no"),
+        (["--by", "score"], "Expected `policy` with `by`, which has no effect without it"),
         (["--max-pairz", "3"], "Expected an option of this command, but got --max_pairz. Did you mean --max_pairs?"),
         (["--max-pairs", "0"], "Expected `max_pairs` to be an integer of at least 1, but got 0."),
         (["--max-length", "9"], "Expected `tokenizer` or `reference` or `policy` with `max_length`"),
@@ -150,6 +150,14 @@ def test_pairs_that_cannot_be_read(folder, capsys, text, message):
     assert not (folder / "pairs.v2.audit").exists()
 
 
+def test_the_present_folder(folder, monkeypatch, parts, capsys):
+    (folder / "empty").mkdir()
+    monkeypatch.chdir(folder / "empty")
+    assert main(["audit", f"../{PAIRS}", "--output", "."]) == 2
+    assert "but . is the folder that you are in. Choose another name." in capsys.readouterr().err
+    assert not parts.calls
+
+
 def test_an_audit_that_is_there(folder, capsys):
     assert main(["audit", PAIRS, "--quiet"]) == 0
     assert main(["audit", PAIRS, "--quiet"]) == 2
@@ -187,7 +195,9 @@ def test_compare_is_an_audit_with_both_models(folder, parts, models, capsys):
         "policy": str(models[1]),
     }
     assert list(figures["parts"]) == ["data", "tokens", "reference", "policy"]
-    assert (figures["num_pairs"], figures["settings"]["by"], figures["settings"]["beta"]) == (3, ["score"], 0.3)
+    assert (figures["num_pairs"], figures["settings"]["by"], figures["settings"]["beta"]) == (4, ["score"], 0.3)
+    assert figures["settings"]["max_pairs"] == 3
+    assert capsys.readouterr().out.startswith("4 pairs of 5 rows, 1 refused, 3 read by models\n")
 
 
 @pytest.mark.parametrize(

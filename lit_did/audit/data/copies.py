@@ -9,9 +9,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lit_did.audit.data.keys import Keys, first_of, in_order
-from lit_did.audit.data.sentences import many, of_rows, percent
+from lit_did.audit.data.sentences import of_rows
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.source import AuditData
+from lit_did.audit.wording import many, percent
 
 LEAST_COPIES = 0.001
 """the share of pairs from which on (near) duplicates are a fault: fewer do no harm"""

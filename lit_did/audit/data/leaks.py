@@ -6,9 +6,9 @@ import numpy as np
 
 from lit_did.audit.data.near import Shingles, similar_prompts
 from lit_did.audit.data.sample import read_words
-from lit_did.audit.data.sentences import many, percent
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.source import AuditData, has_prompt, prompt_key
+from lit_did.audit.wording import many, percent
 
 _PUNCTUATION = " .,;:!?\"'`…。？！"  # which does not count at the ends of prompts
 _TRIED = 4  # validation prompts of each band that a prompt is compared with

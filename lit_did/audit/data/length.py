@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lit_did.audit.data.sentences import many
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS, share_over_groups, surely_above, surely_below
+from lit_did.audit.wording import many
 
 BIAS = 0.05
 """how far from 1/2 the accuracy of "take the longer side" is surely beyond for a length bias"""

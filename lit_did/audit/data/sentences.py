@@ -1,30 +1,11 @@
-"""What the findings about rows share: counts in words, and the finding itself."""
+"""What the findings about rows share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from lit_did.audit.report import Estimate, Finding
-
-
-def many(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    Example:
-        >>> many(1, "pair"), many(2000, "pair")
-        ('1 pair', '2,000 pairs')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def percent(share: float) -> str:
-    """A share in percent, with two digits.
-
-    Example:
-        >>> percent(0.0312), percent(0.614)
-        ('3.1%', '61%')
-    """
-    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+from lit_did.audit.wording import many, percent
 
 
 def of_rows(

@@ -125,9 +125,7 @@ class _Pairs:
         """The names and texts of a row's sides. A row that was refused has only the reason."""
         if (place := self._places.get(int(row))) is not None:
             return list(zip(("prompt", "chosen", "rejected"), self._data.texts(place), strict=True))
-        if int(row) in self._refused:
-            return [("refused", self._refused[int(row)].reason)]
-        return [("left out", "This row was not drawn.")]
+        return [("refused", self._refused[int(row)].reason)]
 
 
 def _facts(audit: Audit) -> Iterator[tuple[str, str]]:
@@ -136,14 +134,15 @@ def _facts(audit: Audit) -> Iterator[tuple[str, str]]:
     for name, value in audit.inputs.items():
         yield _LABELS.get(name, name.capitalize()), value
     count = f"{len(data):,} of {data.num_rows:,}"
-    others = data.num_rows - len(data) - len(data.skipped)
     refused = f", {len(data.skipped):,} refused" if data.skipped else ""
-    yield "Rows audited", f"{count}{refused}{f', {others:,} not drawn' if others else ''}"
+    yield "Rows audited", f"{count}{refused}"
+    if audit.num_read < len(data):
+        yield "Pairs that models read", f"{audit.num_read:,}, drawn at random"
 
 
 def _settings(audit: Audit) -> Iterator[tuple[str, str]]:
     for name, value in asdict(audit.settings).items():
-        for key, what in value.items() if isinstance(value, dict) else [(name, value)]:
+        for key, what in value.items() if name == "tokenization" else [(name, value)]:
             if what is not None and what != () and key != "progress":
                 yield key, ", ".join(map(str, what)) if isinstance(what, tuple) else str(what)
 
