@@ -84,14 +84,14 @@ def measure(dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *
             excess = -tokens.policy_logprob.double() - tokens.policy_entropy.double()
             counts = layout.cu_labels.diff()
             columns = [
-                _sums(values, layout.cu_labels)
+                sums_of(values, layout.cu_labels)
                 for values in (tokens.policy_logprob, tokens.policy_entropy, excess, excess.square())
             ]
             rows.append(torch.stack([*columns, counts.double()], dim=1).cpu().numpy())
             if outputs.hidden is None:
                 hidden = None
             elif hidden is not None:
-                means = _sums(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
+                means = sums_of(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
                 hidden.append(torch.stack(means.float().chunk(2), dim=1).cpu().numpy())
             bar.update(len(examples))
     sides = []
@@ -122,7 +122,7 @@ def statistics_of(outputs: Outputs, labels: Tensor) -> TokenStatistics:
     )
 
 
-def _sums(values: Tensor, cu_labels: Tensor) -> Tensor:
+def sums_of(values: Tensor, cu_labels: Tensor) -> Tensor:
     """[sequences, ...] float64: the sum of each sequence's tokens."""
     sequence = torch.repeat_interleave(torch.arange(len(cu_labels) - 1, device=values.device), cu_labels.diff())
     total = torch.zeros(len(cu_labels) - 1, *values.shape[1:], dtype=torch.float64, device=values.device)

@@ -14,14 +14,13 @@ from lit_did.audit.blocks import Paragraph, SideBySide, Table
 from lit_did.audit.prompts import nothing_to_complete, places_to_complete
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
-from lit_did.audit.sides.fitting import SideModels, base_of, fit_side_models, folds_of, held_out_scores, score
+from lit_did.audit.sides.fitting import base_of, fit_side_models, folds_of, held_out_scores, score
 from lit_did.audit.sides.prediction import Drawn, draw, line_between, predicted_change
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS, calibration_slope, mean_over_groups, share_over_groups
 from lit_did.audit.tokenized import tokenized
 from lit_did.data.dataset import Example
 from lit_did.functional import fit_power_law
-from lit_did.ops import SequenceStatistics
 from lit_did.sampling.prompts import LEAST_RELIABLE
 
 CONDITIONS = (
@@ -49,7 +48,7 @@ def examine_sides(
         tokenizer: A transformers tokenizer.
         reference: The model that DPO would start from. None: `policy` without its adapter.
         policy: A policy that was trained, to compare the prediction with. None: there is none.
-        parts: The parts that ran before.
+        parts: The parts that ran before: "reference", and with a policy "policy".
     """
     part = Part(
         "sides",
@@ -75,9 +74,10 @@ def examine_sides(
         part.findings.append(_failed(error))
         part.blocks.append(Paragraph(part.findings[-1].sentence))
         return part
-    by_chosen, by_rejected = held_out_scores(models, examples, folds, settings.batch_size)  # [pairs, 2] each
-    beside = _beside(base, reference, policy, examples, settings.batch_size)
-    margins = [_margin(x) for x in (by_chosen, by_rejected, beside.reference_logprob.numpy())]
+    whole, first_tokens = held_out_scores(models, examples, folds, settings.batch_size, settings.max_new_tokens)
+    by_chosen, by_rejected = whole  # [pairs, 2] each
+    by_reference = _both_sides(parts["reference"], "reference_logprob", places)
+    margins = [_margin(x) for x in (by_chosen, by_rejected, by_reference)]
     side_margin = margins[0] - margins[1]
     column = np.full(len(data), np.nan)
     column[places] = side_margin
@@ -93,9 +93,9 @@ def examine_sides(
         ["R^2 of that line", line.r_squared],
     ]
     if policy is not None:
-        exponent = _exponent(by_chosen - by_rejected, beside.log_ratio.numpy(), groups)
-        part.figures["exponent"] = exponent
-        rows.append(["exponent of a law towards the policy", exponent])
+        learned = _both_sides(parts["policy"], "log_ratio", places)
+        part.figures["exponent"] = _exponent(by_chosen - by_rejected, learned, groups)
+        rows.append(["exponent of a law towards the policy", part.figures["exponent"]])
     part.blocks += [
         Paragraph(CONDITIONS),
         Table(
@@ -115,7 +115,7 @@ def examine_sides(
     if not plain:
         part.blocks.append(Paragraph("No prediction, because completions with several scored turns are not sampled."))
         return part
-    cut = _cut(examples, plain, groups, folds, models, settings)
+    cut = _cut(examples, plain, groups, first_tokens, settings)
     part.figures["k_of_cut"] = cut.k
     if not 0 < cut.k.value < math.inf:
         part.blocks.append(Paragraph(_no_prediction(cut.k.value, settings.max_new_tokens)))
@@ -128,8 +128,8 @@ def examine_sides(
     drawn = draw(
         models, base, examples, folds, pairs, exponent=exponent, max_new_tokens=settings.max_new_tokens, **options
     )
-    happened = None if policy is None else _mean_changes(beside.log_ratio.numpy(), groups)
-    _predict(part, drawn, cut, groups, happened, settings, base, reference, policy)
+    happened = None if policy is None else _mean_changes(learned, groups)
+    _predict(part, drawn, cut, groups, happened, settings, reference, policy)
     part.blocks.append(_samples(drawn, data, places, tokenizer, settings.seed))
     return part
 
@@ -155,11 +155,9 @@ def _no_prediction(k: float, length: int) -> str:
     return f"No prediction, because {why}."
 
 
-def _beside(
-    base: nn.Module, reference: nn.Module | None, policy: nn.Module | None, examples: Sequence[Example], batch_size: int
-) -> SequenceStatistics:
-    """The statistics [pairs, 2] of the policy beside the reference. Without a policy, the reference is its own."""
-    return score(base, base, examples, batch_size) if policy is None else score(policy, reference, examples, batch_size)
+def _both_sides(part: Part, name: str, places: np.ndarray) -> np.ndarray:
+    """[pairs, 2] a column of an earlier part for the chosen and for the rejected completions."""
+    return np.stack([np.asarray(part.columns[f"{side}_{name}"], float)[places] for side in ("chosen", "rejected")], 1)
 
 
 def _margin(values: np.ndarray) -> np.ndarray:
@@ -234,8 +232,7 @@ def _cut(
     examples: Sequence[Example],
     plain: Sequence[int],
     groups: np.ndarray,
-    folds: np.ndarray,
-    models: Sequence[SideModels],
+    first_tokens: np.ndarray,
     settings: Settings,
 ) -> _Cut:
     length = settings.max_new_tokens
@@ -243,7 +240,7 @@ def _cut(
         examples[i]._replace(chosen_ids=examples[i].chosen_ids[:length], rejected_ids=examples[i].rejected_ids[:length])
         for i in plain
     ]
-    by_chosen, by_rejected = held_out_scores(models, cut, folds[plain], settings.batch_size)
+    by_chosen, by_rejected = first_tokens[:, plain]
     log_ratio = by_chosen - by_rejected
     return _Cut(cut, groups[plain], log_ratio, calibration_slope(_margin(log_ratio), groups[plain]))
 
@@ -260,7 +257,6 @@ def _predict(
     groups: np.ndarray,
     happened: Sequence[Estimate] | None,
     settings: Settings,
-    base: nn.Module,
     reference: nn.Module | None,
     policy: nn.Module | None,
 ) -> None:
@@ -273,7 +269,7 @@ def _predict(
         groups: [pairs] the number of each pair's prompt, of all pairs, for the pairs of `drawn`.
         happened: The policy's mean changes over all whole pairs. None: there is no policy.
         settings: beta and the length.
-        base, reference, policy: The models.
+        reference, policy: The models.
     """
     length, of_prompt = settings.max_new_tokens, {groups[d.pair]: d for d in drawn}
     used = np.array([i for i, group in enumerate(cut.groups) if group in of_prompt])
@@ -283,7 +279,7 @@ def _predict(
     part.figures |= {"predicted_chosen_change": predicted[0], "predicted_rejected_change": predicted[1]}
     rows: list[list[Any]] = [[f"predicted, first {length} tokens, these prompts", *predicted]]
     if policy is not None and happened is not None:
-        beside = _beside(base, reference, policy, [cut.examples[i] for i in used], settings.batch_size)
+        beside = score(policy, reference, [cut.examples[i] for i in used], settings.batch_size)
         of_these = _mean_changes(beside.log_ratio.numpy(), cut.groups[used])
         rows.append([f"policy, first {length} tokens, these prompts", *of_these])
         rows.append(["policy, whole completions, all pairs", *happened])

@@ -19,12 +19,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lit_did.audit.reference.measuring import statistics_of, sums_of
 from lit_did.batches.checks import checked_sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import Example
 from lit_did.models import PolicyAndReference
 from lit_did.models.forward import num_embeddings, num_positions
-from lit_did.models.quiet import random_numbers_kept
+from lit_did.models.quiet import evaluating, random_numbers_kept
+from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.modules.sft import LitSFT, Side
 from lit_did.ops import SequenceStatistics
@@ -193,18 +195,40 @@ def score(
 
 
 def held_out_scores(
-    models: Sequence[SideModels], examples: Sequence[Example], folds: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """[2, pairs, 2] log-probabilities by the side models that were not fitted to a pair.
+    models: Sequence[SideModels], examples: Sequence[Example], folds: np.ndarray, batch_size: int, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities [2, pairs, 2] by the side models that were not fitted to a pair: whole, and first tokens only.
 
     First axis: the chosen side's model, the rejected side's. Last axis: the chosen completion, the rejected one.
+
+    Args:
+        models: Of each fold.
+        examples: The pairs.
+        folds: [pairs] their folds.
+        batch_size: Pairs a forward pass.
+        first: How many tokens of a completion the second result covers.
     """
-    found = np.full((2, len(examples), 2), np.nan)
+    whole, cut = np.full((2, len(examples), 2), np.nan), np.full((2, len(examples), 2), np.nan)
     for fold, pair_of_models in enumerate(models):
-        rows = np.flatnonzero(folds == fold).tolist()
-        if not rows:
-            continue
+        rows = np.flatnonzero(folds == fold)
         for number, model in enumerate(pair_of_models):
-            measured = score(model, model, [examples[row] for row in rows], batch_size)
-            found[number, rows] = measured.policy_logprob.numpy()
-    return found
+            for start in range(0, len(rows), batch_size):
+                places = rows[start : start + batch_size]
+                found = _logprobs(model, [examples[place] for place in places], first)
+                whole[number, places], cut[number, places] = found
+    return whole, cut
+
+
+def _logprobs(model: nn.Module, examples: list[Example], first: int) -> tuple[np.ndarray, np.ndarray]:
+    """[pairs, 2] log-probabilities of both completions, and of their first tokens, in one pass."""
+    sequences = checked_sequences(
+        collate_packed(examples), num_embeddings=num_embeddings(model), num_positions=num_positions(model)
+    )
+    with random_numbers_kept(next(model.parameters()).device), evaluating(model):
+        layout = layout_of(model, sequences)
+        values = statistics_of(outputs_of(model, layout), layout.labels).policy_logprob
+    counts = layout.cu_labels.diff()
+    place = torch.arange(len(values), device=values.device) - layout.cu_labels[:-1].repeat_interleave(counts)
+    summed = (sums_of(kept, layout.cu_labels) for kept in (values, values * (place < first)))
+    whole, cut = (torch.stack(sums.chunk(2), 1).cpu().numpy() for sums in summed)
+    return whole, cut

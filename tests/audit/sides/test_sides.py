@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lit_did.audit.sides as sides
+from lit_did.audit.report import Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.sides import examine_sides, fitting
 from lit_did.audit.source import AuditData
@@ -43,6 +44,17 @@ def reference():
     return tiny_llama(vocab_size=257 + 8, eos_token_id=None)
 
 
+def examine(pairs, settings, model, policy):
+    """examine_sides after the parts that it reads, whose columns come from `score`."""
+    examples = list(tokenized(pairs.rows, settings, byte_tokenizer()))
+    found = fitting.score(model if policy is None else policy, model, examples, 8)
+    parts = {name: Part(name, "", "") for name in ("reference", "policy")}
+    for column, side in enumerate(("chosen", "rejected")):
+        parts["reference"].columns[f"{side}_reference_logprob"] = found.reference_logprob[:, column].numpy()
+        parts["policy"].columns[f"{side}_log_ratio"] = found.log_ratio[:, column].numpy()
+    return examine_sides(pairs, settings, byte_tokenizer(), model, policy, parts)
+
+
 def state(model):
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
@@ -65,25 +77,38 @@ def test_folds_keep_prompts_together():
 
 def test_an_adapter_never_scores_pairs_that_it_was_fitted_to(quick, monkeypatch):
     fitted, scored = {}, []
-    fit, score = fitting._fit, fitting.score
+    fit, logprobs = fitting._fit, fitting._logprobs
 
     def recorded(start, side, examples, *rest):
         model = fit(start, side, examples, *rest)
         fitted[id(model)] = {e.index for e in examples}
         return model
 
-    def scoring(model, other, examples, size):
+    def scoring(model, examples, first):
         scored.append((id(model), {e.index for e in examples}))
-        return score(model, other, examples, size)
+        return logprobs(model, examples, first)
 
     monkeypatch.setattr(fitting, "_fit", recorded)
-    monkeypatch.setattr(fitting, "score", scoring)
-    examine_sides(data(swapped=True), SETTINGS, byte_tokenizer(), reference(), None, {})
+    monkeypatch.setattr(fitting, "_logprobs", scoring)
+    examine(data(swapped=True), SETTINGS, reference(), None)
     assert len(fitted) == 4
-    by_sides = [(model, rows) for model, rows in scored if model in fitted]
-    assert len(by_sides) > 4  # whole pairs, and those that are cut
-    assert not any(fitted[model] & rows for model, rows in by_sides)
-    assert set().union(*(rows for _, rows in by_sides)) == set(range(24))
+    assert not any(fitted[model] & rows for model, rows in scored)
+    assert set().union(*(rows for _, rows in scored)) == set(range(24))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_side_models_score_whole_completions_and_their_first_tokens(make):
+    model = make(vocab_size=257 + 8).double().eval()
+    examples = list(tokenized(data(5).rows, SETTINGS, byte_tokenizer()))
+    models = [fitting.SideModels(model, model)] * 2
+    whole, cut = fitting.held_out_scores(models, examples, np.array([0, 1, 0, 0, 1]), 2, 3)
+    for place, example in enumerate(examples):
+        for column, ids in enumerate((example.chosen_ids, example.rejected_ids)):
+            tokens = torch.tensor([*example.prompt_ids, *ids]).long()
+            logits = model(input_ids=tokens[None]).logits[0, len(example.prompt_ids) - 1 : -1]
+            values = logits.log_softmax(-1).gather(1, tokens[len(example.prompt_ids) :, None])[:, 0]
+            assert whole[:, place, column] == pytest.approx(values.sum().item(), abs=1e-5)
+            assert cut[:, place, column] == pytest.approx(values[:3].sum().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("with_policy", [False, True])
@@ -93,7 +118,7 @@ def test_figures_and_models(quick, with_policy):
     model.model.layers[0].train()
     model.lm_head.weight.requires_grad_(False)
     before, random = state(model), torch.random.get_rng_state()
-    part = examine_sides(data(), SETTINGS, byte_tokenizer(), model, policy, {})
+    part = examine(data(), SETTINGS, model, policy)
     assert same(before, state(model))
     assert torch.equal(random, torch.random.get_rng_state())
     assert (part.columns["side_margin"] > 0).all()
@@ -109,7 +134,7 @@ def test_figures_and_models(quick, with_policy):
 def test_prediction(quick):
     peft = add_lora(reference(), {"r": 2, "target_modules": "all-linear"})
     before = state(peft)
-    part = examine_sides(data(swapped=True), SETTINGS, byte_tokenizer(), None, peft, {})
+    part = examine(data(swapped=True), SETTINGS, None, peft)
     assert same(before, state(peft))
     assert 0 < part.figures["k"].value < np.inf
     swapped = part.columns["side_margin"][::6]
@@ -125,7 +150,7 @@ def test_prediction(quick):
 
 
 def test_too_few_prompts():
-    part = examine_sides(data(19), SETTINGS, byte_tokenizer(), reference(), None, {})
+    part = examine(data(19), SETTINGS, reference(), None)
     assert not part.figures
     assert "at least 20" in part.blocks[0].text
 
@@ -135,7 +160,7 @@ def test_the_prediction_has_the_slope_of_the_pairs_that_are_cut(quick, monkeypat
     used = {}
     for name in ("draw", "predicted_change"):
         monkeypatch.setattr(sides, name, recording(getattr(sides, name), used, name))
-    part = examine_sides(data(swapped=True), SETTINGS, byte_tokenizer(), reference(), None, {})
+    part = examine(data(swapped=True), SETTINGS, reference(), None)
     whole, cut = part.figures["k"].value, part.figures["k_of_cut"].value
     assert cut > 1.3 * whole > 0
     assert used == {name: pytest.approx(cut / SETTINGS.beta) for name in ("draw", "predicted_change")}
@@ -153,7 +178,7 @@ def test_prompts_without_room_are_not_completed(quick):
     """GPT-2 looks positions up in a table. Pairs that are cut fit, whereas a prompt and its new tokens do not."""
     model = tiny_gpt2(vocab_size=257 + 8, n_positions=20).eval()
     settings = replace(SETTINGS, max_new_tokens=20)
-    part = examine_sides(data(swapped=True), settings, byte_tokenizer(), model, None, {})
+    part = examine(data(swapped=True), settings, model, None)
     assert part.figures["k"].value > 0
     assert "No prompt leaves room for 20 new tokens" in part.blocks[-1].text
 
@@ -168,7 +193,7 @@ def test_a_failed_fit_is_a_finding(monkeypatch, error, why):
             model.model.embed_tokens.weight.fill_(torch.nan)
     else:
         monkeypatch.setattr(fitting, "_fit", Mock(side_effect=error))
-    part = examine_sides(data(), SETTINGS, byte_tokenizer(), model, None, {})
+    part = examine(data(), SETTINGS, model, None)
     [finding] = part.findings
     assert finding.sentence.startswith(f"The side models could not be fitted, because {why}")
     assert part.blocks[0].text == finding.sentence
