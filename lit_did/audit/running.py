@@ -254,6 +254,10 @@ def audit(
         policy, reference = load_models(policy, reference, **placing)
         if reference is None:
             check_adapter(is_peft(unwrapped(policy)))
+        else:
+            from lit_did.models.loading import check_separate
+
+            check_separate(unwrapped(policy), unwrapped(reference))
     elif reference is not None:
         reference = load_placed(reference, "reference", **placing)
     _run(found, held_out, tokenizer, reference, policy)

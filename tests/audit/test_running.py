@@ -77,6 +77,13 @@ def test_a_reference_by_name(parts, tiny_model):
     assert found.inputs == {"pairs": "a list", "tokenizer": str(tiny_model), "reference": str(tiny_model)}
 
 
+def test_models_that_share_weights_are_refused_before_a_part_runs(parts, models, tokenizer):
+    model, _ = models
+    with pytest.raises(ValueError, match="to be separate models, but they share parameters"):
+        audit(ROWS, tokenizer=tokenizer, reference=model, policy=model)
+    assert not parts.calls
+
+
 def test_an_adapter_without_a_reference_has_its_base(parts, tokenizer, monkeypatch):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
