@@ -1,7 +1,8 @@
 """Pairs whose sides seem to be swapped: whatever the parts have measured speaks against their label.
 
 A logistic regression predicts the label from differences between the sides. It has no intercept, so that swapped sides
-negate its score. It is cross-fitted: no pair is scored by a fit that has seen a pair of its prompt.
+negate its score. It is cross-fitted: no pair is scored by a fit that has seen a pair of its prompt. The probe of hidden
+states is fitted again without each of these folds, so that it does not carry their labels into the regression.
 `lit_did.audit.label_noise` then estimates which share of the labels is swapped. docs/audit.md has the formulas.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_did.audit.blocks import Block, PairList, Paragraph, Table
+from lit_did.audit.data.bag_of_words import FOLDS, draw_folds
 from lit_did.audit.label_noise import LabelNoise, fit_label_noise
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
@@ -23,7 +25,6 @@ LEAST_PROMPTS = 50  # with fewer, the regression and the share of swaps are gues
 LARGEST_P = 0.005  # of the test that no label is swapped
 LEAST_SHARE = 0.01  # of the lower end of the share's interval
 LARGEST_P_UNRELATED = 0.001  # of the test that the score predicts nothing
-FOLDS = 5
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse strengths of the ridge penalty, for features of mean square 1
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of hundreds of features
 _SHOWN = 20
@@ -35,7 +36,8 @@ class Feature(NamedTuple):
 
     Attributes:
         name: What it is called.
-        values: [pairs]: positive if the chosen side has more of it. NaN: unknown.
+        values: [FOLDS, pairs]: positive if the chosen side has more of it, as fits without that fold see it. NaN:
+            unknown.
         evidence: What it says of the pair with a number, in a few words.
     """
 
@@ -62,17 +64,21 @@ def examine_labels(
     unknown = np.full(len(data), np.nan)
     columns: dict[str, Any] = dict.fromkeys(("label_score", "label_probability", "swap_probability"), unknown)
     prompts = len(np.unique(groups))
-    features = features_of(parts, groups, settings.seed) if prompts >= LEAST_PROMPTS else []
+    folds = draw_folds(groups, settings.seed)
+    features = features_of(parts, groups, folds) if prompts >= LEAST_PROMPTS else []
     known = np.zeros(len(data), dtype=bool)
     for feature in features:
-        known |= np.isfinite(feature.values)
+        known |= np.isfinite(feature.values[0])
     if len(np.unique(groups[known])) < LEAST_PROMPTS:
         sentence = (
             f"{prompts} prompts are too few to tell whether labels are swapped: at least {LEAST_PROMPTS} are needed."
         )
         return columns, Finding("mislabelled", sentence, "", raised=False, severity=0.0), []
-    matrix = np.stack([_tamed(feature.values[known]) for feature in features], axis=1)
-    scores, weights = cross_fitted(matrix, groups[known], _STRENGTHS, settings.seed)
+    of_folds = np.stack(
+        [np.stack([_tamed(feature.values[fold, known]) for feature in features], axis=1) for fold in range(FOLDS)]
+    )
+    scores, weights, _ = cross_fitted(of_folds, folds[known], _STRENGTHS)
+    matrix = of_folds[folds[known], np.arange(int(known.sum()))]
     noise = fit_label_noise(scores, groups[known])
     predicts = noise.p_unrelated < LARGEST_P_UNRELATED
 
@@ -157,14 +163,14 @@ def _percent(share: float) -> str:
 # ------------------------------------------------------------------------------------------------------------- features
 
 
-def features_of(parts: Mapping[str, Part], groups: np.ndarray, seed: int) -> list[Feature]:
+def features_of(parts: Mapping[str, Part], groups: np.ndarray, folds: np.ndarray) -> list[Feature]:
     """What the parts offer that may predict a label."""
     values = {name: np.asarray(v) for part in parts.values() for name, v in part.columns.items()}
     found: list[Feature] = []
 
     def add(name: str, numbers: np.ndarray, evidence: Callable[[int], str]) -> None:
         if np.isfinite(numbers).any() and np.nanmax(np.abs(numbers)) > 0:
-            found.append(Feature(name, numbers.astype(float), evidence))
+            found.append(Feature(name, np.broadcast_to(numbers.astype(float), (FOLDS, len(groups))), evidence))
 
     def sides(name: str) -> tuple[np.ndarray, np.ndarray] | None:
         pair = tuple(values.get(f"{side}_{name}") for side in ("chosen", "rejected"))
@@ -195,14 +201,14 @@ def features_of(parts: Mapping[str, Part], groups: np.ndarray, seed: int) -> lis
         )
     hidden = getattr(parts.get("reference"), "hidden_difference", None)
     if hidden is not None:
-        probe = np.full(len(groups), np.nan)
+        probe = np.full((FOLDS, len(groups)), np.nan)
         known = np.isfinite(hidden).all(axis=1)
         if len(np.unique(groups[known])) >= LEAST_PROMPTS:
-            probe[known] = cross_fitted(_scaled(hidden[known]), groups[known], _PROBE_STRENGTHS, seed)[0]
+            probe[:, known] = nested(_scaled(hidden[known]), folds[known], _PROBE_STRENGTHS)
             add(
                 "a linear probe of the reference's last hidden states",
                 probe,
-                lambda i: f"the probe of hidden states gives the label {1 / (1 + np.exp(-probe[i])):.2f}",
+                lambda i: f"the probe of hidden states gives the label {1 / (1 + np.exp(-probe[folds[i], i])):.2f}",
             )
     for name, title in (("margin", "the policy's margin"), ("side_margin", "the sides' margin")):
         if name in values:
@@ -232,37 +238,59 @@ def _tamed(values: np.ndarray) -> np.ndarray:
 
 
 def cross_fitted(
-    features: np.ndarray, groups: np.ndarray, strengths: Sequence[float], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+    features: np.ndarray, folds: np.ndarray, strengths: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Held-out scores of a logistic regression without an intercept, which predicts that the chosen side is chosen.
 
     Args:
-        features: [pairs, features]: differences, chosen less rejected.
-        groups: [pairs]: pairs of one group are in one fold.
+        features: [pairs, features]: differences, chosen less rejected. Or [FOLDS, pairs, features]: those that the fit
+            without a fold sees, and that this fold is scored with.
+        folds: [pairs]: pairs of one prompt are in one fold.
         strengths: Inverse strengths of the ridge penalty. The one with the best held-out likelihood is taken.
-        seed: Of the folds.
 
     Returns:
-        The scores [pairs], and the weights [pairs, features] of the fit that gave each score.
+        The scores [pairs], the weights [pairs, features] of the fit that gave each score, and the strength.
     """
+    of_folds = np.broadcast_to(features, (FOLDS, *features.shape[-2:]))
+    own = of_folds[folds, np.arange(len(folds))]
+    best: tuple[float, np.ndarray, np.ndarray, float] | None = None
+    for strength in strengths:
+        weights = np.zeros_like(own, dtype=float)
+        for fold in range(FOLDS):
+            weights[folds == fold] = _fitted(of_folds[fold][folds != fold], strength)
+        scores = (own * weights).sum(axis=1)
+        loss = float(np.logaddexp(0, -scores).sum())
+        if best is None or loss < best[0]:
+            best = loss, scores, weights, strength
+    assert best is not None
+    return best[1:]
+
+
+def nested(features: np.ndarray, folds: np.ndarray, strengths: Sequence[float]) -> np.ndarray:
+    """[FOLDS, pairs]: scores of `cross_fitted` from fits that have seen neither the pair's own fold nor that fold.
+
+    So a regression on these scores that leaves out a fold has seen nothing of that fold's labels, but for the choice of
+    the strength.
+    """
+    strength = cross_fitted(features, folds, strengths)[2]
+    scores = np.empty((FOLDS, len(folds)))
+    for one in range(FOLDS):
+        for other in range(one, FOLDS):
+            in_one, in_other = folds == one, folds == other
+            weights = _fitted(features[~in_one & ~in_other], strength)
+            scores[one, in_other] = features[in_other] @ weights
+            scores[other, in_one] = features[in_one] @ weights
+    return scores
+
+
+def _fitted(features: np.ndarray, strength: float) -> np.ndarray:
+    """[features] the weights of a logistic regression without an intercept."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
 
     # Every second pair is turned round. This changes no fit, but scikit-learn needs two classes.
     signs = np.where(np.arange(len(features)) % 2 == 0, 1.0, -1.0)
-    folds = list(GroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, groups=groups))
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for strength in strengths:
-        weights = np.zeros_like(features, dtype=float)
-        for train, test in folds:
-            model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000)
-            weights[test] = model.fit(features[train] * signs[train, None], signs[train]).coef_[0]
-        scores = (features * weights).sum(axis=1)
-        loss = float(np.logaddexp(0, -scores).sum())
-        if best is None or loss < best[0]:
-            best = loss, scores, weights
-    assert best is not None
-    return best[1:]
+    model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000)
+    return model.fit(features * signs[:, None], signs).coef_[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

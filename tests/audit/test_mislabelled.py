@@ -8,8 +8,9 @@ import torch
 from scipy import optimize, special
 from scipy.stats import chi2
 
+from lit_did.audit.data.bag_of_words import draw_folds
 from lit_did.audit.label_noise import fit_label_noise
-from lit_did.audit.mislabelled import cross_fitted, examine_labels
+from lit_did.audit.mislabelled import cross_fitted, examine_labels, nested
 from lit_did.audit.reference import cost, examine_reference
 from lit_did.audit.report import Part
 from lit_did.audit.settings import Settings
@@ -126,7 +127,8 @@ def test_scores_are_held_out_and_antisymmetric():
     generator = np.random.default_rng(0)
     features = generator.normal([0.8, -0.3, 0], size=(60, 3))
     groups = np.arange(60) // 2
-    scores, weights = cross_fitted(features, groups, [0.5], seed=0)
+    folds = draw_folds(groups, 0)
+    scores, weights, _ = cross_fitted(features, folds, [0.5])
     for row in np.unique(weights, axis=0):
         test = (weights == row).all(axis=1)
         train = features[~test]
@@ -134,14 +136,28 @@ def test_scores_are_held_out_and_antisymmetric():
         found = optimize.minimize(lambda w, x=train: np.logaddexp(0, -x @ w).sum() + w @ w / (2 * 0.5), np.zeros(3))
         assert np.allclose(row, found.x, atol=2e-3)
     assert np.allclose(scores, (features * weights).sum(1))
-    assert np.allclose(cross_fitted(-features, groups, [0.5], seed=0)[1], -weights, atol=1e-3)
+    assert np.allclose(cross_fitted(-features, folds, [0.5])[1], -weights, atol=1e-3)
 
 
 def test_pairs_of_a_prompt_are_held_out_together():
     generator = np.random.default_rng(1)
     features = np.repeat(generator.normal(size=(60, 200)), 2, axis=0)  # each pair twice, with labels by chance
-    scores, _ = cross_fitted(features, np.arange(120) // 2, [1.0], seed=0)
+    scores = cross_fitted(features, draw_folds(np.arange(120) // 2, 0), [1.0])[0]
     assert np.mean(scores > 0) < 0.65
+
+
+def test_the_labels_of_a_fold_do_not_reach_the_fits_without_it():
+    """Turning round the pairs of a fold changes no score that a regression without this fold is fitted to."""
+    features = np.random.default_rng(2).normal(0.3, 1, size=(100, 5))
+    folds = np.arange(100) % 5
+    before = nested(features, folds, [0.5])
+    for fold in range(5):
+        own = folds == fold
+        after = nested(np.where(own[:, None], -features, features), folds, [0.5])
+        assert np.allclose(after[fold, ~own], before[fold, ~own], atol=1e-6)
+        assert np.allclose(after[fold, own], -before[fold, own], atol=1e-6)
+    own = before[folds, np.arange(100)]
+    assert np.allclose(own, cross_fitted(features, folds, [0.5])[0], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ data sets
@@ -199,7 +215,7 @@ def judged(reward, steepness, share, seed=0):
     data = AuditData(rows, "pairs")
     data.__dict__["prompt_groups"] = np.arange(count)  # one prompt would be one group
     words = np.array([counts(row["chosen"]) - counts(row["rejected"]) for row in rows])
-    scores, _ = cross_fitted(words, np.arange(count), [0.01, 0.1, 1], 0)
+    scores = cross_fitted(words, draw_folds(np.arange(count), 0), [0.01, 0.1, 1])[0]
     lengths = {f"{side}_words": [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
     parts = {"data": Part("data", "", "", columns={"words_probability": special.expit(scores), **lengths})}
     with pytest.MonkeyPatch.context() as patch:
@@ -261,7 +277,7 @@ def clean(kind, seed, count=300):
     )
     features *= np.where((reward > 0) == right, 1, -1)[:, None]
     lengths = generator.integers(10, 50, size=(2, count))
-    scores, _ = cross_fitted(features[:, :8], np.arange(count), [0.1, 1, 10], seed)
+    scores = cross_fitted(features[:, :8], draw_folds(np.arange(count), seed), [0.1, 1, 10])[0]
     columns = {"words_probability": special.expit(scores), "chosen_words": lengths[0], "rejected_words": lengths[1]}
     reference = Part("reference", "", "")
     reference.hidden_difference = features + 0.5 * generator.normal(size=features.shape)
