@@ -260,6 +260,11 @@ def audit(
             check_separate(unwrapped(policy), unwrapped(reference))
     elif reference is not None:
         reference = load_placed(reference, "reference", **placing)
+    if sides and reference is not None and is_peft(unwrapped(reference)):
+        raise ValueError(
+            "Expected `reference` to be a model without an adapter for `sides`, but got a PeftModel. Merge its adapter "
+            "first (`merge_and_unload`)."
+        )
     _run(found, held_out, tokenizer, reference, policy)
     return found
 

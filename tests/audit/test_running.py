@@ -15,6 +15,7 @@ import torch
 from lit_did.audit import audit
 from lit_did.audit.plain import plain
 from lit_did.audit.report import FLAGS, PARTS, Estimate, Finding
+from lit_did.models.loading import add_lora
 from tests.audit.parts import FINDINGS, ROWS, parts
 from tests.modules.tiny import byte_tokenizer, tiny_llama
 
@@ -81,6 +82,13 @@ def test_models_that_share_weights_are_refused_before_a_part_runs(parts, models,
     model, _ = models
     with pytest.raises(ValueError, match="to be separate models, but they share parameters"):
         audit(ROWS, tokenizer=tokenizer, reference=model, policy=model)
+    assert not parts.calls
+
+
+def test_an_adapter_as_the_reference_of_sides_is_refused_before_a_part_runs(parts, tokenizer):
+    reference = add_lora(tiny_llama(0, vocab_size=len(tokenizer)), {"r": 2, "target_modules": "all-linear"})
+    with pytest.raises(ValueError, match="without an adapter for `sides`, but got a PeftModel"):
+        audit(ROWS, tokenizer=tokenizer, reference=reference, sides=True)
     assert not parts.calls
 
 

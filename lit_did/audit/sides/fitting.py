@@ -27,7 +27,7 @@ from lit_did.models import PolicyAndReference
 from lit_did.models.forward import num_embeddings, num_positions
 from lit_did.models.quiet import evaluating, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
-from lit_did.models.wrappers import is_peft, unwrapped
+from lit_did.models.wrappers import unwrapped
 from lit_did.modules.sft import LitSFT, Side
 from lit_did.ops import SequenceStatistics
 
@@ -90,19 +90,10 @@ def fit_side_models(
 
 
 def base_of(reference: nn.Module | None, policy: nn.Module | None) -> nn.Module:
-    """The model that the side models start from: the reference, or else the policy without its adapter.
-
-    Raises:
-        ValueError: The reference has an adapter.
-    """
+    """The model that the side models start from: the reference, or else the policy without its adapter."""
     if reference is None:
         own: Any = twin(unwrapped(policy))  # type: ignore[arg-type]  # one of the two is there
         return own.unload()
-    if is_peft(unwrapped(reference)):
-        raise ValueError(
-            "Expected `reference` to be a model without an adapter for `sides`, but got a PeftModel. Merge its adapter "
-            "first (`merge_and_unload`)."
-        )
     return unwrapped(reference)
 
 
