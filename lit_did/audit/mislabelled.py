@@ -20,6 +20,7 @@ from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import share_over_groups
+from lit_did.audit.wording import many, percent_between
 
 LEAST_PROMPTS = 50  # with fewer, the regression and the share of swaps are guesses
 LARGEST_P = 0.005  # of the test that no label is swapped
@@ -71,7 +72,8 @@ def examine_labels(
         known |= np.isfinite(feature.values[0])
     if len(np.unique(groups[known])) < LEAST_PROMPTS:
         sentence = (
-            f"{prompts} prompts are too few to tell whether labels are swapped: at least {LEAST_PROMPTS} are needed."
+            f"At least {LEAST_PROMPTS} prompts are needed to tell whether labels are swapped, but there "
+            f"{'is' if prompts == 1 else 'are'} {many(prompts, 'prompt')}."
         )
         return columns, Finding("mislabelled", sentence, "", raised=False, severity=0.0), []
     of_folds = np.stack(
@@ -148,16 +150,11 @@ _TRAINED = {
 def _sentence(noise: LabelNoise, raised: bool, predicts: bool, count: int) -> str:
     if not predicts:
         return "Nothing that was measured predicts the labels, so that swapped labels cannot be found."
-    value, lower, upper = noise.share[:3]
-    interval = f"{_percent(value)} ({_percent(lower)} to {_percent(upper)})"
+    interval = percent_between(noise.share)
     if raised:
-        pairs = "1 pair is" if count == 1 else f"{count:,} pairs are"
+        pairs = f"{many(count, 'pair')} {'is' if count == 1 else 'are'}"
         return f"About {interval} of the labels seem to be swapped; {pairs} more likely swapped than not."
     return f"There is no clear sign of swapped labels: as far as these features show, their share is {interval}."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if 0.0005 <= share < 0.0095 else f"{100 * share:.0f}%"
 
 
 # ------------------------------------------------------------------------------------------------------------- features

@@ -14,6 +14,7 @@ from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import share_over_groups
 from lit_did.audit.tokenized import max_length_of, tokenized
+from lit_did.audit.wording import many, percent
 from lit_did.data.dataset import ContextArrays, Example
 from lit_did.data.pairs import prepare_pair
 from lit_did.data.preview import completion_parts, prompt_parts, runs, shortened
@@ -106,9 +107,9 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
     part.blocks += [
         _lengths(columns, needed, max_length),
         Paragraph(
-            f"max_length={max_length:,} cuts {_pairs(cut_prompts, 'prompt')} ({lost_in_prompts:,} tokens) and "
-            f"completions of {_pairs(len(lost), 'pair')} ({sum(lost.values()):,} tokens)"
-            + (f", and leaves out {_pairs(len(dropped), 'pair')}" if dropped else "")
+            f"max_length={max_length:,} cuts {many(cut_prompts, 'prompt')} ({lost_in_prompts:,} tokens) and "
+            f"completions of {many(len(lost), 'pair')} ({sum(lost.values()):,} tokens)"
+            + (f", and leaves out {many(len(dropped), 'pair')}" if dropped else "")
             + f". {_quantile(needed, 0.95):,} would keep 95% of the pairs whole, {_quantile(needed, 0.99):,} 99%."
         ),
         *(Paragraph(text.partition(": ")[2]) for kind, text in dataset.warnings("pairs").items() if kind in _NOTES),
@@ -117,7 +118,7 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
         first = dataset.skipped[0]
         part.blocks.append(
             Paragraph(
-                f"{_pairs(len(dataset.skipped), 'pair')} cannot be tokenised and are left out, the first in "
+                f"{many(len(dataset.skipped), 'pair')} cannot be tokenised: left out, the first in "
                 f"{first.where}: {first.reason}"
             )
         )
@@ -153,10 +154,6 @@ def _quantile(values: Sequence[float], q: float) -> int:
     return int(np.quantile(values, q, method="inverted_cdf"))
 
 
-def _pairs(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
 # ------------------------------------------------------------------------------------------------------------- findings
 
 
@@ -179,8 +176,8 @@ def _truncation(
         tokens = float(np.nansum(columns["lost_tokens"]))
         what = "lose completion tokens to" if len(lost) + len(dropped) != 1 else "loses completion tokens to"
         sentence = (
-            f"{_pairs(len(lost) + len(dropped), 'pair')} ({100 * value.value:.1f}%) {what} max_length={max_length:,}: "
-            f"{tokens:,.0f} tokens, {100 * tokens / total:.1f}% of all completion tokens."
+            f"{many(len(lost) + len(dropped), 'pair')} ({percent(value.value)}) {what} max_length={max_length:,}: "
+            f"{tokens:,.0f} tokens, {percent(tokens / total)} of all completion tokens."
         )
     number = {example.index: tokens for example, tokens in zip(dataset, needed, strict=True)}
     rows = sorted([*lost, *dropped], key=lambda row: -lost.get(row, number[row]))

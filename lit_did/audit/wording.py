@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lit_did.audit.report import Estimate
+
 
 def many(count: int, noun: str) -> str:
     """A count with its noun.
@@ -20,4 +22,14 @@ def percent(share: float) -> str:
         >>> percent(0.0312), percent(0.614)
         ('3.1%', '61%')
     """
-    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+    return f"{100 * share:.2g}%" if abs(share) < 0.995 else f"{100 * share:.0f}%"
+
+
+def percent_between(estimate: Estimate) -> str:
+    """A share in percent, with its interval.
+
+    Example:
+        >>> percent_between(Estimate(0.612, 0.5, 0.72, 900)), percent_between(Estimate(0.031, -0.002, 1.16, 30))
+        ('61% (50% to 72%)', '3.1% (-0.2% to 116%)')
+    """
+    return f"{percent(estimate.value)} ({percent(estimate.lower)} to {percent(estimate.upper)})"

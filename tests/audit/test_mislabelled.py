@@ -16,6 +16,7 @@ from lit_did.audit.report import Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import area_under_curve
+from lit_did.audit.wording import percent
 from tests.modules.tiny import byte_tokenizer, tiny_llama
 
 SETTINGS = Settings(batch_size=64, progress=False)
@@ -252,7 +253,7 @@ def test_planted_swaps_raise_the_flag(form):
     swapped, scores, columns, finding, blocks = examine(form, "words", None, 0.05)
     assert finding.raised
     assert area_under_curve(columns["swap_probability"], swapped) >= 0.9
-    assert finding.sentence.startswith(f"About {100 * finding.value.value:.0f}% (")
+    assert finding.sentence.startswith(f"About {percent(finding.value.value)} (")
     assert finding.sentence.endswith(f"{len(finding.rows)} pairs are more likely swapped than not.")
     assert np.mean(swapped[list(finding.rows)]) > 0.7
     assert (np.diff(scores[list(finding.rows)]) >= 0).all()  # the worst first
@@ -312,9 +313,17 @@ def test_two_hundred_pairs():
     assert finding.value.lower <= swapped.mean() <= finding.value.upper
 
 
+def test_one_prompt_is_too_few():
+    finding = examine_labels(rows(1), SETTINGS, clean("deterministic", 0, 1))[1]
+    assert finding.sentence.endswith("but there is 1 prompt.")
+
+
 def test_too_few_pairs():
     columns, finding, blocks = examine_labels(rows(49), SETTINGS, clean("deterministic", 0, 49))
-    assert finding.sentence == "49 prompts are too few to tell whether labels are swapped: at least 50 are needed."
+    assert (
+        finding.sentence
+        == "At least 50 prompts are needed to tell whether labels are swapped, but there are 49 prompts."
+    )
     assert not finding.raised
     assert not blocks
     assert np.isnan(columns["label_score"]).all()

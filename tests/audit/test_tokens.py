@@ -34,7 +34,7 @@ def test_what_max_length_cuts():
     assert list(finding.rows) == list(range(99, 89, -1))  # the worst first
     assert finding.raised
     assert finding.sentence == (
-        f"10 pairs (10.0%) lose completion tokens to max_length=95: 55 tokens, {100 * 55 / (5150 + 400):.1f}% of all "
+        f"10 pairs (10%) lose completion tokens to max_length=95: 55 tokens, {100 * 55 / (5150 + 400):.2g}% of all "
         "completion tokens."
     )
     assert finding.advice.startswith("Pass max_length=104")

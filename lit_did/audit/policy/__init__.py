@@ -32,6 +32,7 @@ from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS
 from lit_did.audit.tokenized import tokenized
+from lit_did.audit.wording import many
 from lit_did.models import PolicyAndReference
 from lit_did.scoring.scorer import score_dataset
 
@@ -127,8 +128,8 @@ def _add_figures(
         part.findings.append(
             Finding(
                 "too_little",
-                f"There are {scored.num_prompts} prompts with finite margins: too little data to say what the policy "
-                "learned.",
+                f"Finite margins come from {many(scored.num_prompts, 'prompt')}: too little data to say what the "
+                "policy learned.",
                 f"Audit pairs of at least {MIN_PROMPTS} prompts.",
                 raised=False,
                 severity=1.0,
@@ -213,8 +214,8 @@ def _not_finite(scored: Scored, finite: np.ndarray) -> list[Finding]:
     return [
         Finding(
             "not_finite",
-            f"The margins of {len(broken)} of {len(scored)} pairs are not finite, the first in row {broken[0]}: they "
-            "are left out of every figure.",
+            f"The margins of {len(broken):,} of {many(len(scored), 'pair')} are not finite, the first in row "
+            f"{broken[0]}: they are left out of every figure.",
             "Check the models' weights, and score in float32 or bfloat16.",
             raised=False,
             severity=1.0,

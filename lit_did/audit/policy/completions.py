@@ -11,6 +11,7 @@ from lit_did.audit.blocks import Block, SideBySide, Table
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
+from lit_did.audit.wording import many
 from lit_did.sampling.completing import complete
 from lit_did.sampling.prompts import DIDEntropyOfPrompts, did_entropy_of_prompts
 from lit_did.sampling.readers import ends_of
@@ -52,7 +53,7 @@ def did_entropy_of_completions(
     finding = Finding(
         "did_entropy",
         f"The DID entropy of completions of {settings.max_new_tokens} tokens is {means['did_entropy']} nats over "
-        f"{count} prompts, {means['did_concentration']} nats below its maximum; the estimate is {trust}.",
+        f"{many(count, 'prompt')}, {means['did_concentration']} nats below its maximum; the estimate is {trust}.",
         "" if found.reliable else "Take fewer new tokens, or more samples with `lit-did entropy`.",
         raised=False,
         severity=0.15,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import percent
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.statistics import mean_over_groups, share_over_groups, surely_above, surely_below
+from lit_did.audit.wording import percent_between
 
 LABELS = {
     "chosen_fell": "share of chosen completions that became less likely",
@@ -52,8 +52,8 @@ def displacement_findings(scored: Scored, figures: Mapping[str, Estimate]) -> li
     return [
         Finding(
             "displacement",
-            f"The chosen completion became less likely in {percent(fell)} of the pairs; the mean change is {change} "
-            "nats.",
+            f"The chosen completion became less likely in {percent_between(fell)} of the pairs; the mean change "
+            f"is {change} nats.",
             "If that is not wanted, add an SFT term (`nll_weight=0.2`) or lower the learning rate." if raised else "",
             raised=raised,
             severity=fell.value if raised else 0.3,

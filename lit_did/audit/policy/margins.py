@@ -9,9 +9,10 @@ import numpy as np
 
 from lit_did.audit.blocks import Table
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import NOTHING, cell, percent, with_half
+from lit_did.audit.policy.wording import NOTHING, cell, with_half
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.statistics import mean_over_groups, ratio_over_groups, share_over_groups
+from lit_did.audit.wording import percent_between
 
 LABELS = {
     "margin": "margin (nats)",
@@ -64,17 +65,17 @@ def margin_findings(scored: Scored, figures: Mapping[str, Estimate]) -> list[Fin
         sentence = f"The mean margin is {margin} nats, which may be 0: which side made it cannot be said."
     elif lowered.lower > 1:
         sentence = (
-            f"All of the margin, {percent(lowered)}, comes from lowering rejected completions: they fell by "
+            f"All of the margin, {percent_between(lowered)}, comes from lowering rejected completions: they fell by "
             f"{-rejected:.3g} nats, and chosen ones fell too, by {-chosen:.3g}."
         )
     elif lowered.upper < 0:
         raised = Estimate(1 - lowered.value, 1 - lowered.upper, 1 - lowered.lower, lowered.count)
         sentence = (
-            f"All of the margin, {percent(raised)}, comes from raising chosen completions: they rose by {chosen:.3g} "
-            f"nats, and rejected ones rose too, by {rejected:.3g}."
+            f"All of the margin, {percent_between(raised)}, comes from raising chosen completions: they rose by "
+            f"{chosen:.3g} nats, and rejected ones rose too, by {rejected:.3g}."
         )
     else:
-        sentence = f"{percent(lowered)} of the margin comes from lowering rejected completions."
+        sentence = f"{percent_between(lowered)} of the margin comes from lowering rejected completions."
     advice = "Check that the two sides are not exchanged, in the data or in training." if margin.upper < 0 else ""
     severity = 1.0 if margin.upper < 0 else 0.5
     return [prefers, Finding("margin_side", sentence, advice, raised=False, severity=severity, value=lowered)]

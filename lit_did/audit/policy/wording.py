@@ -33,16 +33,6 @@ def with_half(estimate: Estimate) -> str:
     return f"{decimal(estimate.value)} ± {decimal((estimate.upper - estimate.lower) / 2)}"
 
 
-def percent(estimate: Estimate) -> str:
-    """A share in percent, with its interval.
-
-    Example:
-        >>> percent(Estimate(0.612, 0.5, 0.72, 900))
-        '61% (50% to 72%)'
-    """
-    return f"{estimate.value:.0%} ({estimate.lower:.0%} to {estimate.upper:.0%})"
-
-
 def cell(estimate: Estimate) -> Estimate | None:
     """What a table shows of a figure: nothing where there is too little data. `NOTHING` explains it.
 

@@ -75,7 +75,7 @@ def test_ties_count_half():
         (-1.0, -5.0, "comes from lowering rejected completions: they fell by 5 nats, and chosen ones fell too, by 1."),
         (6.0, 2.0, "comes from raising chosen completions: they rose by 6 nats, and rejected ones rose too, by 2."),
         (-0.05, -2.0, "103% (96% to 110%) of the margin comes from lowering rejected completions."),
-        (2.0, 0.05, "-3% (-11% to 4%) of the margin comes from lowering rejected completions."),
+        (2.0, 0.05, "-2.6% (-11% to 4.4%) of the margin comes from lowering rejected completions."),
         (1.0, 1.0, "which may be 0: which side made it cannot be said"),
         (-3.0, 3.0, "On average the policy prefers the rejected side"),
     ],

@@ -152,7 +152,7 @@ def test_lengths_and_baselines_come_from_the_data():
 def test_too_little_data():
     part = examine(AuditData(ROWS[10:15], "pairs"))
     [finding] = [finding for finding in part.findings if finding.name == "too_little"]
-    assert finding.sentence.startswith("There are 5 prompts with finite margins: too little data")
+    assert finding.sentence.startswith("Finite margins come from 5 prompts: too little data")
     assert math.isnan(part.figures["margin"].value)
     assert not any(finding.raised for finding in part.findings)
 
