@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lit_did.audit.reference import cost, examine_reference
+from lit_did.audit.reference import cost, examine_reference, measuring
 from lit_did.audit.reference.measuring import edit_similarity
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
@@ -190,6 +190,35 @@ def test_tokens_of_an_epoch():
     assert figures["padded_tokens"] == padded
     assert figures["fill"] == figures["tokens"] / padded
     assert figures["epoch_seconds"] == pytest.approx(0.5 * figures["tokens"] / figures["step_tokens"])
+
+
+def test_values_that_are_not_finite_are_counted_and_named():
+    reference = model()
+    with torch.no_grad():
+        reference.get_input_embeddings().weight[TOKENIZER("!")["input_ids"]] = math.nan
+    rows = [*ROWS, {"prompt": "why", "chosen": "fine", "rejected": "no!"}]
+    part = examine(rows, reference)
+    assert part.findings[0].name == "not_finite"
+    assert list(part.findings[0].rows) == [4]
+    assert "1 of 5 pairs" in part.findings[0].sentence
+    assert part.figures["num_not_finite"] == 1
+    assert math.isnan(part.columns["rejected_reference_logprob"][4])
+    assert math.isfinite(part.figures["logprob_per_token"]["rejected"].value)
+
+
+def test_shares_have_intervals_within_0_and_1():
+    rows = [{**ROWS[0], "prompt": str(number)} for number in range(3)]
+    found = examine(rows, model()).figures["reference_prefers_chosen"]["in total"]
+    assert 0 <= found.lower < found.upper <= 1
+
+
+def test_hidden_states_of_many_dimensions_are_projected(monkeypatch):
+    whole = examine(ROWS, model()).hidden_difference
+    monkeypatch.setattr(measuring, "PROJECTED", 5)
+    part = examine(ROWS, model())
+    draws = np.random.default_rng(0).standard_normal((whole.shape[1], 5), dtype=np.float32)
+    assert np.allclose(part.hidden_difference, whole @ draws / math.sqrt(5), rtol=1e-4, atol=1e-5)
+    assert examine(ROWS, model()).columns["ches"] == part.columns["ches"]
 
 
 def test_pairs_that_are_left_out_have_no_figures():

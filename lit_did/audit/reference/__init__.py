@@ -14,7 +14,7 @@ from torch import nn
 from lit_did.audit.blocks import Block, PairList, Paragraph, Picture, Table
 from lit_did.audit.page import pictures
 from lit_did.audit.reference.cost import examine_cost
-from lit_did.audit.reference.measuring import SIDES, Answers, ches, cosine, edit_similarity, measure
+from lit_did.audit.reference.measuring import SIDES, Answers, edit_similarity, measure
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
@@ -27,7 +27,6 @@ LEAST_OFF_POLICY = 0.05  # of the pairs, by the lower end of the interval
 LEAST_SIMILARITY = 0.9  # at most a tenth of the tokens differ
 LARGEST_DIFFERENCE = 0.1  # nats per token between the sides
 LEAST_INDISTINCT = 0.01  # of the pairs, by the lower end of the interval
-PROJECTED = 512  # dimensions that last hidden states keep
 _SHOWN = 10
 
 
@@ -57,7 +56,7 @@ def examine_reference(
     """
     dataset = tokenized(data.rows, settings, tokenizer)
     start = time.perf_counter()
-    answers = measure(dataset, reference, settings.batch_size, progress=settings.progress)
+    answers = measure(dataset, reference, settings.batch_size, seed=settings.seed, progress=settings.progress)
     seconds = time.perf_counter() - start
     place_of = {int(row): place for place, row in enumerate(data.row_numbers)}
     places = np.array([place_of[example.index] for example in dataset])
@@ -82,17 +81,18 @@ def examine_reference(
         part.columns[f"{side}_reference_entropy"] = column(of.entropy)
         part.columns[f"{side}_excess"] = column(of.excess)
     part.columns["edit_similarity"] = column(similarity)
-    if answers.hidden is not None:
-        part.columns["hidden_cosine"] = column(cosine(answers.hidden))
-        part.columns["ches"] = column(ches(answers.hidden))
-        part.hidden_difference = np.full((len(data), min(PROJECTED, answers.hidden.shape[2])), np.nan, np.float32)
-        part.hidden_difference[places] = _projected(answers.hidden[:, 0] - answers.hidden[:, 1], settings.seed)
+    if answers.alike is not None:
+        part.columns["hidden_cosine"] = column(answers.alike.cosine)
+        part.columns["ches"] = column(answers.alike.ches)
+        part.hidden_difference = np.full((len(data), answers.alike.difference.shape[1]), np.nan, np.float32)
+        part.hidden_difference[places] = answers.alike.difference
 
     numbers = data.row_numbers[places]
     off_policy, excesses = _off_policy(answers, groups, numbers)
-    part.findings = [off_policy, _indistinct(answers, similarity, groups, numbers)]
+    part.findings = [*_not_finite(answers, numbers), off_policy, _indistinct(answers, similarity, groups, numbers)]
     part.figures = {
         "num_pairs": len(dataset),
+        "num_not_finite": sum(len(finding.rows) for finding in part.findings if finding.name == "not_finite"),
         "excess": excesses,
         "logprob_per_token": {
             side: mean_over_groups(of.logprob / of.num_tokens, groups, of.num_tokens) for side, of in measured.items()
@@ -108,13 +108,6 @@ def examine_reference(
     part.blocks += blocks
     part.figures["cost"] = figures
     return part
-
-
-def _projected(values: np.ndarray, seed: int) -> np.ndarray:
-    if values.shape[1] <= PROJECTED:
-        return values
-    draws = np.random.default_rng(seed).standard_normal((values.shape[1], PROJECTED), dtype=np.float32)
-    return values @ (draws / np.sqrt(PROJECTED).astype(np.float32))
 
 
 def _preferences(answers: Answers, groups: np.ndarray) -> dict[str, Estimate]:
@@ -161,6 +154,25 @@ def _picture(answers: Answers) -> Picture:
         "Histograms of surprisal less entropy per token, of chosen and of rejected completions.",
         "Completions that the reference samples itself lie around 0. Those on the right it would hardly write.",
     )
+
+
+def _not_finite(answers: Answers, numbers: np.ndarray) -> list[Finding]:
+    """Pairs of which the reference gives no finite log-probability and entropy."""
+    of_sides = [values for of in (answers.chosen, answers.rejected) for values in (of.logprob, of.entropy)]
+    broken = numbers[~np.isfinite(of_sides).all(axis=0)].tolist()
+    if not broken:
+        return []
+    return [
+        Finding(
+            "not_finite",
+            f"The reference's values of {len(broken):,} of {len(numbers):,} pairs are not finite, the first in row "
+            f"{broken[0]}: figures leave out what is not finite.",
+            "Check the model's weights, and run it in float32 or bfloat16.",
+            raised=False,
+            severity=1.0,
+            rows=broken,
+        )
+    ]
 
 
 def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tuple[Finding, dict[str, Estimate]]:
@@ -236,11 +248,11 @@ def _alike(answers: Answers, similarity: np.ndarray, numbers: np.ndarray) -> lis
             one.logprob / one.num_tokens - other.logprob / other.num_tokens
         ),
     }
-    if answers.hidden is not None:
-        measures["cosine of mean last hidden states"] = cosine(answers.hidden)
-        measures["CHES, per token"] = ches(answers.hidden)
+    if answers.alike is not None:
+        measures["cosine of mean last hidden states"] = answers.alike.cosine
+        measures["CHES, per token"] = answers.alike.ches
     quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
-    rows = [(name, *np.quantile(values, quantiles).tolist()) for name, values in measures.items()]
+    rows = [(name, *np.nanquantile(values, quantiles).tolist()) for name, values in measures.items()]
     table = Table(
         "How alike the two sides are",
         ("measure", "1%", "10%", "median", "90%", "99%"),
@@ -249,10 +261,10 @@ def _alike(answers: Answers, similarity: np.ndarray, numbers: np.ndarray) -> lis
         "2410.08847). Pairs with a high CHES score make training lower the likelihood of the chosen side (likelihood "
         "displacement). It compares pairs of one model, and has no scale of its own.",
     )
-    if answers.hidden is None:
+    if answers.alike is None:
         no_states = "The model's logits are not a linear layer of last hidden states, so that there is no CHES score."
         return [table, Paragraph(no_states)]
-    scores = ches(answers.hidden)
+    scores = answers.alike.ches
     highest = np.argsort(-scores, kind="stable")[:_SHOWN]
     remarks = {int(numbers[i]): f"CHES {scores[i]:.2f}, edit similarity {similarity[i]:.2f}" for i in highest}
     return [

@@ -8,6 +8,7 @@ that a completion's z is its excess divided by the root of the summed squares of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from lit_did.models.wrappers import unwrapped
 from lit_did.ops import TokenStatistics, linear_token_statistics, token_statistics
 
 SIDES = ("chosen", "rejected")
+PROJECTED = 512  # dimensions that differences of last hidden states keep
 
 
 class Measured(NamedTuple):
@@ -41,33 +43,46 @@ class Measured(NamedTuple):
     """how many standard deviations the excess is above 0"""
 
 
+class Alike(NamedTuple):
+    """How alike both sides' mean last hidden states are. The mean is over the states that predict a side's tokens."""
+
+    difference: np.ndarray
+    """[pairs, H] float32: chosen less rejected, with more than 512 dimensions projected to 512 at random"""
+    cosine: np.ndarray
+    """[pairs] float64: of the angle between both"""
+    ches: np.ndarray
+    """[pairs] float64, see `ches`"""
+
+
 class Answers(NamedTuple):
     """What the reference says of all pairs.
 
     Attributes:
         chosen, rejected: By side.
-        hidden: [pairs, 2, H] float32, the mean over each side's tokens of the last hidden states that predict them.
-            None: the model's logits are not a linear layer of them.
+        alike: Of the last hidden states. None: the model's logits are not a linear layer of them.
     """
 
     chosen: Measured
     rejected: Measured
-    hidden: np.ndarray | None
+    alike: Alike | None
 
 
-def measure(dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *, progress: bool = True) -> Answers:
+def measure(
+    dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *, seed: int = 0, progress: bool = True
+) -> Answers:
     """Runs the reference once over every pair.
 
     Args:
         dataset: The pairs.
         reference: The model. A PeftModel is measured as it is, with the adapters that are active.
         batch_size: Pairs a forward pass.
+        seed: Of the random projection of hidden states.
         progress: Whether a terminal shows a progress bar.
     """
     model = unwrapped(reference)
     device = next(model.parameters()).device
     rows: list[np.ndarray] = []
-    hidden: list[np.ndarray] | None = []
+    alike: list[Alike] | None = []
     with (
         random_numbers_kept(device),
         evaluating(model),
@@ -89,17 +104,18 @@ def measure(dataset: PreferenceDataset, reference: nn.Module, batch_size: int, *
             ]
             rows.append(torch.stack([*columns, counts.double()], dim=1).cpu().numpy())
             if outputs.hidden is None:
-                hidden = None
-            elif hidden is not None:
+                alike = None
+            elif alike is not None:
                 means = sums_of(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
-                hidden.append(torch.stack(means.float().chunk(2), dim=1).cpu().numpy())
+                # The states of all pairs would fill the memory.
+                alike.append(_alike(torch.stack(means.chunk(2), dim=1).cpu().numpy(), seed))
             bar.update(len(examples))
     sides = []
     for side in (0, 1):
         logprob, entropy, excess_sum, squares, count = np.concatenate([np.split(batch, 2)[side] for batch in rows]).T
         z = excess_sum / np.sqrt(np.maximum(squares, np.finfo(float).tiny))
         sides.append(Measured(logprob, count, entropy / count, excess_sum / count, z))
-    return Answers(sides[0], sides[1], None if hidden is None else np.concatenate(hidden))
+    return Answers(*sides, None if alike is None else Alike(*map(np.concatenate, zip(*alike, strict=True))))
 
 
 def statistics_of(outputs: Outputs, labels: Tensor) -> TokenStatistics:
@@ -127,6 +143,20 @@ def sums_of(values: Tensor, cu_labels: Tensor) -> Tensor:
     sequence = torch.repeat_interleave(torch.arange(len(cu_labels) - 1, device=values.device), cu_labels.diff())
     total = torch.zeros(len(cu_labels) - 1, *values.shape[1:], dtype=torch.float64, device=values.device)
     return total.index_add(0, sequence, values.double())
+
+
+def _alike(hidden: np.ndarray, seed: int) -> Alike:
+    """Of mean last hidden states [pairs, 2, H]."""
+    difference = (hidden[:, 0] - hidden[:, 1]).astype(np.float32)
+    if difference.shape[1] > PROJECTED:
+        difference = difference @ _projection(difference.shape[1], PROJECTED, seed)
+    return Alike(difference, cosine(hidden), ches(hidden))
+
+
+@lru_cache(maxsize=1)
+def _projection(dimensions: int, kept: int, seed: int) -> np.ndarray:
+    draws = np.random.default_rng(seed).standard_normal((dimensions, kept), dtype=np.float32)
+    return draws / np.sqrt(kept).astype(np.float32)
 
 
 def edit_similarity(one: Sequence[int] | np.ndarray, other: Sequence[int] | np.ndarray) -> float:
