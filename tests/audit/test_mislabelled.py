@@ -314,7 +314,8 @@ def test_two_hundred_pairs():
 
 
 def test_one_prompt_is_too_few():
-    finding = examine_labels(rows(1), SETTINGS, clean("deterministic", 0, 1))[1]
+    data = AuditData([{"prompt": "1", "chosen": "a", "rejected": "b"}] * 49, "pairs")
+    finding = examine_labels(data, SETTINGS, clean("deterministic", 0, 49))[1]
     assert finding.sentence.endswith("but there is 1 prompt.")
 
 
