@@ -9,12 +9,12 @@ from torch import nn
 
 from lit_did.audit.blocks import Paragraph
 from lit_did.audit.settings import Settings
-from lit_did.data.dataset import Example
+from lit_did.data.dataset import Example, PreferenceDataset
 from lit_did.sampling.readers import CachedModel
 
 
 def places_to_complete(
-    examples: Sequence[Example], groups: np.ndarray, settings: Settings, models: Sequence[nn.Module]
+    examples: Sequence[Example] | PreferenceDataset, groups: np.ndarray, settings: Settings, models: Sequence[nn.Module]
 ) -> list[int]:
     """Places of pairs with different prompts, drawn at random among those with room for a completion.
 
