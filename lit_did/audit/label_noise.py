@@ -47,8 +47,11 @@ class LabelNoise(NamedTuple):
         return eps + (1 - 2 * eps) * special.expit(self._logits(scores))
 
     def swap_probability(self, scores: np.ndarray) -> np.ndarray:
-        """The chance that a pair with this score has a swapped label, given the label that it has."""
-        eps, logits = self.share.value, self._logits(scores)
+        """The chance that a pair with this score has a swapped label, given the label that it has.
+
+        eps is taken as half a pair (of one a prompt) at least. With 0, all chances would be 0 and would rank nothing.
+        """
+        eps, logits = max(self.share.value, 0.5 / self.share.count), self._logits(scores)
         swapped, right = eps * special.expit(-logits), (1 - eps) * special.expit(logits)
         return swapped / np.maximum(swapped + right, np.finfo(float).tiny)
 

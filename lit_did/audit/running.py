@@ -243,12 +243,13 @@ def audit(
     inputs = {name: given[name] for name in ("pairs", "val", "tokenizer", "reference", "policy")}
     names = {name: _name(value) for name, value in inputs.items() if value is not None}
     found = Audit(data, settings, inputs=names, val_source=val)
-    model = policy if policy is not None else reference
+    model, owner = (reference, "reference") if policy is None else (policy, "policy")
+    named = "tokenizer"
     if tokenizer is None and model is not None:
-        tokenizer = tokenizer_of(model)
+        tokenizer, named = tokenizer_of(model), owner
         found.inputs["tokenizer"] = tokenizer
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, named)
     placing: dict[str, Any] = {"dtype": dtype, "device": placed}
     if policy is not None:
         policy, reference = load_models(policy, reference, **placing)

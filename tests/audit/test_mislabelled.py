@@ -83,6 +83,15 @@ def test_swap_probability_is_bayes_rule():
     assert np.allclose(fit.swap_probability(scores), eps * (1 - right) / given)
 
 
+def test_swap_probability_ranks_without_a_sign_of_swaps():
+    scores = np.concatenate([np.linspace(0.1, 5, 100), [-0.01]])
+    fit = fit_label_noise(scores, np.arange(len(scores)))
+    assert fit.share.value < 0.5 / len(scores)
+    chances = fit.swap_probability(scores)
+    assert (np.diff(chances[:20]) < 0).all()
+    assert chances[-1] == chances.max()
+
+
 def test_the_interval_covers_the_share():
     covered = sum(
         fit.share.lower <= 0.08 <= fit.share.upper
