@@ -186,7 +186,13 @@ def find_habits(data: AuditData, habits: Sequence[Habit], seed: int) -> Finding:
     """
     faults = [habit for habit in habits if habit.is_fault]
     if not faults:
-        return Finding("habits", "No habit of formatting or phrasing surely predicts the chosen side beyond length.", "", False, 0.0)
+        return Finding(
+            "habits",
+            "No habit of formatting or phrasing surely predicts the chosen side beyond length.",
+            "",
+            False,
+            0.0,
+        )
     first = faults[0]
     signs, groups = read_habit(data, first.name), data.prompt_groups
     told = signs != 0
