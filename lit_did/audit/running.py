@@ -326,7 +326,7 @@ def _run_models(
         # The base of an adapter is the policy without its adapter.
         with nullcontext() if reference is not None or policy is None else adapter_off(policy):
             base = policy if reference is None else reference
-            parts["reference"] = _function("reference", "examine_reference")(*shared, tokenizer, base, parts)
+            parts["reference"] = _function("reference", "examine_reference")(*shared, tokenizer, base)
     if policy is not None:
         examine = _function("policy", "examine_policy")
         parts["policy"] = examine(*shared, tokenizer, reference, policy, parts)

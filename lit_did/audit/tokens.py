@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lit_did.audit.blocks import Block, Paragraph, ScoredPair, ScoredPairs, ScoredSide, Table
+from lit_did.audit.data.thinking import CLOSING
 from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
@@ -25,7 +26,7 @@ MOST_PAIRS = 20_000  # of larger data a sample is tokenised
 LARGEST_SHARE = 0.01  # of the pairs whose completions lose tokens, by the lower end of the interval
 _WHOLE = 2**31 - 1
 _QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
-_THINK = re.compile(r"(<think>.*?(?:</think>|\Z))", re.DOTALL)
+_THINK = re.compile("|".join(map(re.escape, CLOSING)), re.IGNORECASE)
 
 
 def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
@@ -281,7 +282,7 @@ def _scored_pairs(
             wanted[place] = remark if place not in wanted else f"{wanted[place]}; {remark}"
 
     want((place_of[row] for row in lost), "max_length cuts it")
-    want((place for place in places if any("<think>" in text for text in data.texts(place)[1:])), "a think block")
+    want((place for place in places if any(map(_THINK.search, data.texts(place)[1:]))), "a think block")
     several = (place_of[e.index] for e in dataset if (e.chosen_context, e.rejected_context) != (None, None))
     want(several, "turns within a completion, which are not scored")
     pairs = []
@@ -317,7 +318,7 @@ def _stretches(texts: Iterable[tuple[str, bool, str]], header: str = "") -> Iter
         texts: A kind, whether it is control tokens, and the text.
         header: What the template puts before the answer, at the start of what is scored.
     """
-    thinking = False
+    closing = ""  # what ends the think block that is open
     for kind, is_control, text in texts:
         if header and kind in ("scored", "cut"):
             shared = _common_start(header, text)
@@ -332,13 +333,20 @@ def _stretches(texts: Iterable[tuple[str, bool, str]], header: str = "") -> Iter
         if kind != "scored":
             yield kind, shortened(text)
             continue
-        for number, piece in enumerate(_THINK.split(("<think>" if thinking else "") + text)):
-            inside = number % 2 == 1
-            piece = piece.removeprefix("<think>") if thinking and inside and number == 1 else piece
-            if piece:
-                yield "think" if inside else "scored", shortened(piece)
-            if inside:
-                thinking = not piece.endswith("</think>")
+        while text:
+            if not closing:
+                opening = _THINK.search(text)
+                start = opening.start() if opening else len(text)
+                if start:
+                    yield "scored", shortened(text[:start])
+                text = text[start:]
+                closing = CLOSING[opening[0].lower()] if opening else ""
+                continue
+            end = re.search(re.escape(closing), text, re.IGNORECASE)
+            stop = end.end() if end else len(text)
+            yield "think", shortened(text[:stop])
+            text = text[stop:]
+            closing = "" if end else closing
 
 
 def _common_start(one: str, other: str) -> int:

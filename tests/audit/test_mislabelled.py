@@ -230,7 +230,7 @@ def judged(reward, steepness, share, seed=0):
     parts = {"data": Part("data", "", "", columns={"words_probability": special.expit(scores), **lengths})}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "measure_step", lambda *_: (1.0, 1.0))
-        parts["reference"] = examine_reference(data, SETTINGS, tokenizer, reference, parts)
+        parts["reference"] = examine_reference(data, SETTINGS, tokenizer, reference)
     return data, swapped, margins, parts
 
 

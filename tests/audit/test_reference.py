@@ -35,7 +35,7 @@ def model(make=tiny_llama, seed=0, dtype=torch.float64):
 
 
 def examine(rows, reference, settings=SETTINGS):
-    return examine_reference(AuditData(rows, "pairs"), settings, TOKENIZER, reference, {})
+    return examine_reference(AuditData(rows, "pairs"), settings, TOKENIZER, reference)
 
 
 def plain(reference, prompt, completion):

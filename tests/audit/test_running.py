@@ -58,7 +58,7 @@ def test_with_models(parts, models, tokenizer):
     reference, policy = models
     found = audit(ROWS, tokenizer=tokenizer, reference=reference, policy=policy, sides=True, beta=0.2, batch_size=2)
     assert tuple(found.parts) == PARTS
-    assert parts.calls["reference"] == (tokenizer, reference, found.parts)
+    assert parts.calls["reference"] == (tokenizer, reference)
     assert parts.calls["policy"] == parts.calls["sides"] == (tokenizer, reference, policy, found.parts)
     assert parts.calls["labels"] == (found.parts,)
     assert (found.settings.beta, found.settings.batch_size) == (0.2, 2)
@@ -73,7 +73,7 @@ def test_with_models(parts, models, tokenizer):
 def test_a_reference_by_name(parts, tiny_model):
     found = audit(ROWS, reference=tiny_model, device="cpu", dtype=torch.bfloat16)
     assert list(found.parts) == ["data", "tokens", "reference"]
-    _, model, _ = parts.calls["reference"]
+    _, model = parts.calls["reference"]
     assert (model.dtype, model.training) == (torch.bfloat16, False)
     assert found.inputs == {"pairs": "a list", "tokenizer": str(tiny_model), "reference": str(tiny_model)}
 

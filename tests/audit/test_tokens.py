@@ -100,6 +100,15 @@ def test_stretches_of_think_blocks():
     assert pair.remark.endswith("a think block")
 
 
+@pytest.mark.parametrize(
+    ("start", "end"), [("<Thought>", "</thought>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷")]
+)
+def test_think_blocks_of_other_spellings(start, end):
+    (pair,) = scored(examine([{"prompt": "p", "chosen": f"a{start}b</x>{end}c", "rejected": "d"}]))
+    assert pair.sides[0].stretches[1:-1] == [("scored", "a"), ("think", f"{start}b</x>{end}"), ("scored", "c")]
+    assert pair.remark.endswith("a think block")
+
+
 def test_a_think_block_goes_on_after_a_control_token():
     row = {"prompt": "p", "chosen": "<think>a<|im_end|>b</think>c", "rejected": "d"}
     (pair,) = scored(examine([row], parse_special_tokens=True))

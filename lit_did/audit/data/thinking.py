@@ -16,6 +16,14 @@ _EMPTY = re.compile(
     rf"|<\|begin_of_thought\|>{_BLANK}<\|end_of_thought\|>|<\|START_THINKING\|>{_BLANK}<\|END_THINKING\|>",
     re.IGNORECASE,
 )
+CLOSING = {
+    **{f"<{name}>": f"</{name}>" for name in _NAMES.split("|")},
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|start_thinking|>": "<|end_thinking|>",
+}
+"""what ends a think block by what starts it, in lower case"""
 
 
 def find_empty_thinking(data: AuditData) -> Finding:

@@ -42,9 +42,7 @@ class ReferencePart(Part):
     hidden_difference: np.ndarray | None = None
 
 
-def examine_reference(
-    data: AuditData, settings: Settings, tokenizer: Any, reference: nn.Module, parts: Mapping[str, Part]
-) -> ReferencePart:
+def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, reference: nn.Module) -> ReferencePart:
     """What the reference says of the pairs, from one pass over both sides.
 
     Args:
@@ -52,7 +50,6 @@ def examine_reference(
         settings: With the arguments of tokenising and the number of pairs a forward pass.
         tokenizer: The reference's.
         reference: The model. A PeftModel is measured as it is, with the adapters that are active.
-        parts: The parts that ran before, which are not needed.
     """
     dataset = tokenized(data.rows, settings, tokenizer)
     start = time.perf_counter()

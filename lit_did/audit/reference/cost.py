@@ -8,8 +8,6 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from lit_did.audit.settings import Settings
 from lit_did.batches.layout import SHORTEST_SHARED
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import PreferenceDataset
+from lit_did.models.quiet import lightning_quiet
 from lit_did.models.wrappers import is_peft, unwrapped
 
 STEP_TOKENS = 1024  # of the measured step, at least one pair
@@ -129,7 +128,7 @@ def measure_step(reference: nn.Module, batch: dict[str, Any]) -> tuple[float, fl
                 torch.cuda.synchronize(device)
             times[-1] += time.perf_counter()
 
-    with warnings.catch_warnings(), _quiet(), torch.random.fork_rng():
+    with warnings.catch_warnings(), lightning_quiet(logging.ERROR), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         model = LitDPO(copy.deepcopy(unwrapped(reference)), lora={"r": RANK})
         trainer = lightning.Trainer(
@@ -156,20 +155,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Lightning from printing about a trainer that nobody made."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _reset_peak(device: torch.device) -> None:

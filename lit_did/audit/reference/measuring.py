@@ -115,7 +115,7 @@ def measure(
         logprob, entropy, excess_sum, squares, count = np.concatenate([np.split(batch, 2)[side] for batch in rows]).T
         z = excess_sum / np.sqrt(np.maximum(squares, np.finfo(float).tiny))
         sides.append(Measured(logprob, count, entropy / count, excess_sum / count, z))
-    return Answers(*sides, None if alike is None else Alike(*map(np.concatenate, zip(*alike, strict=True))))
+    return Answers(sides[0], sides[1], None if alike is None else Alike(*map(np.concatenate, zip(*alike, strict=True))))
 
 
 def statistics_of(outputs: Outputs, labels: Tensor) -> TokenStatistics:

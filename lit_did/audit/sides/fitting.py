@@ -25,7 +25,7 @@ from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import Example
 from lit_did.models import PolicyAndReference
 from lit_did.models.forward import num_embeddings, num_positions
-from lit_did.models.quiet import evaluating, random_numbers_kept
+from lit_did.models.quiet import evaluating, lightning_quiet, random_numbers_kept
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import unwrapped
 from lit_did.modules.sft import LitSFT, Side
@@ -147,18 +147,10 @@ def _fit(start: nn.Module, side: Side, examples: list[Example], batch_size: int,
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's hints, which a reader of an audit cannot act on."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            for message in _HINTS:
-                warnings.filterwarnings("ignore", message=f".*{message}")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with lightning_quiet(logging.WARNING), warnings.catch_warnings():
+        for message in _HINTS:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        yield
 
 
 def score(
