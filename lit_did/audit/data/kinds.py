@@ -31,8 +31,8 @@ def tables_of_kinds(
     if any(row.pair.tag for row in data.rows):
         columns["tag"] = [row.pair.tag or None for row in data.rows]
     columns["turns of the user"] = _turns(data)
-    for name, values in _others(data).items():
-        columns[f"{name}_source" if name in columns else name] = values
+    for name, others in _others(data).items():
+        columns[f"{name}_source" if name in columns else name] = others
     found = []
     for name, values in columns.items():
         numbers, kinds = _numbered(values)
