@@ -248,8 +248,10 @@ def examine(form, reward, steepness, share, seed=0):
 
 
 @pytest.mark.parametrize("form", [2, 3, 4])
-@pytest.mark.parametrize("steepness", [None, 8.0])
-@pytest.mark.parametrize("reward", ["words", "models"])
+@pytest.mark.parametrize(
+    ("reward", "steepness"),
+    [("words", None), ("words", 8.0), ("models", None), pytest.param("models", 8.0, marks=pytest.mark.long)],
+)
 def test_planted_swaps_are_ranked(reward, steepness, form):
     swapped, scores, _, finding, _ = examine(form, reward, steepness, 0.05)
     assert area_under_curve(-scores, swapped) >= 0.9
@@ -306,9 +308,12 @@ def test_clean_labels_raise_nothing():
     assert sum(finding.sentence.startswith("Nothing that was measured") for finding in found) == 5
 
 
-def test_words_and_models_without_swaps_raise_nothing():
-    for reward, steepness in (("words", None), ("words", 2.0), ("models", None)):
-        assert not examine(2, reward, steepness, 0.0)[3].raised
+@pytest.mark.parametrize(
+    ("reward", "steepness"),
+    [("words", None), *(pytest.param(*case, marks=pytest.mark.long) for case in (("words", 2.0), ("models", None)))],
+)
+def test_words_and_models_without_swaps_raise_nothing(reward, steepness):
+    assert not examine(2, reward, steepness, 0.0)[3].raised
 
 
 def test_two_hundred_pairs():
