@@ -12,22 +12,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read whe
 
 import pytest
 
-DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-
 
 @pytest.fixture(autouse=True)
-def _no_trace_of_a_process_group() -> Iterator[None]:
-    """Forgets what Lightning says of a distributed run in the environment, and fails a test that leaves a group.
+def _no_trace_of_a_run() -> Iterator[None]:
+    """Puts the environment back as it was, and fails a test that leaves a process group.
 
-    Libraries would take later tests for parts of a distributed run.
+    Lightning writes the seed and the ranks of a run there. Later tests, and the programs that they start, would take
+    that seed, or take themselves for parts of a distributed run.
     """
-    before = {name: os.environ.get(name) for name in DISTRIBUTED}
+    before = dict(os.environ)
     yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    now = os.environ.get("PYTEST_CURRENT_TEST")  # pytest's own
+    os.environ.clear()
+    os.environ.update(before if now is None else {**before, "PYTEST_CURRENT_TEST": now})
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
