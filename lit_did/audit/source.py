@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property
@@ -16,6 +17,7 @@ from lit_did.data.reading import Columns, SourceRow, read_rows
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """keys of a message whose value templates put into a think block"""
+_PUNCTUATION = " .,;:!?\"'`…。？！"  # which does not count at the ends of prompts
 
 
 class AuditData:
@@ -76,8 +78,28 @@ class AuditData:
         return np.array([row.index for row in self.rows], dtype=np.int64)
 
     @cached_property
+    def _wheres(self) -> dict[int, str]:
+        return {row.index: row.where for row in (*self.rows, *self.skipped)}
+
+    @cached_property
+    def _is_one_file(self) -> bool:
+        first, comma, _ = next(iter(self._wheres.values())).rpartition(", ")
+        return all(where.startswith(first + comma) for where in self._wheres.values())
+
+    def where(self, row: int) -> str:
+        """The file and line of the row with a number, or the source and the number."""
+        return self._wheres[row]
+
+    def called(self, row: int) -> str:
+        """What sentences call the row with a number: its line in the file, as "line 1", or "row 0" of other sources.
+
+        With several files, the file comes first.
+        """
+        return self.where(row).rpartition(", ")[2] if self._is_one_file else self.where(row)
+
+    @cached_property
     def prompt_keys(self) -> np.ndarray:
-        """[pairs] int64: equal numbers for prompts that differ in whitespace alone, with system message and tools.
+        """[pairs] int64: equal numbers for equal prompts (`prompt_key`).
 
         Python draws the numbers for each process, so that only their equality means something.
         """
@@ -109,8 +131,9 @@ def prompt_text(pair: PreferencePair) -> str:
 
 
 def prompt_key(pair: PreferencePair) -> str:
-    """What pairs of the same prompt have in common: its text but for whitespace, its thoughts, system and tools."""
-    return without_layout(prompt_text(pair), pair.prompt) + (repr(pair.tools) if pair.tools else "")
+    """What pairs of the same prompt have in common: its `folded` text without marks at the ends, thoughts and tools."""
+    text = folded(prompt_text(pair))
+    return (text.strip(_PUNCTUATION) or text) + _thoughts_key(pair.prompt) + (repr(pair.tools) if pair.tools else "")
 
 
 def has_prompt(pair: PreferencePair) -> bool:
@@ -121,19 +144,31 @@ def has_prompt(pair: PreferencePair) -> bool:
 
 
 def completion_keys(pair: PreferencePair) -> list[int]:
-    """The numbers of both completions, equal for completions that differ in whitespace alone."""
-    return [hash(without_layout(as_text(side), side)) for side in (pair.chosen, pair.rejected)]
+    """The numbers of both completions, equal for completions with the same `folded` text and the same thoughts.
 
-
-def without_layout(text: str, raw: Text) -> str:
-    """A text with single spaces between its words, and its thoughts.
-
-    Args:
-        text: The text.
-        raw: The same, as the pair has it.
+    Where that makes both sides of the pair equal, case and accents count: they may be what the pair is about.
     """
-    words = " ".join(text.split())
-    return f"{words}{found!r}" if (found := thoughts(raw)) else words
+    sides = (pair.chosen, pair.rejected)
+    one, other = (folded(as_text(side)) + _thoughts_key(side) for side in sides)
+    if one == other:
+        one, other = (" ".join(as_text(side).split()) + _thoughts_key(side) for side in sides)
+    return [hash(one), hash(other)]
+
+
+def folded(text: str) -> str:
+    """A text without regard to case, whitespace and how its accents are encoded.
+
+    Example:
+        >>> folded(" Wie  geht\\nES? ")
+        'wie geht es?'
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.casefold().split())
+
+
+def _thoughts_key(text: Text) -> str:
+    return repr(found) if (found := thoughts(text)) else ""
 
 
 def thoughts(text: Text) -> list[Any]:

@@ -108,9 +108,9 @@ def write_audit(audit: Audit, folder: Path, overwrite: bool, argument: str) -> l
 def write_rows(data: AuditData, findings: Sequence[Finding], folder: Path) -> None:
     """Writes the source's rows of each finding to `folder/NAME`, unchanged and in their order.
 
-    flagged.jsonl has the finding's rows. kept.jsonl has all rows that were not refused, without those that it drops.
-    Rows that models did not read, because of `max_pairs`, are kept. One warning names files that would be read
-    otherwise than the source.
+    flagged.jsonl has the finding's rows, and flagged.csv says of each where it is in the source and what speaks for
+    the finding. kept.jsonl has all rows that were not refused, without those that it drops. Rows that models did not
+    read, because of `max_pairs`, are kept. One warning names files that would be read otherwise than the source.
 
     Raises:
         ValueError: The source has changed since it was read.
@@ -125,6 +125,10 @@ def write_rows(data: AuditData, findings: Sequence[Finding], folder: Path) -> No
         for finding in findings:
             (folder / finding.name).mkdir(parents=True)
             flagged = set(map(int, finding.rows))
+            index = sorted(flagged)
+            places = [data.where(row) for row in index]
+            evidence = [finding.evidence.get(row) for row in index]
+            write_table({"index": index, "where": places, "evidence": evidence}, folder / finding.name / "flagged.csv")
             dropped = refused | (flagged if finding.dropped is None else set(map(int, finding.dropped)))
             for name, holds in (("flagged", flagged.__contains__), ("kept", lambda row, left=dropped: row not in left)):
                 file = stack.enter_context((folder / finding.name / f"{name}.jsonl").open("wb"))

@@ -26,9 +26,8 @@ def lines(path):
 def test_the_files(parts, tmp_path):
     folder = tmp_path / "new" / "a.audit"
     files = audit(ROWS).save(folder)
-    names = [
-        f"{name}/{which}.jsonl" for name in ("contradictions", "identical", "unusable") for which in ("flagged", "kept")
-    ]
+    files_of_flags = ("flagged.csv", "flagged.jsonl", "kept.jsonl")
+    names = [f"{name}/{file}" for name in ("contradictions", "identical", "unusable") for file in files_of_flags]
     assert [str(file.relative_to(folder)) for file in files] == [
         "audit.html",
         "audit.json",
@@ -47,6 +46,9 @@ def test_the_files(parts, tmp_path):
     assert lines(flags / "identical/kept.jsonl") == [ROWS[0], ROWS[2], ROWS[4]]
     assert lines(flags / "unusable/flagged.jsonl") == [ROWS[1]]
     assert lines(flags / "unusable/kept.jsonl") == [ROWS[0], *ROWS[2:]]
+    assert (flags / "contradictions/flagged.csv").read_text() == (
+        'index,where,evidence\n0,"pairs, row 0",\n2,"pairs, row 2",swaps row 0\n'
+    )
     assert [path.name for path in folder.parent.iterdir()] == ["a.audit"]
 
 
@@ -191,6 +193,7 @@ def test_files_with_names_of_an_audit_are_none(parts, tmp_path, names):
 def test_the_data_is_never_replaced(parts, tmp_path, monkeypatch, pattern, argument):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
+    parts.findings["data"] = []
     audit(ROWS).save("a")
     if pattern == "a":
         for name in ("audit.json", "audit.html"):

@@ -175,7 +175,8 @@ def test_an_interrupt_leaves_nothing(folder, parts, capsys):
     assert [path.name for path in folder.iterdir()] == [PAIRS]
 
 
-def test_a_warning_of_the_reader_comes_once(folder, recwarn):
+def test_a_warning_of_the_reader_comes_once(folder, parts, recwarn):
+    parts.findings["data"] = []
     rows = [{"question": "a", "chosen": "b", "rejected": "c", "flags": 1}]
     (folder / PAIRS).write_text("\n".join(map(json.dumps, rows)))
     main(["audit", PAIRS, "--quiet"])

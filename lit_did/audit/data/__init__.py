@@ -49,7 +49,7 @@ def examine_data(data: AuditData, settings: Settings, *, val: AuditData | None) 
     signs = read_habits(data, sample)
     habits = rank_habits(signs, ratios[sample], groups[sample])
     duplicates, is_copy = find_duplicates(data, keys)
-    near = find_near_duplicates(data, shingles, np.concatenate(bands), is_copy, keys)
+    near = find_near_duplicates(data, shingles, np.concatenate(bands), lengths.sum(1), is_copy, keys)
     findings = [
         find_unusable(data),
         find_identical(data, keys),

@@ -31,9 +31,8 @@ def find_unusable(data: AuditData) -> Finding:
     sentence = f"{many(len(rows), 'row')} of {total:,} ({percent(len(rows) / total)}) {verb}. {which} is: {reason}."
     evidence = {row.index: row.reason for row in data.skipped}
     share = len(rows) / total
-    return Finding(
-        "unusable", sentence, "Fix or remove them.", True, share, rows, None, evidence, Estimate(share, count=total)
-    )
+    advice = f"Fix or remove {'it' if len(rows) == 1 else 'them'}."
+    return Finding("unusable", sentence, advice, True, share, rows, None, evidence, Estimate(share, count=total))
 
 
 def find_identical(data: AuditData, keys: Keys) -> Finding:
@@ -48,8 +47,8 @@ def find_identical(data: AuditData, keys: Keys) -> Finding:
     return of_rows(
         "identical",
         "have two sides that are equal or differ in whitespace alone",
-        "No pair has identical sides.",
-        "Remove them: they hold no preference.",
+        "No pair has identical sides",
+        ("Remove it: it holds no preference.", "Remove them: they hold no preference."),
         rows,
         evidence,
         len(data),
@@ -57,17 +56,23 @@ def find_identical(data: AuditData, keys: Keys) -> Finding:
 
 
 def find_duplicates(data: AuditData, keys: Keys) -> tuple[Finding, np.ndarray]:
-    """Pairs that repeat an earlier one but for whitespace, and [pairs] bool: whether a pair does."""
+    """Pairs that repeat an earlier one but for case and whitespace, and [pairs] bool: whether a pair does."""
     first = first_of(in_order(np.stack([keys.prompt, keys.chosen, keys.rejected], 1)))
     is_copy = first != np.arange(len(first))
-    rows, originals = data.row_numbers[is_copy].tolist(), data.row_numbers[first[is_copy]].tolist()
+    numbers = data.row_numbers.tolist()
+    copies = {place: int(first[place]) for place in np.flatnonzero(is_copy).tolist()}
     finding = of_rows(
         "duplicates",
         "repeat an earlier pair",
-        "No pair repeats another one.",
-        "Remove the copies.",
-        rows,
-        {row: f"Repeats row {original}." for row, original in zip(rows, originals, strict=True)},
+        "No pair repeats another one",
+        ("Remove the copy.", "Remove the copies."),
+        [numbers[place] for place in copies],
+        {
+            numbers[
+                place
+            ]: f"Repeats {data.called(numbers[original])}{_but(data.texts(place) != data.texts(original))}."
+            for place, original in copies.items()
+        },
         len(data),
         least=LEAST_COPIES,
     )
@@ -97,20 +102,22 @@ def find_contradictions(data: AuditData, keys: Keys) -> Finding:
     rows = data.row_numbers[on_cycle].tolist()
     opposite: dict[tuple[int, int], list[int]] = {}
     cycle: dict[int, list[int]] = {}
-    for place, row in zip(on_cycle.tolist(), rows, strict=True):
-        opposite.setdefault((int(losers[place]), int(winners[place])), []).append(row)
-        cycle.setdefault(int(component[winners[place]]), []).append(row)
+    for place in on_cycle.tolist():
+        opposite.setdefault((int(losers[place]), int(winners[place])), []).append(place)
+        cycle.setdefault(int(component[winners[place]]), []).append(place)
     evidence = {}
     for place, row in zip(on_cycle.tolist(), rows, strict=True):
         if swapped := opposite.get((int(winners[place]), int(losers[place]))):
-            evidence[row] = f"The sides are swapped in {_named(swapped, row)}."
+            prompt, chosen, rejected = data.texts(place)
+            differs = all(data.texts(other) != (prompt, rejected, chosen) for other in swapped)
+            evidence[row] = f"The sides are swapped in {_named(data, swapped, place)}{_but(differs)}."
         else:
-            evidence[row] = f"It makes a cycle with {_named(cycle[int(component[winners[place]])], row)}."
+            evidence[row] = f"It makes a cycle with {_named(data, cycle[int(component[winners[place]])], place)}."
     return of_rows(
         "contradictions",
         "contradict other pairs of the same prompt",
-        "No pair contradicts another one.",
-        "Keep one of each.",
+        "No pair contradicts another one",
+        ("", "Keep one of each."),
         rows,
         evidence,
         len(data),
@@ -118,7 +125,10 @@ def find_contradictions(data: AuditData, keys: Keys) -> Finding:
     )
 
 
-def _named(rows: list[int], but: int) -> str:
-    few = [row for row in rows[: _NAMED + 2] if row != but]
-    more = ", ..." if len(few) > _NAMED else ""
-    return f"{'row' if len(few) == 1 else 'rows'} {', '.join(map(str, few[:_NAMED]))}{more}"
+def _named(data: AuditData, places: list[int], but: int) -> str:
+    few = [data.called(data.rows[place].index) for place in places[: _NAMED + 2] if place != but]
+    return ", ".join(few[:_NAMED]) + (", ..." if len(few) > _NAMED else "")
+
+
+def _but(differs: bool) -> str:
+    return ", but for case, whitespace or marks around the prompt" if differs else ""

@@ -10,11 +10,12 @@ from lit_did.audit.source import AuditData, completion_keys
 
 
 class Keys(NamedTuple):
-    """Numbers of the texts of pairs: [pairs] int64. Texts that differ in whitespace alone have equal ones."""
+    """Numbers of the texts of pairs: [pairs] int64. Texts that differ in case or whitespace alone have equal ones."""
 
     prompt: np.ndarray
     """`AuditData.prompt_keys`"""
     chosen: np.ndarray
+    """`completion_keys`, as `rejected`"""
     rejected: np.ndarray
 
 

@@ -7,24 +7,23 @@ import numpy as np
 from lit_did.audit.data.near import Shingles, similar_prompts
 from lit_did.audit.data.sample import read_words
 from lit_did.audit.report import Estimate, Finding
-from lit_did.audit.source import AuditData, has_prompt, prompt_key
+from lit_did.audit.source import AuditData, has_prompt
 from lit_did.audit.wording import many, percent
 
-_PUNCTUATION = " .,;:!?\"'`…。？！"  # which does not count at the ends of prompts
 _TRIED = 4  # validation prompts of each band that a prompt is compared with
 
 
 def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
     """Pairs whose prompt is in the validation data: equal but for case, whitespace and marks at its ends, or nearly."""
-    keys, others = _folded(data), _folded(val)
+    keys, others = _keys(data), _keys(val)
     first: dict[int, int] = {}
     for place, key in others.items():
         first.setdefault(key, place)
     exact = {place: first[key] for place, key in keys.items() if key in first}
     near = _near(data, shingles, val, exact)
-    rows, of_val = data.row_numbers, val.row_numbers
+    rows, of_val = data.row_numbers, val.row_numbers.tolist()
     evidence = {
-        int(rows[place]): f"Has {how} prompt of row {of_val[other]} of the validation data."
+        int(rows[place]): f"Has {how} prompt of {val.called(of_val[other])} of the validation data."
         for found, how in ((exact, "the"), (near, "nearly the"))
         for place, other in found.items()
     }
@@ -40,14 +39,15 @@ def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
         f"({len(exact):,} the same, {len(near):,} nearly)."
     )
     value = Estimate(share, count=total)
-    return Finding("leaked", sentence, "Remove them from one of both.", True, share, numbers, None, evidence, value)
+    advice = f"Remove {'it' if len(numbers) == 1 else 'them'} from one of both."
+    return Finding("leaked", sentence, advice, True, share, numbers, None, evidence, value)
 
 
-def _folded(data: AuditData) -> dict[int, int]:
-    """By the place of a pair with a prompt, the number of its prompt without regard to case and whitespace."""
+def _keys(data: AuditData) -> dict[int, int]:
+    """By the place of a pair with a prompt, the number of its prompt."""
     return {
-        place: hash(prompt_key(row.pair).casefold().strip(_PUNCTUATION))
-        for place, row in enumerate(data.rows)
+        place: key
+        for place, (key, row) in enumerate(zip(data.prompt_keys.tolist(), data.rows, strict=True))
         if has_prompt(row.pair)
     }
 

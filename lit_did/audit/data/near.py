@@ -19,6 +19,7 @@ from lit_did.audit.data.sentences import of_rows
 from lit_did.audit.data.words import Words, mix
 from lit_did.audit.report import Finding
 from lit_did.audit.source import AuditData
+from lit_did.audit.wording import many
 
 SIMILAR = 0.6
 """the least similarity of near duplicates"""
@@ -28,8 +29,8 @@ FEW = 4
 """shingles that may differ in a part that is less similar: those of two changed words"""
 SIMILAR_PROMPT = 0.7
 """the least similarity of prompts that are nearly the same"""
-LEAST_SHINGLES = 20
-"""pairs (or prompts) with fewer different shingles are not compared: chance makes them similar"""
+LEAST_WORDS = 20
+"""pairs with fewer words, and prompts with fewer different shingles, are not compared: chance makes them similar"""
 LEAST_SHARE = 0.001
 """the share of pairs from which on near duplicates are a fault"""
 _BANDS, _ROWS = 25, 4  # pairs with Jaccard similarity .6 share a band with a chance of .97, those with .7 of .999
@@ -99,7 +100,7 @@ class Shingles:
 
 
 def find_near_duplicates(
-    data: AuditData, shingles: Shingles, bands: np.ndarray, is_copy: np.ndarray, keys: Keys
+    data: AuditData, shingles: Shingles, bands: np.ndarray, num_words: np.ndarray, is_copy: np.ndarray, keys: Keys
 ) -> Finding:
     """Pairs that nearly repeat an earlier one.
 
@@ -107,10 +108,12 @@ def find_near_duplicates(
         data: The pairs.
         shingles: How common they are.
         bands: [pairs, bands] of all pairs.
+        num_words: [pairs] of all three texts together.
         is_copy: [pairs] bool: exact duplicates, which are not searched.
         keys: The numbers of their texts, to leave out swapped pairs.
     """
-    firsts, seconds = _candidates(bands, ~is_copy)
+    short, common = num_words < LEAST_WORDS, (bands == 0).all(1)
+    firsts, seconds = _candidates(bands, ~is_copy & ~short)
     swapped = (
         (keys.prompt[firsts] == keys.prompt[seconds])
         & (keys.chosen[firsts] == keys.rejected[seconds])
@@ -133,25 +136,29 @@ def find_near_duplicates(
                 found[b] = (a, similarity)
     numbers = data.row_numbers
     order = sorted(found, key=lambda place: (-found[place][1], place))
+    reasons = {f"fewer than {LEAST_WORDS} words": short, "no words but common ones": common & ~short}
     return of_rows(
         "near_duplicates",
         "nearly repeat an earlier pair",
-        "No pair nearly repeats another one.",
-        "Remove the later copies.",
+        "No pair nearly repeats another one",
+        ("Remove the later copy.", "Remove the later copies."),
         [int(numbers[place]) for place in order],
         {
-            int(numbers[place]): f"Nearly repeats row {numbers[first]} (similarity {similarity:.2f})."
+            int(numbers[place]): f"Nearly repeats {data.called(int(numbers[first]))} (similarity {similarity:.2f})."
             for place, (first, similarity) in found.items()
         },
         len(data),
         least=LEAST_SHARE,
+        left_out="".join(
+            f"; {many(count, 'pair')} with {why} {'was' if count == 1 else 'were'} not compared"
+            for why, which in reasons.items()
+            if (count := int((which & ~is_copy).sum()))
+        ),
     )
 
 
 def _similarity(shingles: Shingles, first: tuple, second: tuple) -> float:
     """The weighted Jaccard similarity of two pairs. 0 where a part differs more, or where swapped sides are nearer."""
-    if min(sum(map(len, first)), sum(map(len, second))) < LEAST_SHINGLES:
-        return 0.0
     parts = [shingles.overlap(a, b, part) for part, (a, b) in enumerate(zip(first, second, strict=True))]
     for a, b, (shared, total) in zip(first, second, parts, strict=True):
         if shared < SIMILAR_PART * total and not _differ_in_few(a, b):
@@ -171,7 +178,7 @@ def _differ_in_few(first: np.ndarray, second: np.ndarray) -> bool:
 
 def similar_prompts(shingles: Shingles, first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two prompts, each by its different shingles, nearly repeat each other."""
-    if min(len(first), len(second)) < LEAST_SHINGLES:
+    if min(len(first), len(second)) < LEAST_WORDS:
         return False
     shared, total = shingles.overlap(first, second, 0)
     return total > 0 and shared >= SIMILAR_PROMPT * total

@@ -36,8 +36,11 @@ def find_empty_thinking(data: AuditData) -> Finding:
     return of_rows(
         "empty_think",
         "have an empty think block in a completion",
-        "No completion has an empty think block.",
-        "Remove the empty think blocks, unless the model is to answer without thinking.",
+        "No completion has an empty think block",
+        (
+            "Remove the empty think block, unless the model is to answer without thinking.",
+            "Remove the empty think blocks, unless the model is to answer without thinking.",
+        ),
         list(evidence),
         evidence,
         len(data),

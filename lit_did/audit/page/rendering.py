@@ -110,11 +110,13 @@ class _Pairs:
         self._places = {row.index: place for place, row in enumerate(audit.data.rows)}
         self._refused = {row.index: row for row in audit.data.skipped}
 
+    def called(self, row: int) -> str:
+        """What sentences call a row, such as its line."""
+        return self._data.called(int(row))
+
     def where(self, row: int) -> str:
-        """The file and line of a row, as far as they are known."""
-        if (place := self._places.get(int(row))) is not None:
-            return self._data.rows[place].where
-        return self._refused[int(row)].where if int(row) in self._refused else ""
+        """The file and line of a row."""
+        return self._data.where(int(row))
 
     def beginning(self, row: int) -> str:
         """The first letters of a row, on one line."""

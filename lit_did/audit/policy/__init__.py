@@ -85,7 +85,7 @@ def examine_policy(
     part = Part("policy", "What the policy learned", INTRODUCTION, columns=columns)
     part.figures |= {"num_pairs": len(table), "num_prompts": scored.num_prompts, "beta": settings.beta}
     part.figures["num_not_finite"] = int((~finite).sum())
-    part.findings += _not_finite(everything, finite)
+    part.findings += _not_finite(everything, finite, data)
     words = of_data.get("words_probability")
     _add_figures(
         part,
@@ -195,8 +195,8 @@ def _add_figures(
     if count := num_not_finite(scored):
         blocks.append(
             Paragraph(
-                f"{count} of {len(scored)} pairs have a token DID entropy or KL that is not finite. They are left out "
-                "of those figures."
+                "Token DID entropies and KLs that are not finite are left out of their figures: those of "
+                f"{count:,} of {many(len(scored), 'pair')}."
             )
         )
     part.blocks += blocks
@@ -207,15 +207,15 @@ def _add_figures(
         part.blocks += breakdown_blocks(column, found, len(set(values)))
 
 
-def _not_finite(scored: Scored, finite: np.ndarray) -> list[Finding]:
+def _not_finite(scored: Scored, finite: np.ndarray, data: AuditData) -> list[Finding]:
     broken = scored.rows[~finite].tolist()
     if not broken:
         return []
     return [
         Finding(
             "not_finite",
-            f"The margins of {len(broken):,} of {many(len(scored), 'pair')} are not finite, the first in row "
-            f"{broken[0]}: they are left out of every figure.",
+            f"Margins that are not finite are left out of every figure: those of {len(broken):,} of "
+            f"{many(len(scored), 'pair')}, the first in {data.called(broken[0])}.",
             "Check the models' weights, and score in float32 or bfloat16.",
             raised=False,
             severity=1.0,

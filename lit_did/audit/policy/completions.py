@@ -116,7 +116,7 @@ def greedy_samples(
             cut = "" if ids[-1] in ends else " ..."
             texts[name].append(tokenizer.decode(ids, skip_special_tokens=True) + cut)
     items = [
-        (f"Row {row}: {data.texts(place)[0]}", {name: texts[name][i] for name in sides})
+        (f"{data.called(row)}: {data.texts(place)[0]}", {name: texts[name][i] for name in sides})
         for i, (place, row) in enumerate(zip(places, rows, strict=True))
     ]
     return SideBySide(

@@ -20,6 +20,7 @@ from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import mean_over_groups, share_over_groups
 from lit_did.audit.tokenized import tokenized
+from lit_did.audit.wording import many
 
 LARGEST_EXCESS = 1.0  # nats per token above the reference's own completions
 FAMILY_P = 0.001  # the chance that any completion of the data is flagged as off-policy by chance
@@ -86,7 +87,11 @@ def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, refer
 
     numbers = data.row_numbers[places]
     off_policy, excesses = _off_policy(answers, groups, numbers)
-    part.findings = [*_not_finite(answers, numbers), off_policy, _indistinct(answers, similarity, groups, numbers)]
+    part.findings = [
+        *_not_finite(answers, numbers, data),
+        off_policy,
+        _indistinct(answers, similarity, groups, numbers),
+    ]
     part.figures = {
         "num_pairs": len(dataset),
         "num_not_finite": sum(len(finding.rows) for finding in part.findings if finding.name == "not_finite"),
@@ -153,7 +158,7 @@ def _picture(answers: Answers) -> Picture:
     )
 
 
-def _not_finite(answers: Answers, numbers: np.ndarray) -> list[Finding]:
+def _not_finite(answers: Answers, numbers: np.ndarray, data: AuditData) -> list[Finding]:
     """Pairs of which the reference gives no finite log-probability and entropy."""
     of_sides = [values for of in (answers.chosen, answers.rejected) for values in (of.logprob, of.entropy)]
     broken = numbers[~np.isfinite(of_sides).all(axis=0)].tolist()
@@ -162,8 +167,8 @@ def _not_finite(answers: Answers, numbers: np.ndarray) -> list[Finding]:
     return [
         Finding(
             "not_finite",
-            f"The reference's values of {len(broken):,} of {len(numbers):,} pairs are not finite, the first in row "
-            f"{broken[0]}: figures leave out what is not finite.",
+            "Values of the reference that are not finite are left out of every figure: those of "
+            f"{len(broken):,} of {many(len(numbers), 'pair')}, the first in {data.called(broken[0])}.",
             "Check the model's weights, and run it in float32 or bfloat16.",
             raised=False,
             severity=1.0,
@@ -186,7 +191,11 @@ def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tu
     sentence = (
         f"The chosen completions are {excess['chosen']} nats per token more surprising to the reference than its own "
         f"would be, the rejected ones {excess['rejected']}"
-        + (f"; {len(flagged):,} pairs have a side above {LARGEST_EXCESS:g}." if len(flagged) else ".")
+        + (
+            f"; {many(len(flagged), 'pair')} {'has' if len(flagged) == 1 else 'have'} a side above {LARGEST_EXCESS:g}."
+            if len(flagged)
+            else "."
+        )
     )
     advice = (
         "Fine-tune the reference on the chosen completions first, or let the reference write the completions."
@@ -215,14 +224,16 @@ def _indistinct(answers: Answers, similarity: np.ndarray, groups: np.ndarray, nu
     alike = alike[np.argsort(-similarity[alike], kind="stable")]
     found = share_over_groups(hit, groups)
     raised = found.lower > LEAST_INDISTINCT
-    count = f"{len(alike):,} {'pair has' if len(alike) == 1 else 'pairs have'}"
+    count = f"{many(len(alike), 'pair')} {'has' if len(alike) == 1 else 'have'}"
     return Finding(
         "indistinct",
         f"{count} sides that the reference can hardly tell apart, which is {100 * found.value:.1f}% of the pairs; "
         "training on them may lower the likelihood of both sides."
         if len(alike)
         else "No pair has sides that the reference can hardly tell apart.",
-        "Drop these pairs, or write sides that differ in more than a few words." if raised else "",
+        f"Drop the {many(len(alike), 'flagged pair')}, or write sides that differ in more than a few words."
+        if raised
+        else "",
         raised,
         found.value,
         [int(row) for row in numbers[alike]],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -214,6 +216,38 @@ def test_pairs_of_one_prompt_with_other_short_answers_are_no_near_duplicates():
     assert not findings["near_duplicates"].rows
 
 
+def test_pairs_that_are_not_compared_are_counted():
+    short = [{"prompt": f"Say {n}.", "chosen": "word " * n, "rejected": "no"} for n in (1, 15, 16, 17)]
+    findings, _, _ = examine([*short, short[0], *clean("random words", 0, 40)])
+    left_out = "3 pairs with fewer than 20 words were not compared."
+    assert findings["near_duplicates"].sentence == f"No pair nearly repeats another one; {left_out}"
+    long = {"prompt": "a " * 9, "chosen": "b " * 9, "rejected": "c " * 9}
+    findings, _, _ = examine([short[0], *([long | {"rejected": "c " * (n + 9)} for n in range(30)])])
+    left_out = (
+        "1 pair with fewer than 20 words was not compared; 30 pairs with no words but common ones were not compared."
+    )
+    assert findings["near_duplicates"].sentence == f"No pair nearly repeats another one; {left_out}"
+
+
+def test_one_row_has_sentences_of_its_own():
+    rows = clean("random words", 0, 30)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    rows[4]["chosen"] = "<think></think>a"
+    findings, _, _ = examine([*rows, rows[5], {"prompt": "p", "chosen": "", "rejected": "b"}], rows[:1])
+    said = {name: f"{finding.sentence} {finding.advice}" for name, finding in findings.items() if finding.rows}
+    assert said == {
+        "unusable": "1 row of 32 (3.1%) cannot be trained on and is left out. The reason is: Expected `chosen` to be "
+        "non-empty, but got an empty string. Fix or remove it.",
+        "identical": "1 pair of 31 (3.2%) has two sides that are equal or differ in whitespace alone. Remove it: it "
+        "holds no preference.",
+        "duplicates": "1 pair of 31 (3.2%) repeats an earlier pair. Remove the copy.",
+        "leaked": "1 pair of 31 (3.2%) has a prompt that is in the validation data too, in 1 of its 1 pair "
+        "(1 the same, 0 nearly). Remove it from one of both.",
+        "empty_think": "1 pair of 31 (3.2%) has an empty think block in a completion. Remove the empty think block, "
+        "unless the model is to answer without thinking.",
+    }
+
+
 @pytest.mark.parametrize("share", [1.0, 0.8])
 def test_the_rows_to_keep_without_length_bias_are_not_few(share):
     rng, rows = np.random.default_rng(0), clean("random words", 1, 200)
@@ -306,9 +340,58 @@ def test_pairs_without_a_prompt_are_independent(system):
     assert not again["leaked"].rows
 
 
-def test_prompts_that_differ_in_whitespace_are_one():
-    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ("Why so?", " Why\nso?", "why so?")]
-    assert AuditData(rows, "pairs").prompt_groups.tolist() == [0, 0, 1]
+def test_prompts_that_differ_in_case_and_whitespace_are_one():
+    prompts = ("Why so?", " Why\nso?", "why so", "Why not so?", "?", "!")
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+    assert AuditData(rows, "pairs").prompt_groups.tolist() == [0, 0, 0, 1, 2, 3]
+
+
+EDITS = {
+    "case": str.upper,
+    "whitespace": lambda text: f" {text} ".replace(" ", " \n"),
+    "accents": lambda text: unicodedata.normalize("NFD", text),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_copies_in_another_case_or_layout(edit):
+    rows = clean("random words", 0, 20)
+    rows[0] = {"prompt": "Où est le café ?", "chosen": "À côté.", "rejected": "Là-bas."}
+    copy = {name: edit(text) for name, text in rows[0].items()}
+    swapped = {"prompt": edit(rows[1]["prompt"]), "chosen": edit(rows[1]["rejected"]), "rejected": rows[1]["chosen"]}
+    findings, _, _ = examine([*rows, copy, swapped, rows[0]], [copy | {"prompt": copy["prompt"].strip(" ?\n")}])
+    assert findings["duplicates"].rows == [20, 22]
+    assert findings["duplicates"].evidence == {
+        20: "Repeats row 0, but for case, whitespace or marks around the prompt.",
+        22: "Repeats row 0.",
+    }
+    assert findings["contradictions"].rows == [1, 21]
+    assert findings["contradictions"].dropped == [21]
+    differs = "" if edit is EDITS["accents"] else ", but for case, whitespace or marks around the prompt"
+    assert findings["contradictions"].evidence[1] == f"The sides are swapped in row 21{differs}."
+    assert findings["leaked"].rows == [0, 20, 22]
+    assert not findings["identical"].rows
+
+
+def test_case_counts_where_it_is_all_that_differs():
+    """It is what such a pair prefers."""
+    rows = [{"prompt": "Capital of France?", "chosen": a, "rejected": b} for a, b in (("Paris", "paris"), ("A", "a"))]
+    findings, _, _ = examine([*rows, {"prompt": "Capital of France?", "chosen": "paris", "rejected": "Paris"}])
+    assert not findings["identical"].rows
+    assert not findings["duplicates"].rows
+    assert findings["contradictions"].rows == [0, 2]
+
+
+def test_rows_are_called_by_their_lines(tmp_path):
+    """Blank lines count, as in an editor."""
+    rows = [json.dumps({"prompt": "p", "chosen": side, "rejected": "b"}) for side in "aca"]
+    one, two = (tmp_path / name for name in ("one.jsonl", "two.jsonl"))
+    one.write_text("\n".join([rows[0], "", *rows[1:]]))
+    findings, _, _ = examine(one)
+    assert findings["duplicates"].evidence == {2: "Repeats line 1."}
+    two.write_text(rows[0])
+    findings, _, _ = examine([one, two])
+    assert findings["duplicates"].evidence == {2: f"Repeats {one}, line 1.", 3: f"Repeats {one}, line 1."}
 
 
 def test_columns_of_the_source_hide_none_of_the_audit():

@@ -171,7 +171,9 @@ def test_margins_that_are_not_finite_are_named(monkeypatch):
     words = Part("data", "", "", columns={"words_probability": np.linspace(0.0, 1.0, 47)})
     found = examine(parts={"data": words})
     [finding] = [finding for finding in found.findings if finding.name == "not_finite"]
-    assert finding.sentence.startswith("The margins of 2 of 46 pairs are not finite, the first in row 12:")
+    assert finding.sentence.startswith(
+        "Margins that are not finite are left out of every figure: those of 2 of 46 pairs, the first in row 12."
+    )
     assert list(finding.rows) == [12, 30]
     kept = [m for row, m in zip([i for i in range(48) if i != 5], found.columns["margin"], strict=True) if row != 7]
     assert found.figures["margin"].value == pytest.approx(np.mean([m for m in kept if math.isfinite(m)]))
