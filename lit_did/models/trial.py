@@ -135,6 +135,19 @@ def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
     return completion_outputs(model, layout, _known[model].body)
 
 
+def share_trials(model: nn.Module, copy: nn.Module) -> None:
+    """Lets `copy` use what trials of `model` have found, and the other way round. Trials of long batches take a while.
+
+    Args:
+        model: A causal language model.
+        copy: A model of the same architecture, with the same adapters.
+    """
+    known = _known.setdefault(model, _Model())
+    own = _known[copy] = _Model()
+    own.body = None if known.body is None else find_body(copy)
+    own.body_tried, own.found, own.warned = known.body_tried, known.found, known.warned
+
+
 def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -> Found:
     """The fastest layout of such sequences in which `model` is right. If it is not known yet, a trial finds it."""
     known, sharded = _known.setdefault(model, _Model()), is_sharded(model)

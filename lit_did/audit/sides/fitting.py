@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from lit_did.audit.reference.measuring import statistics_of, sums_of
 from lit_did.batches.checks import checked_sequences
+from lit_did.batches.sequences import Sequences
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import Example
 from lit_did.models import PolicyAndReference
 from lit_did.models.forward import num_embeddings, num_positions
 from lit_did.models.quiet import evaluating, lightning_quiet, random_numbers_kept
-from lit_did.models.trial import layout_of, outputs_of
+from lit_did.models.trial import layout_of, outputs_of, share_trials
 from lit_did.models.wrappers import unwrapped
 from lit_did.modules.sft import LitSFT, Side
 from lit_did.ops import SequenceStatistics
@@ -79,14 +80,34 @@ def fit_side_models(
         seed: Of the adapters' first weights and of the order of the pairs.
         progress: Whether a terminal shows a progress bar.
     """
+    # A trial of the longest batch says how all batches may be laid out, for all four models.
+    longest = sorted(examples, key=_num_tokens)[-batch_size:]
     models: list[dict[str, nn.Module]] = [{} for _ in range(FOLDS)]
+    first: nn.Module | None = None
     with tqdm(total=FOLDS * len(SIDES), desc="Side models", disable=None if progress else True) as bar:
         for fold in range(FOLDS):
             others = [example for example, own in zip(examples, folds, strict=True) if own != fold]
             for side in SIDES:
-                models[fold][side] = _fit(twin(base), side, others, batch_size, seed)
+                module = _side_module(twin(base), side, seed)
+                assert module.policy is not None
+                if first is None:
+                    first = module.policy
+                    layout_of(first, _sequences(first, longest))
+                else:
+                    share_trials(first, module.policy)
+                models[fold][side] = _fit(module, others, batch_size, seed)
                 bar.update()
     return [SideModels(**fold) for fold in models]
+
+
+def _num_tokens(example: Example) -> int:
+    return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
+
+
+def _sequences(model: nn.Module, examples: Sequence[Example]) -> Sequences:
+    return checked_sequences(
+        collate_packed(examples), num_embeddings=num_embeddings(model), num_positions=num_positions(model)
+    )
 
 
 def base_of(reference: nn.Module | None, policy: nn.Module | None) -> nn.Module:
@@ -116,11 +137,17 @@ class _Staying(LitSFT):
         return self
 
 
-def _fit(start: nn.Module, side: Side, examples: list[Example], batch_size: int, seed: int) -> nn.Module:
-    device = next(start.parameters()).device
+def _side_module(start: nn.Module, side: Side, seed: int) -> _Staying:
+    with random_numbers_kept(next(start.parameters()).device):
+        torch.manual_seed(seed)
+        return _Staying(start, side=side, lora=LORA, learning_rate=LEARNING_RATE, warmup_steps=0.1, schedule="linear")
+
+
+def _fit(module: _Staying, examples: list[Example], batch_size: int, seed: int) -> nn.Module:
+    assert module.policy is not None
+    device = next(module.policy.parameters()).device
     with random_numbers_kept(device), _quiet():
         torch.manual_seed(seed)
-        module = _Staying(start, side=side, lora=LORA, learning_rate=LEARNING_RATE, warmup_steps=0.1, schedule="linear")
         order = torch.Generator().manual_seed(seed)
         loader: DataLoader = DataLoader(
             examples,  # type: ignore[arg-type]  # a list is a dataset
@@ -140,7 +167,6 @@ def _fit(start: nn.Module, side: Side, examples: list[Example], batch_size: int,
             enable_progress_bar=False,
         )
         trainer.fit(module, loader)
-    assert module.policy is not None
     return module.policy.eval()
 
 
@@ -167,12 +193,7 @@ def score(
     models = PolicyAndReference(policy, reference, freeze=False)
     parts = []
     for start in range(0, len(examples), batch_size):
-        sequences = checked_sequences(
-            collate_packed(examples[start : start + batch_size]),
-            num_embeddings=num_embeddings(policy),
-            num_positions=num_positions(policy),
-        )
-        measured = models.measure(sequences)
+        measured = models.measure(_sequences(policy, examples[start : start + batch_size]))
         parts.append([torch.stack(value.double().cpu().chunk(2), 1) for value in measured])
     return SequenceStatistics(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -204,9 +225,7 @@ def held_out_scores(
 
 def _logprobs(model: nn.Module, examples: list[Example], first: int) -> tuple[np.ndarray, np.ndarray]:
     """[pairs, 2] log-probabilities of both completions, and of their first tokens, in one pass."""
-    sequences = checked_sequences(
-        collate_packed(examples), num_embeddings=num_embeddings(model), num_positions=num_positions(model)
-    )
+    sequences = _sequences(model, examples)
     with random_numbers_kept(next(model.parameters()).device), evaluating(model):
         layout = layout_of(model, sequences)
         values = statistics_of(outputs_of(model, layout), layout.labels).policy_logprob

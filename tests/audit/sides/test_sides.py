@@ -16,6 +16,7 @@ from lit_did.audit.settings import Settings
 from lit_did.audit.sides import examine_sides, fitting
 from lit_did.audit.source import AuditData
 from lit_did.audit.tokenized import tokenized
+from lit_did.models import trial
 from lit_did.models.loading import add_lora
 from tests.modules.tiny import byte_tokenizer, tiny_gpt2, tiny_llama
 
@@ -42,6 +43,13 @@ def quick(monkeypatch):
 
 def reference():
     return tiny_llama(vocab_size=257 + 8, eos_token_id=None)
+
+
+def no_body():
+    """A model whose output layer is given by its logits alone."""
+    model = reference()
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: output)
+    return model
 
 
 def examine(pairs, settings, model, policy):
@@ -79,8 +87,8 @@ def test_an_adapter_never_scores_pairs_that_it_was_fitted_to(quick, monkeypatch)
     fitted, scored = {}, []
     fit, logprobs = fitting._fit, fitting._logprobs
 
-    def recorded(start, side, examples, *rest):
-        model = fit(start, side, examples, *rest)
+    def recorded(module, examples, *rest):
+        model = fit(module, examples, *rest)
         fitted[id(model)] = {e.index for e in examples}
         return model
 
@@ -198,6 +206,22 @@ def test_a_failed_fit_is_a_finding(monkeypatch, error, why):
     assert finding.sentence.startswith(f"The side models could not be fitted, because {why}")
     assert part.blocks[0].text == finding.sentence
     assert not part.columns
+
+
+@pytest.mark.parametrize(("make", "has_body"), [(reference, True), (no_body, False)])
+def test_one_trial_of_the_longest_batch_is_enough(make, has_body, monkeypatch):
+    """Batches differ in length, and both sides together are longer than one."""
+    tried = Mock(side_effect=trial._try)
+    monkeypatch.setattr(trial, "_try", tried)
+    rows = [{"prompt": "q", "chosen": "a" * (5 * i), "rejected": "b" * (40 - 3 * i)} for i in range(1, 13)]
+    examples = list(tokenized(AuditData(rows, "pairs").rows, SETTINGS, byte_tokenizer()))
+    folds = np.arange(12) % 2
+    models = fitting.fit_side_models(make(), examples, folds, batch_size=2, seed=0, progress=False)
+    whole, _ = fitting.held_out_scores(models, examples, folds, 2, 3)
+    assert tried.call_count == 1
+    assert np.isfinite(whole).all()
+    for model in (model for fold in models for model in fold):
+        assert (trial._known[model].body is not None) == has_body
 
 
 def test_side_models_share_the_weights_of_the_base(monkeypatch):
