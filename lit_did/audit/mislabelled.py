@@ -20,7 +20,7 @@ from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import share_over_groups
-from lit_did.audit.wording import many, percent_between
+from lit_did.audit.wording import many, percent, percent_between
 
 LEAST_PROMPTS = 50  # with fewer, the regression and the share of swaps are guesses
 LARGEST_P = 0.005  # of the test that no label is swapped
@@ -154,7 +154,10 @@ def _sentence(noise: LabelNoise, raised: bool, predicts: bool, count: int) -> st
     if raised:
         pairs = f"{many(count, 'pair')} {'is' if count == 1 else 'are'}"
         return f"About {interval} of the labels seem to be swapped; {pairs} more likely swapped than not."
-    return f"There is no clear sign of swapped labels: as far as these features show, their share is {interval}."
+    return (
+        "No swapped labels were found, but as far as these features show, up to "
+        f"{percent(noise.share.upper)} of the labels may be swapped."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- features

@@ -19,12 +19,14 @@ PARTS = ("data", "tokens", "reference", "policy", "sides")
 
 
 class Flag(NamedTuple):
-    """Something that may be wrong, which `--fail-on` may name."""
+    """Something that may be wrong, which `--fail_on` may name."""
 
     part: str
     """the part that looks for it, one of `PARTS`"""
     meaning: str
     """what it says of the data, in a few words"""
+    of_rows: bool = True
+    """whether single rows are wrong, and not the set as a whole, or the policy: these come first in the verdict"""
 
 
 FLAGS = {
@@ -35,15 +37,15 @@ FLAGS = {
     "contradictions": Flag("data", "pairs that contradict other pairs of the same prompt"),
     "leaked": Flag("data", "pairs whose prompt is in the validation data too"),
     "empty_think": Flag("data", "completions with an empty think block"),
-    "length_bias": Flag("data", "the longer, or the shorter, side is chosen more often than chance explains"),
-    "habits": Flag("data", "a habit of formatting or phrasing predicts the chosen side"),
+    "length_bias": Flag("data", "the longer, or the shorter, side is chosen more often than chance explains", False),
+    "habits": Flag("data", "a habit of formatting or phrasing predicts the chosen side", False),
     "truncated": Flag("tokens", "completions that lose tokens to max_length"),
     "indistinct": Flag("reference", "pairs whose sides the reference can hardly tell apart"),
-    "off_policy": Flag("reference", "completions that the reference would hardly write"),
+    "off_policy": Flag("reference", "completions that the reference would hardly write", False),
     "mislabelled": Flag("reference", "pairs whose sides seem to be swapped"),
-    "displacement": Flag("policy", "chosen completions that became less likely"),
-    "learned_length": Flag("policy", "the policy is no better than taking the longer side"),
-    "overconfident": Flag("policy", "the policy's margins are larger than its accuracy warrants"),
+    "displacement": Flag("policy", "chosen completions that became less likely", False),
+    "learned_length": Flag("policy", "the policy is no better than taking the longer side", False),
+    "overconfident": Flag("policy", "the policy's margins are larger than its accuracy warrants", False),
 }
 """every flag by name"""
 
@@ -74,7 +76,7 @@ class Finding:
         sentence: What was found, with its number and interval, as one sentence.
         advice: What to do, as one sentence in the imperative. "" if nothing is to be done.
         raised: Whether this is a fault. Only keys of `FLAGS` can be raised.
-        severity: 0 to 1, which orders the verdict. For faults of rows: their share of the rows.
+        severity: 0 to 1, which orders the findings of a kind. For faults of rows: their share of the rows.
         rows: The row numbers in the source that it is about, the worst first.
         dropped: The row numbers that the kept rows lack. None: `rows`.
         evidence: By row number, what speaks for it in that row, in a few words.

@@ -24,8 +24,9 @@ from lit_did.arguments import check_bools, check_integer, check_range
 from lit_did.audit.blocks import Paragraph
 from lit_did.audit.plain import plain
 from lit_did.audit.report import FLAGS, PARTS, Column, Finding, Part
-from lit_did.audit.settings import MAX_LENGTH, Settings
+from lit_did.audit.settings import MAX_LENGTH, NEEDED, TOKENIZATION, Settings
 from lit_did.audit.source import AuditData
+from lit_did.audit.statistics import MIN_PROMPTS
 from lit_did.audit.wording import many
 from lit_did.data.errors import in_words
 from lit_did.data.formats import check_columns
@@ -39,24 +40,8 @@ from lit_did.models.wrappers import is_peft, unwrapped
 from lit_did.scoring.models import Model, check_adapter, check_models, device_of, load_models, load_placed, tokenizer_of
 
 VERDICT = 5  # findings
-_NOT_FAULTS = 2  # of them, that are no faults
+_LEARNED, _NOT_FAULTS = 3, 2  # of them, about the policy; and of these, that are no faults
 _PACKAGES = {"sklearn": "scikit-learn", "rensa": "rensa", "matplotlib": "matplotlib"}
-_TOKENIZATION = (
-    "max_length",
-    "truncation",
-    "min_completion_tokens",
-    "as_chat",
-    "chat_template",
-    "chat_template_kwargs",
-    "parse_special_tokens",
-)
-# Arguments that have no effect unless one of others is given.
-_NEEDED = {
-    **dict.fromkeys(_TOKENIZATION, ("tokenizer", "reference", "policy")),
-    **dict.fromkeys(("max_pairs", "batch_size", "dtype", "device"), ("reference", "policy")),
-    "by": ("policy",),
-    **dict.fromkeys(("beta", "num_prompts", "max_new_tokens"), ("policy", "sides")),
-}
 
 
 @dataclass
@@ -69,6 +54,7 @@ class Audit:
         parts: What each part found, by name.
         inputs: The names of pairs, validation pairs, tokenizer, reference and policy.
         val_source: The validation pairs, as they were given.
+        stopped: What stopped the audit before its end. "": nothing.
     """
 
     data: AuditData
@@ -76,6 +62,7 @@ class Audit:
     parts: dict[str, Part] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     val_source: Any = None
+    stopped: str = ""
 
     @property
     def num_read(self) -> int:
@@ -84,29 +71,56 @@ class Audit:
 
     @property
     def findings(self) -> list[Finding]:
-        """All findings, faults first, the most severe first."""
+        """All findings: faults of rows, other faults, and what is no fault; of each kind the most severe first."""
         found = [finding for part in self.parts.values() for finding in part.findings]
-        return sorted(found, key=lambda finding: (not finding.raised, -finding.severity))
+        return sorted(found, key=lambda f: (not f.raised, f.raised and not FLAGS[f.name].of_rows, -f.severity))
 
     @property
     def raised(self) -> list[Finding]:
-        """The faults, the most severe first."""
+        """The faults, those of rows first."""
         return [finding for finding in self.findings if finding.raised]
 
     @property
     def verdict(self) -> list[Finding]:
-        """At most five findings: the most severe faults, and what is worth knowing of a policy, such as who made its
-        margin. If there is no fault, the first one says so."""
-        faults = self.raised or [
-            Finding(
-                "no_flags", f"No flag was raised in {many(len(self.data), 'pair')}.", "", raised=False, severity=0.0
-            )
-        ]
-        learned = [
-            finding for name in ("policy", "sides") if name in self.parts for finding in self.parts[name].findings
-        ]
-        others = sorted((f for f in learned if f.name not in FLAGS), key=lambda f: -f.severity)[:_NOT_FAULTS]
-        return [*faults[: VERDICT - len(others)], *others]
+        """At most five findings: faults of the data and of the policy, what limits the audit, and what is worth knowing
+        of a policy, such as who made its margin. If there is no fault, one finding says so."""
+        incomplete, few = self._incomplete(), self._too_few_prompts()
+        of_policy = [finding for finding in self.raised if FLAGS[finding.name].part == "policy"]
+        facts = [f for name in ("policy", "sides") if name in self.parts for f in self.parts[name].findings]
+        facts = sorted((f for f in facts if f.name not in FLAGS), key=lambda f: -f.severity)[:_NOT_FAULTS]
+        learned = [*of_policy, *facts][:_LEARNED]
+        faults = [finding for finding in self.raised if FLAGS[finding.name].part != "policy"]
+        if not self.raised:
+            sentence = f"No flag was raised in {many(len(self.data), 'pair')}."
+            faults = [Finding("no_flags", sentence, "", raised=False, severity=0.0)]
+        room = VERDICT - len(incomplete) - len(few) - len(learned)
+        return [*incomplete, *faults[:room], *few, *learned]
+
+    @property
+    def more(self) -> list[Finding]:
+        """The faults that the verdict has no room for."""
+        said = list(map(id, self.verdict))
+        return [finding for finding in self.raised if id(finding) not in said]
+
+    def _incomplete(self) -> list[Finding]:
+        if not self.stopped:
+            return []
+        models = {name: self.inputs.get(name) for name in ("tokenizer", "reference", "policy")}
+        missing = [name for name in parts_of(**models, sides=self.settings.sides) if name not in self.parts]
+        what = f"without the part{'s' * (len(missing) > 1)} {in_words(missing)}" if missing else "without `mislabelled`"
+        sentence = f"This audit is incomplete, {what}: {self.stopped} stopped it."
+        return [Finding("incomplete", sentence, "Run it again for the whole.", raised=False, severity=1.0)]
+
+    def _too_few_prompts(self) -> list[Finding]:
+        count = int(self.data.prompt_groups.max()) + 1
+        if count >= MIN_PROMPTS:
+            return []
+        sentence = (
+            f"{many(count, 'prompt')} {'is' if count == 1 else 'are'} too few to tell what these pairs have in common, "
+            "such as longer chosen sides, from chance."
+        )
+        advice = f"Audit pairs of at least {MIN_PROMPTS} prompts."
+        return [Finding("too_few_prompts", sentence, advice, raised=False, severity=1.0)]
 
     def table(self) -> dict[str, list]:
         """A row a row of the source: index, where, tag, other columns of the source, the parts' columns, flags,
@@ -127,6 +141,7 @@ class Audit:
                 "settings": self.settings,
                 "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
                 "verdict": [f"{finding.sentence} {finding.advice}".strip() for finding in self.verdict],
+                "stopped": self.stopped or None,
                 "flags": [finding.name for finding in self.raised],
                 "findings": self.findings,
                 "parts": {name: part.figures for name, part in self.parts.items()},
@@ -216,6 +231,9 @@ def audit(
             the models do not fit together.
         FileNotFoundError: There is no such file or model.
         ModuleNotFoundError: A package of the extra `audit` is not installed.
+
+    An error or an interrupt that comes after the reference has read the pairs has the attribute `audit`: the `Audit`
+    with the parts until then.
     """
     given = dict(locals())
     _check(given)
@@ -230,7 +248,7 @@ def audit(
         sides=sides,
         by=_check_by(by, data),
         beta=beta,
-        tokenization={name: given[name] for name in _TOKENIZATION},
+        tokenization={name: given[name] for name in TOKENIZATION},
         batch_size=batch_size,
         num_prompts=num_prompts,
         max_new_tokens=max_new_tokens,
@@ -266,7 +284,13 @@ def audit(
             "Expected `reference` to be a model without an adapter for `sides`, but got a PeftModel. Merge its adapter "
             "first (`merge_and_unload`)."
         )
-    _run(found, held_out, tokenizer, reference, policy)
+    try:
+        _run(found, held_out, tokenizer, reference, policy)
+    except (KeyboardInterrupt, Exception) as stop:
+        if "reference" in found.parts:  # what came before takes little time
+            found.stopped = "an interrupt" if isinstance(stop, KeyboardInterrupt) else f"{type(stop).__name__}: {stop}"
+            stop.audit = found  # type: ignore[union-attr]
+        raise
     return found
 
 
@@ -290,14 +314,15 @@ def _run(
         name: replace(part, columns={column: _taken(values, places) for column, values in part.columns.items()})
         for name, part in found.parts.items()
     }
-    _run_models(read, data.select(places), settings, tokenizer, reference, policy)
-    for name in read.keys() - found.parts.keys():
-        part = read[name]
-        part.columns = {column: _spread(values, places, len(data)) for column, values in part.columns.items()}
-        part.blocks.insert(
-            0, Paragraph(f"Models read {found.num_read:,} of the {len(data):,} pairs, drawn at random (max_pairs).")
-        )
-    found.parts |= {name: read[name] for name in PARTS if name in read and name not in found.parts}
+    try:
+        _run_models(read, data.select(places), settings, tokenizer, reference, policy)
+    finally:  # what was found before an error stays
+        for name in PARTS:
+            if name in read and name not in found.parts:
+                part = found.parts[name] = read[name]
+                part.columns = {column: _spread(values, places, len(data)) for column, values in part.columns.items()}
+                sentence = f"Models read {found.num_read:,} of the {len(data):,} pairs, drawn at random (`max_pairs`)."
+                part.blocks.insert(0, Paragraph(sentence))
 
 
 def _taken(values: Column, places: np.ndarray) -> Column:
@@ -383,7 +408,7 @@ def _check(given: Mapping[str, Any]) -> None:
             raise TypeError(f"Expected `{name}` to be a model or its name, but got {type(given[name]).__name__}.")
     if given["sides"] and given["reference"] is None and given["policy"] is None:
         raise ValueError("Expected `reference` with `sides`, whose adapters are fitted on top of it, but got None.")
-    for name, others in _NEEDED.items():
+    for name, others in NEEDED.items():
         if given[name] != defaults[name] and not any(given[other] not in (None, False) for other in others):
             raise ValueError(
                 f"Expected {' or '.join(f'`{other}`' for other in others)} with `{name}`, which has no effect without "

@@ -12,6 +12,25 @@ MAX_LENGTH = 1024
 """`max_length` of an audit that is given none, as `PreferenceDataModule`'s"""
 
 
+TOKENIZATION = (
+    "max_length",
+    "truncation",
+    "min_completion_tokens",
+    "as_chat",
+    "chat_template",
+    "chat_template_kwargs",
+    "parse_special_tokens",
+)
+"""arguments of tokenising"""
+NEEDED = {
+    **dict.fromkeys(TOKENIZATION, ("tokenizer", "reference", "policy")),
+    **dict.fromkeys(("max_pairs", "batch_size", "dtype", "device"), ("reference", "policy")),
+    "by": ("policy",),
+    **dict.fromkeys(("beta", "num_prompts", "max_new_tokens"), ("policy", "sides")),
+}
+"""arguments that have no effect unless one of others is given"""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all parts of an audit share.

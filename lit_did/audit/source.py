@@ -79,7 +79,8 @@ class AuditData:
 
     @cached_property
     def _wheres(self) -> dict[int, str]:
-        return {row.index: row.where for row in (*self.rows, *self.skipped)}
+        places = {row.index: row.where for row in self.rows}
+        return places | {row.index: row.where for row in self.skipped}
 
     @cached_property
     def _is_one_file(self) -> bool:

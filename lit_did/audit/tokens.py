@@ -81,7 +81,7 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
     part = Part(
         "tokens",
         "As tokens",
-        f"What the tokenizer makes of the pairs, and what max_length={max_length:,} cuts.",
+        f"What the tokenizer makes of the pairs, and what a `max_length` of {max_length:,} cuts.",
         columns={name: values.tolist() for name, values in columns.items()},
     )
     if len(places) < len(data):
@@ -91,7 +91,8 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
             )
         )
     groups = data.prompt_groups[[place_of[example.index] for example in dataset]]
-    truncation = _truncation(dataset, max_length, lost, dropped, needed, columns, groups)
+    is_sample = len(places) < len(data)
+    truncation = _truncation(dataset, max_length, lost, dropped, needed, columns, groups, is_sample)
     part.findings.append(truncation)
     part.findings += _notes(dataset)
     part.figures = {
@@ -108,7 +109,7 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
     part.blocks += [
         _lengths(columns, needed, max_length),
         Paragraph(
-            f"max_length={max_length:,} cuts {many(cut_prompts, 'prompt')} ({lost_in_prompts:,} tokens) and "
+            f"A `max_length` of {max_length:,} cuts {many(cut_prompts, 'prompt')} ({lost_in_prompts:,} tokens) and "
             f"completions of {many(len(lost), 'pair')} ({sum(lost.values()):,} tokens)"
             + (f", and leaves out {many(len(dropped), 'pair')}" if dropped else "")
             + f". {_quantile(needed, 0.95):,} would keep 95% of the pairs whole, {_quantile(needed, 0.99):,} 99%."
@@ -166,18 +167,21 @@ def _truncation(
     needed: list[int],
     columns: dict[str, np.ndarray],
     groups: np.ndarray,
+    is_sample: bool,
 ) -> Finding:
     worse = {*lost, *dropped}
     value = share_over_groups([example.index in worse for example in dataset], groups)
     raised = value.lower > LARGEST_SHARE
+    of = f" of a random sample of {many(len(dataset), 'pair')}" if is_sample else ""
     if not lost and not dropped:
-        sentence = f"No completion loses tokens to max_length={max_length:,}."
+        sentence = f"No completion{of} loses tokens to the `max_length` of {max_length:,}."
     else:
         total = float(np.nansum(columns["chosen_whole_tokens"]) + np.nansum(columns["rejected_whole_tokens"]))
         tokens = float(np.nansum(columns["lost_tokens"]))
         what = "lose completion tokens to" if len(lost) + len(dropped) != 1 else "loses completion tokens to"
         sentence = (
-            f"{many(len(lost) + len(dropped), 'pair')} ({percent(value.value)}) {what} max_length={max_length:,}: "
+            f"{many(len(lost) + len(dropped), 'pair')}{of} ({percent(value.value)}) {what} the `max_length` of "
+            f"{max_length:,}: "
             f"{tokens:,.0f} tokens, {percent(tokens / total)} of all completion tokens."
         )
     number = {example.index: tokens for example, tokens in zip(dataset, needed, strict=True)}
@@ -186,7 +190,7 @@ def _truncation(
     return Finding(
         "truncated",
         sentence,
-        f"Pass max_length={enough:,}, which keeps 99% of the pairs whole, or drop the pairs that are longer."
+        f"Set `max_length` to {enough}, which keeps 99% of the pairs whole, or drop the pairs that are longer."
         if raised
         else "",
         raised=raised,
@@ -213,20 +217,20 @@ def _notes(dataset: Any) -> list[Finding]:
             "header_scored",
             f"The chat template's own start of an answer is scored in {dataset.num_with_header:,} of {len(dataset):,} "
             "pairs.",
-            "Pass chat_template_kwargs or a chat_template whose generation prompt ends where answers start.",
+            "Set `chat_template_kwargs`, or a `chat_template` whose generation prompt ends where answers start.",
             dataset.num_with_header,
         ),
         "control": (
             "control_as_text",
             f"The text of {dataset.num_spelling_control:,} of {len(dataset):,} pairs spells control tokens, which are "
             "encoded as text.",
-            "Pass parse_special_tokens=True if a chat template made the text.",
+            "Set `parse_special_tokens` if a chat template made the text.",
             dataset.num_spelling_control,
         ),
         "turns": (
             "no_turns",
             "The pairs are plain text, but the tokenizer has a chat template.",
-            "Pass as_chat=True unless the model continues plain text.",
+            "Set `as_chat` unless the model continues plain text.",
             len(dataset),
         ),
     }
@@ -251,7 +255,7 @@ def _lengths(columns: dict[str, np.ndarray], needed: list[int], max_length: int)
         "Lengths in tokens, before truncation",
         ("what", "median", "90%", "95%", "99%", "longest", "mean"),
         rows,
-        f"A pair is kept whole if the last row is at most max_length={max_length:,}.",
+        f"A pair is kept whole if the last row is at most `max_length`, which is {max_length:,}.",
     )
 
 

@@ -12,13 +12,11 @@ import torch
 from lit_did.audit.report import FLAGS
 from lit_did.audit.running import Audit, parts_of
 from lit_did.audit.running import audit as run_audit
-from lit_did.audit.settings import MAX_LENGTH
 from lit_did.audit.wording import many
 from lit_did.audit.writing import PAGE, check_folder, write_audit
 from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
 from lit_did.cli.output import make_parent, short_name
-from lit_did.data.tokenizing import Truncation
 from lit_did.scoring.models import Dtype
 
 _OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--policy", "sides": "--sides"}
@@ -26,7 +24,7 @@ _OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--po
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    return call(audit, "audit", arguments)
+    return call(audit, "audit", arguments, options_of=[run_audit], without=("progress",))
 
 
 def audit(
@@ -41,23 +39,10 @@ def audit(
     output: str | None = None,
     overwrite: bool = False,
     by: list[str] | None = None,
-    beta: float = 0.1,
-    columns: dict[str, str | None] | None = None,
-    max_pairs: int | None = None,
-    max_length: int = MAX_LENGTH,
-    truncation: Truncation = "completion",
-    min_completion_tokens: int | None = None,
-    as_chat: bool = False,
-    chat_template: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    parse_special_tokens: bool = False,
-    batch_size: int = 8,
-    num_prompts: int = 8,
-    max_new_tokens: int = 32,
-    seed: int = 0,
     dtype: Dtype = "float32",
     device: str | None = None,
     quiet: bool = False,
+    **options: Any,
 ) -> int:
     """Reports what preference pairs hold, and with models, what a reference says of them and what a policy learned.
 
@@ -76,55 +61,36 @@ def audit(
         output: The folder, by default the name of the pairs with .audit.
         overwrite: Whether to replace an audit that is there.
         by: Columns of the pairs, besides tag, for whose values a policy gets figures of their own.
-        beta: DPO's inverse temperature.
-        columns: Names of the source's columns by field, such as '{"prompt": "question"}'.
-        max_pairs: The most pairs that models read, drawn at random. The data alone is examined in all pairs.
-        max_length: The most tokens of a prompt and its completion together.
-        truncation: What loses tokens in longer pairs. drop leaves them out.
-        min_completion_tokens: The tokens that a completion keeps before the prompt loses some.
-        as_chat: Whether to wrap plain text as messages of user and assistant.
-        chat_template: A Jinja template to use instead of the tokenizer's.
-        chat_template_kwargs: Variables for the chat template.
-        parse_special_tokens: Whether to read control tokens that the text spells as control tokens.
-        batch_size: Pairs a forward pass.
-        num_prompts: How many prompts are completed by the models.
-        max_new_tokens: Where these completions are cut.
-        seed: Of all draws.
         dtype: The number format of the models' weights.
         device: The device, such as cuda:1. By default the GPU if there is one.
         quiet: Whether to show neither progress bars nor the verdict.
+        **options: The other arguments of `lit_did.audit.audit`.
     """
     parts = parts_of(tokenizer=tokenizer, reference=reference, policy=policy, sides=sides)
     failing = _check_flags(fail_on or [], parts, val)
     folder = Path(output or f"{short_name(pairs)}.audit").expanduser()
     make_parent(folder)
     check_folder(folder, overwrite, "--output", (pairs, val))
-    found = run_audit(
-        pairs,
-        val=val,
-        tokenizer=tokenizer,
-        reference=reference,
-        policy=policy,
-        sides=sides,
-        by=by or (),
-        beta=beta,
-        columns=columns,
-        max_pairs=max_pairs,
-        max_length=max_length,
-        truncation=truncation,
-        min_completion_tokens=min_completion_tokens,
-        as_chat=as_chat,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        parse_special_tokens=parse_special_tokens,
-        batch_size=batch_size,
-        num_prompts=num_prompts,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        dtype=None if dtype == "float32" else getattr(torch, dtype),
-        device=device,
-        progress=not quiet,
-    )
+    try:
+        found = run_audit(
+            pairs,
+            val=val,
+            tokenizer=tokenizer,
+            reference=reference,
+            policy=policy,
+            sides=sides,
+            by=by or (),
+            dtype=None if dtype == "float32" else getattr(torch, dtype),
+            device=device,
+            progress=not quiet,
+            **options,
+        )
+    except BaseException as stop:
+        if (unfinished := getattr(stop, "audit", None)) is not None:
+            beside = folder.with_name(f"{folder.name}.incomplete")
+            write_audit(unfinished, beside, True, "--output")
+            print(f"Written: {beside / PAGE}, with the parts {', '.join(unfinished.parts)}")
+        raise
     files = write_audit(found, folder, overwrite, "--output")
     if not quiet:
         print(describe(found))
@@ -146,8 +112,9 @@ def describe(found: Audit) -> str:
     for finding in found.verdict:
         text = f"{finding.sentence} {finding.advice}".strip() + (f" [{finding.name}]" if finding.raised else "")
         lines += textwrap.wrap(text, 110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    if more := len(found.raised) - sum(finding.raised for finding in found.verdict):
-        lines.append(f"- {more} more {'flag is' if more == 1 else 'flags are'} in the page.")
+    if found.more:
+        names = ", ".join(finding.name for finding in found.more)
+        lines.append(f"And {many(len(found.more), 'more flag')} in the page: {names}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lit_did.audit.running import audit as run_audit
 from lit_did.cli.audit import audit
 from lit_did.cli.functions import call
 from lit_did.cli.output import short_name
@@ -11,7 +12,8 @@ from lit_did.cli.output import short_name
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    return call(compare, "compare", arguments, options_of=audit, without=("pairs", "reference", "policy"))
+    without = ("pairs", "reference", "policy", "progress")
+    return call(compare, "compare", arguments, options_of=[audit, run_audit], without=without)
 
 
 def compare(base: str, tuned: str, *, data: str, output: str | None = None, **options: Any) -> int:

@@ -28,7 +28,7 @@ def call(
     command: str,
     arguments: list[str],
     *,
-    options_of: Callable[..., Any] | None = None,
+    options_of: Sequence[Callable[..., Any]] = (),
     without: Collection[str] = (),
 ) -> Any:
     """Calls a function with a command line.
@@ -42,7 +42,8 @@ def call(
         function: The function. Its docstring has a section Args.
         command: The command's name, for the help.
         arguments: The command line after that name.
-        options_of: Another function, whose parameters `function` takes as `**options`.
+        options_of: Other functions, whose parameters `function` takes as `**options`. Of parameters with the same name,
+            the first one counts.
         without: Parameters of `options_of` that are left out.
 
     Returns:
@@ -55,11 +56,10 @@ def call(
     positional = [p.name for p in of_function.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     parser = Parser(prog=f"lit-did {command}", description=_documented(function).description, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file with options.")
-    lists = []
-    for owner in (function, options_of):
-        if owner is None:
-            continue
-        own = of_function if owner is function else _parameters(owner, {*of_function, *without})
+    lists, taken = [], set(without)
+    for owner in (function, *options_of):
+        own = of_function if owner is function else _parameters(owner, taken)
+        taken |= own.keys()
         hints = get_type_hints(owner)
         helps = {parameter.arg_name: parameter.description for parameter in _documented(owner).params}
         switches = [name for name in own if hints[name] is bool]
@@ -71,8 +71,10 @@ def call(
                 f"--{name}", action=jsonargparse.ActionYesNo, default=own[name].default, help=helps[name]
             )
         others = {*own} - {*positional, *switches}
-        everything = {*inspect.signature(owner).parameters, *(() if options_of is None else _parameters(options_of))}
-        parser.add_function_arguments(owner, skip=everything - others, fail_untyped=True)
+        everything: set[str | int] = {
+            name for each in (owner, *options_of) for name in inspect.signature(each).parameters
+        }
+        parser.add_function_arguments(owner, skip=everything - others, fail_untyped=True, as_group=False)
     arguments = _gathered(_with_underscores(arguments), lists)
     check_yaml_files(arguments)
     values = parser.instantiate(parser.parse_args(arguments)).as_dict()

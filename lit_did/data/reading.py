@@ -150,7 +150,7 @@ def read_rows(
     _warn_of_roles(rows, warn)
     if not rows:
         if skipped:
-            raise ValueError(f"{describe_skipped(name, skipped)} No row is left.")
+            raise ValueError(f"{_described(name, skipped)} No row is left. Fix the rows.")
         raise ValueError(f"{name}: Expected preference pairs, but got none.")
     return rows, sorted(skipped)
 
@@ -191,7 +191,11 @@ def _repeats_prompts(pairs: Sequence[PreferencePair]) -> bool:
 
 
 def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
-    """Says how many rows of a source were skipped, why, and where."""
+    """Says how many rows of a source were skipped, why, where, and what to do."""
+    return f'{_described(name, skipped, num_rows)} Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.'
+
+
+def _described(name: str, skipped: Sequence[SkippedRow], num_rows: int | None = None) -> str:
     reasons = Counter(row.reason for row in skipped).most_common(3)
     lines = []
     for reason, count in reasons:
@@ -203,10 +207,7 @@ def describe_skipped(name: str, skipped: Sequence[SkippedRow], num_rows: int | N
         lines.append(f"{others} for other reasons.")
     one = len(skipped) == 1
     of = ("row" if one else "rows") if num_rows is None else f"of {num_rows} rows"
-    return (
-        f"{name}: {len(skipped)} {of} cannot be trained on and {'is' if one else 'are'} skipped. {' '.join(lines)} "
-        'Fix the rows, or pass `on_bad_rows="raise"` to stop at the first.'
-    )
+    return f"{name}: {len(skipped)} {of} cannot be trained on and {'is' if one else 'are'} skipped. {' '.join(lines)}"
 
 
 def read_raw(source: Any, name: str, choose: Choose) -> Iterable[tuple[str, Any]]:

@@ -333,6 +333,14 @@ def test_one_prompt_is_too_few():
     assert finding.sentence.endswith("but there is 1 prompt.")
 
 
+def test_without_a_flag_the_sentence_says_what_cannot_be_ruled_out():
+    finding = examine_labels(rows(200), SETTINGS, clean("deterministic", 0, 200))[1]
+    assert not finding.raised
+    most = percent(finding.value.upper)
+    assert finding.sentence.endswith(f"up to {most} of the labels may be swapped.")
+    assert finding.value.upper > 0.001
+
+
 def test_too_few_pairs():
     columns, finding, blocks = examine_labels(rows(49), SETTINGS, clean("deterministic", 0, 49))
     assert (

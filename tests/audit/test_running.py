@@ -143,7 +143,7 @@ def test_models_read_max_pairs_and_the_data_is_examined_whole(parts, models, tok
     assert [table["policy_value"][place] for place in places] == [0.0, None]
     known = found.parts["data"].columns["data_value"][found.data.row_numbers.searchsorted(places)]
     np.testing.assert_array_equal(seen["data"].columns["data_value"], known)
-    sentence = "Models read 2 of the 4 pairs, drawn at random (max_pairs)."
+    sentence = "Models read 2 of the 4 pairs, drawn at random (`max_pairs`)."
     assert [part.blocks[0].text for part in found.parts.values()] == ["data", "tokens", sentence, sentence]
     assert found.table() == audit(ROWS, max_pairs=2, **options).table()
     assert found.figures()["settings"].items() >= {"max_pairs": 2, "columns": {"tag": "tag"}, "sides": False}.items()
@@ -259,14 +259,33 @@ def test_packages_that_are_missing(parts, monkeypatch, tiny_model, module, sides
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+MANY = [ROWS[3] | {"prompt": f"Question {i}?"} for i in range(20)]
+
+
 def test_the_verdict(parts):
-    assert [f.name for f in audit(ROWS).verdict] == ["contradictions", "identical", "unusable"]
+    few = audit(ROWS).verdict
+    assert [f.name for f in few] == ["contradictions", "identical", "unusable", "too_few_prompts"]
+    assert few[-1].sentence.startswith("3 prompts are too few")
+    assert audit(ROWS[:1]).verdict[-1].sentence.startswith("1 prompt is too few")
+    assert [f.name for f in audit(MANY).verdict] == ["contradictions", "identical", "unusable"]
+
+
+def test_faults_of_rows_come_first(parts):
+    names = ["length_bias", "habits", "duplicates", "contradictions", "leaked", "empty_think"]
+    parts.findings["data"] = [Finding(name, "", "", True, 1 - i / 10) for i, name in enumerate(names)]
+    found = audit(MANY)
+    assert [f.name for f in found.verdict] == [*names[2:], "length_bias"]
+    assert [f.name for f in found.more] == ["habits"]
+    assert {name for name, flag in FLAGS.items() if not flag.of_rows} == {
+        *("length_bias", "habits", "off_policy"),
+        *(name for name, flag in FLAGS.items() if flag.part == "policy"),
+    }
 
 
 def test_the_verdict_without_faults(parts):
     parts.findings["data"] = FINDINGS[3:]
-    (only,) = audit(ROWS).verdict
-    assert (only.sentence, only.raised) == ("No flag was raised in 4 pairs.", False)
+    (only,) = audit(MANY).verdict
+    assert (only.sentence, only.raised) == ("No flag was raised in 20 pairs.", False)
 
 
 def test_the_verdict_of_a_policy(parts, models, tokenizer):
@@ -276,8 +295,40 @@ def test_the_verdict_of_a_policy(parts, models, tokenizer):
         Finding("displacement", "b.", "", True, 0.3),
         Finding("overconfident", "c", "", False, 1),
     ]
-    found = audit(ROWS, tokenizer=tokenizer, reference=models[0], policy=models[1])
-    assert [f.name for f in found.verdict] == ["contradictions", "displacement", "identical", "fact 2", "fact 1"]
+    found = audit(MANY, tokenizer=tokenizer, reference=models[0], policy=models[1])
+    assert [f.name for f in found.verdict] == ["contradictions", "identical", "displacement", "fact 2", "fact 1"]
+    assert [f.name for f in found.more] == ["unusable"]
+    parts.findings["data"] = []
+    found = audit(MANY, tokenizer=tokenizer, reference=models[0], policy=models[1])
+    assert [f.name for f in found.verdict] == ["displacement", "fact 2", "fact 1"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("The disk is full.")])
+@pytest.mark.parametrize("max_pairs", [None, 2])
+@pytest.mark.parametrize("last", ["examine_tokens", "examine_reference", "examine_policy", "examine_labels"])
+def test_what_was_found_before_a_stop_is_kept(parts, models, tokenizer, monkeypatch, stop, max_pairs, last):
+    from lit_did.audit import running
+
+    function = running._function
+
+    def fail(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(running, "_function", lambda module, name: fail if name == last else function(module, name))
+    options = {"tokenizer": tokenizer, "reference": models[0], "policy": models[1], "max_pairs": max_pairs}
+    with pytest.raises(type(stop)) as caught:
+        audit(ROWS, **options)
+    if last in ("examine_tokens", "examine_reference"):
+        assert not hasattr(caught.value, "audit")
+        return
+    found = caught.value.audit
+    assert len(found.table()["reference_value"]) == 5
+    assert list(found.parts) == ["data", "tokens", "reference", "policy"][: 4 if last == "examine_labels" else 3]
+    without = "`mislabelled`" if last == "examine_labels" else "the part `policy`"
+    why = "an interrupt" if isinstance(stop, KeyboardInterrupt) else "RuntimeError: The disk is full."
+    assert found.verdict[0].sentence == f"This audit is incomplete, without {without}: {why} stopped it."
+    assert found.figures()["stopped"] == why
+    assert audit(ROWS).figures()["stopped"] is None
 
 
 def test_the_table(parts):

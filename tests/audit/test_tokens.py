@@ -1,5 +1,7 @@
 """examine_tokens: what max_length cuts, counted by hand, and what is scored, in stretches."""
 
+import re
+
 import pytest
 
 from lit_did.audit import tokens
@@ -34,10 +36,10 @@ def test_what_max_length_cuts():
     assert list(finding.rows) == list(range(99, 89, -1))  # the worst first
     assert finding.raised
     assert finding.sentence == (
-        f"10 pairs (10%) lose completion tokens to max_length=95: 55 tokens, {100 * 55 / (5150 + 400):.2g}% of all "
-        "completion tokens."
+        f"10 pairs (10%) lose completion tokens to the `max_length` of 95: 55 tokens, {100 * 55 / (5150 + 400):.2g}% "
+        "of all completion tokens."
     )
-    assert finding.advice.startswith("Pass max_length=104")
+    assert finding.advice.startswith("Set `max_length` to 104, ")
     assert part.columns["lost_tokens"] == [max(0, n - 90) for n in range(1, 101)]
     assert part.columns["chosen_whole_tokens"] == [n + 1 for n in range(1, 101)]
 
@@ -51,7 +53,7 @@ def test_two_pairs_in_a_hundred_raise_nothing(max_length, raised):
 def test_nothing_is_cut():
     finding = examine(ROWS).findings[0]
     assert (finding.sentence, finding.advice, finding.raised) == (
-        "No completion loses tokens to max_length=1,024.",
+        "No completion loses tokens to the `max_length` of 1,024.",
         "",
         False,
     )
@@ -75,7 +77,9 @@ def test_a_sample_of_large_data(monkeypatch):
     monkeypatch.setattr(tokens, "MOST_PAIRS", 40)
     part = examine(ROWS)
     assert "A random sample of 40 of the 100 pairs" in part.blocks[0].text
+    assert "No completion of a random sample of 40 pairs loses tokens" in part.findings[0].sentence
     assert sum(count == count for count in part.columns["lost_tokens"]) == 40
+    assert re.match(r"\d+ pairs? of a random sample of 40 pairs \(", examine(ROWS, max_length=60).findings[0].sentence)
 
 
 def test_stretches_of_a_pair_that_is_cut():

@@ -33,6 +33,8 @@ def test_the_data_alone(folder, capsys):
         "- 2 pairs contradict. Keep one. [contradictions]",
         "- 1 pair is identical. Drop it. [identical]",
         "- 1 row is unusable. Drop it. [unusable]",
+        "- 3 prompts are too few to tell what these pairs have in common, such as longer chosen sides, from chance.",
+        "  Audit pairs of at least 20 prompts.",
         "Written: pairs.v2.audit/audit.html, audit.json, flags, pairs.csv",
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["pairs.v2.audit", PAIRS]
@@ -70,11 +72,12 @@ def test_nothing_raised(folder, parts, capsys):
     assert "- No flag was raised in 4 pairs.\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("count", "more"), [(6, "1 more flag is"), (7, "2 more flags are")])
+@pytest.mark.parametrize(("count", "more"), [(5, "1 more flag"), (6, "2 more flags")])
 def test_more_flags_than_the_verdict_has(folder, parts, capsys, count, more):
     parts.findings["data"] = [Finding("identical", f"Fault {i}.", "", True, 0.1) for i in range(count)]
     assert main(["audit", PAIRS]) == 0
-    assert f"- {more} in the page." in capsys.readouterr().out
+    names = ", ".join(["identical"] * (count - 4))
+    assert f"\nAnd {more} in the page: {names}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -137,7 +140,11 @@ def test_what_a_user_can_mend(folder, parts, capsys, options, message):
         (None, f"Expected a data file, but {PAIRS} does not exist."),
         ("", f"{PAIRS}: Expected preference pairs, but got none."),
         ("{", f"{PAIRS}, line 1: Expected one JSON object a line, but got invalid JSON"),
-        ('{"prompt": "a", "chosen": "", "rejected": "b"}', f"{PAIRS}: 1 row cannot be trained on"),
+        (
+            '{"prompt": "a", "chosen": "", "rejected": "b"}',
+            f"{PAIRS}: 1 row cannot be trained on and is skipped. 1 with the reason: Expected `chosen` to be "
+            f"non-empty, but got an empty string. ({PAIRS}, line 1) No row is left. Fix the rows.",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_read(folder, capsys, text, message):
@@ -173,6 +180,38 @@ def test_an_interrupt_leaves_nothing(folder, parts, capsys):
     assert main(["audit", PAIRS]) == 130
     assert capsys.readouterr().err == "Stopped.\n"
     assert [path.name for path in folder.iterdir()] == [PAIRS]
+
+
+def test_an_interrupt_after_the_reference_leaves_what_was_found(folder, parts, monkeypatch, models, capsys):
+    from lit_did.audit import running
+
+    function = running._function
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        running, "_function", lambda module, name: stop if module == "policy" else function(module, name)
+    )
+    command = ["audit", PAIRS, "--reference", str(models[0]), "--policy", str(models[1]), "--device", "cpu"]
+    for _ in range(2):  # nothing has to be overwritten
+        assert main(command) == 130
+        printed = capsys.readouterr()
+        unfinished = "pairs.v2.audit.incomplete"
+        assert printed.out == f"Written: {unfinished}/audit.html, with the parts data, tokens, reference\n"
+        assert printed.err.endswith("Stopped.\n")
+    assert json.loads((folder / unfinished / "audit.json").read_text())["stopped"] == "an interrupt"
+    assert sorted(path.name for path in folder.iterdir()) == [unfinished, PAIRS]
+
+
+def test_options_of_the_python_function(folder, parts, tiny_model):
+    options = ["--columns", '{"prompt": "prompt", "tag": "tag"}', "--chat-template-kwargs", '{"a": true}', "--as-chat"]
+    assert main(["audit", PAIRS, "--quiet", "--tokenizer", str(tiny_model), "--max-length", "9", *options]) == 0
+    settings = json.loads((folder / "pairs.v2.audit" / "audit.json").read_text())["settings"]
+    assert settings["columns"] == {"prompt": "prompt", "tag": "tag"}
+    given = {"chat_template_kwargs": {"a": True}, "as_chat": True, "max_length": 9}
+    assert settings["tokenization"].items() >= given.items()
+    assert main(["audit", PAIRS, "--progress", "false"]) == 2
 
 
 def test_a_warning_of_the_reader_comes_once(folder, parts, recwarn):

@@ -37,6 +37,11 @@ def shown(text: Any, most: int | None = MAX_TEXT) -> Markup:
     return Markup(html + note)
 
 
+def said(text: str) -> Markup:
+    """A sentence of the audit as `shown`, where names in backticks are code."""
+    return Markup(re.sub(r"`([^`<>]+)`", r"<code>\1</code>", str(shown(text))))
+
+
 def marked(text: str, most: int | None = MAX_TEXT) -> Markup:
     """`shown`, with a mark at the end of each line."""
     return Markup(str(shown(text, most)).replace("\n", '<span class="code">⏎</span>\n'))

@@ -18,16 +18,17 @@ from markupsafe import Markup, escape
 
 from lit_did import __version__
 from lit_did.audit.blocks import Block, Picture
-from lit_did.audit.page.cells import HIDDEN, cell, is_number, marked, number, shown, sort_value
+from lit_did.audit.page.cells import HIDDEN, cell, is_number, marked, number, said, shown, sort_value
 from lit_did.audit.page.heat import LEVELS, Heat
 from lit_did.audit.report import FLAGS, PARTS, Finding
+from lit_did.audit.settings import NEEDED
 
 if TYPE_CHECKING:
     from lit_did.audit.running import Audit
 
 _BEGINNING = 90  # letters
 MAX_ROWS = 50  # of a finding that the page shows
-_OPTIONS = {"tokens": "--tokenizer", "reference": "--reference", "policy": "--policy", "leaked": "--val"}
+_REMEDIES = {"tokens": "tokenizer", "reference": "reference", "policy": "policy", "leaked": "val"}
 _LABELS = {"pairs": "Pairs", "val": "Validation pairs"}
 
 
@@ -49,6 +50,7 @@ def render(audit: Audit) -> str:
             facts=list(_facts(audit)),
             settings=list(_settings(audit)),
             verdict=verdict,
+            more=audit.more,
             flags=list(_flags(audit)),
             parts=[part for name in PARTS if (part := audit.parts.get(name))],
             listed=[finding for finding in audit.findings if len(finding.rows)],
@@ -78,6 +80,7 @@ def _environment() -> Environment:
         "marked": marked,
         "number": number,
         "quoted": lambda text: quote(text, safe=""),
+        "said": said,
         "shown": shown,
         "slug": _slug,
         "sort_value": sort_value,
@@ -143,10 +146,13 @@ def _facts(audit: Audit) -> Iterator[tuple[str, str]]:
 
 
 def _settings(audit: Audit) -> Iterator[tuple[str, str]]:
-    for name, value in asdict(audit.settings).items():
-        for key, what in value.items() if name == "tokenization" else [(name, value)]:
-            if what is not None and what != () and key != "progress":
-                yield key, ", ".join(map(str, what)) if isinstance(what, tuple) else str(what)
+    """The settings of the parts that ran."""
+    settings = asdict(audit.settings)
+    given = {*audit.inputs, *(["sides"] if settings.pop("sides") else [])}
+    for name, value in (settings.pop("tokenization") | settings).items():
+        has_effect = name != "progress" and given & set(NEEDED.get(name, given))
+        if has_effect and value not in (None, ()):
+            yield name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _flags(audit: Audit) -> Iterator[tuple[str, str, str, str, Finding | None]]:
@@ -157,8 +163,10 @@ def _flags(audit: Audit) -> Iterator[tuple[str, str, str, str, Finding | None]]:
         if finding is not None:
             yield name, flag.meaning, "raised" if finding.raised else "not raised", finding.sentence, finding
         else:
-            option = _OPTIONS.get(name) or (_OPTIONS.get(flag.part) if flag.part not in audit.parts else None)
-            remedy = f"Pass {option} to look for it." if option else "It could not be measured here."
+            needed = _REMEDIES.get(name) or (_REMEDIES.get(flag.part) if flag.part not in audit.parts else None)
+            remedy = f"Pass `{needed}` to look for it." if needed else "It could not be measured here."
+            if audit.stopped and (needed is None or needed in audit.inputs):
+                remedy = "The audit stopped before."
             yield name, flag.meaning, "not looked for", remedy, None
 
 

@@ -54,7 +54,7 @@ def did_entropy_of_completions(
         "did_entropy",
         f"The DID entropy of completions of {settings.max_new_tokens} tokens is {means['did_entropy']} nats over "
         f"{many(count, 'prompt')}, {means['did_concentration']} nats below its maximum; the estimate is {trust}.",
-        "" if found.reliable else "Take fewer new tokens, or more samples with `lit-did entropy`.",
+        "" if found.reliable else "Lower `max_new_tokens`, or take more samples with `lit-did entropy`.",
         raised=False,
         severity=0.15,
         value=means["did_entropy"],

@@ -54,7 +54,9 @@ def displacement_findings(scored: Scored, figures: Mapping[str, Estimate]) -> li
             "displacement",
             f"The chosen completion became less likely in {percent_between(fell)} of the pairs; the mean change "
             f"is {change} nats.",
-            "If that is not wanted, add an SFT term (`nll_weight=0.2`) or lower the learning rate." if raised else "",
+            "If that is not wanted, add an SFT term (`nll_weight` of `LitDPO`, such as 0.2) or lower the learning rate."
+            if raised
+            else "",
             raised=raised,
             severity=fell.value if raised else 0.3,
             rows=scored.rows[order].tolist(),

@@ -1,14 +1,16 @@
 """The page of an audit: its structure, and how it behaves in headless Chromium."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from lit_did.audit.page import render
-from lit_did.audit.page.cells import cell, number, shown
-from lit_did.audit.report import FLAGS, Estimate
+from lit_did.audit.page.cells import cell, number, said, shown
+from lit_did.audit.report import FLAGS, Estimate, Finding
+from lit_did.audit.settings import Settings
 from tests.audit.page.example import HOSTILE, example
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -84,7 +86,53 @@ def test_every_flag_is_listed_with_its_state(tree):
     rows = [named["class"] for tag, named in tree.tags if tag == "tr" and "class" in named]
     assert len(rows) == len(FLAGS)
     assert (rows.count("raised"), rows.count("not-raised")) == (2, 1)
-    assert "Pass --val to look for it." in tree.text
+    assert "Pass val to look for it." in tree.text
+
+
+def test_settings_are_those_of_the_parts_that_ran():
+    found = example()
+    found.settings = Settings(beta=0.25, batch_size=3, by=("source",), tokenization={"max_length": 77}, device="cpu")
+
+    def names(**inputs):
+        found.inputs = {"pairs": "a", **inputs}
+        text = render(found)
+        settings = text[text.index("<summary>Settings") : text.index("</details>")]
+        return re.findall(r"<dt>(\w+)</dt>", settings)
+
+    assert names() == ["seed"]
+    assert names(val="b", tokenizer="t") == ["max_length", "seed"]
+    assert names(tokenizer="t", reference="r") == ["max_length", "batch_size", "seed", "device"]
+    of_policy = ["max_length", "by", "beta", "batch_size", "num_prompts", "max_new_tokens", "seed", "device"]
+    assert names(tokenizer="t", policy="r") == of_policy
+    found.settings = replace(found.settings, sides=True)
+    assert names(tokenizer="t", reference="r") == [name for name in of_policy if name != "by"]
+
+
+def test_faults_without_a_place_in_the_verdict_are_linked():
+    found = example()
+    assert "more flag" not in render(found)
+    found.parts["data"].findings += [
+        Finding(name, "A.", "", True, 0.01, [1] * (name != "identical"))
+        for name in ("identical", "duplicates", "habits", "leaked", "empty_think")
+    ]
+    text = render(found)
+    more = text[text.index('<p class="more">') :].partition("</p>")[0]
+    assert "And 3 more flags below:" in more
+    links = re.findall('href="#(.*?)">(.*?)</a>', more)
+    assert links == [("rows-leaked", "leaked"), ("rows-empty_think", "empty think"), ("rows-habits", "habits")]
+
+
+def test_names_in_sentences_are_code():
+    assert said("Pass `val` & `<b>`.") == "Pass <code>val</code> &amp; <code>&lt;b&gt;</code>."
+
+
+def test_an_audit_that_was_stopped():
+    found = example()
+    found.stopped = "an interrupt"
+    found.inputs["val"] = "v.jsonl"
+    text = " ".join(Tree(render(found)).text.split())
+    assert "This audit is incomplete, without the part reference: an interrupt stopped it." in text
+    assert text.count("not looked for The audit stopped before.") == len(FLAGS) - 3
 
 
 def test_texts_are_shown_whole_or_cut_with_a_note(tree):
