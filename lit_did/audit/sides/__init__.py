@@ -54,8 +54,8 @@ def examine_sides(
         "sides",
         "Before training: the two sides",
         "Four small adapters of the reference are trained: for each half of the prompts, one on the chosen and one on "
-        "the rejected completions of the other half, so that none scores a pair that it was fitted to. From "
-        "them follows what DPO would learn.",
+        "the rejected completions of the other half, so that none scores a pair that it was fitted to. They predict "
+        "what DPO would learn.",
     )
     examples = list(tokenized(data.rows, settings, tokenizer))
     place = {int(row): number for number, row in enumerate(data.row_numbers)}
@@ -103,9 +103,9 @@ def examine_sides(
             ["quantity", "value"],
             rows,
             "Intervals over prompts, for these side models. s is 0 where the reference lies at the chosen side and 1 "
-            "where it lies at the rejected side. R^2 compares what the line leaves over with the distance between the "
-            "sides. It is 1 on the line, and can be below 0. Errors of the side models pull s towards 1/2 and lower "
-            "R^2.",
+            "where it lies at the rejected side. R^2 is 1 less the squared distance from that line over the squared "
+            "distance between the sides. It is 1 on the line, and can be below 0. Errors of the side models lower k "
+            "and R^2, and pull s towards 1/2.",
         ),
     ]
     part.findings += _findings(accuracy, k, parts)
@@ -185,11 +185,13 @@ def _findings(accuracy: Estimate, k: Estimate, parts: Mapping[str, Part]) -> lis
     baselines = parts["data"].figures.get("baselines", {}) if "data" in parts else {}
     longer = baselines.get("longer")
     beside = "" if longer is None else f"; taking the longer side is right in {longer}"
+    by_chance = not accuracy.lower > 0.5
     found = [
         Finding(
             "side_accuracy",
-            f"Models of the two sides tell held-out sides apart in {accuracy} of the pairs{beside}.",
-            "",
+            f"Models of the two sides prefer the chosen completion in {accuracy} of the held-out pairs"
+            f"{', which chance explains' if by_chance else ''}{beside}.",
+            "Do not rely on what this part predicts. More pairs (`max_pairs`) may help." if by_chance else "",
             False,
             0.3,
             value=accuracy,
@@ -203,11 +205,15 @@ def _findings(accuracy: Estimate, k: Estimate, parts: Mapping[str, Part]) -> lis
         )
     elif math.isnan(k.lower):
         return found
-    elif k.lower > 1 or k.upper < 1:
-        why = "larger" if k.upper < 1 else "smaller"
+    elif k.upper < 1:  # independent sides have 1, judged ones at least 1 (docs/theory.md)
         text = (
-            f"The sides are not independent, or their models are not well fitted: k = {k}, where independent sides "
-            f"have 1, so the side models' margins are {why} than their accuracy warrants."
+            f"The side models are noisy, so it cannot be said whether the sides are independent: k = {k}, where good "
+            "side models have 1 or more."
+        )
+    elif k.lower > 1:
+        text = (
+            f"The sides are not independent, or their models learned too little: k = {k}, where independent sides have "
+            "1."
         )
     elif k.upper - k.lower > 1:
         text = f"There is too little data to tell whether the sides are independent: k = {k}. Independent sides have 1."

@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import logsigmoid
 
 from lit_did.audit.sides.prediction import line_between, predicted_change
+from lit_did.audit.statistics import calibration_slope
 from lit_did.experiments.energy_models import Preferences, entropy, kl, minimise, power_law
 from lit_did.functional import enumerate_did
 from lit_did.sampling import sample_did
@@ -83,6 +84,13 @@ def slope(joint, log_ratio) -> float:
     return minimize_scalar(lambda k: float(-(joint * logsigmoid(k * difference)).sum()), bounds=(0, 20)).x
 
 
+def slope_of_draws(joint, log_ratio, count: int = 40_000):
+    """The same of pairs that are drawn, as an audit has it."""
+    places = torch.multinomial(joint.flatten(), count, replacement=True, generator=torch.Generator().manual_seed(1))
+    chosen, rejected = places // len(log_ratio), places % len(log_ratio)
+    return calibration_slope((log_ratio[chosen] - log_ratio[rejected]).numpy(), np.arange(count))
+
+
 @pytest.mark.parametrize(("scale", "most"), [(0.3, 1e-6), (1.0, 0.002), (2.0, 0.03)])
 def test_judged_sides_are_an_approximation_that_k_improves(models, scale, most):
     joint, reward, rho = judged(models, scale)
@@ -92,15 +100,26 @@ def test_judged_sides_are_an_approximation_that_k_improves(models, scale, most):
     log_ratio = joint.sum(1).log() - joint.sum(0).log()
     k = slope(joint, log_ratio)
     assert k > 1  # the marginals differ less than the reward
-    error, plain = (float(kl(exact, (rho + factor * log_ratio / BETA).log_softmax(0))) for factor in (k, 1.0))
-    distance = float(kl(exact, rho))
-    assert error < plain
-    assert error < most * distance
+    estimate = slope_of_draws(joint, log_ratio)
+    assert estimate.lower < k < estimate.upper
+
+    def divergence(factor: float) -> float:
+        """From what was trained to what is predicted with this k."""
+        log_partition = (rho + factor * log_ratio / BETA).logsumexp(0).expand(len(rho))
+        change = predicted_change(torch.stack([log_ratio, -log_ratio], 1), log_partition, exponent=factor / BETA)
+        return float(kl(exact, rho + torch.from_numpy(change[:, 0])))
+
+    assert divergence(k) < divergence(1.0)
+    assert divergence(k) < most * float(kl(exact, rho))
 
 
 def test_k_is_one_for_independent_sides(models):
     _, (w, l, _) = models  # noqa: E741
-    assert slope((w[:, None] + l[None]).exp(), w - l) == pytest.approx(1, abs=1e-4)
+    joint = (w[:, None] + l[None]).exp()
+    assert slope(joint, w - l) == pytest.approx(1, abs=1e-4)
+    estimate = slope_of_draws(joint, w - l)
+    assert estimate.lower < 1 < estimate.upper
+    assert estimate.upper - estimate.lower < 0.2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 0.3])

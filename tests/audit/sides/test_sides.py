@@ -9,11 +9,12 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import lit_did.audit.sides as sides
-from lit_did.audit.report import Part
+from lit_did.audit.report import Estimate, Part
 from lit_did.audit.settings import Settings
-from lit_did.audit.sides import examine_sides, fitting
+from lit_did.audit.sides import examine_sides, fitting, prediction
 from lit_did.audit.source import AuditData
 from lit_did.audit.tokenized import tokenized
 from lit_did.models import trial
@@ -45,11 +46,17 @@ def reference():
     return tiny_llama(vocab_size=257 + 8, eos_token_id=None)
 
 
-def no_body():
-    """A model whose output layer is given by its logits alone."""
-    model = reference()
-    model.lm_head.register_forward_hook(lambda layer, inputs, output: output)
-    return model
+class DoubledLogits(LlamaForCausalLM):
+    """A model whose logits are not its output layer's, which only a trial finds out."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def doubled_logits():
+    return DoubledLogits(reference().config).eval()
 
 
 def examine(pairs, settings, model, policy):
@@ -84,24 +91,31 @@ def test_folds_keep_prompts_together():
 
 
 def test_an_adapter_never_scores_pairs_that_it_was_fitted_to(quick, monkeypatch):
-    fitted, scored = {}, []
-    fit, logprobs = fitting._fit, fitting._logprobs
+    fitted, scored, drawn = {}, [], []
+    fit, logprobs, sample_did = fitting._fit, fitting._logprobs, prediction.sample_did
 
     def recorded(module, examples, *rest):
         model = fit(module, examples, *rest)
-        fitted[id(model)] = {e.index for e in examples}
+        fitted[id(model)] = examples
         return model
 
     def scoring(model, examples, first):
         scored.append((id(model), {e.index for e in examples}))
         return logprobs(model, examples, first)
 
+    def drawing(chosen, rejected, prompt, **options):
+        drawn.extend((id(model), prompt) for model in (chosen, rejected))
+        return sample_did(chosen, rejected, prompt, **options)
+
     monkeypatch.setattr(fitting, "_fit", recorded)
     monkeypatch.setattr(fitting, "_logprobs", scoring)
+    monkeypatch.setattr(prediction, "sample_did", drawing)
     examine(data(swapped=True), SETTINGS, reference(), None)
     assert len(fitted) == 4
-    assert not any(fitted[model] & rows for model, rows in scored)
+    assert not any(rows & {e.index for e in fitted[model]} for model, rows in scored)
     assert set().union(*(rows for _, rows in scored)) == set(range(24))
+    assert len(drawn) == 2 * 2 * SETTINGS.num_prompts
+    assert not any(prompt in [e.prompt_ids.tolist() for e in fitted[model]] for model, prompt in drawn)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -157,6 +171,29 @@ def test_prediction(quick):
     assert set(samples.items[0][1]) == {"predicted policy", "its DID"}
 
 
+@pytest.mark.parametrize(
+    ("k", "says"),
+    [
+        ((0.3, 0.1, 0.5), "The side models are noisy"),
+        ((2.0, 1.1, 2.9), "The sides are not independent, or their models learned too little: k = 2.0"),
+        ((0.9, 0.2, 1.6), "There is too little data"),
+        ((0.9, 0.7, 1.1), "The sides may be independent"),
+        ((-np.inf, np.nan, np.nan), "The side models are wrong on every pair"),
+    ],
+)
+def test_what_the_slope_says(k, says):
+    found = sides._findings(Estimate(0.6, 0.55, 0.65, 300), Estimate(*k, 300), {})
+    assert found[1].sentence.startswith(says)
+
+
+@pytest.mark.parametrize(("accuracy", "by_chance"), [((0.6, 0.55, 0.65), False), ((0.55, 0.5, 0.6), True)])
+def test_an_accuracy_that_chance_explains_is_called_so(accuracy, by_chance):
+    parts = {"data": Part("data", "", "", figures={"baselines": {"longer": Estimate(0.68, 0.6, 0.7, 300)}})}
+    [finding] = sides._findings(Estimate(*accuracy, 300), Estimate(np.nan, count=300), parts)
+    assert ("which chance explains" in finding.sentence) == by_chance == bool(finding.advice)
+    assert "taking the longer side is right in 0.68" in finding.sentence
+
+
 def test_too_few_prompts():
     part = examine(data(19), SETTINGS, reference(), None)
     assert not part.figures
@@ -208,7 +245,7 @@ def test_a_failed_fit_is_a_finding(monkeypatch, error, why):
     assert not part.columns
 
 
-@pytest.mark.parametrize(("make", "has_body"), [(reference, True), (no_body, False)])
+@pytest.mark.parametrize(("make", "has_body"), [(reference, True), (doubled_logits, False)])
 def test_one_trial_of_the_longest_batch_is_enough(make, has_body, monkeypatch):
     """Batches differ in length, and both sides together are longer than one."""
     tried = Mock(side_effect=trial._try)
