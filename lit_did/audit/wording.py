@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from lit_did.audit.report import Estimate
+from lit_did.audit.statistics import MIN_PROMPTS
+
+NOTHING = f"A dash: fewer than {MIN_PROMPTS} prompts, or a figure that is not defined."
+"""what tables say of cells without a figure"""
 
 
 def many(count: int, noun: str) -> str:
@@ -33,3 +39,13 @@ def percent_between(estimate: Estimate) -> str:
         ('61% (50% to 72%)', '3.1% (-0.2% to 116%)')
     """
     return f"{percent(estimate.value)} ({percent(estimate.lower)} to {percent(estimate.upper)})"
+
+
+def cell(estimate: Estimate) -> Estimate | None:
+    """What a table shows of a figure: nothing where there is too little data. `NOTHING` explains it.
+
+    Example:
+        >>> cell(Estimate(0.5, 0.1, 0.9, 6)), cell(Estimate(math.nan, count=30))
+        (None, None)
+    """
+    return None if estimate.count < MIN_PROMPTS or math.isnan(estimate.value) else estimate

@@ -20,6 +20,7 @@ from lit_did.audit.report import Estimate, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS, share_over_groups
+from lit_did.audit.wording import NOTHING, cell
 
 _SHOWN = 12  # habits in the picture
 
@@ -135,12 +136,23 @@ def _lengths(lengths: np.ndarray, ratios: np.ndarray) -> list[Block]:
 def _habits(habits: list[Habit], sampled: int) -> list[Block]:
     if not habits:
         return [Paragraph("No habit of formatting or phrasing tells the sides of any pair apart.")]
-    rows = [[habit.name, *habit[1:], "yes" if habit.is_fault else ""] for habit in habits]
+    rows = [
+        [
+            habit.name,
+            cell(habit.accuracy),
+            habit.coverage,
+            cell(habit.near),
+            cell(habit.beyond),
+            habit.p,
+            "yes" if habit.is_fault else "",
+        ]
+        for habit in sorted(habits, key=lambda habit: habit.accuracy.count < MIN_PROMPTS)
+    ]
     names = ("habit", "accuracy", "pairs it tells apart", "at about equal length", "beyond length", "p", "fault")
     note = (
         f"How often the side that alone has the habit is the chosen one, over {sampled:,} pairs. p is Holm's over all "
         'habits. "At about equal length" takes pairs whose lengths differ by 25% at most. "Beyond '
-        'length" is the accuracy less what the lengths of the sides would give.'
+        f'length" is the accuracy less what the lengths of the sides would give. {NOTHING}'
     )
     blocks: list[Block] = [Table("Habits", names, rows, note)]
     shown = [habit for habit in habits if habit.accuracy.count >= MIN_PROMPTS][:_SHOWN]

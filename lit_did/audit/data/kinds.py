@@ -9,7 +9,8 @@ import numpy as np
 
 from lit_did.audit.blocks import Table
 from lit_did.audit.source import AuditData
-from lit_did.audit.statistics import MIN_PROMPTS, share_over_groups
+from lit_did.audit.statistics import share_over_groups
+from lit_did.audit.wording import NOTHING, cell
 
 MOST_VALUES = 20
 """a column with more values than this is not shown"""
@@ -43,12 +44,10 @@ def tables_of_kinds(
         for kind in np.argsort(-counts, kind="stable").tolist():
             of_kind = numbers == kind
             median = np.median(lengths[of_kind], axis=0)
-            enough = len(np.unique(groups[of_kind])) >= MIN_PROMPTS
-            figures = [share_over_groups(hits[of_kind], groups[of_kind]) for hits in (longer, right)]
-            shown = [figure if enough and figure.count else None for figure in figures]
+            shown = [cell(share_over_groups(hits[of_kind], groups[of_kind])) for hits in (longer, right)]
             rows.append([kinds[kind] or "(none)", int(counts[kind]), *map(float, median), *shown])
         names = (name, "pairs", "prompt (words)", "chosen (words)", "rejected (words)", "longer side", "words")
-        note = "Lengths are medians. The last columns are accuracies. They need 20 prompts."
+        note = f"Lengths are medians. The last columns are accuracies. {NOTHING}"
         found.append(Table(f"Pairs by {name}", names, rows, note))
     return found
 

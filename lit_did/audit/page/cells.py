@@ -37,9 +37,10 @@ def shown(text: Any, most: int | None = MAX_TEXT) -> Markup:
     return Markup(html + note)
 
 
-def said(text: str) -> Markup:
-    """A sentence of the audit as `shown`, where names in backticks are code."""
-    return Markup(re.sub(r"`([^`<>]+)`", r"<code>\1</code>", str(shown(text))))
+def said(text: str, most: int | None = MAX_TEXT) -> Markup:
+    """A sentence of the audit as `shown`, where names in backticks are code and numbers have a minus sign."""
+    html = re.sub(r"`([^`<>]+)`", r"<code>\1</code>", str(shown(text, most)))
+    return Markup(re.sub(r"(?<![\w<&;/=.,:-])-(?=\.?\d)", "−", html))
 
 
 def marked(text: str, most: int | None = MAX_TEXT) -> Markup:

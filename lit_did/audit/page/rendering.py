@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -46,13 +47,14 @@ def render(audit: Audit) -> str:
             style=Markup(_file("style.css")),
             script=Markup(script),
             digest=digest,
-            name=audit.inputs.get("pairs", audit.data.name),
+            name=_last_part(audit.inputs.get("pairs", audit.data.name)),
             facts=list(_facts(audit)),
             settings=list(_settings(audit)),
             verdict=verdict,
             more=audit.more,
             flags=list(_flags(audit)),
             parts=[part for name in PARTS if (part := audit.parts.get(name))],
+            findings_of=lambda part: [f for f in audit.findings if any(f is own for own in part.findings)],
             listed=[finding for finding in audit.findings if len(finding.rows)],
             in_verdict={finding.name for finding in verdict},
             pairs=_Pairs(audit),
@@ -131,6 +133,11 @@ class _Pairs:
         if (place := self._places.get(int(row))) is not None:
             return list(zip(("prompt", "chosen", "rejected"), self._data.texts(place), strict=True))
         return [("refused", self._refused[int(row)].reason)]
+
+
+def _last_part(name: str) -> str:
+    """A path without its folders. Several names stay as they are."""
+    return name if ", " in name else PurePath(name).name
 
 
 def _facts(audit: Audit) -> Iterator[tuple[str, str]]:

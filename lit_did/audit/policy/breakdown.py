@@ -12,10 +12,10 @@ from lit_did.audit.blocks import Block, Picture, Table
 from lit_did.audit.page import pictures
 from lit_did.audit.policy import calibration, displacement, information, length, margins
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import NOTHING, cell
 from lit_did.audit.report import Estimate
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS
+from lit_did.audit.wording import NOTHING, cell
 
 Topic = tuple[Mapping[str, str], Callable[[Scored], dict[str, Estimate]]]
 TOPICS: dict[str, Topic] = {

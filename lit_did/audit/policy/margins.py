@@ -9,10 +9,10 @@ import numpy as np
 
 from lit_did.audit.blocks import Table
 from lit_did.audit.policy.scored import Scored
-from lit_did.audit.policy.wording import NOTHING, cell, with_half
+from lit_did.audit.policy.wording import with_half
 from lit_did.audit.report import Estimate, Finding
 from lit_did.audit.statistics import mean_over_groups, ratio_over_groups, share_over_groups
-from lit_did.audit.wording import percent_between
+from lit_did.audit.wording import NOTHING, cell, percent_between
 
 LABELS = {
     "margin": "margin (nats)",

@@ -59,7 +59,7 @@ def example() -> Audit:
             Paragraph("A paragraph that holds <script>window.ran = true</script>."),
             Table(
                 "Accuracy of simple rules",
-                ["", "accuracy", "pairs", "remark"],
+                ["", "accuracy", "pairs whose chosen side is longer than the rejected one, by the rule", "remark"],
                 [
                     ["longer side", Estimate(0.64, 0.6, 0.68, 80), 80, "b10"],
                     ["unknown", Estimate(math.nan), None, None],

@@ -124,6 +124,16 @@ def test_faults_without_a_place_in_the_verdict_are_linked():
 
 def test_names_in_sentences_are_code():
     assert said("Pass `val` & `<b>`.") == "Pass <code>val</code> &amp; <code>&lt;b&gt;</code>."
+    assert said("-3.2 (-5 to -.6) of a-1, 2026-11-29 and -KL") == "−3.2 (−5 to −.6) of a-1, 2026-11-29 and -KL"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "title"), [("/a/b.jsonl", "b.jsonl"), ("org/name:train", "name:train"), ("a/b, c/d", "a/b, c/d")]
+)
+def test_the_title_is_short(pairs, title):
+    found = example()
+    found.inputs["pairs"] = pairs
+    assert f"<h1>{title}</h1>" in render(found)
 
 
 def test_an_audit_that_was_stopped():
@@ -270,14 +280,23 @@ def test_no_width_scrolls_the_page(visit, width):
     page = visit(viewport={"width": width, "height": 740})
     page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    headers = "[...document.querySelectorAll('thead th')].filter(th => th.scrollWidth > th.clientWidth + 1)"
+    assert page.evaluate(f"{headers}.map(th => th.textContent)") == []
 
 
 def test_dark_mode_and_print(visit):
     page = visit(color_scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(paper) == "rgb(20, 23, 28)"
+    closed = page.locator("details.pair").first
+    assert not closed.locator(".texts").is_visible()
     page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    assert closed.locator(".texts").is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert not closed.locator(".texts").is_visible()
     assert page.pdf()[:4] == b"%PDF"
 
 
