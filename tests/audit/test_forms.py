@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,17 @@ def test_every_form_runs(folder, form, monkeypatch, capsys):
     assert [row["index"] for row in table] == [str(i) for i in range(27)]
     assert [bool(row["refused"]) for row in table] == [i == 25 for i in range(27)]
     assert "duplicates" in table[24]["flags"]
+    undocumented = {*table[0], *(name for part in figures["parts"].values() for name in part), *figures} - _documented()
+    assert undocumented == {"source"}
     kept = [row.pair for row in read_rows(folder / f"{form}.audit" / "flags" / "duplicates" / "kept.jsonl")[0]]
     before = [row.pair for row in read_rows(folder / "pairs.jsonl", warn=lambda text: None)[0]]
     assert kept == [pair for i, pair in enumerate(before) if i != 24]
+
+
+def _documented() -> set[str]:
+    """What the pages about the audit and about scored pairs have as code. Both sides have the same columns."""
+    pages = [Path(__file__).parents[2] / "docs" / name for name in ("audit.md", "scoring.md")]
+    if not all(page.exists() for page in pages):
+        pytest.skip("not a clone: there are no pages")
+    names = {name for page in pages for name in re.findall(r"`(\w+)`", page.read_text())}
+    return names | {name.replace("chosen_", "rejected_", 1) for name in names}
