@@ -24,7 +24,7 @@ from lit_did.arguments import check_bools, check_integer, check_range
 from lit_did.audit.blocks import Paragraph
 from lit_did.audit.plain import plain
 from lit_did.audit.report import FLAGS, PARTS, Column, Finding, Part
-from lit_did.audit.settings import MAX_LENGTH, NEEDED, TOKENIZATION, Settings
+from lit_did.audit.settings import NEEDED, TOKENIZATION, Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import MIN_PROMPTS
 from lit_did.audit.wording import many
@@ -178,7 +178,7 @@ def audit(
     beta: float = 0.1,
     columns: Columns | None = None,
     max_pairs: int | None = None,
-    max_length: int = MAX_LENGTH,
+    max_length: int = 1024,
     truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
     as_chat: bool = False,

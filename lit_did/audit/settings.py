@@ -8,10 +8,6 @@ from typing import Any
 
 import torch
 
-MAX_LENGTH = 1024
-"""`max_length` of an audit that is given none, as `PreferenceDataModule`'s"""
-
-
 TOKENIZATION = (
     "max_length",
     "truncation",
@@ -55,7 +51,7 @@ class Settings:
     sides: bool = False
     by: tuple[str, ...] = ()
     beta: float = 0.1
-    tokenization: Mapping[str, Any] = field(default_factory=dict)
+    tokenization: Mapping[str, Any] = field(default_factory=lambda: {"max_length": 1024})
     batch_size: int = 8
     num_prompts: int = 8
     max_new_tokens: int = 32

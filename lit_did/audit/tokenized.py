@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lit_did.audit.settings import MAX_LENGTH, Settings
+from lit_did.audit.settings import Settings
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.reading import SourceRow
-
-
-def max_length_of(settings: Settings) -> int:
-    """The most tokens of a prompt and its completion together."""
-    return settings.tokenization.get("max_length", MAX_LENGTH)
 
 
 def tokenized(rows: Sequence[SourceRow], settings: Settings, tokenizer: Any) -> PreferenceDataset:
@@ -26,4 +21,4 @@ def tokenized(rows: Sequence[SourceRow], settings: Settings, tokenizer: Any) -> 
     Raises:
         ValueError: No pair is left.
     """
-    return PreferenceDataset(rows, tokenizer, **{"max_length": MAX_LENGTH, **settings.tokenization})
+    return PreferenceDataset(rows, tokenizer, **settings.tokenization)

@@ -14,7 +14,7 @@ from lit_did.audit.report import Estimate, Finding, Part
 from lit_did.audit.settings import Settings
 from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import share_over_groups
-from lit_did.audit.tokenized import max_length_of, tokenized
+from lit_did.audit.tokenized import tokenized
 from lit_did.audit.wording import many, percent
 from lit_did.data.dataset import ContextArrays, Example
 from lit_did.data.pairs import prepare_pair
@@ -40,7 +40,7 @@ def examine_tokens(data: AuditData, settings: Settings, tokenizer: Any) -> Part:
     places = np.arange(len(data))
     if len(data) > MOST_PAIRS:
         places = np.sort(np.random.default_rng(settings.seed).choice(len(data), MOST_PAIRS, replace=False))
-    max_length = max_length_of(settings)
+    max_length = settings.tokenization["max_length"]
     cutting = {n: v for n, v in settings.tokenization.items() if n in ("truncation", "min_completion_tokens")}
     rows = [data.rows[i] for i in places]
     options = {n: v for n, v in settings.tokenization.items() if n not in cutting}
@@ -294,7 +294,7 @@ def _scored_pairs(
         row = data.rows[place]
         rendered = renderer(prepare_pair(row.pair, as_chat))
         (whole,) = tokenize_rendered([rendered], tokenizer)
-        cut = _truncated(whole, max_length_of(settings), tokenizer, cutting)
+        cut = _truncated(whole, settings.tokenization["max_length"], tokenizer, cutting)
         if cut is None:
             continue
         prompt = list(_stretches(runs(prompt_parts(whole.prompt_ids, cut.prompt_ids), [], tokenizer, renderer.control)))

@@ -16,7 +16,9 @@ ROWS = [{"prompt": f"{n:04}", "chosen": "c" * n, "rejected": "r" * 3} for n in r
 
 
 def examine(rows, **tokenization):
-    return examine_tokens(AuditData(rows, "pairs"), Settings(tokenization=tokenization), TOKENIZER)
+    return examine_tokens(
+        AuditData(rows, "pairs"), Settings(tokenization={"max_length": 1024, **tokenization}), TOKENIZER
+    )
 
 
 def scored(part):

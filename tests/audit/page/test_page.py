@@ -244,6 +244,7 @@ def test_tables_sort_with_nothing_last(visit):
     assert order(2, 1) == ("ascending", ["<b>", "lon", "bag", "unk"])
     assert order(3, 1) == ("descending", ["bag", "lon", "<b>", "unk"])
     assert order(4, 1) == ("ascending", ["<b>", "bag", "lon", "unk"])
+    assert order(4, 1) == ("descending", ["lon", "bag", "<b>", "unk"])
     assert page.query_selector_all("table.sortable th[aria-sort]").__len__() == 1
 
 
