@@ -246,6 +246,7 @@ def test_tables_sort_with_nothing_last(visit):
     assert order(4, 1) == ("ascending", ["<b>", "bag", "lon", "unk"])
     assert order(4, 1) == ("descending", ["lon", "bag", "<b>", "unk"])
     assert page.query_selector_all("table.sortable th[aria-sort]").__len__() == 1
+    assert page.evaluate("[compare('a', null, 1), compare(null, 'a', -1), compare(1, null, -1)]") == [-1, 1, -1]
 
 
 def test_tokens_tell_by_hover_focus_and_tap(visit):
@@ -263,6 +264,10 @@ def test_tokens_tell_by_hover_focus_and_tap(visit):
     assert " nan" in tip.text_content()
     page.keyboard.press("Escape")
     assert not tip.is_visible()
+    page.keyboard.press("Enter")  # pinned: the mouse does not change it
+    page.locator(".tokens > i").nth(5).hover()
+    assert " nan" in tip.text_content()
+    page.keyboard.press("Escape")
     before = first.get_attribute("class")
     page.locator(".heat select").select_option("token DID entropy (nats)")
     assert first.get_attribute("class") != before
@@ -295,6 +300,7 @@ def test_dark_mode_and_print(visit):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
     assert closed.locator(".texts").is_visible()
+    assert closed.evaluate("details => details.open")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.emulate_media(media="screen")
     assert not closed.locator(".texts").is_visible()
