@@ -153,6 +153,7 @@ def test_texts_are_shown_whole_or_cut_with_a_note(tree):
     assert "row 7 How far is town 7?" in " ".join(tree.text.split())  # a row without evidence shows its beginning
     assert "20 more rows are in" in tree.text
     assert "empty" in tree.text  # why row 5 was refused
+    assert "Intervals are over prompts." in tree.text
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_tokens_tell_by_hover_focus_and_tap(visit):
     assert not tip.is_visible()
     first.hover()
     assert "log-ratio (nats)" in tip.text_content()
-    assert "</script>50.0%" in tip.text_content()
+    assert "</script>50.0%␣the20.0%⏎<0.1%" in tip.text_content()
     page.mouse.move(0, 0)
     assert not tip.is_visible()
     first.focus()
