@@ -278,6 +278,8 @@ def _predict(
         reference, policy: The models.
     """
     length, of_prompt = settings.max_new_tokens, {groups[d.pair]: d for d in drawn}
+    reliable = sum(d.did.estimate.reliable for d in drawn)
+    of_target = sum(d.optimum.estimate.reliable for d in drawn)
     used = np.array([i for i, group in enumerate(cut.groups) if group in of_prompt])
     log_partition = np.array([of_prompt[group].optimum.estimate.log_partition for group in cut.groups[used]])
     change = predicted_change(cut.log_ratio[used], log_partition, exponent=cut.k.value / settings.beta)
@@ -298,15 +300,13 @@ def _predict(
             f"The prediction is for training to the end with beta {settings.beta:g} on pairs cut at {length} tokens: k "
             f"(log pi_w - log pi_l) / beta - log Z, with k fixed at {cut.k.value:.3g}, the slope of the cut pairs. log "
             f"Z comes from sequential Monte Carlo for {len(drawn)} prompts. The intervals are over these prompts. A "
-            "run that stops early changes less.",
+            f"run that stops early changes less.{_unreliable(of_target, drawn, cut, settings)}",
         )
     )
     prompts = np.array([groups[d.pair] for d in drawn])
-    entropies = [d.did.estimate for d in drawn]
-    entropy = mean_over_groups([e.entropy for e in entropies], prompts)
-    concentration = mean_over_groups([d.did.concentration for d in drawn], prompts)
-    reliable = sum(e.reliable for e in entropies)
-    of_target = sum(d.optimum.estimate.reliable for d in drawn)
+    most = drawn[0].did.log_num_completions
+    entropy = _between(0, mean_over_groups([d.did.estimate.entropy for d in drawn], prompts), most)
+    concentration = _between(0, mean_over_groups([d.did.concentration for d in drawn], prompts), most)
     part.figures |= {
         "predicted_did_entropy": entropy,
         "predicted_did_concentration": concentration,
@@ -325,11 +325,11 @@ def _predict(
                 ["prompts with a reliable sample of the predicted policy", of_target],
             ],
             "The DID is proportional to (pi_w / pi_l)^(k / beta) over whole completions, which needs no normalising "
-            "per token. Prompts without a reliable estimate bias these figures.",
+            f"per token.{_unreliable(reliable, drawn, cut, settings)}",
         )
     )
     falls = predicted[0].upper < 0
-    known = cut.k.lower > 0 and of_target >= LEAST_RELIABLE * len(drawn)  # else the table says how little is known
+    known = cut.k.lower > 0 and _most_are_reliable(of_target, drawn)  # else the table says how little is known
     if known and (falls or predicted[0].lower > 0):
         direction = "less" if falls else "more"
         part.findings.append(
@@ -343,6 +343,26 @@ def _predict(
                 value=predicted[0],
             )
         )
+
+
+def _between(least: float, estimate: Estimate, most: float) -> Estimate:
+    """The estimate of a quantity within these bounds. Student's interval of few prompts may exceed them."""
+    return estimate._replace(lower=max(estimate.lower, least), upper=min(estimate.upper, most))  # NaN stays
+
+
+def _most_are_reliable(reliable: int, drawn: Sequence[Drawn]) -> bool:
+    return reliable >= LEAST_RELIABLE * len(drawn)
+
+
+def _unreliable(reliable: int, drawn: Sequence[Drawn], cut: _Cut, settings: Settings) -> str:
+    """What a note adds if too few prompts have a reliable estimate."""
+    if _most_are_reliable(reliable, drawn):
+        return ""
+    return (
+        f" Do not rely on these figures: the estimate is reliable for {reliable} of {len(drawn)} prompts only. The "
+        f"larger the exponent k / beta is, here {cut.k.value / settings.beta:.3g}, and the longer the completions are, "
+        "the more particles are needed. A larger `beta` or a smaller `max_new_tokens` helps."
+    )
 
 
 def _samples(drawn: Sequence[Drawn], data: AuditData, places: np.ndarray, tokenizer: Any, seed: int) -> SideBySide:

@@ -153,7 +153,9 @@ def test_figures_and_models(quick, with_policy):
     assert ("exponent" in part.figures) == with_policy
 
 
-def test_prediction(quick):
+@pytest.mark.parametrize(("particles", "reliable"), [(64, 2), (16, 0)])  # below 25, no estimate is called reliable
+def test_prediction(quick, monkeypatch, particles, reliable):
+    monkeypatch.setattr(prediction, "NUM_SAMPLES", particles)
     peft = add_lora(reference(), {"r": 2, "target_modules": "all-linear"})
     before = state(peft)
     part = examine(data(swapped=True), SETTINGS, None, peft)
@@ -166,6 +168,9 @@ def test_prediction(quick):
     assert 0 < part.figures["predicted_did_entropy"].value < 3 * np.log(265)
     assert {f.name for f in part.findings} >= {"side_accuracy", "independent_sides"}
     assert not any(finding.raised for finding in part.findings)
+    assert part.figures["reliable_prompts"] == {"did_entropy": reliable, "log_partition": reliable, "of": 2}
+    for block in part.blocks[-3:-1]:
+        assert ("Do not rely on these figures" in block.note) == (not reliable)
     samples = part.blocks[-1]
     assert len(samples.items) == 2
     assert set(samples.items[0][1]) == {"predicted policy", "its DID"}
@@ -192,6 +197,11 @@ def test_an_accuracy_that_chance_explains_is_called_so(accuracy, by_chance):
     [finding] = sides._findings(Estimate(*accuracy, 300), Estimate(np.nan, count=300), parts)
     assert ("which chance explains" in finding.sentence) == by_chance == bool(finding.advice)
     assert "taking the longer side is right in 0.68" in finding.sentence
+
+
+def test_intervals_stay_within_what_is_possible():
+    assert sides._between(0, Estimate(15.0, -41.0, 70.0, 2), 50.0) == (15.0, 0, 50.0, 2)
+    assert np.isnan(sides._between(0, Estimate(15.0), 50.0).lower)  # one prompt
 
 
 def test_too_few_prompts():
