@@ -286,10 +286,11 @@ def audit(
         )
     try:
         _run(found, held_out, tokenizer, reference, policy)
-    except (KeyboardInterrupt, Exception) as stop:
+    except BaseException as stop:
         if "reference" in found.parts:  # what came before takes little time
-            found.stopped = "an interrupt" if isinstance(stop, KeyboardInterrupt) else f"{type(stop).__name__}: {stop}"
-            stop.audit = found  # type: ignore[union-attr]
+            # Lightning turns an interrupt into SystemExit.
+            found.stopped = f"{type(stop).__name__}: {stop}" if isinstance(stop, Exception) else "an interrupt"
+            stop.audit = found  # type: ignore[attr-defined]
         raise
     return found
 

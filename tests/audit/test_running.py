@@ -303,7 +303,7 @@ def test_the_verdict_of_a_policy(parts, models, tokenizer):
     assert [f.name for f in found.verdict] == ["displacement", "fact 2", "fact 1"]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("The disk is full.")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1), RuntimeError("The disk is full.")])
 @pytest.mark.parametrize("max_pairs", [None, 2])
 @pytest.mark.parametrize("last", ["examine_tokens", "examine_reference", "examine_policy", "examine_labels"])
 def test_what_was_found_before_a_stop_is_kept(parts, models, tokenizer, monkeypatch, stop, max_pairs, last):
@@ -325,7 +325,7 @@ def test_what_was_found_before_a_stop_is_kept(parts, models, tokenizer, monkeypa
     assert len(found.table()["reference_value"]) == 5
     assert list(found.parts) == ["data", "tokens", "reference", "policy"][: 4 if last == "examine_labels" else 3]
     without = "`mislabelled`" if last == "examine_labels" else "the part `policy`"
-    why = "an interrupt" if isinstance(stop, KeyboardInterrupt) else "RuntimeError: The disk is full."
+    why = "RuntimeError: The disk is full." if isinstance(stop, Exception) else "an interrupt"
     assert found.verdict[0].sentence == f"This audit is incomplete, without {without}: {why} stopped it."
     assert found.figures()["stopped"] == why
     assert audit(ROWS).figures()["stopped"] is None
