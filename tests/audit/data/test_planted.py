@@ -217,7 +217,12 @@ def test_pairs_of_one_prompt_with_other_short_answers_are_no_near_duplicates():
 
 
 def test_pairs_that_are_not_compared_are_counted():
-    short = [{"prompt": f"Say {n}.", "chosen": "word " * n, "rejected": "no"} for n in (1, 15, 16, 17)]
+    row = {
+        "prompt": "How old is Bergen?",
+        "chosen": "Its oldest houses are very old.",
+        "rejected": "Nobody knows that.",
+    }
+    short = [row, row | {"chosen": row["chosen"] + " Yes."}, row | {"rejected": "Nobody knows."}]
     findings, _, _ = examine([*short, short[0], *clean("random words", 0, 40)])
     left_out = "3 pairs with fewer than 20 words were not compared."
     assert findings["near_duplicates"].sentence == f"No pair nearly repeats another one; {left_out}"
