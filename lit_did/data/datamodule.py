@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lit_did.arguments import check_bools, check_choice, check_integer, check_range
+from lit_did.data.chunks import Tokenization
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
+from lit_did.data.describing import data_facts, describe_data
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
-from lit_did.data.pairs import UnusableRowError, prepare_pair
 from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
-from lit_did.data.preview import print_pair
-from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns, read_rows
-from lit_did.data.rendering import Renderer, check_template_kwargs
-from lit_did.data.templates import check_chat_template, describe_unread
+from lit_did.data.preview import print_pairs
+from lit_did.data.reading import OnBadRows, check_columns
+from lit_did.data.rendering import check_template_kwargs
+from lit_did.data.splitting import Rows, hold_out, read_split
+from lit_did.data.templates import check_chat_template
 from lit_did.data.token_batches import TokenBatchSampler
-from lit_did.data.tokenizing import Truncation, check_tokens, check_truncation, tokenize_rendered, truncate_pair
+from lit_did.data.token_cache import cached_dataset, source_digests, what_tokens_depend_on
+from lit_did.data.tokenizing import Truncation, check_truncation
 from lit_did.models.names import load_tokenizer
-
-Rows = tuple[list[SourceRow], list[SkippedRow]]
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -69,6 +71,10 @@ class PreferenceDataModule(LightningDataModule):
             batch then has as many pairs of similar length as fit, the same number on every rank, and all batches lie
             end to end instead of padded; see `collate_packed`. At least 2 * max_length, which one pair may need.
         num_workers: Processes per loader that collate. Tokenising is done before, so 0 is often fastest.
+        num_proc: Processes that tokenise.
+        cache_tokens: A folder for the tokens, which all processes share. One process tokenises and the others wait;
+            all then map its files into memory, and so do later runs with the same files, tokenizer and options. The
+            sources must be files or names of the hub. None: every process tokenises in every run, into its memory.
         shuffle: Whether to reorder the training rows in every epoch.
         drop_last: Whether to leave out the rows that do not fill a last training batch; with `tokens_per_batch`, the
             rows that are left when all ranks get the same number. If False, several ranks repeat the first rows of the
@@ -110,6 +116,8 @@ class PreferenceDataModule(LightningDataModule):
         as_chat: bool = False,
         tokens_per_batch: int | None = None,
         num_workers: int = 0,
+        num_proc: int = 1,
+        cache_tokens: str | os.PathLike | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         seed: int = 0,
@@ -137,6 +145,9 @@ class PreferenceDataModule(LightningDataModule):
         if tokens_per_batch is not None:
             check_integer("tokens_per_batch", tokens_per_batch, 2 * max_length, " (2 * max_length, for one pair)")
         check_integer("num_workers", num_workers, 0)
+        check_integer("num_proc", num_proc, 1)
+        if not isinstance(cache_tokens, str | os.PathLike | None):
+            raise TypeError(f"Expected `cache_tokens` to be a folder or None, but got {cache_tokens!r}.")
         check_integer("seed", seed, 0)
         check_range("val_fraction", val_fraction, "[0, 1)")
         if val is not None and val_fraction:
@@ -152,7 +163,7 @@ class PreferenceDataModule(LightningDataModule):
         self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
         self.as_chat, self.parse_special_tokens = as_chat, parse_special_tokens
         self.tokens_per_batch = tokens_per_batch
-        self.num_workers = num_workers
+        self.num_workers, self.num_proc, self.cache_tokens = num_workers, num_proc, cache_tokens
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.train_dataset: PreferenceDataset | None = None
         self.val_dataset: PreferenceDataset | None = None
@@ -193,20 +204,18 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "predict" and self.predict is None and not has_val:
             raise ValueError("Expected `predict`, `val` or `val_fraction` for predicting, but got none of them.")
 
-        makes_train = needs_train and self.train_dataset is None
-        makes_val = needs_val and self.val_dataset is None
-        if makes_train or (makes_val and self.val is None):
-            train_rows, val_rows = self._split_train()
-        if makes_train:
-            self.train_dataset = self._tokenize("train", *train_rows)
-        if makes_val:
-            self.val_dataset = self._tokenize("val", *(val_rows if self.val is None else self._read("val")))
+        read = {name: partial(self._read, name) for name in ("train", "val", "test", "predict")}
+        if self.val_fraction:
+            split = cache(lambda: hold_out(self._read("train"), self.val_fraction))  # reads once for both
+            read |= {"train": lambda: split()[0], "val": lambda: split()[1]}
+        if needs_train and self.train_dataset is None:
+            self.train_dataset = self._make("train", read["train"])
+        if needs_val and self.val_dataset is None:
+            self.val_dataset = self._make("val", read["val"])
         if needs_test and self.test_dataset is None:
-            self.test_dataset = self._tokenize("test", *self._read("test"))
+            self.test_dataset = self._make("test", read["test"])
         if needs_predict and self.predict_dataset is None:
-            self.predict_dataset = (
-                self.val_dataset if self.predict is None else self._tokenize("predict", *self._read("predict"))
-            )
+            self.predict_dataset = self.val_dataset if self.predict is None else self._make("predict", read["predict"])
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled batches of this rank's training rows.
@@ -287,41 +296,29 @@ class PreferenceDataModule(LightningDataModule):
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def _read(self, name: str) -> Rows:
-        source, warn = getattr(self, name), rank_zero_warn
-        rows, skipped = read_rows(source, name, columns=self.columns, on_bad_rows=self.on_bad_rows, warn=warn)
-        template = self.tokenizer, self.chat_template, self.chat_template_kwargs
-        if unread := describe_unread(name, (row.pair for row in rows), *template):
-            rank_zero_warn(unread)
-        return rows, skipped
-
-    def _split_train(self) -> tuple[Rows, Rows]:
-        """The rows of `train` to train on and those held out, each with the skipped rows among them."""
-        rows, skipped = self._read("train")
-        held_out = max(1, round(len(rows) * self.val_fraction)) if self.val_fraction else 0
-        if held_out >= len(rows):
-            raise ValueError(
-                f"Expected `train` to have rows left after holding out val_fraction={self.val_fraction}, "
-                f"but got {len(rows)} in all."
-            )
-        cut = len(rows) - held_out
-        first = rows[cut].index if held_out else float("inf")
-        before, after = [row for row in skipped if row.index < first], [row for row in skipped if row.index >= first]
-        return (rows[:cut], before), (rows[cut:], after)
-
-    def _tokenize(self, name: str, rows: list[SourceRow], skipped: list[SkippedRow]) -> PreferenceDataset:
-        dataset = PreferenceDataset(
-            rows,
-            self.tokenizer,
-            self.max_length,
-            chat_template=self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-            as_chat=self.as_chat,
-            parse_special_tokens=self.parse_special_tokens,
-            truncation=self.truncation,
-            min_completion_tokens=self.min_completion_tokens,
-            skipped=skipped,
+        return read_split(
+            getattr(self, name),
+            name,
+            columns=self.columns,
             on_bad_rows=self.on_bad_rows,
+            template=(self.tokenizer, self.chat_template, self.chat_template_kwargs),
+            warn=self._warn_once,
         )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            rank_zero_warn(text)
+        self._warned.add(text)
+
+    def _make(self, name: str, read: Callable[[], Rows]) -> PreferenceDataset:
+        """Tokenises a split, or opens what another process or an earlier run has tokenised, and says what it holds."""
+        if self.cache_tokens is None:
+            rows = read()
+            dataset, starts = self._tokenize(name, rows, show=rank_zero_only.rank == 0), rows.starts
+        else:
+            dataset, starts = self._cached(name, read)
+        if name == "train":
+            self._starts = starts
         for kind, text in dataset.warnings(name).items():
             if kind not in self._warned or kind not in ("turns", "header"):  # these hold for all splits
                 rank_zero_warn(text)
@@ -329,29 +326,54 @@ class PreferenceDataModule(LightningDataModule):
         rank_zero_info(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
         return dataset
 
+    def _cached(self, name: str, read: Callable[[], Rows]) -> tuple[PreferenceDataset, list[int]]:
+        assert self.cache_tokens is not None
+        folder = Path(self.cache_tokens).expanduser()
+        held_out = name == "val" and self.val is None
+        source = self.train if held_out else getattr(self, name)
+        digests = partial(source_digests, source, name, folder)
+        made_from = {
+            "files": digests(),
+            "columns": self.columns,
+            "val_fraction": self.val_fraction if held_out or name == "train" else 0,
+            **self._options(),
+            **what_tokens_depend_on(self.tokenizer, self.chat_template),
+        }
+
+        def write(part: Path) -> dict[str, Any]:
+            rows = read()
+            self._tokenize(name, rows, folder=part)
+            if digests() != made_from["files"]:
+                raise ValueError(
+                    f"Expected the files of `{name}` to stay as they are while they are read, but got others."
+                )
+            return {"notes": rows.notes, "starts": rows.starts}
+
+        dataset, about = cached_dataset(folder, name, made_from, write)
+        for note in about["notes"]:
+            self._warn_once(note)
+        return dataset, about["starts"]
+
+    def _tokenize(self, name: str, rows: Rows, *, folder: Path | None = None, show: bool = True) -> PreferenceDataset:
+        quiet = not show or (self.trainer is not None and getattr(self.trainer, "progress_bar_callback", 1) is None)
+        return PreferenceDataset(
+            rows.rows,
+            self.tokenizer,
+            skipped=rows.skipped,
+            num_proc=self.num_proc,
+            folder=folder,
+            progress=None if quiet else f"Tokenising {name}",
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        """The arguments of `PreferenceDataset` and `Tokenization` besides the rows and the tokenizer."""
+        names = ("max_length", "truncation", "min_completion_tokens", "chat_template", "chat_template_kwargs")
+        return {name: getattr(self, name) for name in (*names, "as_chat", "parse_special_tokens", "on_bad_rows")}
+
     def facts(self) -> dict[str, Any]:
         """The tokenizer, the sources, the counts and the settings as plain values, for checkpoints and model cards."""
-        name = getattr(self.tokenizer, "name_or_path", None) or ""
-        counts = ("num_rows", "num_dropped", "num_identical", "num_truncated")
-        datasets = {"train": self.train_dataset, "val": self.val_dataset}
-        return {
-            "tokenizer": (os.path.abspath(name) if os.path.isdir(name) else name) or None,
-            "num_tokens": len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else None,
-            "chat_template": self.chat_template or getattr(self.tokenizer, "chat_template", None),
-            "sources": {name: _named_sources(getattr(self, name)) for name in datasets},
-            "counts": {
-                name: {"num_pairs": len(dataset)} | {count: getattr(dataset, count) for count in counts}
-                for name, dataset in datasets.items()
-                if dataset is not None
-            },
-            "settings": {
-                name: getattr(self, name)
-                for name in (
-                    *("val_fraction", "max_length", "truncation", "as_chat", "parse_special_tokens"),
-                    *("batch_size", "tokens_per_batch", "shuffle", "seed"),
-                )
-            },
-        }
+        return data_facts(self)
 
     def preview(self, n: int = 3) -> None:
         """Prints the first `n` pairs of `train` (or else of `val`, `test` or `predict`) as they are scored.
@@ -371,66 +393,11 @@ class PreferenceDataModule(LightningDataModule):
         name = next((name for name in ("train", "val", "test", "predict") if getattr(self, name) is not None), None)
         if name is None:
             raise ValueError("Expected `train`, `val`, `test` or `predict` to preview, but got none of them.")
-        rows, skipped = self._read(name)
-        renderer = Renderer(
-            self.tokenizer,
-            self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-            parse_special_tokens=self.parse_special_tokens,
-        )
-        both: list[SourceRow | SkippedRow] = [*rows, *skipped]
-        for row in sorted(both, key=lambda row: row.index):
-            if n == 0:
-                return
-            if isinstance(row, SkippedRow):
-                print(f"{row.where} is left out: {row.reason}")
-                continue
-            try:
-                rendered = renderer(prepare_pair(row.pair, self.as_chat))
-                (whole,) = tokenize_rendered([rendered], self.tokenizer)
-                check_tokens(whole)
-                cut = truncate_pair(
-                    whole,
-                    self.max_length,
-                    self.tokenizer.bos_token_id,
-                    truncation=self.truncation,
-                    min_completion_tokens=self.min_completion_tokens,
-                )
-            except UnusableRowError as error:
-                print(f"{row.where} is left out: {error}")
-                continue
-            print_pair(row.where, whole, cut, self.tokenizer, renderer.control)
-            n -= 1
+        rows = self._read(name)
+        ordered = sorted([*rows.rows, *rows.skipped], key=lambda row: row.index)
+        print_pairs(ordered, Tokenization(self.tokenizer, **self._options()), n)
 
     def __repr__(self) -> str:
-        parts = []
-        for name in ("train", "val", "test", "predict"):
-            source, dataset = getattr(self, name), getattr(self, f"{name}_dataset")
-            if source is not None or dataset is not None:
-                source = [] if source is None else [_describe_source(source)]
-                pairs = [] if dataset is None else [f"{len(dataset)} pairs"]
-                parts.append(f"{name}={': '.join(source + pairs)}")
-        tokenizer: Any = self._tokenizer
-        if isinstance(tokenizer, os.PathLike):
-            tokenizer = str(tokenizer)
-        elif tokenizer is not None and not isinstance(tokenizer, str):
-            tokenizer = type(tokenizer).__name__
-        options = {"max_length": self.max_length, "batch_size": self.batch_size, "as_chat": self.as_chat}
-        parts += [f"tokenizer={tokenizer!r}", *(f"{name}={value}" for name, value in options.items())]
-        return f"{type(self).__name__}({', '.join(parts)})"
+        return describe_data(self, self._tokenizer)
 
     __str__ = __repr__  # Lightning's makes all data loaders
-
-
-def _named_sources(source: Any) -> list[str]:
-    """The files and the data sets of the hub that a source names; none for rows and tables."""
-    sources = source if isinstance(source, list | tuple) else [source]
-    return [os.fspath(part) for part in sources if isinstance(part, str | os.PathLike)]
-
-
-def _describe_source(source: Any) -> str:
-    if isinstance(source, str | os.PathLike):
-        return repr(str(source))
-    if isinstance(source, list | tuple) and all(isinstance(part, str | os.PathLike) for part in source):
-        return f"{len(source)} files"
-    return f"{len(source)} rows" if hasattr(source, "__len__") else type(source).__name__

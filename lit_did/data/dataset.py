@@ -1,53 +1,30 @@
-"""Tokenises all pairs of one split once, keeps them in memory, and counts what tokenising changed."""
+"""The tokenised pairs of one split: made from rows once, in memory or in a folder, and opened from such a folder."""
 
 from __future__ import annotations
 
-from collections import Counter
+import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from lit_did.arguments import check_choice
-from lit_did.data.pairs import UnusableRowError, prepare_pair
+from lit_did.data.chunks import Tokenization
+from lit_did.data.counts import Counts
+from lit_did.data.examples import ContextArrays, Example, FlatPairs, flat_pairs, tokens_file
 from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, describe_skipped
-from lit_did.data.rendering import RenderedPair, Renderer
-from lit_did.data.tokenizing import (
-    TokenizedPair,
-    TooLongError,
-    Truncation,
-    check_tokens,
-    tokenize_rendered,
-    truncate_pair,
-)
+from lit_did.data.tokenizing import Truncation
 
-_CHUNK = 1024  # rows a tokenizer call: enough for its threads, with little text in memory
-_MANY = 0.05  # if more than this share of the pairs is too long, there is a warning
+__all__ = ["ContextArrays", "Example", "PreferenceDataset"]
+
+_COUNTS = "counts.json"
 
 
-class ContextArrays(NamedTuple):
-    """A `Context` as int32 arrays."""
-
-    ids: np.ndarray
-    places: np.ndarray
-
-
-class Example(NamedTuple):
-    """One pair as the collate functions take it: the ids of a `TokenizedPair` as int32 arrays."""
-
-    prompt_ids: np.ndarray
-    chosen_ids: np.ndarray
-    rejected_ids: np.ndarray
-    index: int  # type: ignore[assignment]  # a field may hide the method of tuples
-    """row number in the source"""
-    weight: float
-    """1, or 0 for a row that only fills a batch"""
-    chosen_context: ContextArrays | None = None
-    rejected_context: ContextArrays | None = None
-
-
-class PreferenceDataset(Dataset):
+class PreferenceDataset(Counts, Dataset):
     """Tokenised pairs, see `tokenize_pair`.
 
     Positions from `len(dataset)` on are valid too: they repeat the rows with weight 0. `EvaluationSampler` uses them so
@@ -66,6 +43,9 @@ class PreferenceDataset(Dataset):
             default a quarter of `max_length`.
         skipped: The skipped rows from `read_rows`. They are counted in `num_rows` and `num_dropped`.
         on_bad_rows: What to do with rows that tokenising shows to be unusable: "skip" or "raise".
+        num_proc: The number of processes that tokenise. 1 is this process alone.
+        folder: An empty folder to write to, so that the tokens are not in memory; see `open`. None: they are.
+        progress: What a progress bar is called, which appears after some seconds. None: there is no bar.
 
     Attributes:
         num_rows: Rows before skipping.
@@ -98,190 +78,87 @@ class PreferenceDataset(Dataset):
         min_completion_tokens: int | None = None,
         skipped: Sequence[SkippedRow] = (),
         on_bad_rows: OnBadRows = "skip",
+        num_proc: int = 1,
+        folder: Path | None = None,
+        progress: str | None = None,
     ) -> None:
-        check_choice("on_bad_rows", on_bad_rows, OnBadRows)
-        self.max_length = max_length
-        self.num_rows = len(rows) + len(skipped)
-        self.skipped = list(skipped)
-        self.num_too_long = self.num_identical = self.num_spelling_control = self.num_with_context = 0
-        self.num_chats = 0
-        self.num_cut_prompts = self.num_cut_completions = 0
-        self.truncated: set[int] = set()
-        self._examples: list[Example] = []
-        self._headers: Counter[str] = Counter()
-        self._first_spelled = ""
-        renderer = Renderer(
+        super().__init__(max_length, num_rows=len(rows) + len(skipped), skipped=list(skipped))
+        tokenization = Tokenization(
             tokenizer,
-            chat_template,
+            max_length,
+            chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
+            as_chat=as_chat,
             parse_special_tokens=parse_special_tokens,
+            truncation=truncation,
+            min_completion_tokens=min_completion_tokens,
+            on_bad_rows=on_bad_rows,
         )
-        for start in range(0, len(rows), _CHUNK):
-            chunk, rendered = [], []
-            for row in rows[start : start + _CHUNK]:
-                try:
-                    rendered.append(_render(row, renderer, as_chat))
-                    chunk.append(row)
-                except UnusableRowError as error:
-                    self._skip(row, error, on_bad_rows)
-            for row, pair, whole in zip(chunk, rendered, tokenize_rendered(rendered, tokenizer), strict=True):
-                try:
-                    check_tokens(whole)
-                    cut = truncate_pair(
-                        whole,
-                        max_length,
-                        tokenizer.bos_token_id,
-                        truncation=truncation,
-                        min_completion_tokens=min_completion_tokens,
-                    )
-                    self._add(row, pair, whole, cut)
-                except TooLongError:
-                    self.num_too_long += 1
-                except UnusableRowError as error:
-                    self._skip(row, error, on_bad_rows)
-        if not self._examples:
+        renderer = tokenization.renderer  # made here, so that its errors come before any row
+        self._folder = folder
+        lengths, index = [], []
+        with nullcontext(io.BytesIO()) if folder is None else open(tokens_file(folder), "wb") as stream:
+            bar = tqdm(total=len(rows), desc=progress, unit="pair", delay=5, disable=progress is None)
+            for chunk in tokenization.chunks(rows, num_proc):
+                stream.write(chunk.tokens.data)
+                lengths.append(chunk.lengths)
+                index.append(chunk.index)
+                self.add(chunk.counts)
+                bar.update(len(chunk.index) + chunk.counts.num_dropped)
+            bar.close()
+        tokens = np.frombuffer(stream.getbuffer() if isinstance(stream, io.BytesIO) else b"", dtype=np.int32)
+        if not self.num_pairs:
             raise ValueError(
                 f"Expected preference pairs with tokens in both completions, but got none in {self.num_rows} rows."
                 + (f" {describe_skipped('Skipped', self.skipped)}" if self.skipped else "")
-                + (f" {self._describe_length()}" if self.num_too_long else "")
+                + (f" {self.describe_length()}" if self.num_too_long else "")
             )
-        header, self.num_with_header = next(iter(self._headers.most_common(1)), ("", 0))
-        self._header = (header, tokenizer.tokenize(header)) if header else None
-        rendered_before = parse_special_tokens or 2 * self.num_spelling_control > len(self)
-        self._lacks_turns = not self.num_chats and renderer.has_template and not rendered_before
+        if self.headers:
+            self.header_tokens = tokenizer.tokenize(self.headers.most_common(1)[0][0])
+        rendered_before = parse_special_tokens or 2 * self.num_spelling_control > self.num_pairs
+        self.lacks_turns = not self.num_chats and renderer.has_template and not rendered_before
+        self._pairs = flat_pairs(tokens, np.concatenate(lengths), np.concatenate(index))
+        if folder is not None:
+            self._pairs.save(folder)
+            (folder / _COUNTS).write_text(json.dumps(self.to_json()))
+            self._pairs = FlatPairs.open(folder)
 
-    @property
-    def num_truncated(self) -> int:
-        """Rows kept that lost tokens to `max_length`."""
-        return len(self.truncated)
+    @classmethod
+    def open(cls, folder: Path) -> PreferenceDataset:
+        """Opens a folder that a dataset was written to. The tokens are mapped into memory.
 
-    @property
-    def num_dropped(self) -> int:
-        """Rows left out, because they were skipped or too long."""
-        return len(self.skipped) + self.num_too_long
+        Raises:
+            OSError, ValueError, KeyError: A file is missing or was changed.
+        """
+        dataset = cls.__new__(cls)
+        dataset._folder, dataset._pairs = folder, FlatPairs.open(folder)
+        vars(dataset).update(vars(Counts.from_json(json.loads((folder / _COUNTS).read_text()))))
+        return dataset
 
-    def _skip(self, row: SourceRow, error: UnusableRowError, on_bad_rows: OnBadRows) -> None:
-        reason = str(error).removeprefix(f"{row.where}: ")
-        if on_bad_rows == "raise":
-            raise UnusableRowError(f"{row.where}: {reason}") from error
-        self.skipped.append(SkippedRow(row.index, row.where, reason))
-
-    def _add(self, row: SourceRow, rendered: RenderedPair, whole: TokenizedPair, pair: TokenizedPair) -> None:
-        self.num_chats += rendered.is_chat
-        self.num_identical += pair.chosen_ids == pair.rejected_ids
-        if pair != whole:
-            self.truncated.add(row.index)
-        self.num_cut_prompts += pair.prompt_ids != whole.prompt_ids
-        self.num_cut_completions += pair[1:] != whole[1:]
-        contexts = (pair.chosen_context, pair.rejected_context)
-        self.num_with_context += contexts != (None, None)
-        if rendered.spelled:
-            self.num_spelling_control += 1
-            self._first_spelled = self._first_spelled or f"{rendered.spelled!r} in {row.where}"
-        if rendered.header:
-            self._headers[rendered.header] += 1
-        prompt, chosen, rejected = map(_array, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        arrays = (None if c is None else ContextArrays(_array(c.ids), _array(c.places)) for c in contexts)
-        self._examples.append(Example(prompt, chosen, rejected, row.index, 1.0, *arrays))
+    def __reduce__(self) -> Any:
+        # A worker process opens the folder again, so that the tokens are not copied to it.
+        return super().__reduce__() if self._folder is None else (type(self).open, (self._folder,))
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return self.num_pairs
 
     def __getitem__(self, position: int) -> Example:
-        if position < len(self):
-            return self._examples[position]
-        return self._examples[position % len(self)]._replace(weight=0.0)
+        if position < 0:
+            position += len(self)
+        return self._pairs.example(position % len(self), weight=float(position < len(self)))
 
     def __iter__(self) -> Iterator[Example]:
-        return iter(self._examples)  # without this, Python would iterate past the end for ever
+        return map(self.__getitem__, range(len(self)))  # without this, Python would iterate past the end for ever
 
     @property
     def num_tokens(self) -> np.ndarray:
         """The number of tokens of each pair, [pairs] int64: its prompt twice and both completions."""
-        counts = [
-            2 * len(e.prompt_ids)
-            + sum(map(len, (e.chosen_ids, e.rejected_ids)))
-            + sum(len(context.ids) for context in (e.chosen_context, e.rejected_context) if context is not None)
-            for e in self
-        ]
-        return np.array(counts, dtype=np.int64)
+        return self._pairs.num_tokens()
 
-    def summary(self) -> str:
-        """The counts, in one line."""
-        too_long = f"{self.num_too_long} dropped as too long, " if self.num_too_long else ""
-        return (
-            f"{len(self)} pairs of {self.num_rows} rows: {len(self.skipped)} skipped, {too_long}"
-            f"{self.num_identical} with identical chosen and rejected, {self.num_truncated} truncated"
-        )
+    @property
+    def index(self) -> np.ndarray:
+        """The row number of each pair in the source, [pairs] int64."""
+        return self._pairs.index
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.summary()} to max_length={self.max_length})"
-
-    def warnings(self, name: str = "pairs") -> dict[str, str]:
-        """What a user should know about the pairs.
-
-        Args:
-            name: What the warnings call the pairs.
-
-        Returns:
-            Warnings by kind. Each names cause, effect and remedy.
-        """
-        texts = {}
-        if self.skipped:
-            texts["skipped"] = describe_skipped(name, self.skipped, self.num_rows)
-        if self.num_truncated + self.num_too_long > _MANY * (len(self) + self.num_too_long):
-            texts["length"] = f"{name}: {self._describe_length()}"
-        if self.num_identical:
-            texts["identical"] = (
-                f"{name}: {self.num_identical} of {len(self)} pairs have the same tokens in chosen and rejected, so "
-                "they carry no preference and DPO learns nothing from them. Remove them. If only `max_length` made "
-                "them equal, raise it."
-            )
-        if self._lacks_turns:
-            texts["turns"] = (
-                f"{name}: The pairs are plain text, but the tokenizer has a chat template. A model that was trained on "
-                "chats then sees text without turns. Pass `as_chat=True` to wrap prompts and answers as messages. If "
-                "the model continues plain text, ignore this."
-            )
-        if self._header:
-            header, tokens = self._header
-            texts["header"] = (
-                f"{name}: The chat template starts the answers of {self.num_with_header} pairs with {header!r}, "
-                f"which its generation prompt does not include. So its tokens {tokens} are scored as a part of the "
-                'completions. To leave them out, pass `chat_template_kwargs`, such as {"enable_thinking": False}, or a '
-                "`chat_template` whose generation prompt ends where the answers start."
-            )
-        if self.num_spelling_control:
-            texts["control"] = (
-                f"{name}: The text of {self.num_spelling_control} of {len(self)} pairs spells control tokens of the "
-                f"tokenizer (the first is {self._first_spelled}). They are encoded as text, so they end no turn. "
-                "If you want that, ignore this. If a chat template made the text, pass `parse_special_tokens=True`, or "
-                "the messages instead of the text."
-            )
-        return texts
-
-    def _describe_length(self) -> str:
-        if self.num_too_long:
-            return (
-                f"{self.num_too_long} of {len(self) + self.num_too_long} pairs are longer than "
-                f'max_length={self.max_length} and are left out (`truncation="drop"`). Raise `max_length` to keep more.'
-            )
-        return (
-            f"{self.num_truncated} of {len(self)} pairs are longer than max_length={self.max_length}: "
-            f"{self.num_cut_prompts} lost the start of their prompt, {self.num_cut_completions} the end of a "
-            "completion. Raise `max_length`, or choose what is cut with `truncation` and `min_completion_tokens`."
-        )
-
-
-def _array(ids: Sequence[int]) -> np.ndarray:
-    """int32: 4 bytes a token, where a list takes up to 36, and quick to copy to worker processes."""
-    return np.array(ids, dtype=np.int32)
-
-
-def _render(row: SourceRow, renderer: Renderer, as_chat: bool) -> RenderedPair:
-    try:
-        return renderer(prepare_pair(row.pair, as_chat))
-    except UnusableRowError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{row.where}: {error}") from error

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lit_did.data.files import SUFFIXES
 from lit_did.models.names import first_line
 
 _NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
@@ -15,10 +16,9 @@ _TIMEOUT = 10.0  # seconds for the hub to answer
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a path that does not exist may name a data set of the hub: its first part does not exist either."""
-    return (
-        _NAME.fullmatch(source) is not None and not source.startswith(".") and not os.path.lexists(source.split("/")[0])
-    )
+    """Whether a path may name a data set of the hub: it has no suffix of a file, and its first part does not exist."""
+    exists = os.path.lexists(source.split("/")[0])
+    return not (exists or source.startswith(".") or source.endswith(SUFFIXES)) and _NAME.fullmatch(source) is not None
 
 
 def load(source: str) -> Any:

@@ -6,14 +6,35 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from lit_did.data.chunks import Tokenization
+from lit_did.data.pairs import UnusableRowError
+from lit_did.data.reading import SkippedRow, SourceRow
 from lit_did.data.special_tokens import ControlTokens
-from lit_did.data.tokenizing import Context, TokenizedPair
+from lit_did.data.tokenizing import Context, TokenizedPair, tokenize_rendered
 
 _STYLES = {"prompt": "cyan", "scored": "green", "not scored": "bright_black", "cut": "red strike"}
 _LONGEST = 1000  # characters of a part; of longer ones, the middle is left out
 
 Part = tuple[str, list[int]]
 """a key of `_STYLES`, and ids of tokens"""
+
+
+def print_pairs(rows: Iterable[SourceRow | SkippedRow], tokenization: Tokenization, n: int) -> None:
+    """Prints the first `n` pairs that can be trained on, and why rows before them are left out."""
+    for row in rows:
+        if n == 0:
+            return
+        if isinstance(row, SkippedRow):
+            print(f"{row.where} is left out: {row.reason}")
+            continue
+        try:
+            (whole,) = tokenize_rendered([tokenization.render(row)], tokenization.tokenizer)
+            cut = tokenization.cut(whole)
+        except UnusableRowError as error:
+            print(f"{row.where} is left out: {error}")
+            continue
+        print_pair(row.where, whole, cut, tokenization.tokenizer, tokenization.renderer.control)
+        n -= 1
 
 
 def print_pair(where: str, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any, control: ControlTokens) -> None:

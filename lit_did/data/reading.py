@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from lit_did.arguments import check_choice
 from lit_did.data import hub
 from lit_did.data.errors import in_words, one_line, unusable
-from lit_did.data.files import SUFFIXES, Choose, find_files, read_file, read_table
+from lit_did.data.files import Choose, find_files, read_file, read_table
 from lit_did.data.formats import check_columns, columns_to_read, describe_columns
 from lit_did.data.messages import KNOWN_ROLES
 from lit_did.data.pairs import PreferencePair, UnusableRowError, parse_row, strip_repeated
@@ -251,7 +251,7 @@ def _read_path(path: str, choose: Choose) -> Iterator[tuple[str, Any]]:
             "file, or pass what `datasets.load_dataset` returns."
         )
     path = os.path.expanduser(path)
-    if not os.path.lexists(path) and hub.is_hub_name(path) and not path.endswith(SUFFIXES):
+    if hub.is_hub_name(path):
         yield from _read_dataset(hub.load(path), path, choose)
         return
     for file in find_files(path):

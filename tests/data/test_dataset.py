@@ -157,7 +157,7 @@ def test_positions_past_the_end_repeat_rows_with_weight_zero(no_specials):
 
 
 def test_rows_stay_in_order_over_many_tokenizer_calls(no_specials, monkeypatch):
-    monkeypatch.setattr("lit_did.data.dataset._CHUNK", 3)
+    monkeypatch.setattr("lit_did.data.chunks._CHUNK", 3)
     rows = [{"prompt": "a", "chosen": "b " * (n + 1), "rejected": "c"} for n in range(10)]
     dataset = PreferenceDataset(read_pairs(rows), no_specials, max_length=50)
     assert [(example.index, len(example.chosen_ids)) for example in dataset] == [(n, n + 1) for n in range(10)]
