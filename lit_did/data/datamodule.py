@@ -344,9 +344,7 @@ class PreferenceDataModule(LightningDataModule):
             rows = read()
             self._tokenize(name, rows, folder=part)
             if digests() != made_from["files"]:
-                raise ValueError(
-                    f"Expected the files of `{name}` to stay as they are while they are read, but got others."
-                )
+                raise ValueError(f"Expected the files of `{name}` not to change while they are read, but they changed.")
             return {"notes": rows.notes, "starts": rows.starts}
 
         dataset, about = cached_dataset(folder, name, made_from, write)
@@ -355,7 +353,7 @@ class PreferenceDataModule(LightningDataModule):
         return dataset, about["starts"]
 
     def _tokenize(self, name: str, rows: Rows, *, folder: Path | None = None, show: bool = True) -> PreferenceDataset:
-        quiet = not show or (self.trainer is not None and getattr(self.trainer, "progress_bar_callback", 1) is None)
+        quiet = not show or (self.trainer is not None and self.trainer.progress_bar_callback is None)
         return PreferenceDataset(
             rows.rows,
             self.tokenizer,

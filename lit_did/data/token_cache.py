@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def cached_dataset(
     write_once(target, write_all)
     try:
         return PreferenceDataset.open(target), json.loads((target / _ABOUT).read_text())
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"Expected whole files of tokens in {target}, but got: {error}. Delete this folder to tokenise again."
         ) from error
@@ -129,10 +129,11 @@ def _file_digest(path: Path, folder: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - status.st_ctime > _YOUNG:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = known.with_name(f".{known.name}.{uuid4().hex}")  # other processes may do the same
-        unfinished.write_text(digest)
-        unfinished.replace(known)
+        with suppress(OSError):  # a folder that may only be read
+            known.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = known.with_name(f".{known.name}.{uuid4().hex}")  # other processes may do the same
+            unfinished.write_text(digest)
+            unfinished.replace(known)
     return digest
 
 

@@ -15,6 +15,12 @@ from lit_did.data import PreferenceDataModule, UnusableRowError
 ROWS = [{"prompt": "a", "chosen": "b" * (n % 3 + 1), "rejected": "c" * (n % 2 + 1)} for n in range(10)]
 
 
+def _trainer(rank: int) -> SimpleNamespace:
+    """What a data module reads of the Trainer of two ranks."""
+    kwargs = {"num_replicas": 2, "rank": rank}
+    return SimpleNamespace(distributed_sampler_kwargs=kwargs, progress_bar_callback=None)
+
+
 def _indices(dataset) -> list[int]:
     return [example.index for example in dataset]
 
@@ -223,7 +229,7 @@ def test_drop_last_and_shuffle(no_specials):
     with pytest.raises(ValueError, match=r"Expected at least batch_size \* ranks = 11 training pairs .* but got 10"):
         data.train_dataloader()
     data = PreferenceDataModule(ROWS[:1], no_specials, max_length=8, drop_last=True, tokens_per_batch=16)
-    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    data.trainer = _trainer(rank=0)
     data.setup("fit")
     with pytest.raises(ValueError, match=r"Expected at least ranks = 2 training pairs .* but got 1"):
         data.train_dataloader()
@@ -249,7 +255,7 @@ def test_two_ranks(no_specials):
     means, seen = [], []
     for rank in range(2):
         data = PreferenceDataModule(ROWS, no_specials, val=ROWS[:5], batch_size=2)
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
+        data.trainer = _trainer(rank)
         data.setup()
         assert len(data.train_dataloader()) == 3
         batches = list(data.val_dataloader())
