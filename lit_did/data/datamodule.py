@@ -18,6 +18,7 @@ from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.describing import data_facts, describe_data
 from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
+from lit_did.data.mixing import Mixture, MixtureSampler, check_weights, is_mixture
 from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
 from lit_did.data.preview import print_pairs
 from lit_did.data.reading import OnBadRows, check_columns
@@ -39,7 +40,8 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts.
-            docs/data.md says what is read, mapped, skipped and refused. None if you only evaluate.
+            docs/data.md says what is read, mapped, skipped and refused. A dict {"a.jsonl": 0.7, "b.jsonl": 0.3} mixes
+            sources with weights: the shares of the pairs of an epoch. None if you only evaluate.
         tokenizer: A transformers tokenizer, or the name or path of one, which is loaded on first use. None: the
             tokenizer of the policy that the Trainer runs.
         val: Pairs to validate on.
@@ -152,6 +154,15 @@ class PreferenceDataModule(LightningDataModule):
         check_range("val_fraction", val_fraction, "[0, 1)")
         if val is not None and val_fraction:
             raise ValueError(f"Expected only one of `val` and `val_fraction`, but got both ({val_fraction=}).")
+        if is_mixture(train):
+            check_weights("train", train)
+            if val_fraction:
+                raise ValueError(
+                    f"Expected `val` instead of {val_fraction=} with weights of sources, because the last rows are all "
+                    "of the last source."
+                )
+            if not shuffle:
+                raise ValueError("Expected `shuffle=True` with weights of sources, which are mixed at random.")
         if val_fraction and train is None:
             raise ValueError(f"Expected `train` for `val_fraction={val_fraction}` to hold rows out of, but got None.")
         self.train, self.val, self.test, self.predict = train, val, test, predict
@@ -227,7 +238,12 @@ class PreferenceDataModule(LightningDataModule):
         if self.train_dataset is None:
             raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing was read yet.")
         replicas = self._replicas()
-        sampler = ResumableSampler(
+        num_tokens = self.train_dataset.num_tokens
+        make_sampler: Any = ResumableSampler
+        if is_mixture(self.train):
+            mixture = Mixture(self.train, num_tokens, self.train_dataset.index, self._starts)
+            make_sampler = partial(MixtureSampler, mixture)
+        sampler = make_sampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
         )
         if self.tokens_per_batch is None:
@@ -236,7 +252,6 @@ class PreferenceDataModule(LightningDataModule):
             batching: dict[str, Any] = {"batch_size": least, "sampler": sampler, "drop_last": self.drop_last}
         else:
             least, name = 1, "ranks"
-            num_tokens = self.train_dataset.num_tokens
             batch_sampler = TokenBatchSampler(sampler, num_tokens, self.tokens_per_batch, self.batch_size, **replicas)
             batching = {"batch_sampler": batch_sampler}
         if self.drop_last and len(sampler) < least:
@@ -296,14 +311,18 @@ class PreferenceDataModule(LightningDataModule):
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def _read(self, name: str) -> Rows:
+        source = getattr(self, name)
         return read_split(
-            getattr(self, name),
+            list(source) if self._is_mixture(name) else [source],
             name,
             columns=self.columns,
             on_bad_rows=self.on_bad_rows,
             template=(self.tokenizer, self.chat_template, self.chat_template_kwargs),
             warn=self._warn_once,
         )
+
+    def _is_mixture(self, name: str) -> bool:
+        return name == "train" and is_mixture(self.train)
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
@@ -331,7 +350,7 @@ class PreferenceDataModule(LightningDataModule):
         folder = Path(self.cache_tokens).expanduser()
         held_out = name == "val" and self.val is None
         source = self.train if held_out else getattr(self, name)
-        digests = partial(source_digests, source, name, folder)
+        digests = partial(source_digests, list(source) if self._is_mixture(name) else source, name, folder)
         made_from = {
             "files": digests(),
             "columns": self.columns,

@@ -154,4 +154,5 @@ class ResumableDataLoader(DataLoader):
             "num_replicas": getattr(sampler, "num_replicas", 1),
             "shuffle": getattr(sampler, "shuffle", False),
             "seed": getattr(sampler, "seed", 0),
+            "weights": sampler.mixture.weights if hasattr(sampler, "mixture") else None,
         }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lit_did.data.mixing import is_mixture
 from lit_did.data.reading import Columns, OnBadRows, SkippedRow, SourceRow, read_rows
 from lit_did.data.templates import describe_unread
 
@@ -22,7 +21,7 @@ class Rows(NamedTuple):
 
 
 def read_split(
-    source: Any,
+    sources: Sequence[Any],
     name: str,
     *,
     columns: Columns | None,
@@ -30,10 +29,11 @@ def read_split(
     template: tuple[Any, ...],
     warn: Callable[[str], None],
 ) -> Rows:
-    """Reads the rows of a source or of a mixture, whose rows are counted through.
+    """Reads the rows of sources, one after the other. Their rows are counted through.
 
     Args:
-        source, name, columns, on_bad_rows: As for `read_rows`.
+        sources: What `read_rows` takes; several for a mixture.
+        name, columns, on_bad_rows: As for `read_rows`.
         template: The tokenizer, the chat template and its variables, as `describe_unread` takes them.
         warn: Called with each warning.
     """
@@ -43,8 +43,8 @@ def read_split(
         split.notes.append(text)
         warn(text)
 
-    for part in source if is_mixture(source) else [source]:
-        rows, skipped = read_rows(part, name, columns=columns, on_bad_rows=on_bad_rows, warn=note)
+    for source in sources:
+        rows, skipped = read_rows(source, name, columns=columns, on_bad_rows=on_bad_rows, warn=note)
         if unread := describe_unread(name, (row.pair for row in rows), *template):
             note(unread)
         start = len(split.rows) + len(split.skipped)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import BatchSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
+
+if TYPE_CHECKING:
+    from lit_did.data.mixing import Mixture
 
 
 class TokenBatchSampler(BatchSampler):
@@ -25,9 +28,9 @@ class TokenBatchSampler(BatchSampler):
     step takes as many pairs as fit, in the order of the source.
 
     Args:
-        sampler: A DistributedSampler, whose `shuffle`, `seed`, `drop_last` and `epoch` make the order. It is not
-            iterated. Any other sampler, such as the SequentialSampler of Lightning's `overfit_batches`, means the order
-            of the source.
+        sampler: A DistributedSampler, whose `shuffle`, `seed`, `drop_last` and `epoch` make the order, and the
+            `mixture` if it is a MixtureSampler. It is not iterated. Any other sampler, such as the SequentialSampler of
+            Lightning's `overfit_batches`, means the order of the source.
         num_tokens: [pairs] The tokens of each pair.
         tokens_per_batch: The most tokens of a batch.
         batch_size: The most pairs of a batch; None for no limit.
@@ -69,6 +72,7 @@ class TokenBatchSampler(BatchSampler):
         self.sampler, self.tokens_per_batch, self.batch_size = sampler, tokens_per_batch, batch_size
         self.num_replicas, self.rank = num_replicas, rank
         self.shuffle, self.seed, self.drop_last = sampler.shuffle, sampler.seed, sampler.drop_last
+        self.mixture: Mixture | None = getattr(sampler, "mixture", None)
         self.start = 0
         whole, left = divmod(len(self.num_tokens), self.num_replicas)
         self._total = (whole + (left > 0 and not self.drop_last)) * self.num_replicas
@@ -82,8 +86,10 @@ class TokenBatchSampler(BatchSampler):
         if self.shuffle:
             generator = np.random.default_rng((self.seed, self.sampler.epoch))
             order = np.resize(generator.permutation(len(self.num_tokens)), self._total)
-            lengths = self._lengthened(generator.random(len(self.num_tokens)))
+            chosen = None if self.mixture is None else self.mixture.positions(self.sampler.epoch, self.seed)
+            lengths = self._lengthened(generator.random(len(self.num_tokens)), chosen)
             order = order[np.argsort(lengths[order], kind="stable")]
+            order = order if chosen is None else chosen[order]
             numbers = generator.permutation(numbers)
         steps = np.split(order, self._ends[:-1])
         for number in numbers[self.start :]:
@@ -97,7 +103,8 @@ class TokenBatchSampler(BatchSampler):
             # most these: all lengths extended the most, the longest pairs repeated, the shortest left out.
             pairs = len(self.num_tokens)
             places = np.minimum(np.arange(self._total) + max(0, pairs - self._total), pairs - 1)
-            lengths = np.sort(self._lengthened(1.0))[places]
+            chosen = None if self.mixture is None else self.mixture.longest()
+            lengths = np.sort(self._lengthened(1.0, chosen))[places]
         # A rank gets one pair from each row of the sorted step, so at most the sum of the rows' maxima. In any other
         # order this sum is not smaller.
         rows = lengths.reshape(-1, self.num_replicas).max(axis=1)
@@ -113,9 +120,10 @@ class TokenBatchSampler(BatchSampler):
             ends = ends[1:]
         return [end * self.num_replicas for end in ends]
 
-    def _lengthened(self, share: np.ndarray | float) -> np.ndarray:
-        """The lengths, extended by `share` of 1/32."""
-        return np.minimum(self.num_tokens * (1 + share / 32), self.tokens_per_batch)
+    def _lengthened(self, share: np.ndarray | float, chosen: np.ndarray | None) -> np.ndarray:
+        """The lengths of the chosen pairs (None: of all), extended by `share` of 1/32."""
+        lengths = self.num_tokens if chosen is None else self.num_tokens[chosen]
+        return np.minimum(lengths * (1 + share / 32), self.tokens_per_batch)
 
     def _fill(self, rows: np.ndarray) -> list[int]:
         """The ends of the fewest steps that hold all rows."""

@@ -103,7 +103,7 @@ def source_digests(source: Any, name: str, folder: Path) -> list[tuple[str, str]
     Raises:
         TypeError: If the source is something else, such as a list of dicts.
     """
-    parts = source if isinstance(source, list | tuple | dict) else [source]
+    parts = source if isinstance(source, list | tuple) else [source]
     if not all(isinstance(part, str | os.PathLike) for part in parts):
         raise TypeError(
             f"Expected `{name}` to be files or names of the hub with `cache_tokens`, but got "
