@@ -1,10 +1,13 @@
 """Trains, resumes, validates and predicts on two processes, and writes what each saw: run by test_resuming.py.
 
+The processes share the tokens of the pairs in a folder.
+
 python -m tests.data.ddp_script FOLDER
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -42,12 +45,16 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder: Path, checkpoint: Path | None = None, by: dict | None = None, **kwargs) -> tuple[Recorder, Trainer]:
+def run(
+    out: Path, folder: str, checkpoint: str | None = None, by: dict | None = None, **kwargs
+) -> tuple[Recorder, Trainer]:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     # No workers: forking while Lightning's and gloo's threads run deadlocks now and then in CPython 3.11's os.fork.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    data = PreferenceDataModule(ROWS, tokenizer, val=ROWS[:5], **(by or {"batch_size": 2}))
+    data = PreferenceDataModule(
+        out / "train.jsonl", tokenizer, val=out / "val.jsonl", cache_tokens=out / "tokens", **(by or {"batch_size": 2})
+    )
     module = Recorder()
     trainer = Trainer(
         accelerator="cpu",
@@ -57,10 +64,10 @@ def run(folder: Path, checkpoint: Path | None = None, by: dict | None = None, **
         logger=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
-        callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
+        callbacks=[ModelCheckpoint(out / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
         **kwargs,
     )
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    trainer.fit(module, data, ckpt_path=checkpoint and out / folder / checkpoint)
     module.seen["val"] = module.seen["val"][:3]  # of the first epoch
     if checkpoint is None and by is None:
         trainer.predict(module, data)
@@ -68,11 +75,11 @@ def run(folder: Path, checkpoint: Path | None = None, by: dict | None = None, **
 
 
 def main(out: Path) -> None:
-    whole, trainer = run(out)
-    resumed, _ = run(out, out / "step=4.ckpt")
-    whole_by_tokens, _ = run(out / "tokens", by=BY_TOKENS)
-    resumed_by_tokens, _ = run(out / "tokens", out / "tokens" / "step=4.ckpt", by=BY_TOKENS)
-    overfitted, _ = run(out / "overfit", by=BY_TOKENS, overfit_batches=2)
+    whole, trainer = run(out, "by rows")
+    resumed, _ = run(out, "by rows", "step=4.ckpt")
+    whole_by_tokens, _ = run(out, "by tokens", by=BY_TOKENS)
+    resumed_by_tokens, _ = run(out, "by tokens", "step=4.ckpt", by=BY_TOKENS)
+    overfitted, _ = run(out, "overfit", by=BY_TOKENS, overfit_batches=2)
     seen = {
         "whole": whole.seen["train"],
         "resumed": resumed.seen["train"],
@@ -87,4 +94,6 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    for name, rows in (("train", ROWS), ("val", ROWS[:5])):
+        Path(sys.argv[1], f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run_ranks(2, main, Path(sys.argv[1]))

@@ -152,6 +152,8 @@ def test_two_processes(tmp_path):
         pairs = [pair for rank in ranks for pair in rank[evaluated]]
         assert sorted(index for index, weight in pairs if weight) == [0, 1, 2, 3, 4]
         assert [len(rank[evaluated]) for rank in ranks] == [3, 3]
+    written = sorted(path.name.partition("-")[0] for path in (tmp_path / "tokens").glob("[!.]*"))
+    assert written == ["train", "train", "val", "val"]  # once for each `max_length`
     # By tokens.
     whole, resumed, overfitted = (
         [rank[f"{name} by tokens"] for rank in ranks] for name in ("whole", "resumed", "overfitted")
