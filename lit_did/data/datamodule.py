@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lit_did.arguments import check_bools, check_choice, check_integer, check_range
@@ -23,10 +21,9 @@ from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
 from lit_did.data.preview import print_pairs
 from lit_did.data.reading import OnBadRows, check_columns
 from lit_did.data.rendering import check_template_kwargs
-from lit_did.data.splitting import Rows, hold_out, read_split
+from lit_did.data.splits import Splits
 from lit_did.data.templates import check_chat_template
 from lit_did.data.token_batches import TokenBatchSampler
-from lit_did.data.token_cache import cached_dataset, source_digests, what_tokens_depend_on
 from lit_did.data.tokenizing import Truncation, check_truncation
 from lit_did.models.names import load_tokenizer
 
@@ -181,7 +178,7 @@ class PreferenceDataModule(LightningDataModule):
         self.test_dataset: PreferenceDataset | None = None
         self.predict_dataset: PreferenceDataset | None = None
         self._tokenizer = tokenizer
-        self._warned: set[str] = set()
+        self._splits = Splits(self)
 
     @property
     def tokenizer(self) -> Any:
@@ -215,18 +212,15 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "predict" and self.predict is None and not has_val:
             raise ValueError("Expected `predict`, `val` or `val_fraction` for predicting, but got none of them.")
 
-        read = {name: partial(self._read, name) for name in ("train", "val", "test", "predict")}
-        if self.val_fraction:
-            split = cache(lambda: hold_out(self._read("train"), self.val_fraction))  # reads once for both
-            read |= {"train": lambda: split()[0], "val": lambda: split()[1]}
         if needs_train and self.train_dataset is None:
-            self.train_dataset = self._make("train", read["train"])
+            self.train_dataset = self._splits.make("train")
         if needs_val and self.val_dataset is None:
-            self.val_dataset = self._make("val", read["val"])
+            self.val_dataset = self._splits.make("val")
         if needs_test and self.test_dataset is None:
-            self.test_dataset = self._make("test", read["test"])
+            self.test_dataset = self._splits.make("test")
         if needs_predict and self.predict_dataset is None:
-            self.predict_dataset = self.val_dataset if self.predict is None else self._make("predict", read["predict"])
+            self.predict_dataset = self.val_dataset if self.predict is None else self._splits.make("predict")
+        self._splits.forget_rows()
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled batches of this rank's training rows.
@@ -241,7 +235,7 @@ class PreferenceDataModule(LightningDataModule):
         num_tokens = self.train_dataset.num_tokens
         make_sampler: Any = ResumableSampler
         if is_mixture(self.train):
-            mixture = Mixture(self.train, num_tokens, self.train_dataset.index, self._starts)
+            mixture = Mixture(self.train, num_tokens, self.train_dataset.index, self._splits.starts)
             make_sampler = partial(MixtureSampler, mixture)
         sampler = make_sampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
@@ -310,84 +304,6 @@ class PreferenceDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
-    def _read(self, name: str) -> Rows:
-        source = getattr(self, name)
-        return read_split(
-            list(source) if self._is_mixture(name) else [source],
-            name,
-            columns=self.columns,
-            on_bad_rows=self.on_bad_rows,
-            template=(self.tokenizer, self.chat_template, self.chat_template_kwargs),
-            warn=self._warn_once,
-        )
-
-    def _is_mixture(self, name: str) -> bool:
-        return name == "train" and is_mixture(self.train)
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            rank_zero_warn(text)
-        self._warned.add(text)
-
-    def _make(self, name: str, read: Callable[[], Rows]) -> PreferenceDataset:
-        """Tokenises a split, or opens what another process or an earlier run has tokenised, and says what it holds."""
-        if self.cache_tokens is None:
-            rows = read()
-            dataset, starts = self._tokenize(name, rows, show=rank_zero_only.rank == 0), rows.starts
-        else:
-            dataset, starts = self._cached(name, read)
-        if name == "train":
-            self._starts = starts
-        for kind, text in dataset.warnings(name).items():
-            if kind not in self._warned or kind not in ("turns", "header"):  # these hold for all splits
-                rank_zero_warn(text)
-            self._warned.add(kind)
-        rank_zero_info(f"{name}: {dataset.summary()} to max_length={self.max_length}.")
-        return dataset
-
-    def _cached(self, name: str, read: Callable[[], Rows]) -> tuple[PreferenceDataset, list[int]]:
-        assert self.cache_tokens is not None
-        folder = Path(self.cache_tokens).expanduser()
-        held_out = name == "val" and self.val is None
-        source = self.train if held_out else getattr(self, name)
-        digests = partial(source_digests, list(source) if self._is_mixture(name) else source, name, folder)
-        made_from = {
-            "files": digests(),
-            "columns": self.columns,
-            "val_fraction": self.val_fraction if held_out or name == "train" else 0,
-            **self._options(),
-            **what_tokens_depend_on(self.tokenizer, self.chat_template),
-        }
-
-        def write(part: Path) -> dict[str, Any]:
-            rows = read()
-            self._tokenize(name, rows, folder=part)
-            if digests() != made_from["files"]:
-                raise ValueError(f"Expected the files of `{name}` not to change while they are read, but they changed.")
-            return {"notes": rows.notes, "starts": rows.starts}
-
-        dataset, about = cached_dataset(folder, name, made_from, write)
-        for note in about["notes"]:
-            self._warn_once(note)
-        return dataset, about["starts"]
-
-    def _tokenize(self, name: str, rows: Rows, *, folder: Path | None = None, show: bool = True) -> PreferenceDataset:
-        quiet = not show or (self.trainer is not None and self.trainer.progress_bar_callback is None)
-        return PreferenceDataset(
-            rows.rows,
-            self.tokenizer,
-            skipped=rows.skipped,
-            num_proc=self.num_proc,
-            folder=folder,
-            progress=None if quiet else f"Tokenising {name}",
-            **self._options(),
-        )
-
-    def _options(self) -> dict[str, Any]:
-        """The arguments of `PreferenceDataset` and `Tokenization` besides the rows and the tokenizer."""
-        names = ("max_length", "truncation", "min_completion_tokens", "chat_template", "chat_template_kwargs")
-        return {name: getattr(self, name) for name in (*names, "as_chat", "parse_special_tokens", "on_bad_rows")}
-
     def facts(self) -> dict[str, Any]:
         """The tokenizer, the sources, the counts and the settings as plain values, for checkpoints and model cards."""
         return data_facts(self)
@@ -410,9 +326,9 @@ class PreferenceDataModule(LightningDataModule):
         name = next((name for name in ("train", "val", "test", "predict") if getattr(self, name) is not None), None)
         if name is None:
             raise ValueError("Expected `train`, `val`, `test` or `predict` to preview, but got none of them.")
-        rows = self._read(name)
+        rows = self._splits.read(name)
         ordered = sorted([*rows.rows, *rows.skipped], key=lambda row: row.index)
-        print_pairs(ordered, Tokenization(self.tokenizer, **self._options()), n)
+        print_pairs(ordered, Tokenization(self.tokenizer, **self._splits.options()), n)
 
     def __repr__(self) -> str:
         return describe_data(self, self._tokenizer)

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -88,39 +88,41 @@ def what_tokens_depend_on(tokenizer: Any, chat_template: str | None) -> dict[str
     }
 
 
-def source_digests(source: Any, name: str, folder: Path) -> list[tuple[str, str]]:
-    """The files of a source, each with a digest of its content.
-
-    Reading a file for its digest takes a second or so for each gigabyte. So the digest is kept in `folder`, under the
-    file's path, inode, size and times of change. A file that was changed in the last seconds may change again without
-    another time, so its digest is not kept.
+def source_digests(sources: Sequence[Any], name: str, folder: Path) -> list[tuple[str, str]]:
+    """The files of sources, each with a digest of its content.
 
     Args:
-        source: A path, a folder, a pattern, a name of the Hugging Face hub, or a list of these.
-        name: What errors call the source.
+        sources: Paths, folders, patterns, names of the Hugging Face hub, or lists of these.
+        name: What errors call the sources.
         folder: The folder of the cache, where digests are kept too.
 
     Raises:
-        TypeError: If the source is something else, such as a list of dicts.
+        TypeError: If a source is something else, such as a list of dicts.
     """
-    parts = source if isinstance(source, list | tuple) else [source]
-    if not all(isinstance(part, str | os.PathLike) for part in parts):
-        raise TypeError(
-            f"Expected `{name}` to be files or names of the hub with `cache_tokens`, but got "
-            f"{type(source).__name__}. Write the rows to a file, or leave `cache_tokens` out."
-        )
     found: list[tuple[str, str]] = []
-    for part in map(os.fspath, parts):
-        path = os.path.expanduser(part)
-        if hub.is_hub_name(path):
-            files = [Path(entry["filename"]) for entry in hub.load(path).cache_files]
-            found.append((part, key_of({"files": [_file_digest(file, folder) for file in files]})))
-        else:
-            found += [(str(file), _file_digest(file, folder)) for file in find_files(path)]
+    for source in sources:
+        parts = source if isinstance(source, list | tuple) else [source]
+        if not all(isinstance(part, str | os.PathLike) for part in parts):
+            raise TypeError(
+                f"Expected `{name}` to be files or names of the hub with `cache_tokens`, but got "
+                f"{type(source).__name__}. Write the rows to a file, or leave `cache_tokens` out."
+            )
+        for path in (os.path.expanduser(os.fspath(part)) for part in parts):
+            if hub.is_hub_name(path):
+                files = [Path(entry["filename"]) for entry in hub.load(path).cache_files]
+                found.append((path, key_of({"files": [_file_digest(file, folder) for file in files]})))
+            else:
+                found += [(str(file), _file_digest(file, folder)) for file in find_files(path)]
     return found
 
 
 def _file_digest(path: Path, folder: Path) -> str:
+    """The digest of a file's content.
+
+    Reading it takes a second or so for each gigabyte. So the digest is kept under the file's path, inode, size and
+    times of change. A file that was changed in the last seconds may change again without another time, so its digest
+    is not kept.
+    """
     status = path.stat()
     times = (status.st_mtime_ns, status.st_ctime_ns)
     known = folder / _DIGESTS / key_of({"file": (str(path.resolve()), status.st_ino, status.st_size, *times)})

@@ -117,7 +117,10 @@ def test_a_cache_keeps_the_sources_and_weights_may_change(no_specials, files, tm
     for weights in ({"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 5, "c": 1}):
         cached, plain = (_module(files, weights, no_specials, **more) for more in (options, BY[0]))
         assert _epochs(cached.train_dataloader(), 2) == _epochs(plain.train_dataloader(), 2)
-    assert len([path for path in options["cache_tokens"].iterdir() if not path.name.startswith(".")]) == 1
+    assert len(list(options["cache_tokens"].glob("[!.]*"))) == 1
+    # A list of the same files is read as one source.
+    PreferenceDataModule([files[name] for name in "abc"], no_specials, **options).setup("fit")
+    assert len(list(options["cache_tokens"].glob("[!.]*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from lit_did.data import PreferenceDataModule, UnusableRowError, token_cache
 from lit_did.data.processes import ask_processes
+from lit_did.data.splits import Splits
 from lit_did.data.token_cache import source_digests, write_once
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -83,7 +84,7 @@ def test_a_later_run_reads_neither_rows_nor_texts(chatml, pairs, tmp_path, monke
     monkeypatch.setattr(token_cache, "_YOUNG", -1)
     for read in (True, False):
         if not read:
-            monkeypatch.delattr("lit_did.data.splitting.read_rows")
+            monkeypatch.delattr("lit_did.data.splits.read_rows")
             monkeypatch.delattr("hashlib.file_digest")
         _started(PreferenceDataModule(pairs, chatml, cache_tokens=tmp_path / "tokens", **OPTIONS))
 
@@ -140,13 +141,13 @@ def test_the_content_of_a_file_counts_and_not_its_time(chatml, pairs, tmp_path):
 
 def test_digests_are_kept_unless_the_file_is_young(pairs, tmp_path, monkeypatch):
     kept = tmp_path / token_cache._DIGESTS
-    first = source_digests(pairs, "train", tmp_path)
+    first = source_digests([pairs], "train", tmp_path)
     assert not kept.exists()
     monkeypatch.setattr(token_cache, "_YOUNG", -1)
-    assert source_digests([pairs], "train", tmp_path) == first
+    assert source_digests([[pairs]], "train", tmp_path) == first
     assert len(list(kept.iterdir())) == 1
     monkeypatch.delattr("hashlib.file_digest")
-    assert source_digests(str(pairs), "train", tmp_path) == first
+    assert source_digests([str(pairs)], "train", tmp_path) == first
 
 
 def test_a_template_that_writes_the_date_has_another_key_on_another_day(chatml, monkeypatch):
@@ -175,13 +176,13 @@ def test_sources_are_files(chatml, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(chatml, pairs, tmp_path, monkeypatch):
-    read = PreferenceDataModule._tokenize
+    read = Splits._tokenize
 
     def change(*arguments, **options):
         pairs.write_text(json.dumps(ROWS[0]))
         return read(*arguments, **options)
 
-    monkeypatch.setattr(PreferenceDataModule, "_tokenize", change)
+    monkeypatch.setattr(Splits, "_tokenize", change)
     data = PreferenceDataModule(pairs, chatml, cache_tokens=tmp_path / "tokens", **OPTIONS)
     with pytest.raises(ValueError, match="Expected the files of `train` not to change while they are read"):
         _started(data)
