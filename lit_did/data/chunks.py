@@ -35,7 +35,7 @@ class TokenizedChunk(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     """[pairs, 7] the tokens of each part"""
-    index: np.ndarray
+    row_numbers: np.ndarray
     counts: Counts
 
 
@@ -106,7 +106,7 @@ class Tokenization:
                 kept.append(row)
             except UnusableRowError as error:
                 self._skip(row, error, counts)
-        pairs, index = [], []
+        pairs, numbers = [], []
         for row, text, whole in zip(kept, rendered, tokenize_rendered(rendered, self.tokenizer), strict=True):
             try:
                 pair = self.cut(whole)
@@ -116,9 +116,9 @@ class Tokenization:
                 self._skip(row, error, counts)
             else:
                 pairs.append(pair)
-                index.append(row.index)
+                numbers.append(row.index)
                 _count(counts, row, text, whole, pair)
-        return TokenizedChunk(tokens_of(pairs), lengths_of(pairs), np.array(index, dtype=np.int64), counts)
+        return TokenizedChunk(tokens_of(pairs), lengths_of(pairs), np.array(numbers, dtype=np.int64), counts)
 
     def chunks(self, rows: Sequence[SourceRow], num_proc: int) -> Iterator[TokenizedChunk]:
         """Tokenises all rows, in order, with this number of processes."""

@@ -19,7 +19,7 @@ from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataL
 from lit_did.data.mixing import Mixture, MixtureSampler, check_weights, is_mixture
 from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
 from lit_did.data.preview import print_pairs
-from lit_did.data.reading import OnBadRows, check_columns
+from lit_did.data.reading import OnBadRows, SkippedRow, SourceRow, check_columns
 from lit_did.data.rendering import check_template_kwargs
 from lit_did.data.splits import Splits
 from lit_did.data.templates import check_chat_template
@@ -235,7 +235,7 @@ class PreferenceDataModule(LightningDataModule):
         num_tokens = self.train_dataset.num_tokens
         make_sampler: Any = ResumableSampler
         if is_mixture(self.train):
-            mixture = Mixture(self.train, num_tokens, self.train_dataset.index, self._splits.starts)
+            mixture = Mixture(self.train, num_tokens, self.train_dataset.row_numbers, self._splits.starts)
             make_sampler = partial(MixtureSampler, mixture)
         sampler = make_sampler(
             self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
@@ -327,8 +327,8 @@ class PreferenceDataModule(LightningDataModule):
         if name is None:
             raise ValueError("Expected `train`, `val`, `test` or `predict` to preview, but got none of them.")
         rows = self._splits.read(name)
-        ordered = sorted([*rows.rows, *rows.skipped], key=lambda row: row.index)
-        print_pairs(ordered, Tokenization(self.tokenizer, **self._splits.options()), n)
+        both: list[SourceRow | SkippedRow] = [*rows.rows, *rows.skipped]
+        print_pairs(sorted(both, key=lambda row: row.index), Tokenization(self.tokenizer, **self._splits.options()), n)
 
     def __repr__(self) -> str:
         return describe_data(self, self._tokenizer)

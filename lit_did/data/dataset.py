@@ -96,15 +96,15 @@ class PreferenceDataset(Counts, Dataset):
         )
         renderer = tokenization.renderer  # made here, so that its errors come before any row
         self._folder = folder
-        lengths, index = [], []
+        lengths, numbers = [], []
         with nullcontext(io.BytesIO()) if folder is None else open(tokens_file(folder), "wb") as stream:
             bar = tqdm(total=len(rows), desc=progress, unit="pair", delay=5, disable=progress is None)
             for chunk in tokenization.chunks(rows, num_proc):
                 stream.write(chunk.tokens.data)
                 lengths.append(chunk.lengths)
-                index.append(chunk.index)
+                numbers.append(chunk.row_numbers)
                 self.add(chunk.counts)
-                bar.update(len(chunk.index) + chunk.counts.num_dropped)
+                bar.update(len(chunk.row_numbers) + chunk.counts.num_dropped)
             bar.close()
         tokens = np.frombuffer(stream.getbuffer() if isinstance(stream, io.BytesIO) else b"", dtype=np.int32)
         if not self.num_pairs:
@@ -117,7 +117,7 @@ class PreferenceDataset(Counts, Dataset):
             self.header_tokens = tokenizer.tokenize(self.headers.most_common(1)[0][0])
         rendered_before = parse_special_tokens or 2 * self.num_spelling_control > self.num_pairs
         self.lacks_turns = not self.num_chats and renderer.has_template and not rendered_before
-        self._pairs = flat_pairs(tokens, np.concatenate(lengths), np.concatenate(index))
+        self._pairs = flat_pairs(tokens, np.concatenate(lengths), np.concatenate(numbers))
         if folder is not None:
             self._pairs.save(folder)
             (folder / _COUNTS).write_text(json.dumps(self.to_json()))
@@ -156,9 +156,9 @@ class PreferenceDataset(Counts, Dataset):
         return self._pairs.num_tokens()
 
     @property
-    def index(self) -> np.ndarray:
+    def row_numbers(self) -> np.ndarray:
         """The row number of each pair in the source, [pairs] int64."""
-        return self._pairs.index
+        return self._pairs.row_numbers
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.summary()} to max_length={self.max_length})"

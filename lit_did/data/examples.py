@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_did.data.tokenizing import TokenizedPair
 
-_TOKENS, _ENDS, _INDEX = "tokens.bin", "ends.npy", "index.npy"
+_TOKENS, _ENDS, _ROWS = "tokens.bin", "ends.npy", "row_numbers.npy"
 _PARTS = 7  # the fields of an Example that hold arrays, with two arrays for each context
 _COUNTED = np.array([2, 1, 1, 1, 0, 1, 0])  # how often a part's tokens are in a batch: a prompt is read twice
 
@@ -44,25 +44,26 @@ class FlatPairs(NamedTuple):
     """int32: the parts of all pairs, one after the other: prompt, chosen, rejected, ids and places of both contexts"""
     ends: np.ndarray
     """[pairs, 7] int64: where the parts end in `tokens`"""
-    index: np.ndarray
-    """[pairs] int64: row numbers in the source"""
+    row_numbers: np.ndarray
+    """[pairs] int64: the rows of the source"""
 
     def example(self, number: int, weight: float = 1.0) -> Example:
         """One pair. Its arrays are views."""
         start = int(self.ends[number - 1, -1]) if number else 0
         ends = self.ends[number].tolist()
         parts = [self.tokens[a:b] for a, b in zip([start, *ends], ends, strict=False)]
+        prompt, chosen, rejected = parts[:3]
         contexts = (ContextArrays(*parts[place : place + 2]) if len(parts[place]) else None for place in (3, 5))
-        return Example(*parts[:3], int(self.index[number]), weight, *contexts)
+        return Example(prompt, chosen, rejected, int(self.row_numbers[number]), weight, *contexts)
 
     def num_tokens(self) -> np.ndarray:
         """The number of tokens of each pair, [pairs] int64: its prompt twice and both completions."""
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, _PARTS) @ _COUNTED
 
     def save(self, folder: Path) -> None:
-        """Writes `ends` and `index` to a folder that has the tokens already."""
+        """Writes `ends` and `row_numbers` to a folder that has the tokens already."""
         np.save(folder / _ENDS, self.ends)
-        np.save(folder / _INDEX, self.index)
+        np.save(folder / _ROWS, self.row_numbers)
 
     @classmethod
     def open(cls, folder: Path) -> FlatPairs:
@@ -73,10 +74,10 @@ class FlatPairs(NamedTuple):
         """
         # "c": pages are shared between processes, and a view may be written to without changing the file.
         tokens = np.memmap(tokens_file(folder), dtype=np.int32, mode="c")
-        ends, index = (np.load(folder / name, mmap_mode="c") for name in (_ENDS, _INDEX))
-        if ends.shape != (len(index), _PARTS) or ends[-1, -1] != len(tokens):
-            raise ValueError(f"{len(tokens)} tokens for {len(index)} pairs with the ends {ends[-1:].tolist()}")
-        return cls(*(np.asarray(array) for array in (tokens, ends, index)))
+        ends, rows = (np.load(folder / name, mmap_mode="c") for name in (_ENDS, _ROWS))
+        if ends.shape != (len(rows), _PARTS) or ends[-1, -1] != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens for {len(rows)} pairs with the ends {ends[-1:].tolist()}")
+        return cls(*(np.asarray(array) for array in (tokens, ends, rows)))
 
 
 def tokens_file(folder: Path) -> Path:
@@ -94,9 +95,9 @@ def tokens_of(pairs: Iterable[TokenizedPair]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(part for pair in pairs for part in _parts(pair)), dtype=np.int32)
 
 
-def flat_pairs(tokens: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> FlatPairs:
+def flat_pairs(tokens: np.ndarray, lengths: np.ndarray, row_numbers: np.ndarray) -> FlatPairs:
     """Makes FlatPairs from the lengths of the parts, [pairs, 7]."""
-    return FlatPairs(tokens, np.cumsum(lengths, dtype=np.int64).reshape(-1, _PARTS), index)
+    return FlatPairs(tokens, np.cumsum(lengths, dtype=np.int64).reshape(-1, _PARTS), row_numbers)
 
 
 def _parts(pair: TokenizedPair) -> tuple[list[int], ...]:

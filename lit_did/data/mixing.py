@@ -40,7 +40,7 @@ class Mixture:
     Args:
         weights: The weight of each source, by its name.
         num_tokens: [pairs] The tokens of each pair.
-        index: [pairs] The row number of each pair; it rises.
+        row_numbers: [pairs] The row number of each pair; they rise.
         starts: The row number at which each source starts.
 
     Attributes:
@@ -56,20 +56,20 @@ class Mixture:
     """
 
     def __init__(
-        self, weights: Mapping[str, float], num_tokens: np.ndarray, index: np.ndarray, starts: Sequence[int]
+        self, weights: Mapping[str, float], num_tokens: np.ndarray, row_numbers: np.ndarray, starts: Sequence[int]
     ) -> None:
         self.weights = dict(weights)
-        bounds = np.searchsorted(index, [*starts, np.inf])
+        bounds = np.searchsorted(row_numbers, [*starts, np.inf])
         self._longest_first = [
             low + np.argsort(-num_tokens[low:high], kind="stable") for low, high in pairwise(bounds.tolist())
         ]
         shares = np.cumsum([0.0, *self.weights.values()])
-        self._counts = np.diff(np.round(len(index) * shares / shares[-1]).astype(int)).tolist()
+        self._counts = np.diff(np.round(len(row_numbers) * shares / shares[-1]).astype(int)).tolist()
         for source, pairs, count in zip(weights, self._longest_first, self._counts, strict=True):
             if not len(pairs) or not count:
                 raise ValueError(
-                    f"Expected each epoch of {len(index)} pairs to have some of {source}, but it has {len(pairs)} pairs"
-                    f" and the weight {self.weights[source]} of {sum(self.weights.values())}. Raise its weight, or "
+                    f"Expected each epoch of {len(row_numbers)} pairs to have some of {source}, but it has {len(pairs)}"
+                    f" pairs and the weight {self.weights[source]} of {sum(self.weights.values())}. Raise its weight, or "
                     "leave it out."
                 )
 

@@ -53,8 +53,8 @@ class Splits:
     def make(self, name: str) -> PreferenceDataset:
         """The tokenised pairs of a split. Warnings and a line say what it holds."""
         if self._data.cache_tokens is None:
-            rows = self._rows(name)
-            dataset, starts = self._tokenize(name, rows, show=rank_zero_only.rank == 0), rows.starts
+            rows, is_first = self._rows(name), getattr(rank_zero_only, "rank", 0) == 0
+            dataset, starts = self._tokenize(name, rows, show=is_first), rows.starts
         else:
             dataset, starts = self._open(name, Path(self._data.cache_tokens).expanduser())
         if name == "train":

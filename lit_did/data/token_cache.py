@@ -2,7 +2,7 @@
 
 cache_tokens/
     train-0123456789abcdef/           appears when all of it is written
-        tokens.bin, ends.npy, index.npy, counts.json      a PreferenceDataset
+        tokens.bin, ends.npy, row_numbers.npy, counts.json      a PreferenceDataset
         made_from.json                what its key was made from, and the warnings of its source
     .train-0123456789abcdef.lock      held by the process that writes
     .digests/                         digests of source files, each named by the file's path, size and times

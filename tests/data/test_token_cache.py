@@ -189,7 +189,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(chatml, pairs, tmp_pat
     assert not _entries(tmp_path / "tokens")
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "index.npy", "counts.json", "made_from.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "row_numbers.npy", "counts.json", "made_from.json"])
 @pytest.mark.parametrize("damage", ["gone", "half", "empty"])
 def test_damaged_files_are_named(chatml, pairs, tmp_path, name, damage):
     cache = tmp_path / "tokens"
