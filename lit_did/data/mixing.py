@@ -69,8 +69,8 @@ class Mixture:
             if not len(pairs) or not count:
                 raise ValueError(
                     f"Expected each epoch of {len(row_numbers)} pairs to have some of {source}, but it has {len(pairs)}"
-                    f" pairs and the weight {self.weights[source]} of {sum(self.weights.values())}. Raise its weight, or "
-                    "leave it out."
+                    f" pairs and the weight {self.weights[source]} of {sum(self.weights.values())}. Raise the weight, "
+                    "or leave the source out."
                 )
 
     def positions(self, epoch: int, seed: int) -> np.ndarray:

@@ -82,8 +82,7 @@ def cached_reference(
 ) -> CachedReference:
     """Opens the cache of all training and validation pairs of a run, and writes it first if the folder holds none.
 
-    Each process runs the reference over its share of the pairs. Each checksum of a cache that was found is
-    verified by one process. If one process raises, all do.
+    Each process runs the reference over its share of the pairs. If one process raises, all do.
 
     Args:
         path: The folder, which all processes share.
@@ -147,8 +146,6 @@ def cached_reference(
                     publish(folder, mark, world)
     with _all_or_none(trainer):
         cache = ReferenceCache.open(path, mark, keys, _date_hint(trainer))
-        if found:  # otherwise it was written a moment ago
-            cache.verify(rank, world)
     return CachedReference(cache, model, trainer.precision)
 
 

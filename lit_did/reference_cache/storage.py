@@ -104,7 +104,6 @@ class CacheWriter:
         ...         writer.finish()
         ...         publish(folder, {"reference": "a", "pairs": "b"})
         ...     cache = ReferenceCache.open(path, {"reference": "a", "pairs": "b"})
-        ...     cache.verify()
         ...     cache.hidden([b"two".zfill(16)])
         tensor([[1., 1.],
                 [1., 1.]])
@@ -242,6 +241,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self._folder, self._shards = folder, shards
+        self._unchecked = set(range(len(shards)))
         self._hidden: list[Tensor] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         for number, shard in enumerate(shards):
@@ -258,7 +258,7 @@ class ReferenceCache:
     def open(
         cls, path: str | os.PathLike, fingerprint: Mapping[str, str], keys: Iterable[bytes] = (), data_hint: str = ""
     ) -> ReferenceCache:
-        """Opens a cache. The sizes of its files are checked; `verify` checks their contents.
+        """Opens a cache. The sizes of its files are checked, and the content of each when it is first used.
 
         Args:
             path: The folder.
@@ -298,21 +298,6 @@ class ReferenceCache:
             )
         return cache
 
-    def verify(self, process: int = 0, processes: int = 1) -> None:
-        """Reads the shards and compares their checksums. With several processes, each shard is read by one of them.
-
-        Args:
-            process: The number of this process, from 0.
-            processes: The number of processes that verify.
-
-        Raises:
-            ValueError: A file was changed since it was written.
-        """
-        for shard in self._shards[process::processes]:
-            crc = _crc32(self._folder / shard.file)
-            if crc != shard.crc32:
-                raise _unusable(self._folder, f"{shard.file} has the checksum {crc} instead of {shard.crc32}")
-
     def hidden(self, keys: Sequence[bytes], device: torch.device | str | None = None) -> Tensor:
         """Returns a copy of the hidden states [tokens, H] of sequences, one after the other.
 
@@ -321,9 +306,12 @@ class ReferenceCache:
             device: The device of the result. None: the CPU.
 
         Raises:
-            ValueError: A sequence is not in the cache.
+            ValueError: A sequence is not in the cache, or a file was changed since it was written.
         """
         missing = sum(key not in self._places for key in keys)
+        used = {self._places[key][0] for key in keys} if not missing else self._unchecked
+        for number in sorted(used & self._unchecked):
+            self._check(number)
         if missing:
             raise ValueError(
                 f"Expected `cache_reference` {self._folder.parent} to hold every sequence, but {missing} of "
@@ -331,6 +319,14 @@ class ReferenceCache:
             )
         rows = [self._hidden[shard][start:end] for shard, start, end in map(self._places.__getitem__, keys)]
         return to_device(torch.cat([self._hidden[0][:0], *rows]), torch.device(device or "cpu"))
+
+    def _check(self, number: int) -> None:
+        """Compares the checksum of a shard, once."""
+        shard = self._shards[number]
+        crc = _crc32(self._folder / shard.file)
+        if crc != shard.crc32:
+            raise _unusable(self._folder, f"{shard.file} has the checksum {crc} instead of {shard.crc32}")
+        self._unchecked.discard(number)
 
     def keys(self) -> KeysView[bytes]:
         """Returns the keys of all sequences."""

@@ -58,9 +58,7 @@ def write(path: Path, *processes: list[tuple], mark: dict[str, str] = PRINT, **o
 
 
 def opened(path: Path, mark: dict[str, str] = PRINT) -> ReferenceCache:
-    cache = ReferenceCache.open(path, mark)
-    cache.verify()
-    return cache
+    return ReferenceCache.open(path, mark)
 
 
 def files(path: Path) -> list[str]:
@@ -199,7 +197,7 @@ def test_a_flipped_bit_anywhere(name, folder):
         damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"Expected the cache {folder} to ") as error:
-            opened(folder.parent)
+            opened(folder.parent).hidden(KEYS)
         kinds = "version, but .*(cannot be read|instead of|is missing)|belong"
         (reason,) = re.findall(kinds, str(error.value))
         refused.add(reason)
@@ -208,16 +206,24 @@ def test_a_flipped_bit_anywhere(name, folder):
     assert_same_bits(opened(folder.parent).hidden(KEYS), torch.cat(sequences()))
 
 
-def test_each_of_several_processes_verifies_other_shards(folder):
+def test_shards_are_checked_when_they_are_first_used(folder, monkeypatch):
+    checked = []
+    monkeypatch.setattr(storage, "_crc32", lambda file, crc32=storage._crc32: checked.append(file.name) or crc32(file))
     file = folder / "00000-00001.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    cache = ReferenceCache.open(folder.parent, PRINT)
-    cache.verify(0, 2)
-    cache.verify(2, 3)
-    with pytest.raises(ValueError, match=f"{file.name} has the checksum .{{8}} instead of .*. {DELETE}"):
-        cache.verify(1, 2)
+    cache = opened(folder.parent)
+    assert not checked
+    for _ in range(2):
+        cache.hidden(KEYS[:1])
+    assert checked == ["00000-00000.safetensors"]
+    message = f"{file.name} has the checksum .{{8}} instead of .*. {DELETE}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            cache.hidden(KEYS)
+    with pytest.raises(ValueError, match=message):  # rather than that a sequence is missing
+        cache.hidden([b"other".zfill(16)])
 
 
 @pytest.mark.parametrize(
@@ -454,7 +460,6 @@ def run(path, batches):
         writer.finish()
         publish(folder, print_)
     cache = ReferenceCache.open(path, print_)
-    cache.verify()
     after_opening = own()
     for batch in range(batches):
         assert (cache.hidden(keys(batch)) == batch).all()
