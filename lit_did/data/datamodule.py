@@ -72,8 +72,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Processes per loader that collate. Tokenising is done before, so 0 is often fastest.
         num_proc: Processes that tokenise.
         cache_tokens: A folder for the tokens, which all processes share. One process tokenises and the others wait;
-            all then map its files into memory, and so do later runs with the same files, tokenizer and options. The
-            sources must be files or names of the hub. None: every process tokenises in every run, into its memory.
+            all then read batches from its files, and so do later runs with the same sources, tokenizer and options.
+            The sources must be files or names of the hub. None: every process tokenises in every run, into its memory.
         shuffle: Whether to reorder the training rows in every epoch.
         drop_last: Whether to leave out the rows that do not fill a last training batch; with `tokens_per_batch`, the
             rows that are left when all ranks get the same number. If False, several ranks repeat the first rows of the

@@ -125,7 +125,7 @@ class PreferenceDataset(Counts, Dataset):
 
     @classmethod
     def open(cls, folder: Path) -> PreferenceDataset:
-        """Opens a folder that a dataset was written to. The tokens are mapped into memory.
+        """Opens a folder that a dataset was written to. Tokens are read from its files when they are asked for.
 
         Raises:
             OSError, ValueError, KeyError: A file is missing or was changed.

@@ -1,7 +1,9 @@
-"""Tokenised pairs in three flat arrays, which are in memory or in mapped files."""
+"""Tokenised pairs in three flat arrays, which are in memory or in files."""
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -37,10 +39,31 @@ class Example(NamedTuple):
     rejected_context: ContextArrays | None = None
 
 
+class TokensFile:
+    """A file of int32 from which slices are read.
+
+    It is not mapped into memory, because pages that were read would count as this process's memory. The system keeps
+    them all the same. Processes that are forked may share the open file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return os.fstat(self._file).st_size // 4
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        values = np.empty(part.stop - part.start, dtype=np.int32)
+        if os.preadv(self._file, [values.data], 4 * part.start) != values.nbytes:
+            raise OSError(f"Expected {4 * part.stop:,} bytes in {self._path}, but it has become shorter.")
+        return values
+
+
 class FlatPairs(NamedTuple):
     """The arrays of many pairs. `flat_pairs` makes them."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | TokensFile
     """int32: the parts of all pairs, one after the other: prompt, chosen, rejected, ids and places of both contexts"""
     ends: np.ndarray
     """[pairs, 7] int64: where the parts end in `tokens`"""
@@ -48,10 +71,9 @@ class FlatPairs(NamedTuple):
     """[pairs] int64: the rows of the source"""
 
     def example(self, number: int, weight: float = 1.0) -> Example:
-        """One pair. Its arrays are views."""
-        start = int(self.ends[number - 1, -1]) if number else 0
-        ends = self.ends[number].tolist()
-        parts = [self.tokens[a:b] for a, b in zip([start, *ends], ends, strict=False)]
+        """One pair. Its arrays are views of one array."""
+        start, ends = int(self.ends[number - 1, -1]) if number else 0, self.ends[number]
+        parts = np.split(self.tokens[start : int(ends[-1])], (ends[:-1] - start).tolist())
         prompt, chosen, rejected = parts[:3]
         contexts = (ContextArrays(*parts[place : place + 2]) if len(parts[place]) else None for place in (3, 5))
         return Example(prompt, chosen, rejected, int(self.row_numbers[number]), weight, *contexts)
@@ -67,17 +89,16 @@ class FlatPairs(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path) -> FlatPairs:
-        """Maps the files of a folder into memory.
+        """Opens the files of a folder. `ends` and `row_numbers` are mapped into memory.
 
         Raises:
             OSError, ValueError: A file is missing or has the wrong size.
         """
-        # "c": pages are shared between processes, and a view may be written to without changing the file.
-        tokens = np.memmap(tokens_file(folder), dtype=np.int32, mode="c")
-        ends, rows = (np.load(folder / name, mmap_mode="c") for name in (_ENDS, _ROWS))
+        tokens = TokensFile(tokens_file(folder))
+        ends, rows = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in (_ENDS, _ROWS))
         if ends.shape != (len(rows), _PARTS) or ends[-1, -1] != len(tokens):
             raise ValueError(f"{len(tokens)} tokens for {len(rows)} pairs with the ends {ends[-1:].tolist()}")
-        return cls(*(np.asarray(array) for array in (tokens, ends, rows)))
+        return cls(tokens, ends, rows)
 
 
 def tokens_file(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Tokenised pairs in a folder that processes and runs share: one process writes them, all others map them.
+"""Tokenised pairs in a folder that processes and runs share: one process writes them, all others read them.
 
 cache_tokens/
     train-0123456789abcdef/           appears when all of it is written
