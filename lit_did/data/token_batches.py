@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +113,12 @@ class TokenBatchSampler(BatchSampler):
         if self.shuffle:
             # The same number of steps, but even ones. Each ends near its share of all tokens, but so that the steps
             # left can hold the rest.
-            sums, steps, rest = np.append(0, np.cumsum(rows)), len(ends), [0, *self._fill(rows[::-1])]
-            ends = [0]
+            total, steps, rest = np.append(0, np.cumsum(rows)), len(ends), [0, *self._fill(rows[::-1])]
+            even = np.searchsorted(total, total[-1] * np.arange(1, steps + 1) / steps).tolist()
+            sums, ends = total.tolist(), [0]
             for step in range(1, steps + 1):
-                even = np.searchsorted(sums, sums[-1] * step / steps)
-                ends.append(int(np.clip(even, len(rows) - rest[steps - step], self._farthest(sums, ends[-1]))))
+                least, most = len(rows) - rest[steps - step], self._farthest(sums, ends[-1])
+                ends.append(min(max(even[step - 1], least), most))
             ends = ends[1:]
         return [end * self.num_replicas for end in ends]
 
@@ -127,14 +129,14 @@ class TokenBatchSampler(BatchSampler):
 
     def _fill(self, rows: np.ndarray) -> list[int]:
         """The ends of the fewest steps that hold all rows."""
-        sums, ends = np.append(0, np.cumsum(rows)), [0]
+        sums, ends = np.append(0, np.cumsum(rows)).tolist(), [0]
         while ends[-1] < len(rows):
             ends.append(self._farthest(sums, ends[-1]))
         return ends[1:]
 
-    def _farthest(self, sums: np.ndarray, start: int) -> int:
+    def _farthest(self, sums: list[float], start: int) -> int:
         """The latest end of a step that starts at this row."""
-        fit = int(np.searchsorted(sums, sums[start] + self.tokens_per_batch, side="right")) - 1
+        fit = bisect_right(sums, sums[start] + self.tokens_per_batch) - 1
         return min(fit, start + (self.batch_size or fit))
 
     def _deal(self, step: np.ndarray) -> list[int]:
