@@ -17,11 +17,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -29,10 +28,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_did.data import hub
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.files import find_files
+from lit_did.file_digests import file_digest
 
 _ABOUT, _DIGESTS = "made_from.json", ".digests"
 _EVERY = 60.0  # seconds between lines about waiting
-_YOUNG = 2.0  # seconds in which a file may change twice and keep its times
 
 
 def cached_dataset(
@@ -110,33 +109,10 @@ def source_digests(sources: Sequence[Any], name: str, folder: Path) -> list[tupl
         for path in (os.path.expanduser(os.fspath(part)) for part in parts):
             if hub.is_hub_name(path):
                 files = [Path(entry["filename"]) for entry in hub.load(path).cache_files]
-                found.append((path, key_of({"files": [_file_digest(file, folder) for file in files]})))
+                found.append((path, key_of({"files": [file_digest(file, folder / _DIGESTS) for file in files]})))
             else:
-                found += [(str(file), _file_digest(file, folder)) for file in find_files(path)]
+                found += [(str(file), file_digest(file, folder / _DIGESTS)) for file in find_files(path)]
     return found
-
-
-def _file_digest(path: Path, folder: Path) -> str:
-    """The digest of a file's content.
-
-    Reading it takes a second or so for each gigabyte. So the digest is kept under the file's path, inode, size and
-    times of change. A file that was changed in the last seconds may change again without another time, so its digest
-    is not kept.
-    """
-    status = path.stat()
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    known = folder / _DIGESTS / key_of({"file": (str(path.resolve()), status.st_ino, status.st_size, *times)})
-    if known.exists():
-        return known.read_text()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - status.st_ctime > _YOUNG:
-        with suppress(OSError):  # a folder that may only be read
-            known.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = known.with_name(f".{known.name}.{uuid4().hex}")  # other processes may do the same
-            unfinished.write_text(digest)
-            unfinished.replace(known)
-    return digest
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lit_did.modules.strategies import (
 )
 from lit_did.ops import SequenceStatistics
 from lit_did.reference_cache.fingerprint import quick_digest
+from lit_did.reference_cache.model_files import files_digest, reference_name
 from lit_did.reference_cache.precompute import CachedReference, cached_reference
 
 
@@ -47,6 +49,8 @@ class PolicyModule(TrainedState):
     switched_off: Sequence[Probability] = ()
     """the dropout that the policy's configuration had, for a policy that is saved"""
     _cache: CachedReference | None = None
+    _reference_files: Callable[[Path], str | None] | None = None
+    """returns the digest of the files of a reference that was given by name"""
     _noise_checked = False
     _start_checked = False
 
@@ -96,6 +100,8 @@ class PolicyModule(TrainedState):
             if models.adapter is not None and self._reference_digest is not None:  # its values are in checkpoints
                 self._reference_digest += " and an adapter"
         policy.train()  # from_pretrained leaves eval mode, which Lightning keeps
+        name, model_kwargs = reference_name(self.given), self.given["model_kwargs"]
+        self._reference_files = None if name is None else partial(files_digest, name, model_kwargs)
         self.models, self.given = models, {}
         if options.cache_reference is not None:  # else DDP would hold on to what is freed
             values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
@@ -181,14 +187,17 @@ class PolicyModule(TrainedState):
         if path is None:
             return
         models = self.loaded_models()
+        reference = models.policy if models.reference is None else models.reference
+        unchanged = quick_digest(reference) == self._reference_digest
         self._cache = cached_reference(
             path,
             self.trainer,
-            models.policy if models.reference is None else models.reference,
+            reference,
             partial(self.read, weighted=True),
             models.reference_outputs,
             self._cache,
             adapter=models.adapter,
+            files=self._reference_files if unchanged else None,
         )
         kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
         models.use_recorded(self._cache, kept)

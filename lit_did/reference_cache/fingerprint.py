@@ -59,7 +59,9 @@ def sequence_keys(sequences: Sequences) -> list[bytes]:
     return [_blake2b(tokens[:, sequences.slice(i)].tobytes()).digest() for i in range(sequences.num_sequences)]
 
 
-def fingerprint(model: nn.Module, keys: Iterable[bytes], adapter: str | None = None) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, keys: Iterable[bytes], adapter: str | None = None, files: str | None = None
+) -> dict[str, str]:
     """Returns the digests of a reference and of its pairs, as hexadecimal BLAKE2b.
 
     Args:
@@ -68,6 +70,7 @@ def fingerprint(model: nn.Module, keys: Iterable[bytes], adapter: str | None = N
             because the adapter is off in a reference.
         keys: The keys of all sequences of all processes, in any order.
         adapter: The name of an adapter of the PeftModel that counts too, because it is the reference.
+        files: The digest of the files that the model was loaded from, which then counts instead of the model.
 
     Returns:
         The digests `reference` and `pairs`.
@@ -77,7 +80,10 @@ def fingerprint(model: nn.Module, keys: Iterable[bytes], adapter: str | None = N
         >>> [part for part in one if one[part] != other[part]]
         ['reference']
     """
-    return {"reference": _model_digest(model, adapter), "pairs": _blake2b(b"".join(sorted(set(keys)))).hexdigest()}
+    return {
+        "reference": files or _model_digest(model, adapter),
+        "pairs": _blake2b(b"".join(sorted(set(keys)))).hexdigest(),
+    }
 
 
 def quick_digest(model: nn.Module, values: int = 64, *, adapter: bool = False) -> str | None:

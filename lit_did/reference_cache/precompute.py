@@ -79,6 +79,7 @@ def cached_reference(
     opened: CachedReference | None,
     *,
     adapter: str | None = None,
+    files: Callable[[Path], str | None] | None = None,
 ) -> CachedReference:
     """Opens the cache of all training and validation pairs of a run, and writes it first if the folder holds none.
 
@@ -92,6 +93,8 @@ def cached_reference(
         outputs: Runs the reference on sequences.
         opened: The cache that an earlier run of this module opened.
         adapter: The name of the policy's adapter that is the reference. None: no adapter is.
+        files: Returns the digest of the files that the reference was loaded from, given a folder for digests. None:
+            the reference was not loaded from files.
 
     Returns:
         The opened cache.
@@ -113,8 +116,13 @@ def cached_reference(
                 f"reference's layers were freed, but got {others} other sequences and precision {trainer.precision}. "
                 f"Make a new LitDPO for them.{_date_hint(trainer)}"
             )
-    mark = {**fingerprint(model, keys, adapter), "precision": trainer.precision}
     rank, world = trainer.global_rank, trainer.world_size
+    of_files = None
+    if files is not None:  # read by one process
+        with _all_or_none(trainer):
+            of_files = files(Path(path) / ".digests") if rank == 0 else None
+        of_files = trainer.strategy.broadcast(of_files)
+    mark = {**fingerprint(model, keys, adapter, of_files), "precision": trainer.precision}
     found = trainer.strategy.broadcast(ReferenceCache.exists(path))
     if not found:
         with ExitStack() as stack:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lit_did import file_digests
 from lit_did.data import PreferenceDataModule, UnusableRowError, token_cache
 from lit_did.data.processes import ask_processes
 from lit_did.data.splits import Splits
@@ -81,7 +82,7 @@ def test_batches_and_warnings_are_those_without_a_cache(chatml, pairs, tmp_path,
 
 
 def test_a_later_run_reads_neither_rows_nor_texts(chatml, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "_YOUNG", -1)
+    monkeypatch.setattr(file_digests, "_YOUNG", -1)
     for read in (True, False):
         if not read:
             monkeypatch.delattr("lit_did.data.splits.read_rows")
@@ -143,7 +144,7 @@ def test_digests_are_kept_unless_the_file_is_young(pairs, tmp_path, monkeypatch)
     kept = tmp_path / token_cache._DIGESTS
     first = source_digests([pairs], "train", tmp_path)
     assert not kept.exists()
-    monkeypatch.setattr(token_cache, "_YOUNG", -1)
+    monkeypatch.setattr(file_digests, "_YOUNG", -1)
     assert source_digests([[pairs]], "train", tmp_path) == first
     assert len(list(kept.iterdir())) == 1
     monkeypatch.delattr("hashlib.file_digest")
