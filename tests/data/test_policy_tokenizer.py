@@ -31,7 +31,8 @@ def loaded(folder):
 
 def found(module):
     data = PreferenceDataModule(ROWS, max_length=64)
-    data.trainer = SimpleNamespace(lightning_module=module, distributed_sampler_kwargs=None)
+    trainer = {"distributed_sampler_kwargs": None, "progress_bar_callback": None}
+    data.trainer = SimpleNamespace(lightning_module=module, **trainer)
     data.setup("fit")
     return data.tokenizer.name_or_path
 
