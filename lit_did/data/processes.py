@@ -17,7 +17,8 @@ from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from typing import Any
 
-_COMMAND = [sys.executable, "-c", "from lit_did.data.processes import answer; answer()"]
+# -P: a file in the working folder must not hide a module
+_COMMAND = [sys.executable, "-P", "-c", "from lit_did.data.processes import answer; answer()"]
 
 
 def ask_processes(function: Callable[[Any], Any], parts: Iterable[Any], num_proc: int) -> Iterator[Any]:

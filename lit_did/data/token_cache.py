@@ -137,7 +137,11 @@ def write_once(target: Path, write: Callable[[Path], None]) -> bool:
             folder = Path(work) / target.name  # with the usual permissions, which the temporary folder lacks
             folder.mkdir()
             write(folder)
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.exists():  # otherwise a process was faster that the lock does not reach
+                    raise
     return True
 
 

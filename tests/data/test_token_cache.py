@@ -238,6 +238,19 @@ def test_a_writer_that_raises_leaves_nothing(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_the_first_of_two_that_write_without_a_common_lock_is_kept(tmp_path):
+    target = tmp_path / "train-1"
+
+    def write(folder):
+        target.mkdir()
+        (target / "tokens.bin").write_bytes(b"first")
+        (folder / "tokens.bin").write_bytes(b"second")
+
+    write_once(target, write)
+    assert [path.read_bytes() for path in target.iterdir()] == [b"first"]
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_one_of_several_processes_writes_and_the_others_wait(tmp_path, monkeypatch):
     target, log = tmp_path / "train-1", tmp_path / "log"
     lines = []
