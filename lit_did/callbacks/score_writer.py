@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lit_did.arguments import check_bools
 from lit_did.data.columns import read_columns
 from lit_did.data.datamodule import PreferenceDataModule
-from lit_did.data.dataset import Example, PreferenceDataset
+from lit_did.data.dataset import PreferenceDataset
 from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
 from lit_did.scoring.table import Row, check_table_path, rows_of, with_columns, write_table
@@ -51,8 +52,7 @@ class ScoreWriter(BasePredictionWriter):
         check_table_path(self.output)
         self._rows: list[Row] = []
         self._columns: dict[int, dict[str, Any]] = {}
-        self._examples: dict[int, Example] = {}
-        self._truncated: set[int] = set()
+        self._dataset: PreferenceDataset | None = None  # while predicting
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.output.exists() and not self.overwrite:
@@ -66,8 +66,7 @@ class ScoreWriter(BasePredictionWriter):
         if trainer.is_global_zero:  # now, because the source may change while models run
             source = next(s for s in (data.predict, data.val, data.train) if s is not None)
             self._columns = read_columns(source, "pairs", columns=data.columns, texts=self.texts)
-        self._rows, self._truncated = [], dataset.truncated
-        self._examples = {example.index: example for example in dataset}
+        self._rows, self._dataset = [], dataset
 
     def write_on_batch_end(
         self,
@@ -87,17 +86,19 @@ class ScoreWriter(BasePredictionWriter):
         chosen, rejected = (
             SequenceStatistics(*(value.cpu() for value in side)) for side in (prediction.chosen, prediction.rejected)
         )
+        assert self._dataset is not None
+        positions = np.searchsorted(self._dataset.row_numbers, prediction.index.tolist())  # row numbers rise
         self._rows += rows_of(
-            [self._examples[index] for index in prediction.index.tolist()],
+            [self._dataset[position] for position in positions.tolist()],
             chosen,
             rejected,
-            truncated=self._truncated,
+            truncated=self._dataset.truncated,
             reward_margin=prediction.reward_margin.cpu(),
         )
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         rows = {row["index"]: row for share in _gathered(trainer, self._rows) for row in share}
-        self._rows, self._examples = [], {}
+        self._rows, self._dataset = [], None
         if trainer.is_global_zero and rows:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_table(with_columns([rows[index] for index in sorted(rows)], self._columns), self.output)
