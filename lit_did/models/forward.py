@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate
 
 from lit_did.batches.layout import Layout
 from lit_did.batches.moving import to_device
 from lit_did.models import attention
+from lit_did.models.sharding import is_sharded, outermost, own_class
 from lit_did.models.wrappers import compiled_like, inner, unwrapped
 
 
@@ -20,7 +23,7 @@ class OutputLayer(NamedTuple):
     """logits = scale (hidden weight^T + bias). With a softcap, logits are softcap tanh(logits / softcap)."""
 
     weight: Tensor
-    """[V, H]"""
+    """[V, H]. Under tensor parallelism a DTensor: each process has a slice of the vocabulary."""
     bias: Tensor | None
     """[V]"""
     scale: float
@@ -28,8 +31,21 @@ class OutputLayer(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., V] of last hidden states [..., H]."""
+        if self.process_group is not None:
+            assert isinstance(self.weight, DTensor)
+            hidden = DTensor.from_local(hidden, self.weight.device_mesh, [Replicate()], run_check=False)
         logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes that each have a slice of the vocabulary. None: this one has all of it."""
+        return self.weight.device_mesh.get_group() if isinstance(self.weight, DTensor) else None
+
+    def local(self) -> OutputLayer:
+        """What this process has of the layer."""
+        return OutputLayer(*(value.to_local() if isinstance(value, DTensor) else value for value in self))
 
 
 class Outputs(NamedTuple):
@@ -81,12 +97,31 @@ def completion_hidden(model: nn.Module, layout: Layout, body: nn.Module) -> Tens
     """The last hidden states [completion tokens, H] that predict the completion tokens."""
     parameters = inspect.signature(unwrapped(body).forward).parameters
     options = {"use_cache": False} if "use_cache" in parameters else {}
+    run = _inside(model, body) if is_sharded(model) else body
     with attention_for(model, layout):
         states = [
-            body(**inputs, **options).last_hidden_state.flatten(0, 1)[rows]
-            for inputs, rows in _passes(layout, _forgetting(body, layout, options))
+            run(**inputs, **options).last_hidden_state.flatten(0, 1)[rows]
+            for inputs, rows in _passes(layout, _forgetting(run, layout, options))
         ]
     return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def _inside(model: nn.Module, body: nn.Module) -> Callable[..., Any]:
+    """A function that runs a sharded model's own forward pass, and returns what `body` returned in it.
+
+    FSDP gathers weights in the forward pass of the whole model only. The output layer runs on one position.
+    """
+
+    def run(**inputs: Any) -> Any:
+        returned: list[Any] = []
+        handle = body.register_forward_hook(lambda module, arguments, output: returned.append(output))
+        try:
+            outermost(model)(**inputs, logits_to_keep=1)
+        finally:
+            handle.remove()
+        return returned[0]
+
+    return run
 
 
 def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -102,12 +137,13 @@ def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor 
             f"Expected a causal language model that takes `input_ids`, but got {type(inner(model)).__name__}."
         )
     results, auxiliary = [], []
+    run = outermost(model)
     with attention_for(model, layout):
-        for inputs, rows in _passes(layout, _forgetting(model, layout, options)):
+        for inputs, rows in _passes(layout, _forgetting(run, layout, options)):
             length, kept = inputs["input_ids"].shape[1], None
             if "logits_to_keep" in parameters:
                 kept, column = torch.unique(rows % length, return_inverse=True)
-            output = model(**inputs, **options, **({} if kept is None else {"logits_to_keep": kept}))
+            output = run(**inputs, **options, **({} if kept is None else {"logits_to_keep": kept}))
             logits = getattr(output, "logits", None)
             shape = (len(inputs["input_ids"]), length if kept is None else len(kept))
             if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != shape:
@@ -124,8 +160,19 @@ def completion_logits(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor 
 
 
 def output_layer(model: nn.Module) -> OutputLayer:
-    """The layer that turns last hidden states into logits."""
+    """The layer that turns last hidden states into logits. Of a sharded model, after its forward pass.
+
+    Raises:
+        TypeError: FSDP has not kept the weight whole after the forward pass.
+    """
     layer, config = inner(model).get_output_embeddings(), text_config(model)
+    if isinstance(layer.weight, DTensor):
+        slices = layer.weight.device_mesh.mesh_dim_names == ("tp",) and layer.weight.placements[0].is_shard(0)
+        if not slices:
+            raise TypeError(
+                "Expected FSDP to keep the weight of the output layer whole after a forward pass, but it has freed "
+                "it. Use reshard_after_forward=False for it."
+            )
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere's
         scale *= config.logit_scale
@@ -143,26 +190,20 @@ def find_body(model: nn.Module) -> nn.Module | None:
     base = inner(model)
     body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
     layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    # No subclass: an adapter or a quantised weight would be left out. No shards: they are whole only in forward passes.
-    if body is None or type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+    # No subclass: an adapter or a quantised weight would be left out.
+    if body is None or own_class(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor, DTensor):
         return None
-    if layer.weight.dim() != 2 or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+    if layer.weight.dim() != 2 or adds_auxiliary_loss(model):  # only the model's own forward pass does what is needed
         return None
-    if _manages(model, layer) or adds_auxiliary_loss(model):  # only the model's own forward pass does what is needed
+    sharded = is_sharded(model)  # which puts hooks on the layer, and needs a forward pass of the whole model
+    if sharded and "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        return None
+    if not sharded and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
         return None
     known = {id(parameter) for part in (body, layer) for parameter in part.parameters()}
     if any(parameter.requires_grad and id(parameter) not in known for parameter in base.parameters()):
         return None  # such as a factor of the logits that is 1 until it is trained
-    return compiled_like(model, body)
-
-
-def _manages(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether `torch.distributed.fsdp.fully_shard` manages the layer. Its weight may look whole between passes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) and layer in part.modules() for part in model.modules())
+    return body if sharded else compiled_like(model, body)
 
 
 def adds_auxiliary_loss(model: nn.Module) -> bool:
@@ -211,13 +252,13 @@ def num_positions(model: nn.Module) -> float:
     return limit if isinstance(limit, int) and limit > 0 else float("inf")
 
 
-def _forgetting(model: nn.Module, layout: Layout, options: dict[str, Any]) -> Callable[[], None]:
+def _forgetting(run: Callable[..., Any], layout: Layout, options: dict[str, Any]) -> Callable[[], None]:
     """A function that makes the model forget the previous row, by a forward pass over one token."""
 
     def reset() -> None:
         if layout.forgets:
             with torch.no_grad():
-                model(**{name: value[:1, :1] for name, value in layout.inputs.items()}, **options)
+                run(**{name: value[:1, :1] for name, value in layout.inputs.items()}, **options)
 
     return reset
 

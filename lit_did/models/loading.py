@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.models.adapters import (
@@ -29,6 +27,7 @@ from lit_did.models.adapters import (
 )
 from lit_did.models.names import first_line, load_by_name, raised_by_library
 from lit_did.models.quantisation import check_not_8bit, keep_gradients, quantised
+from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import adapter_marks, is_peft
 
 
@@ -277,13 +276,6 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
         raise ValueError(
             f"Expected `reference` to have the policy's vocabulary, {sizes[0]} entries, but got {sizes[1]}."
         )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass needs all processes, as under FSDP and tensor parallelism."""
-    # The parameters of FSDP may look whole between passes.
-    units = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
-    return units or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def check_can_be_copied(policy: nn.Module) -> None:

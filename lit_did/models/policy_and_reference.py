@@ -24,11 +24,11 @@ from lit_did.models.loading import (
     check_same_vocabulary,
     check_separate,
     frozen_copy,
-    is_sharded,
 )
 from lit_did.models.loading import freeze as freeze_model
 from lit_did.models.quantisation import keep_gradients
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
+from lit_did.models.sharding import is_sharded
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
@@ -329,7 +329,9 @@ def completion_statistics(
         temperature: Divides both models' logits.
         backend: Of the operators.
     """
-    if policy.hidden is None or reference.hidden is None:
+    one, other = policy.layer, reference.layer
+    sliced = [layer is not None and layer.process_group is not None for layer in (one, other)]
+    if policy.hidden is None or reference.hidden is None or sliced[0] != sliced[1]:
         return sequence_statistics(
             _logits(policy),
             _logits(reference),
@@ -338,9 +340,9 @@ def completion_statistics(
             temperature=temperature,
             backend=backend,
         )
-    one, other = policy.layer, reference.layer
     assert one is not None
     assert other is not None
+    group, one, other = one.process_group, one.local(), other.local()
     return linear_sequence_statistics(
         policy.hidden,
         one.weight,
@@ -354,6 +356,7 @@ def completion_statistics(
         ignore_index=None,  # a layout has the labels of completion tokens alone
         cu_seqlens=cu_labels,
         temperature=temperature,
+        process_group=group,
         backend=backend,
     )
 

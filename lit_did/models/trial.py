@@ -44,7 +44,7 @@ from lit_did.models.forward import (
     output_layer,
     text_config,
 )
-from lit_did.models.loading import is_sharded
+from lit_did.models.sharding import is_sharded
 from lit_did.models.quantisation import computes_in_half
 from lit_did.models.quiet import eval_mode, random_numbers_kept
 from lit_did.models.wrappers import inner
@@ -277,7 +277,10 @@ def _try(
         known.body = find_body(model) if known.body is not None or not known.body_tried else None
         known.body_tried.add(gradients)
         if known.body is not None:
-            agrees = _agree(_answer(model, known.body, alone, parameters), truth)
+            try:
+                agrees = _agree(_answer(model, known.body, alone, parameters), truth)
+            except TypeError:  # FSDP has freed the weight of the output layer after the forward pass
+                agrees = False
             known.body = known.body if _all_agree(model, agrees) else None
         if known.body is None and not adds_auxiliary_loss(model):
             _warn(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ from lit_did.models import forward, loading
 from lit_did.models.dropout import Probability, switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quantisation import check_has_adapter
+from lit_did.models.sharding import distributed_config, shard
 from lit_did.models.wrappers import plain_name
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import keep_noise_out, warn_unless_policy_is_reference
@@ -30,6 +32,7 @@ from lit_did.modules.strategies import (
     check_averages_of_weights,
     check_backward_is_run,
     check_gradients_are_exchanged,
+    check_settings_are_used,
     check_unsharded_with_ddp,
 )
 from lit_did.ops import SequenceStatistics
@@ -51,6 +54,7 @@ class PolicyModule(TrainedState):
     _cache: CachedReference | None = None
     _reference_files: Callable[[Path], str | None] | None = None
     """returns the digest of the files of a reference that was given by name"""
+    _distributed_settings: Any = None  # `distributed_config` of `model_kwargs`
     _noise_checked = False
     _start_checked = False
 
@@ -78,11 +82,32 @@ class PolicyModule(TrainedState):
             super().__setattr__(name, value)
 
     def configure_model(self) -> None:
-        """Loads the models; under a sharded strategy Lightning calls it where they are to be created."""
-        if self.models is not None:
-            return
+        """Loads the models, unless they are there. Under ModelParallelStrategy they are sharded."""
+        settings = self.given["model_kwargs"].pop("distributed_config", None) if self.given else None
+        self._distributed_settings = self._distributed_settings or settings
+        if self._trainer is not None:
+            check_settings_are_used(self.trainer.strategy, self._distributed_settings)
+        config = self._distributed_config()
+        if self.models is None:
+            self._load_models(config)
+        for argument, model in (("policy", self.policy), ("reference", self.reference)):
+            if config is not None and model is not None:
+                shard(model, config, self.device_mesh, argument)
+        if self._trainer is not None:
+            check_unsharded_with_ddp(self)
+
+    def _distributed_config(self) -> Any:
+        """transformers' settings for the Trainer's ModelParallelStrategy. None: another strategy, or one process."""
+        strategy: Any = None if self._trainer is None else self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or strategy.world_size == 1:
+            return None
+        mixed = self.trainer.precision == "bf16-mixed"
+        return distributed_config(strategy.device_mesh, self._distributed_settings, mixed_precision=mixed)
+
+    def _load_models(self, config: Any) -> None:
         options: Any = self.hparams
-        policy, reference = loading.load_pair(**self.given)
+        kwargs = self.given["model_kwargs"] | ({} if config is None else {"distributed_config": config})
+        policy, reference = loading.load_pair(**{**self.given, "model_kwargs": kwargs})
         models = PolicyAndReference(
             policy,
             reference if self.given["needs_reference"] else policy,
@@ -107,8 +132,6 @@ class PolicyModule(TrainedState):
             values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
             names = [name for name, _ in values if name.startswith("models.reference.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
-        if self._trainer is not None:
-            check_unsharded_with_ddp(self)
 
     def loaded_models(self) -> PolicyAndReference:
         """The models, which are loaded now if they were given by name and no Trainer has loaded them."""

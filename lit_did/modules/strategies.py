@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_did.models.loading import is_sharded
+from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import is_peft
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ def check_backward_is_run(trainer: lightning.Trainer) -> None:
             "Expected a `strategy` that calls the module's own `backward`, but got DeepSpeed, which calls its "
             "engine's. Use 'ddp'. If the model does not fit on one device, use ModelParallelStrategy with FSDP 2. "
             "docs/performance.md has an example."
+        )
+
+
+def check_settings_are_used(strategy: Any, settings: Any) -> None:
+    """Raises ValueError if `distributed_config` is given to processes that do not shard models."""
+    if settings is not None and strategy.world_size > 1 and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            "Expected `model_kwargs` without `distributed_config`, unless the Trainer's strategy is "
+            f"ModelParallelStrategy, which shards models, but got {type(strategy).__name__}. Leave it out, or use "
+            "ModelParallelStrategy."
         )
 
 

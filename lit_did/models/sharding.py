@@ -1,0 +1,181 @@
+"""Shards models over the processes of Lightning's ModelParallelStrategy: FSDP 2, tensor parallelism, or both.
+
+transformers has the plans, which name the modules to shard, and the engine. A model that is loaded by name is created
+without memory, and each process reads only its slices. A model object is sharded in place. A LoRA adapter is sharded
+here: FSDP 2 gathers the adapter of one decoder layer at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lit_did.models.wrappers import inner, is_peft, unwrapped
+
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+"""the dimensions of Lightning's mesh"""
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs all processes, as under FSDP and tensor parallelism."""
+    # The parameters of FSDP may look whole between passes.
+    units = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return units or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def outermost(model: nn.Module) -> nn.Module:
+    """The module whose call is a forward pass.
+
+    A PeftModel calls the `forward` method of its base model, past the hooks with which FSDP gathers weights. So the
+    base model itself is called, whose layers hold the adapter.
+    """
+    base = inner(model)
+    return base if isinstance(base, FSDPModule) else model
+
+
+def own_class(module: nn.Module | None) -> type:
+    """The class of a module before FSDP made a subclass of it."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+def distributed_config(mesh: DeviceMesh, given: Any = None, *, mixed_precision: bool = False) -> Any:
+    """The `transformers.distributed.DistributedConfig` for a mesh.
+
+    Args:
+        mesh: Lightning's mesh.
+        given: A configuration of the same sizes, or some of its fields as a dict, such as
+            `{"dp_replicate_size": 2}` (HSDP). None: all fields have their defaults.
+        mixed_precision: Whether FSDP gathers weights in bfloat16, if `given` does not say it.
+
+    Raises:
+        ValueError: `given` has other sizes than the mesh.
+    """
+    from transformers.distributed import DistributedConfig
+
+    data, tensor = mesh[DATA].size(), mesh[TENSOR].size()
+    if given is None or isinstance(given, Mapping):
+        fields = {"fsdp_mixed_precision": mixed_precision and data > 1, "tp_size": tensor, **(given or {})}
+        given = DistributedConfig(**{"fsdp_size": data // (fields.get("dp_replicate_size") or 1), **fields})
+    if (given.dp_size, given.tp_size, given.pp_size) != (data, tensor, 1):
+        raise ValueError(
+            f"Expected `distributed_config` of `model_kwargs` to have the sizes of the Trainer's strategy, {data} data-"
+            f"parallel and {tensor} tensor-parallel processes, but got fsdp_size={given.fsdp_size}, "
+            f"dp_replicate_size={given.dp_replicate_size}, tp_size={given.tp_size} and pp_size={given.pp_size}. Leave "
+            "these sizes out: pass the other settings as a dict, or nothing."
+        )
+    return given
+
+
+def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str) -> None:
+    """Shards a model in place, as far as it is not sharded yet. All processes have the same weights.
+
+    Args:
+        model: A model of transformers, perhaps with an adapter, on any device.
+        config: What `distributed_config` returned.
+        mesh: Lightning's mesh.
+        argument: The name of the argument that the model is, for errors.
+
+    Raises:
+        TypeError: It is not a model of transformers.
+        ValueError: Its weights are quantised or missing, or its adapter cannot be sharded.
+    """
+    base = inner(model)
+    if not hasattr(base, "maybe_distribute_model"):
+        raise TypeError(
+            f"Expected `{argument}` to be a model of transformers with ModelParallelStrategy, which is sharded by its "
+            f"own plan, but got {type(base).__name__}. Use strategy='ddp'."
+        )
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            f"Expected a `{argument}` that is not quantised with ModelParallelStrategy, but got "
+            f"{type(base).__name__} with a quantisation. Load it without, or use strategy='ddp'."
+        )
+    sharded = is_sharded(base)
+    if is_peft(unwrapped(model)):
+        _shard_adapter(model, config, mesh)
+    if not sharded:
+        config, _, meshes = type(base).prepare_distribute_model(config)
+        _untie(base)
+        base.maybe_distribute_model(base, config, meshes)
+        base.tie_weights(recompute_mapping=False)
+    _check_tied(base, config)
+    missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if missing:
+        raise ValueError(
+            f"Expected the files of `{argument}` to hold all weights of {type(base).__name__}, but {len(missing)} have "
+            f"no values, and would start at random. The first is {missing[0]}. Load the model with `from_pretrained`, "
+            "save it with `save_pretrained`, and pass that folder."
+        )
+
+
+def _shard_adapter(policy: nn.Module, config: Any, mesh: DeviceMesh) -> None:
+    """Shards what is trained of an adapter over the data-parallel processes. All start from the first one's values.
+
+    Modules that FSDP gathers together must all run in each forward pass. The adapter that is trained does, and a frozen
+    copy of its start, which is the reference, does not.
+    """
+    base = inner(policy)
+    if config.tp_size > 1:
+        raise ValueError(
+            f"Expected tensor_parallel_size=1 with an adapter, because transformers' tensor parallelism does not cover "
+            f"adapters, but got {config.tp_size}. Use ModelParallelStrategy(data_parallel_size={mesh.size()}, "
+            "tensor_parallel_size=1)."
+        )
+    plan = {**base.fsdp_plan, **(config.fsdp_plan or {})}
+    for name, unit in base.named_modules():
+        if re.sub(r"\.\d+(?=\.|$)", ".*", name) in plan:
+            _shard_together([m for m in unit.modules() if _trains(m)], mesh)
+    left = [name for name, p in policy.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if left:
+        raise ValueError(
+            "Expected an adapter of linear layers inside the decoder layers, such as LoRA, with ModelParallelStrategy, "
+            f"but {len(left)} of its parameters are outside of them, or are not called as modules. The first is "
+            f"{left[0]}. Use strategy='ddp'."
+        )
+
+
+def _shard_together(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    linear = [module for module in modules if type(module) is nn.Linear]
+    for module in linear:
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, 0)
+    if linear:
+        fully_shard(linear, mesh=mesh[DATA])
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module has trained parameters of its own that are not sharded yet."""
+    return any(p.requires_grad and not isinstance(p, DTensor) for p in module.parameters(recurse=False))
+
+
+def _check_tied(base: Any, config: Any) -> None:
+    """Raises ValueError if FSDP would train tied embeddings wrong.
+
+    FSDP manages a tied weight in two places. It pads uneven shards, in a copy for each place, and only one is trained.
+    """
+    embeddings = base.get_input_embeddings().weight
+    processes = config.fsdp_size * config.tp_size
+    if base.all_tied_weights_keys and embeddings.requires_grad and config.fsdp_size > 1 and len(embeddings) % processes:
+        raise ValueError(
+            f"Expected the number of processes to divide the {len(embeddings)} entries of the vocabulary, because "
+            f"{type(base).__name__} has tied embeddings, which FSDP trains wrong in uneven shards, but got {processes} "
+            "processes. Use another number of processes, `lora`, or strategy='ddp'."
+        )
+
+
+def _untie(model: Any) -> None:
+    """Gives tied weights parameters of their own without memory, as in a model that transformers is about to load.
+
+    FSDP refuses to manage one parameter in two places. `tie_weights` ties the weights again.
+    """
+    for name in model.all_tied_weights_keys:
+        owner, _, own = name.rpartition(".")
+        parameter: Tensor = model.get_parameter(name)
+        setattr(model.get_submodule(owner), own, nn.Parameter(parameter.to("meta"), parameter.requires_grad))
