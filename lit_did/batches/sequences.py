@@ -174,6 +174,23 @@ def split_pairs(sequences: Sequences, tokens: int) -> list[Sequences]:
     return [sequences.select([*part, *(pairs + pair for pair in part)]) for part in parts]
 
 
+def split_into(sequences: Sequences, parts: int) -> list[Sequences]:
+    """Splits pairs into `parts` micro-batches of about equally many tokens, in the order of the pairs.
+
+    Args:
+        sequences: The chosen sequences, then the rejected ones in the same order.
+        parts: At most the number of pairs.
+    """
+    pairs = sequences.num_sequences // 2
+    lengths = np.diff(sequences.cu_seqlens)
+    ends = np.cumsum(lengths[:pairs] + lengths[pairs:])
+    numbers = np.arange(1, parts)
+    cuts = np.searchsorted(ends, ends[-1] * numbers / parts)
+    # At least one pair each: cuts rise, and leave a pair for each part before and after.
+    cuts = np.clip(np.maximum.accumulate(cuts - numbers) + numbers, numbers, pairs - parts + numbers)
+    return [sequences.select([*part, *(pairs + part)]) for part in np.split(np.arange(pairs), cuts)]
+
+
 def _offsets(lengths: Sequence[int]) -> np.ndarray:
     """[n + 1] int64: 0 and the cumulative sums."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

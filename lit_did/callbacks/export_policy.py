@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lit_did.callbacks.run_folder import run_folder
 from lit_did.exporting.checkpoints import PREFIX
 from lit_did.exporting.export import check_new, export_module
-from lit_did.models.sharding import is_sharded
 from lit_did.models.names import load_tokenizer
+from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import plain_name
 from lit_did.modules import LitDPO
 

@@ -18,10 +18,10 @@ from lit_did.arguments import check_bools, check_integer
 from lit_did.callbacks.run_folder import run_folder
 from lit_did.data.prompt_files import encode_prompts, read_prompts
 from lit_did.models.finding import find_policy
-from lit_did.models.sharding import is_sharded
 from lit_did.models.names import load_tokenizer
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quiet import adapter_off
+from lit_did.models.sharding import is_sharded
 from lit_did.sampling.completing import complete
 from lit_did.writing import whole_file
 

@@ -8,7 +8,8 @@ here: FSDP 2 gathers the adapter of one decoder layer at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -43,6 +44,21 @@ def outermost(model: nn.Module) -> nn.Module:
 def own_class(module: nn.Module | None) -> type:
     """The class of a module before FSDP made a subclass of it."""
     return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+@contextmanager
+def output_layer_kept(model: nn.Module) -> Iterator[None]:
+    """Keeps the output layer whole after a backward pass of FSDP, for a second one that goes through other outputs."""
+    base = inner(model)
+    layer = base.get_output_embeddings()
+    unit = next((module for module in (layer, base) if isinstance(module, FSDPModule)), None)
+    if unit is not None:
+        unit.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if unit is not None:
+            unit.set_reshard_after_backward(True, recurse=False)
 
 
 def distributed_config(mesh: DeviceMesh, given: Any = None, *, mixed_precision: bool = False) -> Any:

@@ -44,9 +44,9 @@ from lit_did.models.forward import (
     output_layer,
     text_config,
 )
-from lit_did.models.sharding import is_sharded
 from lit_did.models.quantisation import computes_in_half
 from lit_did.models.quiet import eval_mode, random_numbers_kept
+from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import inner
 
 LEAST_LENGTH = 32  # tokens: trials are at least this long, so that not every short batch needs a trial of its own

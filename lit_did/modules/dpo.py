@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch.strategies import SingleDeviceStrategy
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_did.arguments import as_plain, check_bools, is_plain
 from lit_did.batches.sequences import Sequences
+from lit_did.models.sharding import is_sharded
 from lit_did.modules import run_facts
 from lit_did.modules.checks import (
     cache_folder,
@@ -23,6 +26,7 @@ from lit_did.modules.checks import (
     check_training_step,
 )
 from lit_did.modules.evaluation import PairModule
+from lit_did.modules.gradients import clip_gradients
 from lit_did.modules.micro_batches import MicroBatches, micro_batches_of
 from lit_did.modules.objective import LossArgument, Objective, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
@@ -98,8 +102,7 @@ class LitDPO(PairModule):
             `gradient_checkpointing`, which keeps less.
         micro_batch_tokens: A training step runs its pairs in micro-batches of at most this many tokens, at least one
             pair each, so that only one micro-batch's activations are in memory. The gradient and the logged values are
-            those of the whole batch. "auto": 2,048 on a CPU, 16,384 elsewhere. None: all at once. It has an effect on
-            one device without sharding only.
+            those of the whole batch. "auto": 2,048 on a CPU, 16,384 elsewhere. None: all at once.
         cache_reference: A folder. When training starts, the reference runs once over all training and validation pairs,
             and its last hidden states at completion tokens are saved there. Its layers are then freed, unless they are
             a LoRA policy's. A folder that was filled before is used if it has the same reference, pairs and precision;
@@ -180,6 +183,7 @@ class LitDPO(PairModule):
         self.given = {**arguments, "model_kwargs": dict(model_kwargs or {}), "needs_reference": not reference_free}
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
+        self._gradients_wait = False  # in `.grad`, of micro-batches that ran before the others
         self._watch = Watch()
         self.train_metrics = self.metrics_class(self.objective)
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
@@ -206,10 +210,13 @@ class LitDPO(PairModule):
 
     def split(self, sequences: Sequences) -> list[Sequences]:
         """The micro-batches of a training batch."""
-        # Where gradients are exchanged in a backward pass, there has to be one. Not isinstance: subclasses shard.
-        if self._trainer is None or type(self.trainer.strategy) is not SingleDeviceStrategy:
-            return [sequences]
-        return micro_batches_of(sequences, self.hparams["micro_batch_tokens"], self.device)
+        strategy: Any = None if self._trainer is None else self.trainer.strategy
+        tokens, sharded = self.hparams["micro_batch_tokens"], type(strategy) is ModelParallelStrategy
+        if type(strategy) is DDPStrategy and (strategy.model.find_unused_parameters or strategy.model.static_graph):
+            tokens = None  # DDP looks for the parameters of the last micro-batch only
+        elif type(strategy) not in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):  # subclasses differ
+            tokens = None
+        return micro_batches_of(sequences, tokens, self.device, agreed=sharded and strategy.world_size > 1)
 
     def training_objective(self, pairs: PairStatistics, whole: Sequences) -> Tensor:
         """What a micro-batch adds to what training minimises, a scalar.
@@ -244,13 +251,40 @@ class LitDPO(PairModule):
             self.train_metrics.update(pairs)
             return self.training_objective(pairs, sequences)
 
-        self._micro_batches = MicroBatches(self.split(sequences), run)
-        return self._micro_batches.forward()
+        parts = self.split(sequences)
+        self._micro_batches = MicroBatches(parts, run)
+        if len(parts) == 1 or type(self.trainer.strategy) is not DDPStrategy:
+            return self._micro_batches.forward()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        factor = (1.0 if scaler is None else scaler.get_scale()) / self.trainer.accumulate_grad_batches
+        self._gradients_wait = True
+        no_autocast = partial(torch.autocast, self.device.type, enabled=False)  # Lightning's is for the forward pass
+        return self._micro_batches.forward_last(factor, self.backward_pass, no_autocast)
 
     def backward(self, loss: Tensor) -> None:  # type: ignore[override]  # `retain_graph` would be for one graph of many
         """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here."""
         micro_batches, self._micro_batches = check_training_step(self._micro_batches), None
+        self._gradients_wait = False
         micro_batches.backward(loss, self.backward_pass, self.trainer.precision_plugin.train_step_context)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Frees gradients, but not those of earlier micro-batches: Lightning calls this before `backward`, too."""
+        if not self._gradients_wait:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips gradients. Those of sharded models may be of several meshes, which torch cannot clip together."""
+        policy = self.loaded_models().policy
+        if not is_sharded(policy):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+            clip_gradients(gradients, gradient_clip_val, gradient_clip_algorithm or "norm")
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trained parameters, and its schedule, which steps at every optimiser step."""
@@ -271,6 +305,7 @@ class LitDPO(PairModule):
         warn_if_steps_are_rounded_away(self.trainer.optimizers)
         self.train_metrics.reset()
         self._micro_batches = None
+        self._gradients_wait = False
         self._watch = Watch()
 
     def on_train_start(self) -> None:

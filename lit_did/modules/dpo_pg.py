@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_did.batches.sequences import Sequences
+from lit_did.models.sharding import is_sharded, output_layer_kept
 from lit_did.modules.dpo import LitDPO
+from lit_did.modules.gradients import inner_product, local, separate_gradients
 from lit_did.modules.objective import Objective
 from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
@@ -85,16 +88,17 @@ class LitDPOPG(LitDPO):
 
     objective_class = _Sigmoid
     _log_ratios: tuple[Tensor, Tensor] | None = None
-    _rejected_gradient: list[Tensor] | None = None
+    _rejected_gradient: list[Tensor | None] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuses a strategy under which no process holds whole gradients."""
+        """Refuses a strategy under which the gradient of one term cannot be read."""
         super().setup(stage)
-        # Not isinstance: strategies that shard, such as DeepSpeed's, are subclasses.
-        if stage == "fit" and type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        # Not isinstance: other strategies, such as DeepSpeed's, are subclasses.
+        known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+        if stage == "fit" and type(self.trainer.strategy) not in known:
             raise ValueError(
-                "Expected `strategy` to leave whole gradients on every process with LitDPOPG, as 'auto' on one device "
-                f"and 'ddp' do, but got {type(self.trainer.strategy).__name__}."
+                "Expected `strategy` to be 'auto' on one device, 'ddp' or ModelParallelStrategy with LitDPOPG, but got "
+                f"{type(self.trainer.strategy).__name__}."
             )
 
     def on_fit_start(self) -> None:
@@ -125,14 +129,23 @@ class LitDPOPG(LitDPO):
         assert log_ratios is not None
         # -beta s / pairs and beta s / pairs, times what Lightning and the gradient scaler multiplied the loss by.
         chosen_weight, rejected_weight = torch.autograd.grad(loss, log_ratios)
-        # Unlike backward, grad sets off no exchange of gradients: DDP sees one backward pass, the chosen term's.
-        gradient = torch.autograd.grad(
-            log_ratios[1], self._trained(), rejected_weight, allow_unused=True, materialize_grads=True
-        )
+        trained, policy = self._trained(), self.loaded_models().policy
+        gradient: Sequence[Tensor | None]
+        if is_sharded(policy):
+            with output_layer_kept(policy):
+                gradient = separate_gradients(trained, lambda: log_ratios[1].backward(rejected_weight))
+        else:
+            # Unlike backward, grad sets off no exchange of gradients: DDP sees one backward pass, the chosen term's.
+            gradient = torch.autograd.grad(
+                log_ratios[1], trained, rejected_weight, allow_unused=True, materialize_grads=True
+            )
         if self._rejected_gradient is None:
             self._rejected_gradient = list(gradient)
         else:
-            torch._foreach_add_(self._rejected_gradient, gradient)
+            for i, (before, added) in enumerate(zip(self._rejected_gradient, gradient, strict=True)):
+                self._rejected_gradient[i] = (
+                    added if before is None else before if added is None else before.add_(added)
+                )
         log_ratios[0].backward(chosen_weight)
 
     def optimizer_step(
@@ -156,31 +169,32 @@ class LitDPOPG(LitDPO):
     # -----------------------------------------------------------------------------------------------------------
 
     def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self.loaded_models().policy.parameters() if parameter.requires_grad]
+        policy = self.loaded_models().policy
+        if is_sharded(policy):  # between two passes, FSDP has whole parameters in the place of some
+            return [parameter for group in self.trainer.optimizers[0].param_groups for parameter in group["params"]]
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     def _project(self) -> None:
         """Turns `.grad` from the chosen term's gradient into the step's, and logs the two terms' cosine."""
         rejected, self._rejected_gradient = self._rejected_gradient, None
         assert rejected is not None
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not is_sharded(self.loaded_models().policy):
             flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in rejected]), reduce_op="mean")
             rejected = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in rejected]), rejected, strict=True)]
-        terms = list(zip(self._trained(), rejected, strict=True))
+        terms = [(p, gradient) for p, gradient in zip(self._trained(), rejected, strict=True) if gradient is not None]
         # A parameter without `.grad` is one that no chosen completion reaches, such as an expert's.
         both = [(parameter.grad, gradient) for parameter, gradient in terms if parameter.grad is not None]
+        chosen = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
         # As gradients of the loss, to be descended, these are -g_w and g_l.
-        product = -_dot(both)
-        chosen_square, rejected_square = _dot((c, c) for c, _ in both), _dot((r, r) for r in rejected)
+        product = -inner_product(both)
+        chosen_square = inner_product((c, c) for c in chosen)
+        rejected_square = inner_product((r, r) for _, r in terms)
         share = product.clamp(min=0) / chosen_square.clamp(min=torch.finfo(chosen_square.dtype).tiny)
+        for gradient in chosen:
+            local(gradient).mul_(1 + share)
         for parameter, gradient in terms:
             if parameter.grad is not None:
-                parameter.grad.mul_(1 + share).add_(gradient)
-            elif gradient.any():
+                local(parameter.grad).add_(local(gradient))
+            elif isinstance(gradient, DTensor) or gradient.any():
                 parameter.grad = gradient.to(parameter.dtype)
         self.log("train/gradient_cosine", (product / (chosen_square.sqrt() * rejected_square.sqrt())).float())
-
-
-def _dot(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The inner product of two gradients, in float32 at least: half precision would lose or overflow its squares."""
-    wide = ((t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in pair) for pair in pairs)
-    return torch.stack([torch.dot(*pair) for pair in wide]).sum()

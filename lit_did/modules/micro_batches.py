@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lit_did.batches.sequences import Sequences, split_pairs
+from lit_did.batches.sequences import Sequences, split_into, split_pairs
 
 TOKENS_CPU = 2048
 TOKENS = 16_384
@@ -22,7 +24,8 @@ class MicroBatches(Generic[Part]):
 
     Lightning asks `training_step` for one loss and hands it to `backward`. So `training_step` runs the first
     micro-batch with `forward`, and `backward` runs its backward pass and then all of the others. The gradients add up
-    to those of the whole batch.
+    to those of the whole batch. DDP exchanges gradients in the first backward pass after `training_step`. So under DDP
+    `forward_last` runs all but the last micro-batch within `training_step`, both passes.
 
     Args:
         parts: The micro-batches, at least one.
@@ -46,11 +49,33 @@ class MicroBatches(Generic[Part]):
         self._first, *self._rest = parts
         self._objective = objective
         self._share: Tensor | None = None
+        self._factor: float | None = None
 
     def forward(self) -> Tensor:
         """The first micro-batch's share of what training minimises."""
         self._share = self._objective(self._first)
         return self._share
+
+    def forward_last(
+        self,
+        factor: float,
+        backward: Callable[[Tensor], None] = torch.Tensor.backward,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> Tensor:
+        """The last micro-batch's share of what training minimises, after both passes of the others.
+
+        Args:
+            factor: What the loss will be multiplied by before `backward` gets it.
+            backward: Runs the backward pass of a scalar.
+            context: Makes the context that the backward passes run in.
+        """
+        *before, self._first = (self._first, *self._rest)
+        self._rest, self._factor = [], factor
+        for part in before:
+            share = self._objective(part) * factor
+            with context():
+                backward(share)
+        return self.forward()
 
     def backward(
         self,
@@ -68,12 +93,19 @@ class MicroBatches(Generic[Part]):
 
         Raises:
             RuntimeError: `forward` was not called before.
+            ValueError: `loss` has another factor than `forward_last` was told.
         """
         share, self._share = self._share, None
         if share is None:
             raise RuntimeError("Expected `forward` to be called before `backward`, once each, but it was not.")
-        if self._rest:
+        if self._rest or self._factor is not None:
             (factor,) = torch.autograd.grad(loss, share, retain_graph=True)
+            if self._factor is not None and not math.isclose(factor, self._factor, rel_tol=1e-5):
+                raise ValueError(
+                    "Expected an overridden `training_step` to return the loss of `super().training_step` without a "
+                    f"factor, because DDP needs the gradients of other micro-batches before, but got the factor "
+                    f"{factor / self._factor:.4g}. Pass `micro_batch_tokens=None`."
+                )
         backward(loss)
         for part in self._rest:
             with context():
@@ -82,7 +114,7 @@ class MicroBatches(Generic[Part]):
 
 
 def micro_batches_of(
-    sequences: Sequences, tokens: int | Literal["auto"] | None, device: torch.device
+    sequences: Sequences, tokens: int | Literal["auto"] | None, device: torch.device, *, agreed: bool = False
 ) -> list[Sequences]:
     """The pairs of a batch in micro-batches.
 
@@ -91,9 +123,18 @@ def micro_batches_of(
         tokens: What a micro-batch has at most, but for a single pair. "auto": 2,048 on a CPU, 16,384 elsewhere. None:
             the batch stays whole.
         device: Where the models are.
+        agreed: Whether all processes make the same number of micro-batches, as sharded models need. All of them call
+            this function. If one needs more, the others make more too, up to the fewest pairs of a process.
     """
     if tokens is None:
         return [sequences]
     if tokens == "auto":
         tokens = TOKENS_CPU if device.type == "cpu" else TOKENS
-    return split_pairs(sequences, tokens)
+    parts = split_pairs(sequences, tokens)
+    if agreed:
+        numbers = torch.tensor([len(parts), -(sequences.num_sequences // 2)], device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        most, fewest_pairs = numbers.tolist()
+        count = min(most, -fewest_pairs)
+        parts = parts if len(parts) == count else split_into(sequences, count)
+    return parts
