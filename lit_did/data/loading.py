@@ -66,6 +66,9 @@ class ResumableDataLoader(DataLoader):
     returned; batches that workers fetched ahead do not count. The epoch is the sampler's. The Trainer sets it with
     `set_epoch` before each epoch; in a plain loop, you do.
 
+    A run may resume with another number of ranks if `batch_size` times ranks stays the same: then every step has the
+    same pairs. With `tokens_per_batch` the number of ranks has to stay too.
+
     A loaded state applies to the next iteration. In the same epoch, the iteration continues after the batches that were
     returned, or starts again if the epoch was finished. In a later epoch, it starts at the first batch of the epoch
     after the state's. That can be an earlier epoch than `set_epoch` said, because a Trainer with `max_steps` counts an
@@ -132,7 +135,7 @@ class ResumableDataLoader(DataLoader):
         if not 0 < resume["batches"] < resume["num_batches"]:  # nothing to leave out: the settings may differ
             return 0
         was, now = resume["order"], self._order()
-        changed = [f"{key}={was[key]} (now {now[key]})" for key in now if now[key] != was[key]]
+        changed = [f"{key}={was.get(key)} (now {now.get(key)})" for key in was | now if was.get(key) != now.get(key)]
         if changed:
             raise ValueError(
                 f"Expected to resume epoch {epoch} after batch {resume['batches']} with the data settings it was "
@@ -142,17 +145,23 @@ class ResumableDataLoader(DataLoader):
         return resume["batches"]
 
     def _order(self) -> dict[str, Any]:
-        sampler = self.sampler
-        batches = self.batch_sampler if isinstance(self.batch_sampler, TokenBatchSampler) else self
-        num_tokens = getattr(batches, "num_tokens", None)
-        return {
+        sampler, batches = self.sampler, self.batch_sampler
+        ranks = getattr(sampler, "num_replicas", 1)
+        order = {
             "rows": len(self.dataset),  # type: ignore[arg-type]  # a Dataset need not have a length; ours does
-            "batch_size": batches.batch_size,
-            "drop_last": batches.drop_last,
-            "tokens_per_batch": getattr(batches, "tokens_per_batch", None),
-            "lengths_checksum": None if num_tokens is None else zlib.crc32(num_tokens.tobytes()),
-            "num_replicas": getattr(sampler, "num_replicas", 1),
+            "drop_last": self.drop_last,
             "shuffle": getattr(sampler, "shuffle", False),
             "seed": getattr(sampler, "seed", 0),
             "weights": sampler.mixture.weights if hasattr(sampler, "mixture") else None,
+        }
+        if not isinstance(batches, TokenBatchSampler):
+            assert self.batch_size is not None
+            return {**order, "batch_size * num_replicas": self.batch_size * ranks}  # the pairs of a step, dealt in turn
+        return {
+            **order,
+            "drop_last": batches.drop_last,
+            "batch_size": batches.batch_size,
+            "tokens_per_batch": batches.tokens_per_batch,
+            "lengths_checksum": zlib.crc32(batches.num_tokens.tobytes()),
+            "num_replicas": ranks,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import chain
 
 import numpy as np
@@ -96,9 +97,9 @@ def test_epoch_that_the_trainer_counts_twice_is_counted_once():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"batch_size": 3}, r"batch_size=2 \(now 3\)"),
+        ({"batch_size": 3}, r"batch_size \* num_replicas=2 \(now 3\)"),
         ({"seed": 6}, r"seed=5 \(now 6\)"),
-        ({"num_replicas": 2}, r"num_replicas=1 \(now 2\)"),
+        ({"num_replicas": 2}, r"batch_size \* num_replicas=2 \(now 4\)"),
         ({"shuffle": False}, r"shuffle=True \(now False\)"),
         ({"drop_last": True}, r"drop_last=False \(now True\)"),
         ({"rows": ROWS[:10]}, r"rows=11 \(now 10\)"),
@@ -126,7 +127,7 @@ def test_resuming_another_order_is_an_error(change, named):
         ({"shuffle": False}, r"shuffle=True \(now False\)"),
         ({"drop_last": True}, r"drop_last=False \(now True\)"),
         ({"lengths": np.flip(LENGTHS)}, r"lengths_checksum=\d+ \(now \d+\)"),
-        ({"tokens": None}, r"batch_size=None \(now 2\), tokens_per_batch=40 \(now None\), lengths_checksum=.*"),
+        ({"tokens": None}, r"tokens_per_batch=40 \(now None\), lengths_checksum=.*, batch_size \* num_replicas=.*"),
     ],
 )
 def test_resuming_another_order_by_tokens_is_an_error(change, named):
@@ -136,6 +137,19 @@ def test_resuming_another_order_by_tokens_is_an_error(change, named):
     resumed.load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=f"resume epoch 0 after batch 1 .* these changed: {named}\\."):
         next(iter(resumed))
+
+
+@pytest.mark.parametrize("layouts", [(1, 2), (2, 1), (2, 4)])
+def test_resuming_on_another_number_of_ranks_leaves_no_pair_out(layouts):
+    rows, done = list(range(23)), 2
+    before, after = ([_loader(rows, n, rank, batch_size=4 // n) for rank in range(n)] for n in layouts)
+    seen = [next(iterator).tolist() for iterator in map(iter, before) for _ in range(done)]
+    for loader in after:
+        loader.load_state_dict(before[0].state_dict())
+        seen += [batch.tolist() for batch in loader]
+    counts = Counter(chain(*seen))
+    assert sorted(counts) == rows
+    assert counts.total() - len(rows) == -len(rows) % layouts[1]  # a few fill up the last batch
 
 
 def test_other_samplers_are_resumed_too():
