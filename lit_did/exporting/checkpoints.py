@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lit_did.modules.run_facts import FACTS, KEY
+from lit_did.writing import whole_file
 
 PREFIX = "models.policy."
 _WEIGHTS = f"state_dict.{PREFIX}"  # in shards
@@ -193,6 +196,30 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
             "checkpoint as the Trainer saved it."
         )
     return checkpoint._replace(content=content)
+
+
+def consolidate_checkpoint(folder: str | os.PathLike, file: str | os.PathLike) -> None:
+    """Writes a sharded checkpoint as one file, from which a run goes on in one process or with DDP.
+
+    Args:
+        folder: What ModelParallelStrategy saved.
+        file: The file to write. It appears whole or not at all.
+
+    Raises:
+        FileExistsError: `file` exists.
+        ValueError: `folder` is not a whole sharded checkpoint.
+    """
+    path, target = Path(folder), Path(file)
+    if target.exists():
+        raise FileExistsError(f"Expected `file` to be new, but {target} exists. Choose another one.")
+    content = read_whole(path).content
+    if not path.is_dir():
+        raise ValueError(f"Expected `folder` to be a sharded checkpoint, but got the file {path}, which is whole.")
+    with whole_file(target) as beside:
+        dcp_to_torch_save(path, beside)
+        shards = torch.load(beside, weights_only=True)
+        optimizers = [shards[name] for name in sorted(shards) if name.startswith("optimizer_")]
+        torch.save({**content, "state_dict": shards["state_dict"], "optimizer_states": optimizers}, beside)
 
 
 def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
