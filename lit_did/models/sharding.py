@@ -121,6 +121,7 @@ def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str) -> Non
         _untie(base)
         base.maybe_distribute_model(base, config, meshes)
         base.tie_weights(recompute_mapping=False)
+    _check_layers(base, config, argument)
     _check_tied(base, config)
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
@@ -169,6 +170,18 @@ def _shard_together(modules: list[nn.Module], mesh: DeviceMesh) -> None:
 def _trains(module: nn.Module) -> bool:
     """Whether a module has trained parameters of its own that are not sharded yet."""
     return any(p.requires_grad and not isinstance(p, DTensor) for p in module.parameters(recurse=False))
+
+
+def _check_layers(base: nn.Module, config: Any, argument: str) -> None:
+    """Raises ValueError if FSDP gathers all layers of a model at once, because its plan does not name them."""
+    units = [name for name, module in base.named_modules() if isinstance(module, FSDPModule)]
+    layers = [name for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if config.dp_size > 1 and not any(re.search(r"\.\d+$", name) for name in units):
+        raise ValueError(
+            f"Expected `{argument}` to have a plan for FSDP that names its decoder layers, but that of "
+            f"{type(base).__name__} does not, so that all of them would be in memory at once. Pass `model_kwargs="
+            f'{{"distributed_config": {{"fsdp_plan": {{"{layers[0] if layers else "..."}.*": "free_full_weight"}}}}}}`.'
+        )
 
 
 def _check_tied(base: Any, config: Any) -> None:

@@ -32,6 +32,8 @@ from lit_did.modules.strategies import (
     check_averages_of_weights,
     check_backward_is_run,
     check_gradients_are_exchanged,
+    check_reference_can_be_cached,
+    check_same_on_all_processes,
     check_settings_are_used,
     check_unsharded_with_ddp,
 )
@@ -92,6 +94,7 @@ class PolicyModule(TrainedState):
             self._load_models(config)
         for argument, model in (("policy", self.policy), ("reference", self.reference)):
             if config is not None and model is not None:
+                check_same_on_all_processes(self.trainer, argument, model)
                 shard(model, config, self.device_mesh, argument)
         if self._trainer is not None:
             check_unsharded_with_ddp(self)
@@ -202,6 +205,7 @@ class PolicyModule(TrainedState):
     def on_fit_start(self) -> None:
         """Refuses a quantised policy without an adapter, and a strategy under which parameters would drift apart."""
         check_has_adapter(self.loaded_models().policy)
+        check_reference_can_be_cached(self)
         check_gradients_are_exchanged(self)
 
     def on_train_start(self) -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import is_peft
+from lit_did.reference_cache.fingerprint import quick_digest
 
 if TYPE_CHECKING:
     from lit_did.modules.policy_module import PolicyModule
@@ -27,8 +28,8 @@ def check_backward_is_run(trainer: lightning.Trainer) -> None:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise ValueError(
             "Expected a `strategy` that calls the module's own `backward`, but got DeepSpeed, which calls its "
-            "engine's. Use 'ddp'. If the model does not fit on one device, use ModelParallelStrategy with FSDP 2. "
-            "docs/performance.md has an example."
+            "engine's. Use 'ddp'. If the model does not fit on one device, use ModelParallelStrategy. docs/scale.md "
+            "has an example."
         )
 
 
@@ -39,6 +40,28 @@ def check_settings_are_used(strategy: Any, settings: Any) -> None:
             "Expected `model_kwargs` without `distributed_config`, unless the Trainer's strategy is "
             f"ModelParallelStrategy, which shards models, but got {type(strategy).__name__}. Leave it out, or use "
             "ModelParallelStrategy."
+        )
+
+
+def check_same_on_all_processes(trainer: lightning.Trainer, argument: str, model: nn.Module) -> None:
+    """Raises ValueError if a model that is about to be sharded has other weights on another process."""
+    digest = quick_digest(model)  # None: it is sharded, as a model that was loaded by name
+    same = trainer.strategy.broadcast(digest) == digest
+    if not trainer.strategy.reduce_boolean_decision(same):
+        raise ValueError(
+            f"Expected `{argument}` to have the same weights on all processes, because each keeps a share of its own, "
+            "but they differ. Load the model from one place, or call `lightning.seed_everything` before you make it."
+        )
+
+
+def check_reference_can_be_cached(module: PolicyModule) -> None:
+    """Raises ValueError if `cache_reference` is set for sharded models, whose digests depend on the layout."""
+    settings: Any = module.hparams
+    models = (module.policy, module.reference)
+    if settings.cache_reference is not None and any(is_sharded(model) for model in models if model is not None):
+        raise ValueError(
+            "Expected `cache_reference` to be None with sharded models, but got "
+            f"{settings.cache_reference!r}. Leave it out, or use strategy='ddp'."
         )
 
 
@@ -94,8 +117,8 @@ def check_gradients_are_exchanged(module: PolicyModule) -> None:
         by_hooks = len(group) == 1 and module.policy is not None and _tensor_parallel(module.policy)
         alone = [n for n, p in trained.items() if not (_exchanged(p, group, id(p) in by_fsdp) or by_hooks)]
         remedy = (
-            "Use strategy='ddp' with models that are not sharded. Or override `configure_model` and apply "
-            "`fully_shard` to all of `self.policy` there, adapters too. docs/performance.md has an example."
+            "Use ModelParallelStrategy, and do not shard models yourself, or shard all of them. Or use strategy='ddp' "
+            "with models that are not sharded. docs/scale.md has an example."
         )
     if alone:
         raise ValueError(

@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from transformers.distributed import DistributedConfig
 
 from lit_did import LitDPO, PreferenceDataModule
 from lit_did.callbacks import ExportPolicy
 from tests.exporting.runs import LORA, ROWS
 from tests.modules.tiny import trainer
-from tests.modules.two_processes import Sharded
 from tests.processes import run_ranks
 
 
@@ -25,12 +23,11 @@ def main(processes: int, kind: str, model: str, folder: Path) -> None:
     torch.manual_seed(7)
     sharded = kind.startswith("sharded") and processes > 1
     by_tensors = kind == "tensor parallel" and processes > 1
-    module = (Sharded if sharded else LitDPO)(
+    module = LitDPO(
         model,
         lora={**LORA, "init_lora_weights": False} if "lora" in kind else None,
         learning_rate=1e-2,
         adam_eps=1e-3,
-        model_kwargs={"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")} if by_tensors else None,
     )
     save = ModelCheckpoint(folder / f"checkpoints{processes}", monitor="val/reward_margin", mode="min")
     trainer(

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed import get_rank
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from lit_did import LitDPO
-from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
+from tests.modules.tiny import loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 from tests.processes import run_ranks
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -28,28 +29,34 @@ class HalfSharded(LitDPO):
     """Shards a layer and forgets the rest."""
 
     def configure_model(self) -> None:
-        super().configure_model()
         if self._trainer is not None:
             fully_shard(self.policy.model.layers[0], mesh=self.device_mesh["data_parallel"])
+        super().configure_model()
 
 
 def ways(folder: Path) -> dict:
     tp = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")}
     fsdp = {"distributed_config": DistributedConfig(fsdp_size=2)}
     return {
-        "nothing sharded": (lambda: LitDPO(tiny_llama()), data_parallel),
         "one layer sharded": (lambda: HalfSharded(tiny_llama()), data_parallel),
-        "adapters beside shards": (lambda: LitDPO(folder, lora=LORA, model_kwargs=fsdp), data_parallel),
-        "adapters beside tensor parallelism": (lambda: LitDPO(folder, lora=LORA, model_kwargs=tp), tensor_parallel),
+        "an adapter and tensor parallelism": (lambda: LitDPO(folder, lora=LORA), tensor_parallel),
+        "an adapter of embeddings": (
+            lambda: LitDPO(folder, lora={**LORA, "target_modules": ["embed_tokens"]}),
+            data_parallel,
+        ),
         "tensor parallelism with two batches": (lambda: LitDPO(folder, model_kwargs=tp), data_parallel),
-        "adapters beside shards under DDP": (lambda: LitDPO(folder, lora=LORA, model_kwargs=fsdp), DDPStrategy),
-        "tensor parallelism under DDP": (lambda: LitDPO(folder, model_kwargs=tp), DDPStrategy),
+        "shards under DDP": (lambda: LitDPO(folder, lora=LORA, model_kwargs=fsdp), DDPStrategy),
         "a sharded module to copy": (
             lambda: LitDPO(AutoModelForCausalLM.from_pretrained(folder, **tp)),
             tensor_parallel,
         ),
-        "tensor parallelism": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=tp), tensor_parallel),
-        "FSDP 2 by transformers": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=fsdp), data_parallel),
+        "other weights on the other process": (lambda: LitDPO(tiny_llama(seed=get_rank())), data_parallel),
+        "tied embeddings in uneven shards": (lambda: LitDPO(tiny_llama(tie_word_embeddings=True)), data_parallel),
+        "layers without a plan": (lambda: LitDPO(tiny_gpt2(vocab_size=68)), data_parallel),
+        "a cached reference": (lambda: LitDPO(folder, cache_reference=folder / "cache"), data_parallel),
+        "tensor parallelism": (lambda: LitDPO(folder, learning_rate=1e-2), tensor_parallel),
+        "FSDP 2": (lambda: LitDPO(folder, learning_rate=1e-2), data_parallel),
+        "FSDP 2 with settings": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=fsdp), data_parallel),
     }
 
 

@@ -18,14 +18,16 @@ from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
 REFUSED = {
-    "nothing sharded": "over the 2 processes.*ModelParallelStrategy neither holds for 21 of 21.*apply `fully_shard`",
-    "one layer sharded": "ModelParallelStrategy neither holds for 12 of 21 parameters",
-    "adapters beside shards": "neither holds for 28 of 28 parameters.* first is models.policy.*lora_A",
-    "adapters beside tensor parallelism": r"neither holds for \d+ of 28 parameters.* first is models.policy.*lora_A",
-    "tensor parallelism with two batches": "neither holds for 21 of 21 parameters",
-    "adapters beside shards under DDP": "models that are not sharded with DDP.*without `distributed_config`",
+    "one layer sharded": "over the 2 processes.*ModelParallelStrategy neither holds for 12 of 21 parameters",
+    "an adapter and tensor parallelism": "tensor_parallel_size=1 with an adapter.*data_parallel_size=2",
+    "an adapter of embeddings": "adapter of linear layers inside the decoder layers.* first is .*lora_embedding_A",
+    "tensor parallelism with two batches": "sizes of the Trainer's strategy, 2 data-parallel and 1 tensor.*tp_size=2",
+    "shards under DDP": "`model_kwargs` without `distributed_config`.*but got DDPStrategy",
     "a sharded module to copy": "`reference` to be given for a `policy` whose parameters are sharded",
-    "tensor parallelism under DDP": "models that are not sharded with DDP.*without `distributed_config`",
+    "other weights on the other process": "`policy` to have the same weights on all processes",
+    "tied embeddings in uneven shards": "divide the 67 entries of the vocabulary.*tied embeddings.*got 2 processes",
+    "layers without a plan": r'"fsdp_plan": {"transformer.h.\*": "free_full_weight"}',
+    "a cached reference": "`cache_reference` to be None with sharded models",
 }
 
 

@@ -14,10 +14,8 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
 from lit_did.callbacks import SampleCompletions
@@ -31,18 +29,6 @@ def of(metrics: dict, prefix: str) -> dict[str, float]:
 
 def statistics(module: LitDPO, batch: dict[str, torch.Tensor]) -> SequenceStatistics:
     return module(batch)
-
-
-class Sharded(LitDPO):
-    """FSDP 2: every process holds a share of each weight."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self._trainer is not None and not isinstance(self.policy, FSDPModule):
-            for model in filter(None, (self.policy, self.reference)):
-                layers = (module for module in model.modules() if isinstance(module, LlamaDecoderLayer))
-                for part in (*layers, model):
-                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
 class Save(lightning.Callback):
@@ -108,14 +94,14 @@ class Checkpoints(lightning.Callback):
 def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: str | None = None) -> None:
     torch.manual_seed(7)
     sharded = kind.startswith("sharded") and processes > 1
-    module = (Sharded if sharded else LitDPOPG if kind == "projected" else LitDPO)(
+    module = (LitDPOPG if kind == "projected" else LitDPO)(
         tiny_llama(),
         "adapter" if "lora start" in kind else None,
         lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if "lora" in kind else None,
         learning_rate=1e-2,
         weight_decay=0.1,  # two groups of parameters
         adam_eps=1e-3,  # keeps Adam from turning rounding of small gradients into whole steps
-        micro_batch_tokens=1,  # one process takes its pairs in turn; two, which exchange gradients, all theirs at once
+        micro_batch_tokens=1,  # a pair at a time
         cache_reference=f"{path}.cache" if kind == "cached" else None,
     )
     accumulate = 2 if kind == "projected" else 1  # its product is of gradients over micro-batches and processes
