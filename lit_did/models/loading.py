@@ -109,10 +109,12 @@ def load_pair(
     *,
     model_kwargs: Mapping[str, Any],
     needs_reference: bool,
+    reference_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, nn.Module | Literal["adapter"] | None]:
     """A policy, with its adapter, and the reference if one is given, as LitDPO documents them.
 
-    A sharded policy that is given by name cannot be copied, so that its reference is loaded too.
+    A sharded policy that is given by name cannot be copied, so that its reference is loaded too. `reference_dtype` is
+    that of a reference by name, if `model_kwargs` do not set one.
     """
     if not isinstance(policy, nn.Module):
         check_adapter_folder(policy, reference, lora)  # before anything is loaded
@@ -124,7 +126,8 @@ def load_pair(
         if lora is None:
             check_one_adapter(policy)
     elif reference is not None:
-        reference = load_model(reference, "reference", model_kwargs)
+        dtype = {} if reference_dtype is None else {"dtype": reference_dtype}
+        reference = load_model(reference, "reference", {**dtype, **_renamed(model_kwargs)})
         check_separate(policy, reference)  # before peft changes the policy in place
         check_same_vocabulary(policy, reference)
     return policy if lora is None else add_lora(policy, lora), reference

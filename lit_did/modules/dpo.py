@@ -26,7 +26,7 @@ from lit_did.modules.checks import (
     check_training_step,
 )
 from lit_did.modules.evaluation import PairModule
-from lit_did.modules.gradients import clip_gradients
+from lit_did.modules.gradients import accumulate_gradients, clip_gradients
 from lit_did.modules.micro_batches import MicroBatches, micro_batches_of
 from lit_did.modules.objective import LossArgument, Objective, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
@@ -233,7 +233,7 @@ class LitDPO(PairModule):
         Args:
             loss: What `training_objective` returned, times any factors, such as a gradient scaler's.
         """
-        super().backward(loss)
+        accumulate_gradients(self.loaded_models().policy, partial(super().backward, loss))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """What training minimises, a scalar.

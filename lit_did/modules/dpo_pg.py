@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lit_did.batches.sequences import Sequences
 from lit_did.models.sharding import is_sharded, output_layer_kept
 from lit_did.modules.dpo import LitDPO
-from lit_did.modules.gradients import inner_product, local, separate_gradients
+from lit_did.modules.gradients import accumulate_gradients, inner_product, local, separate_gradients
 from lit_did.modules.objective import Objective
 from lit_did.modules.pairs import PairStatistics
 from lit_did.ops import SequenceStatistics
@@ -146,7 +146,7 @@ class LitDPOPG(LitDPO):
                 self._rejected_gradient[i] = (
                     added if before is None else before if added is None else before.add_(added)
                 )
-        log_ratios[0].backward(chosen_weight)
+        accumulate_gradients(policy, lambda: log_ratios[0].backward(chosen_weight))
 
     def optimizer_step(
         self,

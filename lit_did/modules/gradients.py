@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from lit_did.models.sharding import is_sharded
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -61,6 +64,19 @@ def separate_gradients(parameters: Sequence[Tensor], backward: Callable[[], None
     for parameter, gradient in zip(parameters, before, strict=True):
         parameter.grad = gradient
     return gradients
+
+
+def accumulate_gradients(policy: nn.Module, backward: Callable[[], None]) -> None:
+    """A backward pass that adds to the gradients of the policy.
+
+    With tensor parallelism alone, transformers sums the gradients of some parameters over the processes in a hook that
+    reads `.grad`, such as those of Qwen 3's `q_norm`. It would sum earlier gradients again.
+    """
+    by_tensors = not any(isinstance(module, FSDPModule) for module in policy.modules()) and is_sharded(policy)
+    apart = [p for p in policy.parameters() if by_tensors and p.requires_grad and not isinstance(p, DTensor)]
+    for parameter, gradient in zip(apart, separate_gradients(apart, backward), strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _over_shards(value: Tensor, layout: Any) -> Tensor:

@@ -109,8 +109,12 @@ class PolicyModule(TrainedState):
 
     def _load_models(self, config: Any) -> None:
         options: Any = self.hparams
-        kwargs = self.given["model_kwargs"] | ({} if config is None else {"distributed_config": config})
-        policy, reference = loading.load_pair(**{**self.given, "model_kwargs": kwargs})
+        given = dict(self.given)
+        if config is not None:
+            given["model_kwargs"] = {**given["model_kwargs"], "distributed_config": config}
+            if config.fsdp_mixed_precision:  # FSDP gathers the policy's weights in the same precision
+                given["reference_dtype"] = torch.bfloat16
+        policy, reference = loading.load_pair(**given)
         models = PolicyAndReference(
             policy,
             reference if self.given["needs_reference"] else policy,

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
 from lit_did.exporting import consolidate_checkpoint
@@ -43,6 +44,20 @@ def rows(seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": text(8, 20), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(PAIRS)]
 
 
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """Has norms whose gradients transformers sums over the processes."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, initializer_range=0.2)).double()
+
+
 def cases(folder: Path) -> dict[str, dict[str, Any]]:
     """By name: LitDPO's arguments, `trainer`'s, and others of `fit`."""
     plain, tied = {"policy": folder / "plain"}, {"policy": folder / "tied"}
@@ -52,12 +67,15 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY).double()},
         "tied object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=True).double()},
         "float32": {**plain, "model_kwargs": {"dtype": torch.float32}},
+        "replicated": {**plain, "replicas": 2},
         "recomputed": {**plain, "gradient_checkpointing": True},
         "clipped": {**tied, "trainer": {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}},
         "clipped by value": {**plain, "trainer": {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}},
         "in parts": {**plain, "micro_batch_tokens": 1},
+        "norms of heads, in parts": {"policy": tiny_qwen3, "micro_batch_tokens": 1},
         "projected": {**plain, "class": LitDPOPG, "trainer": {"gradient_clip_val": 0.1}},
         "projected, tied, in parts": {**tied, "class": LitDPOPG, "micro_batch_tokens": 1},
+        "bfloat16": {**plain, "model_kwargs": {}, "trainer": {"precision": "bf16-mixed"}},
         "lora": {**plain, "lora": LORA},
         "lora, tied, recomputed, in parts": {
             **tied,
@@ -69,6 +87,11 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "lora object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY).double(), "lora": LORA},
         "lora, projected": {**plain, "class": LitDPOPG, "lora": LORA},
     }
+
+
+QUICK = ("full", "lora, tied, recomputed, in parts")
+OTHERS = tuple(name for name in cases(Path()) if name not in (*QUICK, "bfloat16"))
+LORA_CASES = tuple(name for name in cases(Path()) if "lora" in name)
 
 
 class Watch(TorchDispatchMode):
@@ -89,6 +112,7 @@ class Save(lightning.Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.first = None  # loss
 
     def on_train_start(self, trainer, module):
         self.held = sum(_local(p).numel() for p in module.parameters())
@@ -96,11 +120,13 @@ class Save(lightning.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.logits = int((batch["labels"] != -100).sum()) * VOCABULARY
-        self.watch = Watch()
+        self.watch = Watch()  # of the last batch: the first has a trial of the models
         self.watch.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.watch.__exit__(None, None, None)
+        if trainer.global_step == 1:
+            self.first = float(trainer.callback_metrics["train/loss"])
 
     def on_train_end(self, trainer, module):  # later, nothing would be distributed any more
         named = ((n, p) for n, p in module.policy.named_parameters(remove_duplicate=False) if p.requires_grad)
@@ -113,6 +139,8 @@ class Save(lightning.Callback):
             "largest": self.watch.largest / self.logits,
             "fused": [trial._known[model].body is not None for model in models],
             "steps": trainer.global_step,
+            "dtypes": [next(model.parameters()).dtype for model in models],
+            "first": self.first,
         }
         torch.save(saved, f"{self.path}.{trainer.global_rank}")
 
@@ -129,6 +157,8 @@ def fit(layout: str, path: Path, case: dict[str, Any], checkpoint: Path | None =
     data, tensor = map(int, layout.split("x"))
     case = {"class": LitDPO, "trainer": {}, "model_kwargs": {"dtype": torch.float64}, **case}
     kind, options, policy = (case.pop(name) for name in ("class", "trainer", "policy"))
+    if case.pop("replicas", 1) == 2 and data == 4:  # two replicas of two shards each
+        case["model_kwargs"]["distributed_config"] = {"dp_replicate_size": 2}
     # An adapter gets the first process's values, and a model object has to be the same on all.
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() and not callable(policy) else 0
     torch.manual_seed(7 + rank)
@@ -153,7 +183,7 @@ def main(folder: Path, processes: int, names: list[str]) -> None:
     for name in names:
         case = cases(folder)[name.removeprefix("resumed ")]
         for layout in LAYOUTS[processes]:
-            if "x2" in layout and "lora" in case:
+            if "x2" in layout and "lora" in case:  # refused
                 continue
             if name.startswith("resumed"):
                 resume(layout, folder, name, case)
