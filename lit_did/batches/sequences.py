@@ -183,9 +183,9 @@ def split_into(sequences: Sequences, parts: int) -> list[Sequences]:
     """
     pairs = sequences.num_sequences // 2
     lengths = np.diff(sequences.cu_seqlens)
-    ends = np.cumsum(lengths[:pairs] + lengths[pairs:])
+    starts = _offsets(lengths[:pairs] + lengths[pairs:])
     numbers = np.arange(1, parts)
-    cuts = np.searchsorted(ends, ends[-1] * numbers / parts)
+    cuts = np.abs(starts - starts[-1] * numbers[:, None] / parts).argmin(1)  # the nearest places
     # At least one pair each: cuts rise, and leave a pair for each part before and after.
     cuts = np.clip(np.maximum.accumulate(cuts - numbers) + numbers, numbers, pairs - parts + numbers)
     return [sequences.select([*part, *(pairs + part)]) for part in np.split(np.arange(pairs), cuts)]

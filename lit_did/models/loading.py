@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lit_did.models.adapters import (
@@ -281,9 +282,15 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
         )
 
 
-def check_can_be_copied(policy: nn.Module) -> None:
-    """Raises ValueError if the policy is sharded. Copies of sharded modules fail, on some processes or on all."""
-    if is_sharded(policy):
+def check_can_be_copied(policy: nn.Module, *, adapter: bool = False) -> None:
+    """Raises ValueError if the policy is sharded. Copies of sharded modules fail, on some processes or on all.
+
+    Args:
+        policy: The policy.
+        adapter: Whether only its adapter is copied. Then its base model may be sharded.
+    """
+    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad)
+    if any(isinstance(parameter, DTensor) for parameter in trained) if adapter else is_sharded(policy):
         raise ValueError(
             "Expected `reference` to be given for a `policy` whose parameters are sharded, because such a module "
             "cannot be copied. Pass a second model that was loaded and sharded in the same way."

@@ -134,7 +134,7 @@ class PolicyAndReference(nn.Module):
             check_adapter_is_all_that_trains(unwrapped(policy), adapter)
             self.reference_kind = "adapter off" if adapter is None else "adapter"
         elif isinstance(reference, str) and reference == ADAPTER:
-            check_can_be_copied(policy)
+            check_can_be_copied(policy, adapter=True)
             warn_if_untrained(unwrapped(policy))
             check_adapter_is_all_that_trains(unwrapped(policy), ADAPTER)
             self.adapter, self.reference_kind = freeze_start(unwrapped(policy)), "adapter"

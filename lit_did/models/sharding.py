@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lit_did.models.wrappers import inner, is_peft, unwrapped
+from lit_did.models.wrappers import adapter_marks, inner, is_peft, unwrapped
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """the dimensions of Lightning's mesh"""
@@ -145,10 +145,17 @@ def _shard_adapter(policy: nn.Module, config: Any, mesh: DeviceMesh) -> None:
             f"adapters, but got {config.tp_size}. Use ModelParallelStrategy(data_parallel_size={mesh.size()}, "
             "tensor_parallel_size=1)."
         )
+    for name, parameter in policy.named_parameters():
+        if any(mark in name for mark in adapter_marks(policy)) and not isinstance(parameter, DTensor):
+            value = parameter.data.to(mesh.device_type)  # NCCL takes no tensors on the CPU
+            dist.broadcast(value, 0)
+            parameter.data.copy_(value)
     plan = {**base.fsdp_plan, **(config.fsdp_plan or {})}
     for name, unit in base.named_modules():
         if re.sub(r"\.\d+(?=\.|$)", ".*", name) in plan:
-            _shard_together([m for m in unit.modules() if _trains(m)], mesh)
+            linear = [module for module in unit.modules() if type(module) is nn.Linear and _trains(module)]
+            if linear:
+                fully_shard(linear, mesh=mesh[DATA])
     left = [name for name, p in policy.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if left:
         raise ValueError(
@@ -156,15 +163,6 @@ def _shard_adapter(policy: nn.Module, config: Any, mesh: DeviceMesh) -> None:
             f"but {len(left)} of its parameters are outside of them, or are not called as modules. The first is "
             f"{left[0]}. Use strategy='ddp'."
         )
-
-
-def _shard_together(modules: list[nn.Module], mesh: DeviceMesh) -> None:
-    linear = [module for module in modules if type(module) is nn.Linear]
-    for module in linear:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, 0)
-    if linear:
-        fully_shard(linear, mesh=mesh[DATA])
 
 
 def _trains(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_did.batches.sequences import read_sequences, split_pairs
+from lit_did.batches.sequences import read_sequences, split_into, split_pairs
 from tests.batches.samples import examples, expected, packed_batch, padded_batch, unpacked
 
 
@@ -86,3 +86,26 @@ def test_parts_hold_every_pair_once_in_order_and_within_the_budget():
         fits = [way for way in ways if all(size <= tokens or size in sizes for size in way)]
         best = min((len(way), max(way)) for way in fits)
         assert (len(lengths), max(lengths)) == best
+
+
+def test_a_given_number_of_parts_holds_every_pair_once_in_order():
+    sequences = read_sequences(padded_batch(examples()))
+    truth, pairs = expected(examples()), sequences.num_sequences // 2
+    for count in range(1, pairs + 1):
+        parts = split_into(sequences, count)
+        assert len(parts) == count
+        assert min(part.num_sequences for part in parts) >= 2
+        halves = [
+            (unpacked(part)[: len(part.cu_seqlens) // 2], unpacked(part)[len(part.cu_seqlens) // 2 :]) for part in parts
+        ]
+        assert [s for first, _ in halves for s in first] == truth[:pairs]
+        assert [s for _, second in halves for s in second] == truth[pairs:]
+
+
+@pytest.mark.parametrize(("lengths", "counts"), [([9, 1, 1, 1], [1, 3]), ([1, 1, 1, 9], [3, 1]), ([3] * 6, [2, 2, 2])])
+def test_a_given_number_of_parts_has_even_tokens(lengths, counts):
+    tokens = torch.ones(1, 2 * sum(lengths), dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, *np.cumsum([*lengths, *lengths])])
+    batch = {"input_ids": tokens, "labels": tokens, "cu_seqlens": cu_seqlens}
+    parts = split_into(read_sequences(batch), len(counts))
+    assert [part.num_sequences // 2 for part in parts] == counts

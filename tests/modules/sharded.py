@@ -90,7 +90,8 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 QUICK = ("full", "lora, tied, recomputed, in parts")
-OTHERS = tuple(name for name in cases(Path()) if name not in (*QUICK, "bfloat16"))
+OTHERS = tuple(name for name in cases(Path()) if name not in (*QUICK, "bfloat16", "replicated"))
+ON_FOUR = ("full", "recomputed", "clipped", "projected, tied, in parts", "lora", "replicated")
 LORA_CASES = tuple(name for name in cases(Path()) if "lora" in name)
 
 

@@ -279,13 +279,13 @@ class ShardingDDP(DDPStrategy):
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ShardingDDP])
-def test_a_strategy_that_shards_gradients_is_refused(strategy):
+def test_other_strategies_that_shard_gradients_are_refused(strategy):
     run = trainer(max_epochs=1)
     run._accelerator_connector.strategy = strategy()  # the Trainer itself wants a GPU for it
     module = projecting()
     module.trainer = run
     module.setup("validate")
-    with pytest.raises(ValueError, match=rf"`strategy` to leave whole gradients .* but got {strategy.__name__}"):
+    with pytest.raises(ValueError, match=rf"`strategy` to be .* with LitDPOPG, but got {strategy.__name__}"):
         module.setup("fit")
 
 

@@ -47,6 +47,27 @@ def test_one_part_after_the_other_with_the_factors_of_the_first(factor):
     ]
 
 
+def test_the_last_part_after_both_passes_of_the_others():
+    objective = Objective()
+    micro_batches = MicroBatches([1.0, 2.0, 4.0], objective)
+    loss = micro_batches.forward_last(8.0, objective.backward, objective.context)
+    assert objective.weight.grad == (1 + 2) * 8
+    micro_batches.backward(8 * loss, objective.backward, objective.context)
+    assert objective.weight.grad == 7 * 8
+    assert objective.events == [
+        *("forward 1", "enter", "backward 8", "exit"),
+        *("forward 2", "enter", "backward 16", "exit"),
+        *("forward 4", "backward 32"),
+    ]
+
+
+def test_another_factor_than_that_of_the_other_parts_is_refused():
+    micro_batches = MicroBatches([1.0, 2.0], Objective())
+    loss = micro_batches.forward_last(0.5)
+    with pytest.raises(ValueError, match=r"overridden `training_step` .* without a factor.* but got the factor 6"):
+        micro_batches.backward(3 * loss)
+
+
 def test_one_part():
     objective = Objective()
     micro_batches = MicroBatches([3.0], objective)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_did.exporting import export_policy
-from tests.modules.sharded import LAYOUTS, LORA_CASES, OTHERS, QUICK
+from tests.modules.sharded import LAYOUTS, LORA_CASES, ON_FOUR, OTHERS, QUICK
 from tests.modules.tiny import byte_tokenizer
 from tests.processes import run_program
 
@@ -49,7 +49,12 @@ def assert_equal(folder: Path, name: str, layout: str, one: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "numbers"), [(QUICK, (2,)), pytest.param((*QUICK, *OTHERS), (2, 4), marks=pytest.mark.long)]
+    ("names", "numbers"),
+    [
+        (QUICK, (2,)),
+        pytest.param(OTHERS, (2,), marks=pytest.mark.long),
+        pytest.param(ON_FOUR, (4,), marks=pytest.mark.long),
+    ],
 )
 def test_sharded_training_equals_one_process(tmp_path, names, numbers):
     for number in (1, *numbers):
