@@ -183,7 +183,7 @@ def split_into(sequences: Sequences, parts: int) -> list[Sequences]:
     """
     pairs = sequences.num_sequences // 2
     lengths = np.diff(sequences.cu_seqlens)
-    starts = _offsets(lengths[:pairs] + lengths[pairs:])
+    starts = np.append(0, np.cumsum(lengths[:pairs] + lengths[pairs:]))
     numbers = np.arange(1, parts)
     cuts = np.abs(starts - starts[-1] * numbers[:, None] / parts).argmin(1)  # the nearest places
     # At least one pair each: cuts rise, and leave a pair for each part before and after.

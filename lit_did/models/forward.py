@@ -45,7 +45,8 @@ class OutputLayer(NamedTuple):
 
     def local(self) -> OutputLayer:
         """What this process has of the layer."""
-        return OutputLayer(*(value.to_local() if isinstance(value, DTensor) else value for value in self))
+        local: Any = [v.to_local() if isinstance(v, DTensor) else v for v in (self.weight, self.bias)]
+        return OutputLayer(*local, self.scale, self.softcap)
 
 
 class Outputs(NamedTuple):
@@ -190,8 +191,9 @@ def find_body(model: nn.Module) -> nn.Module | None:
     base = inner(model)
     body = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
     layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    # No subclass: an adapter or a quantised weight would be left out.
-    if body is None or own_class(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor, DTensor):
+    if body is None or layer is None or own_class(layer) is not nn.Linear:
+        return None  # a subclass has an adapter or a quantised weight, which would be left out
+    if type(layer.weight) not in (nn.Parameter, Tensor, DTensor):
         return None
     if layer.weight.dim() != 2 or adds_auxiliary_loss(model):  # only the model's own forward pass does what is needed
         return None

@@ -37,11 +37,11 @@ def outermost(model: nn.Module) -> nn.Module:
     A PeftModel calls the `forward` method of its base model, past the hooks with which FSDP gathers weights. So the
     base model itself is called, whose layers hold the adapter.
     """
-    base = inner(model)
-    return base if isinstance(base, FSDPModule) else model
+    base: nn.Module = inner(model)
+    return base if isinstance(base, FSDPModule) else model  # type: ignore[return-value]  # a module, as all are
 
 
-def own_class(module: nn.Module | None) -> type:
+def own_class(module: nn.Module) -> type:
     """The class of a module before FSDP made a subclass of it."""
     return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
 
@@ -153,7 +153,7 @@ def _shard_adapter(policy: nn.Module, config: Any, mesh: DeviceMesh) -> None:
     plan = {**base.fsdp_plan, **(config.fsdp_plan or {})}
     for name, unit in base.named_modules():
         if re.sub(r"\.\d+(?=\.|$)", ".*", name) in plan:
-            linear = [module for module in unit.modules() if type(module) is nn.Linear and _trains(module)]
+            linear = [module for module in unit.modules() if own_class(module) is nn.Linear and _trains(module)]
             if linear:
                 fully_shard(linear, mesh=mesh[DATA])
     left = [name for name, p in policy.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]

@@ -212,7 +212,8 @@ class LitDPO(PairModule):
         """The micro-batches of a training batch."""
         strategy: Any = None if self._trainer is None else self.trainer.strategy
         tokens, sharded = self.hparams["micro_batch_tokens"], type(strategy) is ModelParallelStrategy
-        if type(strategy) is DDPStrategy and (strategy.model.find_unused_parameters or strategy.model.static_graph):
+        ddp: Any = strategy.model if type(strategy) is DDPStrategy else None
+        if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
             tokens = None  # DDP looks for the parameters of the last micro-batch only
         elif type(strategy) not in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):  # subclasses differ
             tokens = None

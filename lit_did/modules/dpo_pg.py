@@ -179,8 +179,9 @@ class LitDPOPG(LitDPO):
         rejected, self._rejected_gradient = self._rejected_gradient, None
         assert rejected is not None
         if self.trainer.world_size > 1 and not is_sharded(self.loaded_models().policy):
-            flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in rejected]), reduce_op="mean")
-            rejected = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in rejected]), rejected, strict=True)]
+            whole = [gradient for gradient in rejected if gradient is not None]  # all of them
+            flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in whole]), reduce_op="mean")
+            rejected = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in whole]), whole, strict=True)]
         terms = [(p, gradient) for p, gradient in zip(self._trained(), rejected, strict=True) if gradient is not None]
         # A parameter without `.grad` is one that no chosen completion reaches, such as an expert's.
         both = [(parameter.grad, gradient) for parameter, gradient in terms if parameter.grad is not None]

@@ -92,10 +92,11 @@ class PolicyModule(TrainedState):
         config = self._distributed_config()
         if self.models is None:
             self._load_models(config)
+        mesh = self.device_mesh
         for argument, model in (("policy", self.policy), ("reference", self.reference)):
-            if config is not None and model is not None:
+            if config is not None and mesh is not None and model is not None:
                 check_same_on_all_processes(self.trainer, argument, model)
-                shard(model, config, self.device_mesh, argument)
+                shard(model, config, mesh, argument)
         if self._trainer is not None:
             check_unsharded_with_ddp(self)
 
