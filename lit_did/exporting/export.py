@@ -228,7 +228,7 @@ def _load(
         for key, value in content["state_dict"].items()
         if plain_name(key).startswith(PREFIX) and REFERENCE_ADAPTER not in key.split(".")
     }
-    options = dict(arguments.get("model_kwargs") or {})
+    options = {k: v for k, v in (arguments.get("model_kwargs") or {}).items() if k != "distributed_config"}
     if facts["adapter"] is None:  # what was frozen had the dtype of what was trained
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
         options |= {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}

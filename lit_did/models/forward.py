@@ -45,8 +45,8 @@ class OutputLayer(NamedTuple):
 
     def local(self) -> OutputLayer:
         """What this process has of the layer."""
-        local: Any = [v.to_local() if isinstance(v, DTensor) else v for v in (self.weight, self.bias)]
-        return OutputLayer(*local, self.scale, self.softcap)
+        local: dict[str, Any] = {n: v.to_local() for n, v in self._asdict().items() if isinstance(v, DTensor)}
+        return self._replace(**local)
 
 
 class Outputs(NamedTuple):
