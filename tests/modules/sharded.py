@@ -90,8 +90,13 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 QUICK = ("full", "lora, tied, recomputed, in parts")
-OTHERS = tuple(name for name in cases(Path()) if name not in (*QUICK, "bfloat16", "replicated"))
-ON_FOUR = ("full", "recomputed", "clipped", "projected, tied, in parts", "lora", "replicated")
+OTHERS = (
+    ("tied", "object", "tied object", "float32"),
+    ("recomputed", "clipped", "clipped by value", "in parts"),
+    ("norms of heads, in parts", "projected", "projected, tied, in parts"),
+    ("lora", "lora start", "lora object", "lora, projected"),
+)
+ON_FOUR = (("full", "clipped", "replicated"), ("recomputed", "projected, tied, in parts", "lora"))
 LORA_CASES = tuple(name for name in cases(Path()) if "lora" in name)
 
 

@@ -52,8 +52,8 @@ def assert_equal(folder: Path, name: str, layout: str, one: dict) -> None:
     ("names", "numbers"),
     [
         (QUICK, (2,)),
-        pytest.param(OTHERS, (2,), marks=pytest.mark.long),
-        pytest.param(ON_FOUR, (4,), marks=pytest.mark.long),
+        *(pytest.param(names, (2,), marks=pytest.mark.long) for names in OTHERS),
+        *(pytest.param(names, (4,), marks=pytest.mark.long) for names in ON_FOUR),
     ],
 )
 def test_sharded_training_equals_one_process(tmp_path, names, numbers):
