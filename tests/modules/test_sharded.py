@@ -66,7 +66,7 @@ def test_sharded_training_equals_one_process(tmp_path, names, numbers):
             for rank in saved(tmp_path, name, layout):
                 assert rank["held"] < 0.7  # its shards of all models, and small vectors
                 assert rank["fused"] == one["fused"]
-                assert rank["largest"] < 0.5  # of the logits of the completion tokens
+                assert rank["largest"] < 0.75  # of the logits of the completion tokens
             assert_equal(tmp_path, name, layout, one)
 
 
