@@ -54,7 +54,7 @@ class LitDPO(PairModule):
 
     What changes: the policy is trained in place. It gets its adapter (`lora`), and its dropout is switched off. A
     `reference` that you pass is frozen. Gradients are freed before `on_train_batch_end`. With `micro_batch_tokens`,
-    `outputs["loss"]` covers the first part only; use `train/loss`.
+    `outputs["loss"]` covers one part only; use `train/loss`.
 
     Logs `train/` at each optimiser step, over its micro-batches and all processes, and `val/` and `test/` at each
     epoch: `loss`, a mean over pairs, and the metrics of `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes.

@@ -64,7 +64,7 @@ def test_averages_of_other_weights_are_refused(tmp_path):
         trainer(max_epochs=2, callbacks=[StochasticWeightAveraging(1e-2)]).fit(LitDPO(tmp_path / "model"), data)
     for lora in (None, {"r": 2, "target_modules": "all-linear"}):  # with LoRA nothing is freed
         for policy in (tiny_llama(), tmp_path / "model"):
-            module = LitDPO(policy, lora=lora, cache_reference=tmp_path / f"cache {lora is None}")
+            module = LitDPO(policy, lora=lora, cache_reference=tmp_path / f"cache {lora is None} {type(policy)}")
             run = trainer(max_epochs=1, callbacks=[EMAWeightAveraging()])
             with (
                 pytest.raises(ValueError, match="`cache_reference` to be None with WeightAvera") if not lora else none()
