@@ -1,4 +1,4 @@
-"""examine_labels: planted swaps are ranked and counted, clean labels raise nothing; the fit equals brute force."""
+"""examine_labels: planted swaps are ranked and counted, clean labels raise nothing; noise model against brute force."""
 
 from functools import cache
 
@@ -8,9 +8,8 @@ import torch
 from scipy import optimize, special
 from scipy.stats import chi2
 
-from lit_did.audit.data.bag_of_words import draw_folds
 from lit_did.audit.label_noise import fit_label_noise
-from lit_did.audit.mislabelled import cross_fitted, examine_labels, nested
+from lit_did.audit.mislabelled import examine_labels
 from lit_did.audit.reference import cost, examine_reference
 from lit_did.audit.report import Part
 from lit_did.audit.settings import Settings
@@ -20,7 +19,8 @@ from lit_did.audit.wording import percent
 from tests.modules.tiny import byte_tokenizer, tiny_llama
 
 SETTINGS = Settings(batch_size=64, progress=False)
-WORDS = np.array(["red", "hot", "old", "big", "sad", "fun", "dry", "wet", "shy", "raw", "odd", "new"])
+VOCABULARY = ["red", "hot", "old", "big", "sad", "fun", "dry", "wet", "shy", "raw", "odd", "new"]
+VOCABULARY += sorted({a + b + c for a in "bdgklm" for b in "aeiou" for c in "npst"})
 
 
 def noisy_scores(seed, count=1000, share=0.05, noise=0.5):
@@ -129,88 +129,68 @@ def test_scores_without_a_slope(scores):
     assert fit.p_value > 0.005 or fit.share.lower < 0.01
 
 
-# ------------------------------------------------------------------------------------------------- the regression
-
-
-def test_scores_are_held_out_and_antisymmetric():
-    """They equal fits by brute force on the other folds, whose loss has no intercept and a ridge penalty."""
-    generator = np.random.default_rng(0)
-    features = generator.normal([0.8, -0.3, 0], size=(60, 3))
-    groups = np.arange(60) // 2
-    folds = draw_folds(groups, 0)
-    scores, weights, _ = cross_fitted(features, folds, [0.5])
-    for row in np.unique(weights, axis=0):
-        test = (weights == row).all(axis=1)
-        train = features[~test]
-        assert not set(groups[test]) & set(groups[~test])
-        found = optimize.minimize(lambda w, x=train: np.logaddexp(0, -x @ w).sum() + w @ w / (2 * 0.5), np.zeros(3))
-        assert np.allclose(row, found.x, atol=2e-3)
-    assert np.allclose(scores, (features * weights).sum(1))
-    assert np.allclose(cross_fitted(-features, folds, [0.5])[1], -weights, atol=1e-3)
-
-
-def test_pairs_of_a_prompt_are_held_out_together():
-    generator = np.random.default_rng(1)
-    features = np.repeat(generator.normal(size=(60, 200)), 2, axis=0)  # each pair twice, with labels by chance
-    scores = cross_fitted(features, draw_folds(np.arange(120) // 2, 0), [1.0])[0]
-    assert np.mean(scores > 0) < 0.65
-
-
-def test_the_labels_of_a_fold_do_not_reach_the_fits_without_it():
-    """Turning round the pairs of a fold changes no score that a regression without this fold is fitted to."""
-    features = np.random.default_rng(2).normal(0.3, 1, size=(100, 5))
-    folds = np.arange(100) % 5
-    before = nested(features, folds, [0.5])
-    for fold in range(5):
-        own = folds == fold
-        after = nested(np.where(own[:, None], -features, features), folds, [0.5])
-        assert np.allclose(after[fold, ~own], before[fold, ~own], atol=1e-6)
-        assert np.allclose(after[fold, own], -before[fold, own], atol=1e-6)
-    own = before[folds, np.arange(100)]
-    assert np.allclose(own, cross_fitted(features, folds, [0.5])[0], atol=1e-3)
-
-
 # ------------------------------------------------------------------------------------------------------------ data sets
 
 
-def counts(text):
-    return np.array([text.split().count(word) for word in WORDS], dtype=float)
-
-
-def logprobs(model, tokenizer, prompt, texts):
-    """log p(text | prompt), by a plain padded forward pass."""
-    ids = [tokenizer(prompt + text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    start = len(tokenizer(prompt)["input_ids"])
-    batch = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-    for row, own in enumerate(ids):
-        batch[row, : len(own)] = torch.tensor(own)
-    with torch.no_grad():
-        logp = model(batch).logits.log_softmax(-1)
-    values = logp[:, :-1].gather(2, batch[:, 1:, None])[:, :, 0].numpy()
-    return np.array([values[row, start - 1 : len(own) - 1].sum() for row, own in enumerate(ids)])
+def states(model, tokenizer, texts):
+    """Of each text after the prompt "say": log p, the mean last hidden state, and the one that predicts its end."""
+    ids = [tokenizer("say" + text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    start = len(tokenizer("say")["input_ids"]) - 1
+    found = []
+    for first in range(0, len(ids), 64):
+        batch = torch.zeros(64, max(map(len, ids)), dtype=torch.long)
+        for row, own in enumerate(ids[first : first + 64]):
+            batch[row, : len(own)] = torch.tensor(own)
+        with torch.no_grad():
+            output = model(batch, output_hidden_states=True)
+        logp = output.logits[:, :-1].log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0].numpy()
+        hidden = output.hidden_states[-1].numpy()
+        for row, own in enumerate(ids[first : first + 64]):
+            of = slice(start, len(own) - 1)
+            found.append((logp[row, of].sum(), hidden[row, of].mean(0), hidden[row, len(own) - 2]))
+    return [np.array(values) for values in zip(*found, strict=True)]
 
 
 @cache
 def models():
     tokenizer = byte_tokenizer()
     return tokenizer, *(
-        tiny_llama(seed, vocab_size=len(tokenizer), max_position_embeddings=128).eval() for seed in (0, 1)
+        tiny_llama(seed, vocab_size=len(tokenizer), max_position_embeddings=256).eval() for seed in (0, 1, 2)
     )
 
 
+def rewards(reward, texts, generator):
+    tokenizer, policy, reference, third = models()
+    words = [text.split() for text in texts]
+    if reward == "words":
+        weights = dict(zip(VOCABULARY, generator.normal(size=len(VOCABULARY)), strict=True))
+        return np.array([sum(weights[word] for word in of) for of in words])
+    if reward == "a few good words":
+        good = set(generator.choice(VOCABULARY, 25, replace=False))
+        return np.array([np.mean([word in good for word in of]) for of in words])
+    if reward == "length":
+        return -np.abs(np.array([len(of) for of in words]) - 6.2)
+    if reward == "models":
+        return states(policy, tokenizer, texts)[0] - states(reference, tokenizer, texts)[0]
+    if reward == "other models":
+        return states(policy, tokenizer, texts)[0] - states(third, tokenizer, texts)[0]
+    kept = states(reference, tokenizer, texts)[("mean state", "end state").index(reward) + 1]
+    return kept @ generator.normal(size=kept.shape[1])
+
+
 @cache
-def judged(reward, steepness, share, seed=0):
+def judged(reward, steepness, share, count, seed=0):
     """Pairs, which are swapped, the difference of rewards in favour of the label, and the parts so far."""
     generator = np.random.default_rng(seed)
-    count = 600 if reward == "words" else 1200
-    texts = [" ".join(generator.choice(WORDS, generator.integers(4, 9))) for _ in range(2 * count)]
-    tokenizer, policy, reference = models()
-    if reward == "words":
-        value = np.array([counts(text) for text in texts]) @ generator.normal(size=len(WORDS))
-    else:
-        value = logprobs(policy, tokenizer, "say", texts) - logprobs(reference, tokenizer, "say", texts)
+    vocabulary, most = (VOCABULARY, 30) if reward == "a few good words" else (VOCABULARY[:12], 9)
+    texts = [" ".join(generator.choice(vocabulary, generator.integers(4, most))) for _ in range(2 * count)]
+    tokenizer, _, reference, _ = models()
+    value = rewards(reward, texts, generator)
     value = value / value.std()
-    one, other = value[:count], value[count:]
+    kept = np.flatnonzero(value[:count] != value[count:])
+    texts = [*(texts[i] for i in kept), *(texts[count + i] for i in kept)]
+    one, other = value[:count][kept], value[count:][kept]
+    count = len(kept)
     right = (
         np.ones(count, bool)
         if steepness is None
@@ -224,18 +204,16 @@ def judged(reward, steepness, share, seed=0):
         rows.append({"prompt": "say", "chosen": chosen, "rejected": rejected})
     data = AuditData(rows, "pairs")
     data.__dict__["prompt_groups"] = np.arange(count)  # one prompt would be one group
-    words = np.array([counts(row["chosen"]) - counts(row["rejected"]) for row in rows])
-    scores = cross_fitted(words, draw_folds(np.arange(count), 0), [0.01, 0.1, 1])[0]
     lengths = {f"{side}_words": [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
-    parts = {"data": Part("data", "", "", columns={"words_probability": special.expit(scores), **lengths})}
+    parts = {"data": Part("data", "", "", columns=lengths)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "measure_step", lambda *_: (1.0, 1.0))
         parts["reference"] = examine_reference(data, SETTINGS, tokenizer, reference)
     return data, swapped, margins, parts
 
 
-def examine(form, reward, steepness, share, seed=0):
-    data, swapped, margins, parts = judged(reward, steepness, share, seed)
+def examine(form, reward, steepness, share, count, seed=0):
+    data, swapped, margins, parts = judged(reward, steepness, share, count, seed)
     generator = np.random.default_rng(99)
     if form == 3:  # a policy that learned the reward from other pairs, not exactly
         margin = 20 * (margins + 0.3 * generator.normal(size=len(data)))
@@ -247,22 +225,46 @@ def examine(form, reward, steepness, share, seed=0):
     return swapped, np.asarray(columns["label_score"]), columns, finding, blocks
 
 
+REWARDS = [
+    ("words", None, 500),
+    ("end state", None, 500),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            ("words", 8.0, 500),
+            ("length", None, 500),
+            ("mean state", None, 500),
+            ("a few good words", None, 1000),
+            ("models", None, 600),
+            ("models", 8.0, 1000),
+        )
+    ),
+]
+UNRELATED = pytest.param("other models", None, 600, marks=pytest.mark.long)  # of which the reference says little
+
+
 @pytest.mark.parametrize("form", [2, 3, 4])
-@pytest.mark.parametrize(
-    ("reward", "steepness"),
-    [("words", None), ("words", 8.0), ("models", None), pytest.param("models", 8.0, marks=pytest.mark.long)],
-)
-def test_planted_swaps_are_ranked(reward, steepness, form):
-    swapped, scores, _, finding, _ = examine(form, reward, steepness, 0.05)
+@pytest.mark.parametrize(("reward", "steepness", "count"), REWARDS)
+def test_planted_swaps_are_ranked(reward, steepness, count, form):
+    swapped, scores, _, _, _ = examine(form, reward, steepness, 0.05, count)
     assert area_under_curve(-scores, swapped) >= 0.9
-    if reward == "words":  # elsewhere the score misses too much of the reward for the share
-        assert finding.value.lower <= swapped.mean() <= finding.value.upper
+
+
+@pytest.mark.parametrize("form", [3, 4])
+@pytest.mark.parametrize(("reward", "steepness", "count"), [*REWARDS, UNRELATED])
+def test_all_evidence_together_ranks_no_worse_than_a_margin_alone(reward, steepness, count, form):
+    swapped, scores, _, _, _ = examine(form, reward, steepness, 0.05, count)
+    generator = np.random.default_rng(99)
+    noise = {3: 0.3, 4: 0.5}[form] * generator.normal(size=len(swapped))
+    margin = judged(reward, steepness, 0.05, count)[2] + noise
+    assert area_under_curve(-scores, swapped) >= max(0.9, area_under_curve(-margin, swapped) - 0.005)
 
 
 @pytest.mark.parametrize("form", [2, 3, 4])
 def test_planted_swaps_raise_the_flag(form):
-    swapped, scores, columns, finding, blocks = examine(form, "words", None, 0.05)
+    swapped, scores, columns, finding, blocks = examine(form, "words", None, 0.05, 500, seed=1)
     assert finding.raised
+    assert finding.value.lower <= swapped.mean() <= finding.value.upper
     assert area_under_curve(columns["swap_probability"], swapped) >= 0.9
     assert finding.sentence.startswith(f"About {percent(finding.value.value)} (")
     assert finding.sentence.endswith(f"{len(finding.rows)} pairs are more likely swapped than not.")
@@ -276,7 +278,7 @@ def test_planted_swaps_raise_the_flag(form):
 
 
 def clean(kind, seed, count=300):
-    """Parts of clean labels: the words' probability, hidden states and lengths, all without a model."""
+    """Parts of clean labels: hidden states and lengths, without a model."""
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(count, 12))
     reward = features @ generator.normal(size=12)
@@ -289,15 +291,15 @@ def clean(kind, seed, count=300):
     )
     features *= np.where((reward > 0) == right, 1, -1)[:, None]
     lengths = generator.integers(10, 50, size=(2, count))
-    scores = cross_fitted(features[:, :8], draw_folds(np.arange(count), seed), [0.1, 1, 10])[0]
-    columns = {"words_probability": special.expit(scores), "chosen_words": lengths[0], "rejected_words": lengths[1]}
+    columns = {"chosen_words": lengths[0], "rejected_words": lengths[1]}
     reference = Part("reference", "", "")
     reference.hidden_difference = features + 0.5 * generator.normal(size=features.shape)
+    reference.end_difference = features[:, :8]
     return {"data": Part("data", "", "", columns=columns), "reference": reference}
 
 
 def rows(count):
-    return AuditData([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(count)], "pairs")
+    return AuditData([{"prompt": str(i), "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(count)], "pairs")
 
 
 def test_clean_labels_raise_nothing():
@@ -313,7 +315,7 @@ def test_clean_labels_raise_nothing():
     [("words", None), *(pytest.param(*case, marks=pytest.mark.long) for case in (("words", 2.0), ("models", None)))],
 )
 def test_words_and_models_without_swaps_raise_nothing(reward, steepness):
-    assert not examine(2, reward, steepness, 0.0)[3].raised
+    assert not examine(2, reward, steepness, 0.0, 500)[3].raised
 
 
 def test_two_hundred_pairs():
@@ -321,7 +323,7 @@ def test_two_hundred_pairs():
     swapped = np.random.default_rng(0).random(200) < 0.1
     sign = np.where(swapped, -1, 1)
     parts["reference"].hidden_difference *= sign[:, None]
-    parts["data"].columns["words_probability"] = np.full(200, np.nan)
+    parts["reference"].end_difference = None
     columns, finding, _ = examine_labels(rows(200), SETTINGS, parts)
     assert area_under_curve(-columns["label_score"], swapped) > 0.85
     assert finding.value.lower <= swapped.mean() <= finding.value.upper
@@ -356,5 +358,6 @@ def test_pairs_without_features_are_left_out():
     parts = clean("deterministic", 0, 120)
     parts["data"].columns = {}
     parts["reference"].hidden_difference[[5, 70]] = np.nan
+    parts["reference"].end_difference = None
     columns, _, _ = examine_labels(rows(120), SETTINGS, parts)
     assert np.flatnonzero(np.isnan(columns["label_score"])).tolist() == [5, 70]

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from scipy import special
+from scipy.sparse import csr_array
 from torch import nn
 
 from lit_did.audit.blocks import Block, PairList, Paragraph, Picture, Table
+from lit_did.audit.label_features import counts_of
 from lit_did.audit.page import pictures
 from lit_did.audit.reference.cost import examine_cost
 from lit_did.audit.reference.measuring import SIDES, Answers, edit_similarity, measure
@@ -21,6 +23,7 @@ from lit_did.audit.source import AuditData
 from lit_did.audit.statistics import mean_over_groups, share_over_groups
 from lit_did.audit.tokenized import tokenized
 from lit_did.audit.wording import many
+from lit_did.data.dataset import PreferenceDataset
 
 LARGEST_EXCESS = 1.0  # nats per token above the reference's own completions
 FAMILY_P = 0.001  # the chance that any completion of the data is flagged as off-policy by chance
@@ -28,6 +31,7 @@ LEAST_OFF_POLICY = 0.05  # of the pairs, by the lower end of the interval
 LEAST_SIMILARITY = 0.9  # at most a tenth of the tokens differ
 LARGEST_DIFFERENCE = 0.1  # nats per token between the sides
 LEAST_INDISTINCT = 0.01  # of the pairs, by the lower end of the interval
+_COUNTED = 100_000  # pairs whose tokens are counted
 _SHOWN = 10
 
 
@@ -38,9 +42,14 @@ class ReferencePart(Part):
     Attributes:
         hidden_difference: [pairs, H] float32, the mean last hidden state of the chosen side less that of the rejected
             one. More than 512 dimensions are projected to 512 at random. None: the model has none.
+        end_difference: The same of the last hidden states that predict the last token of a side.
+        token_counts: Of the chosen and of the rejected side, [pairs, tokens] how often each token comes. None: there
+            are more than 100,000 pairs.
     """
 
     hidden_difference: np.ndarray | None = None
+    end_difference: np.ndarray | None = None
+    token_counts: tuple[csr_array, csr_array] | None = None
 
 
 def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, reference: nn.Module) -> ReferencePart:
@@ -72,6 +81,11 @@ def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, refer
         result[places] = values
         return result.tolist()
 
+    def spread(values: np.ndarray) -> np.ndarray:
+        result = np.full((len(data), values.shape[1]), np.nan, np.float32)
+        result[places] = values
+        return result
+
     measured = dict(zip(SIDES, (answers.chosen, answers.rejected), strict=True))
     for side, of in measured.items():
         part.columns[f"{side}_reference_logprob"] = column(of.logprob)
@@ -82,8 +96,10 @@ def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, refer
     if answers.alike is not None:
         part.columns["hidden_cosine"] = column(answers.alike.cosine)
         part.columns["ches"] = column(answers.alike.ches)
-        part.hidden_difference = np.full((len(data), answers.alike.difference.shape[1]), np.nan, np.float32)
-        part.hidden_difference[places] = answers.alike.difference
+        part.hidden_difference = spread(answers.alike.difference)
+        part.end_difference = spread(answers.alike.end_difference)
+    if len(dataset) <= _COUNTED:
+        part.token_counts = _token_counts(dataset, places, len(data))
 
     numbers = data.row_numbers[places]
     off_policy, excesses = _off_policy(answers, groups, numbers)
@@ -110,6 +126,14 @@ def examine_reference(data: AuditData, settings: Settings, tokenizer: Any, refer
     part.blocks += blocks
     part.figures["cost"] = figures
     return part
+
+
+def _token_counts(dataset: PreferenceDataset, places: np.ndarray, num_rows: int) -> tuple[csr_array, csr_array]:
+    """Of the chosen and of the rejected side, [num_rows, tokens] how often each token comes."""
+    sides = [[example.chosen_ids for example in dataset], [example.rejected_ids for example in dataset]]
+    shape = (num_rows, 1 + max(int(ids.max(initial=0)) for side in sides for ids in side))
+    chosen, rejected = (counts_of(side, places, shape) for side in sides)
+    return chosen, rejected
 
 
 def _preferences(answers: Answers, groups: np.ndarray) -> dict[str, Estimate]:

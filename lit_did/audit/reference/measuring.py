@@ -44,10 +44,15 @@ class Measured(NamedTuple):
 
 
 class Alike(NamedTuple):
-    """How alike both sides' mean last hidden states are. The mean is over the states that predict a side's tokens."""
+    """How alike both sides' last hidden states are. The mean is over the states that predict a side's tokens.
+
+    Differences are chosen less rejected, [pairs, H] float32, with more than 512 dimensions projected to 512 at random.
+    """
 
     difference: np.ndarray
-    """[pairs, H] float32: chosen less rejected, with more than 512 dimensions projected to 512 at random"""
+    """of the means"""
+    end_difference: np.ndarray
+    """of the states that predict a side's last token"""
     cosine: np.ndarray
     """[pairs] float64: of the angle between both"""
     ches: np.ndarray
@@ -107,8 +112,9 @@ def measure(
                 alike = None
             elif alike is not None:
                 means = sums_of(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
+                ends = outputs.hidden[layout.cu_labels[1:] - 1].float() * (counts > 0)[:, None]
                 # The states of all pairs would fill the memory.
-                alike.append(_alike(torch.stack(means.chunk(2), dim=1).cpu().numpy(), seed))
+                alike.append(_alike(*(torch.stack(of.chunk(2), dim=1).cpu().numpy() for of in (means, ends)), seed))
             bar.update(len(examples))
     sides = []
     for side in (0, 1):
@@ -145,12 +151,15 @@ def sums_of(values: Tensor, cu_labels: Tensor) -> Tensor:
     return total.index_add(0, sequence, values.double())
 
 
-def _alike(hidden: np.ndarray, seed: int) -> Alike:
-    """Of mean last hidden states [pairs, 2, H]."""
-    difference = (hidden[:, 0] - hidden[:, 1]).astype(np.float32)
-    if difference.shape[1] > PROJECTED:
-        difference = difference @ _projection(difference.shape[1], PROJECTED, seed)
-    return Alike(difference, cosine(hidden), ches(hidden))
+def _alike(means: np.ndarray, ends: np.ndarray, seed: int) -> Alike:
+    """Of last hidden states [pairs, 2, H]."""
+    differences = []
+    for of in (means, ends):
+        difference = (of[:, 0] - of[:, 1]).astype(np.float32)
+        if difference.shape[1] > PROJECTED:
+            difference = difference @ _projection(difference.shape[1], PROJECTED, seed)
+        differences.append(difference)
+    return Alike(*differences, cosine(means), ches(means))
 
 
 @lru_cache(maxsize=1)
