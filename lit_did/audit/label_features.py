@@ -51,7 +51,7 @@ def features_of(data: AuditData, parts: Mapping[str, Part]) -> tuple[list[Featur
         finite = np.isfinite(matrix).all(axis=1)
         known[finite] = True
         if (matrix[finite] != 0).any():
-            found.append(Feature(name, [np.where(finite[:, None], matrix, 0)], evidence))
+            found.append(Feature(name, [matrix if finite.all() else np.where(finite[:, None], matrix, 0)], evidence))
 
     def add_scalar(name: str, numbers: np.ndarray, evidence: Callable[[int, float], str]) -> None:
         add(name, _tamed(numbers.astype(float))[:, None], evidence)

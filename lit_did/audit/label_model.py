@@ -98,7 +98,8 @@ def held_out(matrices: Sequence[Matrix], groups: np.ndarray, seed: int) -> HeldO
         contributions[fitted, number] = variance * np.einsum("ij,ji->i", grams[number], duals)
         if len(others):
             weights = variance / scales[number] * (part.T @ fit.dual)
-            contributions[others, number] = matrices[number][others] @ weights
+            for places in np.array_split(others, len(others) // 10_000 + 1):  # a copy of all would fill the memory
+                contributions[places, number] = matrices[number][places] @ weights
     return HeldOut(contributions.sum(axis=1), contributions, halves)
 
 

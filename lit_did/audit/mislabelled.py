@@ -53,7 +53,7 @@ def examine_labels(
             f"{'is' if prompts == 1 else 'are'} {many(prompts, 'prompt')}."
         )
         return columns, Finding("mislabelled", sentence, "", raised=False, severity=0.0), []
-    matrices = [matrix[known] for feature in features for matrix in feature.matrices]
+    matrices = [m if known.all() else m[known] for feature in features for m in feature.matrices]
     scores, parts_of_scores, halves = held_out(matrices, groups[known], settings.seed)
     # [pairs, features]: a feature may have several matrices
     starts = np.cumsum([0, *(len(feature.matrices) for feature in features)])[:-1]

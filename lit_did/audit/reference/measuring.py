@@ -114,7 +114,8 @@ def measure(
                 means = sums_of(outputs.hidden.float(), layout.cu_labels) / counts.clamp(min=1)[:, None]
                 ends = outputs.hidden[layout.cu_labels[1:] - 1].float() * (counts > 0)[:, None]
                 # The states of all pairs would fill the memory.
-                alike.append(_alike(*(torch.stack(of.chunk(2), dim=1).cpu().numpy() for of in (means, ends)), seed))
+                mean, end = (torch.stack(of.chunk(2), dim=1).cpu().numpy() for of in (means, ends))
+                alike.append(_alike(mean, end, seed))
             bar.update(len(examples))
     sides = []
     for side in (0, 1):
@@ -153,13 +154,12 @@ def sums_of(values: Tensor, cu_labels: Tensor) -> Tensor:
 
 def _alike(means: np.ndarray, ends: np.ndarray, seed: int) -> Alike:
     """Of last hidden states [pairs, 2, H]."""
-    differences = []
-    for of in (means, ends):
-        difference = (of[:, 0] - of[:, 1]).astype(np.float32)
-        if difference.shape[1] > PROJECTED:
-            difference = difference @ _projection(difference.shape[1], PROJECTED, seed)
-        differences.append(difference)
-    return Alike(*differences, cosine(means), ches(means))
+
+    def difference(of: np.ndarray) -> np.ndarray:
+        found = (of[:, 0] - of[:, 1]).astype(np.float32)
+        return found if found.shape[1] <= PROJECTED else found @ _projection(found.shape[1], PROJECTED, seed)
+
+    return Alike(difference(means), difference(ends), cosine(means), ches(means))
 
 
 @lru_cache(maxsize=1)
