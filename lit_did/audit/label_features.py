@@ -50,7 +50,7 @@ def features_of(data: AuditData, parts: Mapping[str, Part]) -> tuple[list[Featur
     def add(name: str, matrix: np.ndarray, evidence: Callable[[int, float], str]) -> None:
         finite = np.isfinite(matrix).all(axis=1)
         known[finite] = True
-        if (matrix[finite] != 0).any():
+        if (matrix != 0).any(axis=1)[finite].any():
             found.append(Feature(name, [matrix if finite.all() else np.where(finite[:, None], matrix, 0)], evidence))
 
     def add_scalar(name: str, numbers: np.ndarray, evidence: Callable[[int, float], str]) -> None:

@@ -75,7 +75,9 @@ def held_out(matrices: Sequence[Matrix], groups: np.ndarray, seed: int) -> HeldO
     fitted = _draw_prompts(groups, LARGEST_FIT, seed)
     _, group = np.unique(groups[fitted], return_inverse=True)
     parts = [matrix[fitted] for matrix in matrices]
-    grams = np.stack([_gram(part) for part in parts])
+    grams = np.empty((len(parts), len(fitted), len(fitted)))
+    for number, part in enumerate(parts):
+        grams[number] = _gram(part)
     scales = np.maximum(np.einsum("mii->m", grams) / len(fitted), 1e-30)
     grams /= scales[:, None, None]
 
@@ -87,7 +89,7 @@ def held_out(matrices: Sequence[Matrix], groups: np.ndarray, seed: int) -> HeldO
     halves = []
     for number in (0, 1):
         own, other = np.flatnonzero(half == number), np.flatnonzero(half != number)
-        kernel = np.tensordot(variances_of(other), grams[:, :, other], 1)
+        kernel = np.tensordot(variances_of(other), grams, 1)[:, other]
         halves.append((fitted[own], kernel[own] @ _fitted(kernel[other]).dual))
     variances = variances_of(np.arange(len(fitted)))
     fit = _fitted(np.tensordot(variances, grams, 1))
