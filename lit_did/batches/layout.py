@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.moving import to_device
@@ -118,10 +119,12 @@ def packed_layout(sequences: Sequences, device: torch.device, *, share: bool) ->
         labels.append(of_tokens[labelled])
         rows.append(np.concatenate([places[part] for part in parts] or [order[:0]])[labelled])
     segments = np.stack([lengths, np.array(continues, dtype=np.int64)], axis=1)
+    with unset_fake_temporarily():  # attention reads its values, also where all other tensors are fake
+        mask = torch.from_numpy(segments[None, None])
     inputs = {
         "input_ids": _tensor(sequences.input_ids[order], device)[None],
         "position_ids": _tensor(sequences.position_ids[order], device)[None],
-        "attention_mask": torch.from_numpy(segments)[None, None],
+        "attention_mask": mask,
     }
     cu_labels = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     return Layout(

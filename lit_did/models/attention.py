@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_did.batches.layout import Packing
@@ -185,7 +186,8 @@ def _attend_by_segments(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` needs a mask even if it is causal."""
-    lengths, continues = segments[0, 0].T.tolist()
+    with unset_fake_temporarily():  # they have values, also where all other tensors are fake
+        lengths, continues = segments[0, 0].T.tolist()
     masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []

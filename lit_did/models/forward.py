@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -193,7 +194,7 @@ def find_body(model: nn.Module) -> nn.Module | None:
     layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if body is None or layer is None or own_class(layer) is not nn.Linear:
         return None  # a subclass has an adapter or a quantised weight, which would be left out
-    if type(layer.weight) not in (nn.Parameter, Tensor, DTensor):
+    if type(layer.weight) not in (nn.Parameter, Tensor, DTensor, FakeTensor):
         return None
     if layer.weight.dim() != 2 or adds_auxiliary_loss(model):  # only the model's own forward pass does what is needed
         return None

@@ -89,7 +89,7 @@ def distributed_config(mesh: DeviceMesh, given: Any = None, *, mixed_precision: 
     return given
 
 
-def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str) -> None:
+def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str, *, empty: bool = False) -> None:
     """Shards a model in place, as far as it is not sharded yet. All processes have the same weights.
 
     Args:
@@ -97,6 +97,7 @@ def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str) -> Non
         config: What `distributed_config` returned.
         mesh: Lightning's mesh.
         argument: The name of the argument that the model is, for errors.
+        empty: Whether weights may be on the meta device, without values.
 
     Raises:
         TypeError: It is not a model of transformers.
@@ -124,7 +125,7 @@ def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str) -> Non
     _check_layers(base, config, argument)
     _check_tied(base, config)
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if missing:
+    if missing and not empty:
         raise ValueError(
             f"Expected the files of `{argument}` to hold all weights of {type(base).__name__}, but {len(missing)} have "
             f"no values, and would start at random. The first is {missing[0]}. Load the model with `from_pretrained`, "
@@ -146,7 +147,8 @@ def _shard_adapter(policy: nn.Module, config: Any, mesh: DeviceMesh) -> None:
             "tensor_parallel_size=1)."
         )
     for name, parameter in policy.named_parameters():
-        if any(mark in name for mark in adapter_marks(policy)) and not isinstance(parameter, DTensor):
+        of_adapter = any(mark in name for mark in adapter_marks(policy))
+        if of_adapter and not isinstance(parameter, DTensor) and not parameter.is_meta:
             value = parameter.data.to(mesh.device_type)  # NCCL takes no tensors on the CPU
             dist.broadcast(value, 0)
             parameter.data.copy_(value)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_did.ops.checks import is_fake, on_host
+
 _REFUSED = [-1] * 6
 _host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
@@ -53,9 +55,12 @@ def agree_on_slices(
     rank = 0
     if process_group is not None:
         rank = dist.get_rank(process_group)
-        ends = labels.aminmax() if len(labels) and labels.device.type == "cpu" else (0, 0)
+        ends = labels.aminmax() if len(labels) and on_host(labels) else (0, 0)
         numbers = [0, policy_entries, reference_entries, len(labels), *map(int, ends)]
-        everyones = _exchange(numbers, process_group)
+        if is_fake(labels):  # there are no other processes
+            everyones = [numbers] * dist.get_world_size(process_group)
+        else:
+            everyones = _exchange(numbers, process_group)
         for number, message in enumerate(everyones):
             if message == _REFUSED:
                 raise ValueError(

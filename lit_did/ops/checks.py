@@ -7,11 +7,22 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from lit_did.arguments import check_bools, check_number
 from lit_did.ops.statistics import TokenStatistics
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether an operator on `tensor` returns a fake tensor, which has a shape, but neither values nor memory."""
+    return detect_fake_mode(tensor) is not None
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_fake(tensor)
 
 
 def check_token_arguments(
@@ -227,7 +238,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, argument: str, shape: s
         raise ValueError(
             f"Expected `cu_seqlens` on the device of `{argument}`, {packed.device}, but got {cu_seqlens.device}."
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not on_host(cu_seqlens):
         return
     tokens = packed.shape[0]
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():

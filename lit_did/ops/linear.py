@@ -18,7 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_did.ops import reference, tiles
 from lit_did.ops.agreement import agree_on_slices, refusals_shared
-from lit_did.ops.checks import check_cu_seqlens, check_labels, check_linear_arguments, check_memory, check_options
+from lit_did.ops.checks import (
+    check_cu_seqlens,
+    check_labels,
+    check_linear_arguments,
+    check_memory,
+    check_options,
+    on_host,
+)
 from lit_did.ops.extension import Backend, check_backend, choose_backend, is_transformed
 from lit_did.ops.partials import NO_LABEL
 from lit_did.ops.sequence_statistics import sequence_reduction
@@ -267,7 +274,7 @@ def _token_statistics(
         if chosen == "fused" and len(kept_labels) > 0:  # without a token the reference keeps the graph whole
             plan = tiles.plan_of(policy, referenced, softcap, chunk_tokens, max_extra_bytes)
     first_entry, vocabulary = agree_on_slices(len(policy.weight), len(referenced.weight), kept_labels, process_group)
-    if chosen == "reference" or labels.device.type == "cpu":
+    if chosen == "reference" or on_host(labels):
         check_labels(labels, vocabulary, NO_LABEL if ignore_index is None else ignore_index)
 
     if plan is not None:

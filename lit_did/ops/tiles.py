@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_did.ops.checks import is_fake, on_host
 from lit_did.ops.extension import check_gradients
 from lit_did.ops.partials import NO_LABEL, NUM_PARTIALS, finish_partials, merge_partials, slice_partials
 from lit_did.ops.statistics import TokenStatistics
@@ -284,7 +285,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         labels = labels - options.first_entry
         # Without a bias no side of a tile is -inf throughout, unless its row is not finite elsewhere either. To look
         # for such sides would make each tile wait for the device.
-        sides_may_be_empty = hidden.device.type == "cpu" or any(side.bias is not None for side in (policy, reference))
+        sides_may_be_empty = on_host(hidden) or any(side.bias is not None for side in (policy, reference))
         for index, (rows, columns) in enumerate(tiles):
             if rows.start == 0:
                 if len(slices) == _MERGED_AT_ONCE:
@@ -373,7 +374,7 @@ def _are_one(layers: Sequence[Tensor | None], options: Options) -> bool:
     """Whether both models have the same hidden states and output layer, by their memory."""
 
     def same(a: Tensor | None, b: Tensor | None) -> bool:
-        if a is None or b is None:
+        if a is None or b is None or is_fake(a):
             return a is b
         return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
