@@ -12,14 +12,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read whe
 
 import pytest
 
+# What Lightning writes into the environment.
+_OF_RUNS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK")
+
 
 @pytest.fixture(autouse=True)
 def _no_trace_of_a_run() -> Iterator[None]:
-    """Puts the environment back as it was, and fails a test that leaves a process group.
+    """Puts the environment back, without a run's seed and ranks, and fails a test that leaves a process group.
 
-    Lightning writes the seed and the ranks of a run there. Later tests, and the programs that they start, would take
-    that seed, or take themselves for parts of a distributed run.
+    Later tests, and the programs that they start, would take that seed, or take themselves for parts of a distributed
+    run. Fixtures of a whole session or module leave traces too, so these names are also removed before a test.
     """
+    for name in _OF_RUNS:
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     now = os.environ.get("PYTEST_CURRENT_TEST")  # pytest's own
