@@ -8,7 +8,8 @@ from typing import Any
 from lit_did.cli.functions import call
 from lit_did.planning import CARDS, Plan, Run, Switch, fits, plan, plan_of, read_config, switches
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+NOTEWORTHY = 0.01  # of the peak: what a switch saves at least, to be called a help
 
 
 def main(arguments: list[str]) -> int:
@@ -41,13 +42,14 @@ def describe(name: str, found: Plan) -> str:
     gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs, {_strategy(run)}"
     trained = f"{_billions(found.trained_parameters)} trained"
     pairs = "1 pair" if run.pairs == 1 else f"{run.pairs} pairs"
+    unit = _unit(found)
     lines = [
         f"{name}: {_billions(found.parameters)} parameters, {trained}, {gpus}, {run.precision}",
         f"A micro-batch of {pairs} on each GPU: {2 * run.pairs * run.length:,} tokens in sequences of {run.length:,}, "
         f"of which {run.prompt_length:,} are the prompt.",
         "",
-        f"Peak memory of a GPU: {found.peak / GIB:.1f} GiB, in this part of a step: {found.when}",
-        *(f"  {holder:26}{held / GIB:8.1f} GiB" for holder, held in found.held.items() if held),
+        f"Peak memory of a GPU: {_size(found.peak, unit)}, in this part of a step: {found.when}",
+        *(f"  {holder:26}{_size(held, unit):>12}" for holder, held in found.held.items() if held),
         "",
         fitting(found),
     ]
@@ -68,18 +70,29 @@ def describe_switches(found: Plan, others: Iterable[Switch]) -> str:
     ordered = sorted(others, key=lambda switch: switch.plan.peak)
     if not ordered:
         return "No switch is left that LitDPO could turn."
+    unit = _unit(found)
     lines = [f"{'With one change':36}{'peak':>10}{'saves':>10}  fits   what it costs"]
     for switch in ordered:
         smallest = next((str(card) for card in CARDS if fits(switch.plan.peak, card)), "-")
-        peak, saved = switch.plan.peak / GIB, (found.peak - switch.plan.peak) / GIB
-        lines.append(f"{switch.name:36}{peak:6.1f} GiB{saved:6.1f} GiB  {smallest:>4}   {switch.cost}")
-    helpful = [switch for switch in ordered if switch.trains_the_same and switch.plan.peak < found.peak]
+        peak, saved = _size(switch.plan.peak, unit), _size(found.peak - switch.plan.peak, unit)
+        lines.append(f"{switch.name:36}{peak:>10}{saved:>10}  {smallest:>4}   {switch.cost}")
+    enough = (1 - NOTEWORTHY) * found.peak
+    helpful = [switch for switch in ordered if switch.trains_the_same and switch.plan.peak <= enough]
     if helpful:
         best = helpful[0]
-        lines += ["", f"Of those that train the same weights, {best.name} helps most: {best.plan.peak / GIB:.1f} GiB."]
+        lines += ["", f"Of those that train the same weights, {best.name} helps most: {_size(best.plan.peak, unit)}."]
     else:
-        lines += ["", "None of those that train the same weights lowers the peak."]
+        lines += ["", "None of those that train the same weights lowers the peak by 1%."]
     return "\n".join(lines)
+
+
+def _unit(found: Plan) -> int:
+    """The unit of all sizes of a plan, in bytes."""
+    return GIB if found.peak >= GIB else MIB
+
+
+def _size(size: int, unit: int) -> str:
+    return f"{size / unit:.1f} {'GiB' if unit == GIB else 'MiB'}"
 
 
 def _strategy(run: Run) -> str:

@@ -56,7 +56,7 @@ def _changes(run: Run) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
     if run.replicated:
         yield "ModelParallelStrategy", "time: weights are gathered in each pass", True, {"strategy": "fsdp"}
     if run.sharded:
-        yield f"{2 * run.gpus} GPUs", "twice the GPUs", True, {"gpus": 2 * run.gpus}
+        yield f"gpus={2 * run.gpus}", "twice the GPUs", True, {"gpus": 2 * run.gpus}
     if run.sharded and run.lora is None and run.data_parallel % 2 == 0:
         size = 2 * run.tensor_parallel
         cost = "time: GPUs exchange activations in each layer"
@@ -64,8 +64,8 @@ def _changes(run: Run) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
     if run.has_reference_model and not run.sharded:
         yield "cache_reference", "disk, and a pass over all pairs at the start", True, {"cached_reference": True}
     if run.has_reference_model and run.weights_dtype(reference=True).itemsize > 2:
-        yield "a reference in bfloat16", "the reference is rounded", False, {"reference_dtype": "bfloat16"}
+        yield "reference_dtype=bfloat16", "the reference is rounded", False, {"reference_dtype": "bfloat16"}
     if run.lora is None and run.tensor_parallel == 1:
-        yield f"lora of rank {RANK}", "only an adapter is trained", False, {"lora": RANK, "reference_dtype": None}
+        yield f"lora={RANK}", "only an adapter is trained", False, {"lora": RANK, "reference_dtype": None}
     elif run.lora is not None and run.weights_dtype().itemsize > 2:
-        yield "frozen weights in bfloat16", "they are rounded", False, {"dtype": "bfloat16"}
+        yield "dtype=bfloat16 (frozen weights)", "they are rounded", False, {"dtype": "bfloat16"}

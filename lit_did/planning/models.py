@@ -41,7 +41,8 @@ def read_config(model: str | os.PathLike | Any) -> Any:
         try:
             return _checked(load_by_name(AutoConfig.from_pretrained, name, "model"), name)
         except (FileNotFoundError, ConnectionError) as error:
-            raise type(error)(f"{error} Models whose shape lit-did knows: {', '.join(known_shapes())}.") from error
+            known = f"Models whose shape lit-did knows: {', '.join(known_shapes())}."
+            raise type(error)(f"{str(error).rstrip('.')}. {known}") from error
     try:
         values = json.loads(file.read_text())
         kind = values.pop("model_type")

@@ -181,9 +181,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main(["plan", str(tmp_path), "--lora", "4", *options]) == 0
     printed = capsys.readouterr().out
     found = plan(tmp_path, lora=4, tokens=256, length=64, prompt_length=16, gradient_checkpointing=True)
-    assert f"Peak memory of a GPU: {found.peak / 2**30:.1f} GiB" in printed
+    assert f"Peak memory of a GPU: {found.peak / 2**20:.1f} MiB" in printed
     assert "It fits into a GPU of 24, 40, 80 and 141 GiB" in printed
-    for switch in ("micro_batch_tokens=128", "frozen weights in bfloat16"):
+    for switch in ("micro_batch_tokens=128", "dtype=bfloat16"):
         assert switch in printed
     assert "gradient_checkpointing " not in printed.partition("With one change")[2]
     assert "helps most" in printed

@@ -33,13 +33,18 @@ def find_leaks(data: AuditData, shingles: Shingles, val: AuditData) -> Finding:
     shared = {keys[place] for place in exact}
     in_val = {place for place, key in others.items() if key in shared} | set(near.values())
     share = len(numbers) / total
+    if exact and near:
+        what = f"the prompt of a validation pair ({len(exact):,}) or nearly that of one ({len(near):,})"
+    else:
+        what = f"{'nearly ' if near else ''}the prompt of a validation pair"
+    have = "has" if len(numbers) == 1 else "have"
     sentence = (
-        f"{many(len(numbers), 'pair')} of {total:,} ({percent(share)}) {'has' if len(numbers) == 1 else 'have'} a "
-        f"prompt that is in the validation data too, in {len(in_val):,} of its {many(len(val), 'pair')} "
-        f"({len(exact):,} the same, {len(near):,} nearly)."
+        f"{many(len(numbers), 'pair')} of {total:,} ({percent(share)}) {have} {what}. "
+        f"This concerns {len(in_val):,} of {many(len(val), 'validation pair')}."
     )
     value = Estimate(share, count=total)
-    advice = f"Remove {'it' if len(numbers) == 1 else 'them'} from one of both."
+    look = "Look at the nearly equal ones: prompts of one template may be among them. " if near else ""
+    advice = f"{look}Remove {'it' if len(numbers) == 1 else 'what leaks'} from one of both."
     return Finding("leaked", sentence, advice, True, share, numbers, None, evidence, value)
 
 

@@ -212,10 +212,10 @@ def _off_policy(answers: Answers, groups: np.ndarray, numbers: np.ndarray) -> tu
     flagged = flagged[np.argsort(-worst[flagged], kind="stable")]
     found = share_over_groups(far["chosen"] | far["rejected"], groups)
     raised = found.lower > LEAST_OFF_POLICY
-    less = " (below 0: less surprising)" if min(estimate.value for estimate in excess.values()) < 0 else ""
+    less = " (below 0: less)" if min(estimate.value for estimate in excess.values()) < 0 else ""
     sentence = (
-        f"To the reference, chosen completions are more surprising than its own by {excess['chosen']} nats per token, "
-        f"rejected ones by {excess['rejected']}{less}"
+        f"Chosen completions surprise the reference by {excess['chosen']} nats per token more than its own samples "
+        f"would, rejected ones by {excess['rejected']}{less}"
         + (
             f"; {many(len(flagged), 'pair')} {'has' if len(flagged) == 1 else 'have'} a side above {LARGEST_EXCESS:g}."
             if len(flagged)

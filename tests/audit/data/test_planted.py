@@ -246,8 +246,8 @@ def test_one_row_has_sentences_of_its_own():
         "identical": "1 pair of 31 (3.2%) has two sides that are equal or differ in whitespace alone. Remove it: it "
         "holds no preference.",
         "duplicates": "1 pair of 31 (3.2%) repeats an earlier pair. Remove the copy.",
-        "leaked": "1 pair of 31 (3.2%) has a prompt that is in the validation data too, in 1 of its 1 pair "
-        "(1 the same, 0 nearly). Remove it from one of both.",
+        "leaked": "1 pair of 31 (3.2%) has the prompt of a validation pair. This concerns 1 of 1 "
+        "validation pair. Remove it from one of both.",
         "empty_think": "1 pair of 31 (3.2%) has an empty think block in a completion. Remove the empty think block, "
         "unless the model is to answer without thinking.",
     }
@@ -318,7 +318,7 @@ def test_nearly_leaked_prompts():
     findings, _, _ = examine(rows, [*near, *clean("random words", 9, 30)])
     long = {n for n in range(10) if len(rows[n]["prompt"].split()) >= 25}
     assert long <= set(findings["leaked"].rows) <= set(range(10))
-    assert "in the validation data too" in findings["leaked"].sentence
+    assert "nearly the prompt of a validation pair" in findings["leaked"].sentence
     assert "leaked" not in examine(rows)[0]
 
 
