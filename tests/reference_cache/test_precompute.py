@@ -485,6 +485,9 @@ def test_two_processes_write_a_shard_each_and_train_as_one_without_a_cache(tmp_p
         for name, weight in one["weights"].items():
             # float32 sums in another order, through four steps of Adam
             torch.testing.assert_close(mine["weights"][name], weight, atol=1e-5, rtol=1e-4)
+        for values in (mine["steps"][0], one["steps"][0]):  # the policy equals the reference: rounding breaks ties
+            values.pop("train/reward_accuracy", None)
+            values.pop("train/calibration_error", None)
         for values, expected in zip([*mine["steps"], mine["val"]], [*one["steps"], one["val"]], strict=True):
             assert values == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
