@@ -45,7 +45,7 @@ $(VENV)/installed: $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)) $(SOURCES)
 	$(BIN)/lit-did doctor | grep -E '^(extension|CPU|CUDA) '
 	touch $@
 
-test: install  ## runs the tests and doctests that a change needs: a few minutes on two cores
+test: install  ## runs the tests and doctests that a change needs: about ten minutes on two cores
 	$(TESTS)
 
 test-all: install  ## runs the long tests too (every architecture, every instruction set): all that CI runs

@@ -114,7 +114,7 @@ def pairs_of(run: Run, vocabulary: int) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _processes(run: Run) -> Iterator[None]:
-    """This process as the first of `run.gpus`, which do not exist: whatever it receives, it has nobody's values."""
+    """Makes this process the first of `run.gpus`. The others do not exist, so what it receives has no values."""
     if not run.sharded:
         yield
         return

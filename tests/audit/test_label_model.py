@@ -161,3 +161,18 @@ def test_a_prompt_of_very_many_pairs_does_not_take_the_place_of_others(monkeypat
     drawn = label_model._draw_prompts(groups, 200, 0)
     assert len(drawn) == 200
     assert (groups[drawn] > 0).all()
+
+
+def test_pairs_outside_the_fit_have_the_score_of_equal_ones_in_it(monkeypatch):
+    values = np.random.default_rng(0).normal(0.5, 1, (40, 6))
+    twice, groups, fits = np.concatenate([values, values]), np.arange(80), []
+    fitted_by = label_model._fitted
+    monkeypatch.setattr(label_model, "LARGEST_FIT", 40)
+    monkeypatch.setattr(label_model, "_fitted", lambda kernel: fits.append(fitted_by(kernel)) or fits[-1])
+    scores = held_out([twice, twice[:, :2]], groups, 0).scores
+    fitted = label_model._draw_prompts(groups, 40, 0)
+    outside = [place for place in groups if place not in fitted and (place + 40) % 80 in fitted]
+    expected = fits[-1].f[np.searchsorted(fitted, (np.array(outside) + 40) % 80)]
+    assert len(outside) > 10
+    assert np.abs(expected).max() > 0.1
+    assert scores[outside] == pytest.approx(expected, rel=1e-6)

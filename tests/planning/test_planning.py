@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import warnings
@@ -28,6 +29,11 @@ SWITCHES = [
 
 def config_of(**changes) -> LlamaConfig:
     return LlamaConfig(**{**CONFIG, **changes})
+
+
+def test_options_are_those_of_a_run():
+    options = list(inspect.signature(plan).parameters.values())[1:]
+    assert {option.name: option.default for option in options} == vars(Run())
 
 
 def check(found: Plan, real: dict[str, int]) -> None:
