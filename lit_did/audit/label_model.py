@@ -1,10 +1,10 @@
 """Predicts labels from several kinds of evidence at once, with a Gaussian process that has one kernel for each kind.
 
 The score f of a pair is a sum of linear functions of differences between its sides, one for each kind of evidence. So
-swapped sides negate f. The chance of the label is sigmoid(f). Each linear function has normal weights. Their variances
-maximise Laplace's approximation of the evidence (Rasmussen and Williams 2006, sections 3.4 and 5.5): evidence that says
-nothing of the labels gets a variance near 0. Then f is fitted once more with a chance of `SHARE` that a label is
-swapped, so that swapped labels bend it less.
+swapped sides negate f. The chance of the label is `SHARE` + (1 - 2 `SHARE`) sigmoid(f): a label may be swapped, so
+that swapped labels bend f less. Each linear function has normal weights. Their variances maximise Laplace's
+approximation of the evidence (Rasmussen and Williams 2006, sections 3.4 and 5.5): evidence that says nothing of the
+labels gets a variance near 0.
 
 Scores are held out: what the labels of a prompt's pairs added to the fit is taken out of their scores by a Newton step.
 """
@@ -22,7 +22,8 @@ Matrix: TypeAlias = np.ndarray | csr_array
 
 LARGEST_FIT = 3000  # pairs that the scores are fitted to; time grows with the cube
 LARGEST_TUNE = 1000  # pairs that the variances are fitted to
-SHARE = 0.05  # of swapped labels, as the last fit assumes
+SHARE = 0.05  # of swapped labels, as fits assume
+_GAIN = 1e-8  # of the posterior, below which a mode is found
 _PRIOR = (np.log(0.3), 2.0)  # mean and standard deviation of the logarithm of a variance
 _BOUNDS = (-8.0, 6.0)
 
@@ -90,9 +91,9 @@ def held_out(matrices: Sequence[Matrix], groups: np.ndarray, seed: int) -> HeldO
     for number in (0, 1):
         own, other = np.flatnonzero(half == number), np.flatnonzero(half != number)
         kernel = np.tensordot(variances_of(other), grams, 1)[:, other]
-        halves.append((fitted[own], kernel[own] @ _fitted(kernel[other]).dual))
+        halves.append((fitted[own], kernel[own] @ mode(kernel[other], SHARE)[1]))
     variances = variances_of(np.arange(len(fitted)))
-    fit = _fitted(np.tensordot(variances, grams, 1))
+    fit = laplace(np.tensordot(variances, grams, 1), SHARE)
     duals = without_own(fit, group)
     contributions = np.zeros((len(groups), len(matrices)))
     others = np.setdiff1d(np.arange(len(groups)), fitted)
@@ -103,10 +104,6 @@ def held_out(matrices: Sequence[Matrix], groups: np.ndarray, seed: int) -> HeldO
             for places in np.array_split(others, len(others) // 10_000 + 1):  # a copy of all would fill the memory
                 contributions[places, number] = matrices[number][places] @ weights
     return HeldOut(contributions.sum(axis=1), contributions, halves)
-
-
-def _fitted(kernel: np.ndarray) -> Fit:
-    return laplace(kernel, SHARE, mode(kernel, 0.0)[1])
 
 
 def _draw_prompts(groups: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -142,19 +139,24 @@ def likelihood(f: np.ndarray, share: float) -> tuple[float, np.ndarray, np.ndarr
 def mode(kernel: np.ndarray, share: float, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """f where its posterior is highest, and its dual. Newton's method, with shorter steps where one would go down.
 
+    With a share above 0 there may be several modes. The one that is reached from the only mode of share 0 is taken.
+
     Args:
         kernel: [pairs, pairs] the covariance of f.
         share: Of swapped labels.
-        start: A dual. With a share above 0 there may be several modes, and the one near the start is found.
+        start: A dual of a similar kernel, which saves time.
     """
-    dual = np.zeros(len(kernel))
-    f, height = dual, likelihood(dual, share)[0]
-    if start is not None:
-        at = kernel @ start
-        reached = likelihood(at, share)[0] - start @ at / 2
-        if share or reached > height:
-            dual, f, height = start, at, reached
-    for _ in range(60):
+
+    def posterior(f: np.ndarray, dual: np.ndarray) -> float:
+        return likelihood(f, share)[0] - dual @ f / 2
+
+    f = dual = np.zeros(len(kernel))
+    if share:
+        f, dual = mode(kernel, 0.0, start)
+    elif start is not None:
+        f, dual = max((f, dual), (kernel @ start, start), key=lambda at: posterior(*at))
+    height = posterior(f, dual)
+    for _ in range(100):
         _, first, second, _ = likelihood(f, share)
         curvature = np.maximum(second, 0.05 * special.expit(f) * special.expit(-f) + 1e-9)
         root = np.sqrt(curvature)
@@ -165,15 +167,15 @@ def mode(kernel: np.ndarray, share: float, start: np.ndarray | None = None) -> t
         step = target - root * linalg.cho_solve(factor, root * (kernel @ target), check_finite=False) - dual
         ahead, size = kernel @ step, 1.0
         while True:
-            new = dual + size * step, f + size * ahead
-            reached = likelihood(new[1], share)[0] - new[0] @ new[1] / 2
+            new = f + size * ahead, dual + size * step
+            reached = posterior(*new)
             if reached >= height or size < 1e-4:
                 break
             size /= 2
         gained = reached - height
         if gained >= 0:
-            (dual, f), height = new, reached
-        if gained < 1e-4:
+            (f, dual), height = new, reached
+        if gained < _GAIN:
             break
     return f, dual
 
@@ -235,10 +237,10 @@ def tune(grams: np.ndarray) -> np.ndarray:
 def log_evidence(
     grams: np.ndarray, logs: np.ndarray, start: np.ndarray | None = None
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """The logarithm of the evidence of labels without swaps, its gradient in the log-variances, and the dual."""
+    """The logarithm of the evidence, its gradient in the log-variances, and the dual."""
     variances = np.exp(logs)
     kernel = np.tensordot(variances, grams, 1)
-    fit = laplace(kernel, 0.0, start)
+    fit = laplace(kernel, SHARE, start)
     precision = -(fit.second[:, None] * fit.covariance * fit.second)
     precision[np.diag_indices(len(precision))] += fit.second
     through_mode = -np.diag(fit.covariance) * fit.third / 2

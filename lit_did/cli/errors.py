@@ -52,7 +52,7 @@ def run_command(command: Callable[[], int], stopped: str = "Stopped.") -> int:
     except Exception as error:
         if os.environ.get("LIT_DID_TRACEBACK", "0") != "0" or not can_be_mended(error):
             raise
-        text = _out_of_memory(error) or str(error)
+        text = " ".join([_out_of_memory(error) or str(error), *getattr(error, "__notes__", ())])
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:

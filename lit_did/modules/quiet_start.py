@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -50,8 +51,15 @@ class QuietStart(Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         self._restore()
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
         self._restore()
+        if isinstance(exception, IsADirectoryError) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
+            exception.add_note(
+                "A folder is a sharded checkpoint, which needs ModelParallelStrategy. For one process or DDP, write it "
+                "as a file with `lit_did.exporting.consolidate_checkpoint(folder, file)`. Pass the file as `ckpt_path`."
+            )
         if isinstance(pl_module, TrainedState) and pl_module.models is not None:
             use_own_attention(inner(pl_module.models.policy))  # the error may have come in a backward pass
 

@@ -49,12 +49,64 @@ def test_the_mode_is_the_highest_point_of_the_posterior(share):
     assert np.allclose(features @ features.T @ dual, f)
 
 
-def test_the_gradient_of_the_evidence():
-    of_kinds, logs = grams(kinds(0, 80, 3, 100, 1)), np.array([0.5, -1.0, 0.0])
-    gradient = log_evidence(of_kinds, logs)[1]
-    for number, step in enumerate(1e-4 * np.eye(3)):
+def swapped_kinds(seed, count, *sizes):
+    """Features whose first number speaks for all labels but a few, which have negative curvature at the mode."""
+    found = kinds(seed, count, *sizes)
+    found[0][:, 0] = np.abs(found[0][:, 0]) + 0.5
+    for features in found:
+        features[::16] *= -1
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+def test_the_gradient_of_the_evidence(share, monkeypatch):
+    monkeypatch.setattr(label_model, "SHARE", share)
+    of_kinds, logs = grams(swapped_kinds(0, 80, 3, 100, 1)), np.array([1.5, -1.0, 0.0])
+    value, gradient, _ = log_evidence(of_kinds, logs)
+    assert value == pytest.approx(laplace(np.tensordot(np.exp(logs), of_kinds, 1), share).evidence)
+    for number, step in enumerate(1e-3 * np.eye(3)):
         difference = log_evidence(of_kinds, logs + step)[0] - log_evidence(of_kinds, logs - step)[0]
-        assert gradient[number] == pytest.approx(difference / 2e-4, rel=1e-3)
+        assert gradient[number] == pytest.approx(difference / 2e-3, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+def test_the_evidence_is_that_of_brute_force(share):
+    """In the weights of features: the posterior's height at its mode, less half of the log-determinant there."""
+    features = swapped_kinds(0, 80, 4)[0]
+
+    def loss(weights):
+        return weights @ weights / 2 - likelihood(features @ weights, share)[0]
+
+    mode_of_weights = optimize.minimize(loss, np.zeros(4), tol=1e-12).x
+    steps = 1e-3 * np.eye(4)
+    hessian = [
+        [
+            sum(a * b * loss(mode_of_weights + a * one + b * other) for a in (-1, 1) for b in (-1, 1)) / 4e-6
+            for other in steps
+        ]
+        for one in steps
+    ]
+    expected = -loss(mode_of_weights) - np.linalg.slogdet(hessian)[1] / 2
+    fit = laplace(features @ features.T, share)
+    assert (fit.second < -0.01).any() == (share > 0)
+    assert fit.evidence == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_of_several_modes_is_found_from_every_start():
+    """200 pairs speak for a weight and one against it. That one may be swapped, or right by a weight of its own."""
+    features = np.array([[3.0, 0.0]] * 200 + [[-4.0, 4.0]])
+
+    def weights_from(start, share):
+        return optimize.minimize(lambda w: w @ w / 2 - likelihood(features @ w, share)[0], start, tol=1e-10).x
+
+    from_share_0 = weights_from(weights_from([0.0, 0.0], 0.0), label_model.SHARE)
+    swapped = weights_from([2.0, 0.0], label_model.SHARE)
+    assert features[-1] @ swapped < -7
+    assert features[-1] @ from_share_0 > 0
+    for start in (swapped, from_share_0, 0 * swapped):
+        dual = np.linalg.lstsq(features.T, start, rcond=None)[0]
+        f = mode(features @ features.T, label_model.SHARE, dual)[0]
+        assert f == pytest.approx(features @ from_share_0, abs=1e-3)
 
 
 def test_the_evidence_is_the_chance_of_the_labels():
@@ -68,13 +120,13 @@ def test_the_evidence_is_the_chance_of_the_labels():
 @pytest.mark.parametrize("share", [0.0, 0.05])
 def test_scores_are_those_of_fits_without_the_prompt(share):
     kernel, groups = grams(kinds(1, 80, 5, 60)).sum(0), np.arange(80) // 2
-    fit = laplace(kernel, share, mode(kernel, 0.0)[1])
+    fit = laplace(kernel, share)
     scores = np.einsum("ij,ji->i", kernel, without_own(fit, groups))
     expected = np.empty(80)
     for prompt in range(40):
         kept = groups != prompt
         rest = kernel[np.ix_(kept, kept)]
-        dual = mode(rest, share, mode(rest, 0.0)[1])[1]
+        dual = mode(rest, share)[1]
         expected[~kept] = kernel[np.ix_(~kept, kept)] @ dual
     assert np.abs(scores - expected).max() < 0.05 * np.std(expected)
     assert np.std(fit.f - expected) > 0.1 * np.std(expected)  # the fit to all pairs is not held out
@@ -123,8 +175,8 @@ def test_sparse_and_dense_features_score_alike():
 
 
 def test_swapped_labels_bend_the_scores_less():
-    """The same variances without the assumption that labels may be swapped rank swapped labels worse."""
-    generator = np.random.default_rng(4)
+    """Without the assumption that labels may be swapped, swapped labels are ranked worse."""
+    generator = np.random.default_rng(0)
     features = generator.normal(size=(400, 10))
     features *= np.sign(features @ generator.normal(size=10))[:, None]
     swapped = generator.random(400) < 0.08
@@ -134,8 +186,8 @@ def test_swapped_labels_bend_the_scores_less():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(label_model, "SHARE", share)
             areas.append(area_under_curve(-held_out([features], np.arange(400), 0).scores, swapped))
-    assert areas[1] > areas[0]
-    assert areas[1] > 0.97
+    assert areas[1] > areas[0] + 0.01
+    assert areas[1] > 0.99
 
 
 def test_large_data_is_fitted_to_whole_prompts_and_scored_in_full(monkeypatch):
@@ -166,9 +218,9 @@ def test_a_prompt_of_very_many_pairs_does_not_take_the_place_of_others(monkeypat
 def test_pairs_outside_the_fit_have_the_score_of_equal_ones_in_it(monkeypatch):
     values = np.random.default_rng(0).normal(0.5, 1, (40, 6))
     twice, groups, fits = np.concatenate([values, values]), np.arange(80), []
-    fitted_by = label_model._fitted
+    fitted_by = label_model.laplace
     monkeypatch.setattr(label_model, "LARGEST_FIT", 40)
-    monkeypatch.setattr(label_model, "_fitted", lambda kernel: fits.append(fitted_by(kernel)) or fits[-1])
+    monkeypatch.setattr(label_model, "laplace", lambda *given: fits.append(fitted_by(*given)) or fits[-1])
     scores = held_out([twice, twice[:, :2]], groups, 0).scores
     fitted = label_model._draw_prompts(groups, 40, 0)
     outside = [place for place in groups if place not in fitted and (place + 40) % 80 in fitted]

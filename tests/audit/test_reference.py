@@ -39,7 +39,7 @@ def examine(rows, reference, settings=SETTINGS):
 
 
 def plain(reference, prompt, completion):
-    """Log-probability, entropy, excess and z by the formulas, and the mean last hidden state; one sequence alone."""
+    """Log-probability, entropy, excess and z by the formulas, and the last hidden states; one sequence alone."""
     before = TOKENIZER(prompt)["input_ids"]
     ids = before + TOKENIZER(completion)["input_ids"] + [TOKENIZER.eos_token_id]
     with torch.no_grad():
@@ -48,7 +48,7 @@ def plain(reference, prompt, completion):
     places = range(len(before) - 1, len(ids) - 1)
     surprisal = np.array([-logp[t, ids[t + 1]].item() for t in places])
     entropy = np.array([-(logp[t].exp() * logp[t]).sum().item() for t in places])
-    hidden = output.hidden_states[-1][0, len(before) - 1 : len(ids) - 1].mean(0).numpy()
+    hidden = output.hidden_states[-1][0, len(before) - 1 : len(ids) - 1].numpy()
     excess = surprisal - entropy
     return -surprisal.sum(), entropy.mean(), excess.mean(), excess.sum() / math.sqrt((excess**2).sum()), hidden
 
@@ -57,20 +57,23 @@ def plain(reference, prompt, completion):
 def test_columns_equal_a_plain_forward_pass(make):
     reference = model(make)
     part = examine(ROWS, reference)
-    states = []
+    states, ends = [], []
     for i, row in enumerate(ROWS):
-        sides = []
+        sides, last = [], []
         for side in ("chosen", "rejected"):
             logprob, entropy, excess, _, hidden = plain(reference, row["prompt"], row[side])
             assert part.columns[f"{side}_reference_logprob"][i] == pytest.approx(logprob, rel=1e-9)
             assert part.columns[f"{side}_reference_entropy"][i] == pytest.approx(entropy, rel=1e-9)
             assert part.columns[f"{side}_excess"][i] == pytest.approx(excess, rel=1e-7, abs=1e-9)
             assert part.columns[f"{side}_num_tokens"][i] == len(row[side]) + 1
-            sides.append(hidden)
+            sides.append(hidden.mean(0))
+            last.append(hidden[-1])
         states.append(sides)
+        ends.append(last[0] - last[1])
     h = np.array(states)
     difference = h[:, 0] - h[:, 1]
     assert np.allclose(part.hidden_difference, difference, rtol=1e-4, atol=1e-5)
+    assert np.allclose(part.end_difference, ends, rtol=1e-4, atol=1e-5)
     # Razin et al. 2024, with sums over tokens, each divided by its number of tokens
     for i, (w, other) in enumerate(states):
         n_w, n_l = part.columns["chosen_num_tokens"][i], part.columns["rejected_num_tokens"][i]
@@ -79,6 +82,22 @@ def test_columns_equal_a_plain_forward_pass(make):
         assert part.columns["hidden_cosine"][i] == pytest.approx(
             np.dot(w, other) / np.linalg.norm(w) / np.linalg.norm(other), rel=1e-5
         )
+
+
+def test_the_tokens_of_both_sides_are_counted():
+    part = examine(ROWS, model())
+    for side, counts in zip(("chosen", "rejected"), part.token_counts, strict=True):
+        expected = [np.bincount(TOKENIZER(row[side])["input_ids"] + [TOKENIZER.eos_token_id]) for row in ROWS]
+        for own, by_hand in zip(counts.toarray(), expected, strict=True):
+            assert own[: len(by_hand)].tolist() == by_hand.tolist()
+            assert own.sum() == by_hand.sum()
+
+
+def test_tokens_of_large_data_are_not_counted(monkeypatch):
+    monkeypatch.setattr("lit_did.audit.reference._COUNTED", len(ROWS))
+    assert examine(ROWS, model()).token_counts is not None
+    monkeypatch.setattr("lit_did.audit.reference._COUNTED", len(ROWS) - 1)
+    assert examine(ROWS, model()).token_counts is None
 
 
 def test_a_reference_is_measured_with_its_adapter():
@@ -248,6 +267,8 @@ def test_a_step_that_cannot_be_measured(monkeypatch):
         raise RuntimeError("no room")
 
     monkeypatch.setattr(cost, "measure_step", fail)
-    assert examine(ROWS, model()).blocks[-1].text == "No training step could be measured: RuntimeError: no room"
+    part = examine(ROWS, model())
+    assert part.figures["cost"]["step_not_measured"] == "it failed with RuntimeError: no room"
+    assert part.blocks[-1].text == "No training step was measured, because it failed with RuntimeError: no room."
     monkeypatch.setattr(cost, "LONGEST", 0.0)
-    assert "it would take about" in examine(ROWS, model()).blocks[-1].text
+    assert examine(ROWS, model()).figures["cost"]["step_not_measured"].startswith("it would take about")

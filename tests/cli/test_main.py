@@ -63,6 +63,13 @@ def test_what_a_user_can_mend_is_one_line(error, capsys):
     assert capsys.readouterr().err == "error: a b\n"
 
 
+def test_notes_of_an_error_follow_it(capsys):
+    error = IsADirectoryError("a")
+    error.add_note("b\nc")
+    assert run_command(raising(error)) == 2
+    assert capsys.readouterr().err == "error: a b c\n"
+
+
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, capsys):
     with pytest.raises(ValueError, match="Expected"):  # raised outside the package
         run_command(raising(ValueError("Expected `x` to be y")))

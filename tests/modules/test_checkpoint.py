@@ -104,6 +104,12 @@ def test_layers_with_extra_state_resume(tmp_path, lora):
     assert all(torch.equal(p, whole(first)[n]) for n, p in trained.items())
 
 
+def test_a_folder_that_one_process_resumes_names_the_remedy(tmp_path):
+    with pytest.raises(IsADirectoryError) as caught:
+        trainer(max_epochs=1).fit(LitDPO(tiny_llama()), loader(make_pairs(4), 2), ckpt_path=tmp_path)
+    assert "consolidate_checkpoint(folder, file)`" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize(
     "average",

@@ -58,16 +58,20 @@ def examine_cost(
     batch = _some_pairs(dataset, settings.seed)
     of_batch = int(batch["cu_seqlens"][-1])
     expected = seconds / tokens * _WORK * of_batch * STEPS
+    why_not = ""
     if is_peft(unwrapped(reference)):
-        return [table, Paragraph("No training step was measured, because the model has an adapter.")], figures
-    if expected > LONGEST:
-        text = f"No training step was measured, because it would take about {expected:,.0f} s."
-        return [table, Paragraph(text)], figures
-    try:
-        step, memory = measure_step(reference, batch)
-    except Exception as error:  # whatever cannot be trained can still be audited
-        text = f"No training step could be measured: {type(error).__name__}: {str(error).splitlines()[0]}"
-        return [table, Paragraph(text)], figures
+        why_not = "the model has an adapter"
+    elif expected > LONGEST:
+        why_not = f"it would take about {expected:,.0f} s"
+    else:
+        try:
+            step, memory = measure_step(reference, batch)
+        except Exception as error:  # whatever cannot be trained can still be audited
+            first = (str(error).splitlines() or [""])[0]
+            why_not = f"it failed with {type(error).__name__}: {first}"
+    if why_not:
+        figures["step_not_measured"] = why_not
+        return [table, Paragraph(f"No training step was measured, because {why_not.rstrip('.')}.")], figures
     figures |= {"step_tokens": of_batch, "step_seconds": step, "step_peak_bytes": memory}
     figures["epoch_seconds"] = step / of_batch * tokens
     peak = "" if math.isnan(memory) else f" Peak memory was {memory / 2**30:.1f} GiB, with both models."
