@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from lit_did.data.mixing import is_mixture
+
 if TYPE_CHECKING:
     from lit_did.data.datamodule import PreferenceDataModule
 
@@ -24,6 +26,9 @@ def data_facts(data: PreferenceDataModule) -> dict[str, Any]:
         "num_tokens": len(data.tokenizer) if hasattr(data.tokenizer, "__len__") else None,
         "chat_template": data.chat_template or getattr(data.tokenizer, "chat_template", None),
         "sources": {name: _named_sources(getattr(data, name)) for name in datasets},
+        "weights": {os.fspath(name): float(weight) for name, weight in data.train.items()}
+        if is_mixture(data.train)
+        else None,
         "counts": {
             name: {"num_pairs": len(dataset)} | {count: getattr(dataset, count) for count in _COUNTS}
             for name, dataset in datasets.items()

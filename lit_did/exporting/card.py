@@ -126,8 +126,8 @@ def _data(data: Mapping[str, Any]) -> Rows:
         sources = data.get("sources", {}).get(split, [])
         counts = data.get("counts", {}).get(split)
         if sources:
-            names = (name if not os.path.isabs(name) else Path(name).name for name in sources)
-            rows.append((f"{title} data", ", ".join(f"`{_cell(name)}`" for name in names)))
+            weights = (data.get("weights") or {}) if split == "train" else {}
+            rows.append((f"{title} data", ", ".join(_source(name, weights.get(name)) for name in sources)))
         if counts:
             parts = {"num_dropped": "left out", "num_truncated": "truncated", "num_identical": "with equal completions"}
             said = [f"{counts[key]} {text}" for key, text in parts.items()]
@@ -138,6 +138,12 @@ def _data(data: Mapping[str, Any]) -> Rows:
         rows.append(("Longest prompt and completion", f"{settings['max_length']} tokens"))
         rows.append(("What is truncated", f"`{settings['truncation']}`"))
     return rows
+
+
+def _source(name: str, weight: float | None) -> str:
+    """A source, with its weight in a mixture."""
+    shown = f"`{_cell(Path(name).name if os.path.isabs(name) else name)}`"
+    return shown if weight is None else f"{shown} (weight {weight:g})"
 
 
 def _objective(facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> Rows:

@@ -125,6 +125,17 @@ def test_a_base_model_of_the_hub(kind, relation):
     assert ("AutoPeftModelForCausalLM" in text) == (kind == "adapter")
 
 
+def test_a_mixture_is_listed_with_its_weights(tiny_model, tmp_path):
+    sources = {}
+    for name, weight in (("a", 0.75), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        sources[tmp_path / f"{name}.jsonl"] = weight
+    data = PreferenceDataModule(sources, str(tiny_model), max_length=64, as_chat=True)
+    data.setup("fit")
+    facts = json.loads(json.dumps(data.facts()))  # plain values
+    assert cells(card({"data": facts}))["Training data"] == "`a.jsonl` (weight 0.75), `b.jsonl` (weight 2)"
+
+
 def test_smollm2_is_named_as_on_the_hub():
     text = card(base_model=str((cache_folder() / SMOLLM2).resolve()))
     assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
