@@ -151,6 +151,11 @@ class PreferenceDataset(Counts, Dataset):
         return map(self.__getitem__, range(len(self)))  # without this, Python would iterate past the end for ever
 
     @property
+    def name(self) -> str | None:
+        """The name of its folder. Under `cache_tokens`, folders of one name hold the same tokens. None: it has none."""
+        return None if self._folder is None else self._folder.name
+
+    @property
     def num_tokens(self) -> np.ndarray:
         """The number of tokens of each pair, [pairs] int64: its prompt twice and both completions."""
         return self._pairs.num_tokens()

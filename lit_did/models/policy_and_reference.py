@@ -178,15 +178,16 @@ class PolicyAndReference(nn.Module):
         return read_sequences(read_batch(batch, self.ignore_index if ignore_index is None else ignore_index))
 
     def statistics(
-        self, sequences: Sequences, whole: Sequences | None = None
+        self, sequences: Sequences, whole: Sequences | None = None, *, alone: bool = False
     ) -> tuple[SequenceStatistics, Tensor | None]:
         """The statistics [sequences], and the auxiliary loss of a mixture of experts that is configured to return one.
 
         Args:
             sequences: What `read` returned, or some of it.
             whole: All sequences that one backward pass goes through, if `sequences` are some of them.
+            alone: Whether the policy runs without its reference, as if it were its own: every log-ratio is 0.
         """
-        return self._run(self.policy, self.reference, sequences, whole)
+        return self._run(self.policy, self.reference, sequences, whole, alone=alone)
 
     def measure(
         self,
@@ -245,6 +246,23 @@ class PolicyAndReference(nn.Module):
         """
         return self._reference_outputs(self.policy, self.reference, sequences)
 
+    def reference_logprobs(self, sequences: Sequences) -> Tensor:
+        """What the reference's log-probability of every completion is, [sequences], without gradients.
+
+        Args:
+            sequences: What `read` returned.
+        """
+        with torch.no_grad():
+            outputs = self.reference_outputs(sequences).detach()
+            layout = self._layout(self.policy if self.reference is None else self.reference, sequences)
+            labels, cu_labels = layout.labels, layout.cu_labels
+            options: Any = {"temperature": self.temperature, "backend": self.backend}
+            return completion_statistics(outputs, outputs, labels, cu_labels, **options).policy_logprob
+
+    def forget_reference(self) -> None:
+        """Frees the reference model. From now on the policy runs alone, and every log-ratio is 0."""
+        self.reference, self.reference_kind = None, "policy"
+
     def use_recorded(self, recorded: RecordedReference, output_layer: nn.Module | None) -> None:
         """Takes the reference's answers from a record from now on.
 
@@ -270,6 +288,7 @@ class PolicyAndReference(nn.Module):
         sequences: Sequences,
         whole: Sequences | None = None,
         *,
+        alone: bool = False,
         temperature: float | None = None,
         backend: Backend | None = None,
     ) -> tuple[SequenceStatistics, Tensor | None]:
@@ -280,7 +299,7 @@ class PolicyAndReference(nn.Module):
                 if tensor is not None and tensor.requires_grad:
                     attention.use_packed_attention_in_backward(inner(policy), tensor)
         device = layout.labels.device
-        if self.reference_kind == "policy":
+        if alone or self.reference_kind == "policy":
             of_reference = of_policy.detach()
         elif self._recorded is not None:
             of_reference = self._recorded.outputs(sequences, device)

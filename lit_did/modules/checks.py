@@ -19,6 +19,7 @@ from lit_did.models.quantisation import computes_in_half, plain_config
 from lit_did.modules.micro_batches import MicroBatches
 from lit_did.ops import SequenceStatistics
 from lit_did.ops.extension import Backend
+from lit_did.reference_cache.precompute import CacheKind
 
 
 def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
@@ -64,6 +65,33 @@ def cache_folder(cache_reference: Any) -> str | None:
     if not str(cache_reference):
         raise ValueError("Expected `cache_reference` to be a folder's path, but got an empty one.")
     return os.fspath(cache_reference)
+
+
+def check_cache_kind(cache_kind: Any, cache_reference: str | None, token_did_entropy_weight: float) -> None:
+    """Raises TypeError or ValueError unless the kind of a cache is known, there is a cache, and it suits training."""
+    check_choice("cache_kind", cache_kind, CacheKind)
+    if cache_kind != "logprobs":
+        return
+    if cache_reference is None:
+        raise ValueError(
+            'Expected `cache_reference` to be a folder with `cache_kind="logprobs"`, but got None. Name one, or leave '
+            "`cache_kind` out."
+        )
+    if token_did_entropy_weight:
+        raise ValueError(
+            'Expected `token_did_entropy_weight` to be 0 with `cache_kind="logprobs"`, because a DID needs whole '
+            f"distributions of the reference, but got {token_did_entropy_weight}. Leave `cache_kind` out."
+        )
+
+
+def check_loss_of_logprobs(losses: torch.Tensor, chosen: SequenceStatistics) -> None:
+    """Raises ValueError if a loss is NaN because it needs whole distributions of the reference."""
+    if losses.isnan().any() and chosen.log_ratio.isfinite().all():
+        raise ValueError(
+            "Expected `loss` to be a function of log-probabilities, log-ratios, the policy's entropy and numbers of "
+            'tokens with `cache_kind="logprobs"`, because all other statistics are NaN, but it returned NaN. Leave '
+            "`cache_kind` out."
+        )
 
 
 def check_models(

@@ -20,7 +20,9 @@ from lit_did.models.sharding import is_sharded
 from lit_did.modules import run_facts
 from lit_did.modules.checks import (
     cache_folder,
+    check_cache_kind,
     check_loading,
+    check_loss_of_logprobs,
     check_micro_batch_tokens,
     check_models,
     check_training_step,
@@ -41,6 +43,7 @@ from lit_did.modules.optimizer_state import accept_names
 from lit_did.modules.pairs import PairStatistics, both_sides
 from lit_did.modules.watch import Watch, count_bad_gradients
 from lit_did.ops.extension import Backend
+from lit_did.reference_cache.precompute import CacheKind
 
 
 class LitDPO(PairModule):
@@ -107,6 +110,10 @@ class LitDPO(PairModule):
             and its last hidden states at completion tokens are saved there. Its layers are then freed, unless they are
             a LoRA policy's. A folder that was filled before is used if it has the same reference, pairs and precision;
             else it is refused. Other pairs can then no longer be measured.
+        cache_kind: What `cache_reference` keeps. "hidden_states": last hidden states, so that nothing is missing.
+            "logprobs": one log-probability for each completion, a thousandth of the size or less. Training then logs
+            no statistics of whole distributions (`token_did_...`, `kl`, `reverse_kl`). Validation runs the reference
+            itself and logs them, unless models are sharded: then the reference is freed, or not even loaded.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 
@@ -144,6 +151,7 @@ class LitDPO(PairModule):
         recompute_elementwise: bool = False,
         micro_batch_tokens: int | Literal["auto"] | None = "auto",
         cache_reference: str | os.PathLike | None = None,
+        cache_kind: CacheKind = "hidden_states",
         model_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -158,6 +166,7 @@ class LitDPO(PairModule):
         )
         loss, reference_free = plain_loss(loss), self.objective.reference_free
         cache_reference = cache_folder(cache_reference)
+        check_cache_kind(cache_kind, cache_reference, token_did_entropy_weight)
         policy, reference = check_models(policy, reference, cache_reference, reference_free, loss)
         model_kwargs = check_loading(lora, model_kwargs, backend)
         check_bools(disable_dropout=disable_dropout, gradient_checkpointing=gradient_checkpointing)
@@ -185,7 +194,8 @@ class LitDPO(PairModule):
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._gradients_wait = False  # in `.grad`, of micro-batches that ran before the others
         self._watch = Watch()
-        self.train_metrics = self.metrics_class(self.objective)
+        options: dict[str, Any] = {"distributions": False} if cache_kind == "logprobs" else {}
+        self.train_metrics = self.metrics_class(self.objective, **options)
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
             self.configure_model()
 
@@ -248,6 +258,8 @@ class LitDPO(PairModule):
 
         def run(part: Sequences) -> Tensor:
             pairs = self.objective.pairs(*self.run_sides(part), mean_chosen_tokens)
+            if self.objective.custom is not None and self.cached_logprobs() is not None and not self._start_checked:
+                check_loss_of_logprobs(pairs.loss, pairs.chosen)
             self.check_start(both_sides(pairs))
             self.train_metrics.update(pairs)
             return self.training_objective(pairs, sequences)

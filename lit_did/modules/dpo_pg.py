@@ -78,7 +78,8 @@ class LitDPOPG(LitDPO):
         recompute_elementwise: Recomputes all but matrix products and attention in the backward pass.
         micro_batch_tokens: Micro-batches have at most this many tokens, and at least one pair. "auto": 2,048 on a CPU,
             16,384 elsewhere. None: all at once.
-        cache_reference: A folder for the reference's last hidden states, see `LitDPO`.
+        cache_reference: A folder for the reference's answers, see `LitDPO`.
+        cache_kind: What `cache_reference` keeps, "hidden_states" or "logprobs", see `LitDPO`.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 

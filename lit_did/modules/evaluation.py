@@ -93,7 +93,8 @@ class PairModule(PolicyModule):
 
     def _metrics(self, loaders: int) -> nn.ModuleList:
         copies = self.trainer.world_size // data_parallel_size(self.trainer)
-        metrics = (self.metrics_class(self.objective, intervals=True, copies=copies) for _ in range(loaders))
+        options: dict[str, Any] = {} if self.cached_logprobs() is None else {"distributions": False}
+        metrics = (self.metrics_class(self.objective, intervals=True, copies=copies, **options) for _ in range(loaders))
         return nn.ModuleList(m.to(self.device) for m in metrics)
 
     def _log_epoch(self, prefix: str, loaders: Any) -> dict[str, Any]:

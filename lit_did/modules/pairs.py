@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WITHOUT_REFERENCE = ("policy_logprob", "policy_entropy", "num_tokens")
 """the fields of `SequenceStatistics` that need no reference"""
+OF_DISTRIBUTIONS = ("token_did_entropy", "token_did_concentration", "token_did_log_partition", "kl", "reverse_kl")
+"""the metrics that need the reference's whole distributions, and not only its log-probabilities of completions"""
 
 
 @short_repr
@@ -60,6 +62,13 @@ def of_policy_alone(statistics: SequenceStatistics) -> SequenceStatistics:
     return SequenceStatistics(**dict.fromkeys(SequenceStatistics._fields, undefined) | kept)
 
 
+def with_reference_logprob(statistics: SequenceStatistics, logprob: Tensor) -> SequenceStatistics:
+    """The statistics of `of_policy_alone` with what the reference's log-probabilities [sequences] add."""
+    log_ratio = statistics.policy_logprob.double() - logprob.double()
+    dtype = statistics.policy_logprob.dtype
+    return statistics._replace(reference_logprob=logprob.to(dtype), log_ratio=log_ratio.to(dtype))
+
+
 def counted(pairs: PairStatistics, weight: Tensor) -> PairStatistics:
     """The pairs of a weight above 0: without the rows that only pad a process's share."""
     # Rows found on the CPU: a mask on a GPU would make the process wait for it.
@@ -78,11 +87,17 @@ class PairMetrics(DIDMetrics):
         objective: The loss that training minimises.
         intervals: Whether `compute` also returns "num_pairs" and the metrics' 95% intervals, see `PairMoments`.
         copies: How many processes get every batch.
+        distributions: Whether the pairs have what needs the reference's whole distributions. False leaves out
+            `OF_DISTRIBUTIONS`.
     """
 
-    def __init__(self, objective: Objective, *, intervals: bool = False, copies: int = 1) -> None:
+    def __init__(
+        self, objective: Objective, *, intervals: bool = False, copies: int = 1, distributions: bool = True
+    ) -> None:
         super().__init__(beta=objective.beta)
         self._log_ratio = objective.log_ratio
+        for name in () if distributions else OF_DISTRIBUTIONS:
+            del self[name]
         if objective.reference_free:
             for name in set(map(str, self.keys())) - {"policy_entropy", "reward_margin", "reward_accuracy"}:
                 del self[name]

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_did.batches.checks import checked_sequences
 from lit_did.batches.sequences import Sequences
 from lit_did.models import forward, loading
+from lit_did.models.adapters import ADAPTER
 from lit_did.models.dropout import Probability, switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quantisation import check_has_adapter
-from lit_did.models.sharding import distributed_config, shard
-from lit_did.models.wrappers import plain_name
+from lit_did.models.sharding import distributed_config, is_sharded, shard
+from lit_did.models.wrappers import is_peft, plain_name, unwrapped
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import keep_noise_out, warn_unless_policy_is_reference
-from lit_did.modules.pairs import of_policy_alone
+from lit_did.modules.pairs import of_policy_alone, with_reference_logprob
 from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
     check_averages_of_weights,
@@ -40,7 +42,13 @@ from lit_did.modules.strategies import (
 from lit_did.ops import SequenceStatistics
 from lit_did.reference_cache.fingerprint import quick_digest
 from lit_did.reference_cache.model_files import files_digest, reference_name
-from lit_did.reference_cache.precompute import CachedReference, cached_reference
+from lit_did.reference_cache.precompute import (
+    CachedLogprobs,
+    CachedReference,
+    cached_reference,
+    files_digest_of_all,
+)
+from lit_did.reference_cache.storage import ReferenceCache
 
 
 class PolicyModule(TrainedState):
@@ -53,7 +61,9 @@ class PolicyModule(TrainedState):
     """the arguments of `lit_did.models.loading.load_pair`, until the models are loaded"""
     switched_off: Sequence[Probability] = ()
     """the dropout that the policy's configuration had, for a policy that is saved"""
-    _cache: CachedReference | None = None
+    _cache: CachedReference | CachedLogprobs | None = None
+    _cache_found: CachedLogprobs | None = None
+    """before training starts: the cache that makes a reference unnecessary, which was not loaded"""
     _reference_files: Callable[[Path], str | None] | None = None
     """returns the digest of the files of a reference that was given by name"""
     _distributed_settings: Any = None  # `distributed_config` of `model_kwargs`
@@ -115,10 +125,16 @@ class PolicyModule(TrainedState):
             given["model_kwargs"] = {**given["model_kwargs"], "distributed_config": config}
             if config.fsdp_mixed_precision:  # FSDP gathers the policy's weights in the same precision
                 given["reference_dtype"] = torch.bfloat16
+        name, model_kwargs = reference_name(self.given), self.given["model_kwargs"]
+        self._reference_files = None if name is None else partial(files_digest, name, model_kwargs)
+        if config is not None:
+            self._cache_found = self._find_cache()
+        if self._cache_found is not None:
+            given |= {"reference": None, "needs_reference": False}
         policy, reference = loading.load_pair(**given)
         models = PolicyAndReference(
             policy,
-            reference if self.given["needs_reference"] else policy,
+            reference if given["needs_reference"] else policy,
             padding_free=options.padding_free,
             share_prompts=options.share_prompts,
             backend=options.backend,
@@ -128,18 +144,44 @@ class PolicyModule(TrainedState):
         if options.gradient_checkpointing or options.recompute_elementwise:
             loading.checkpoint_activations(policy, keep_products=not options.gradient_checkpointing)
         self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards
-        if self.given["needs_reference"]:  # now: later it may be sharded, cast or freed
+        if given["needs_reference"]:  # now: later it may be sharded, cast or freed
             self._reference_digest = quick_digest(policy if models.reference is None else models.reference)
             if models.adapter is not None and self._reference_digest is not None:  # its values are in checkpoints
                 self._reference_digest += " and an adapter"
         policy.train()  # from_pretrained leaves eval mode, which Lightning keeps
-        name, model_kwargs = reference_name(self.given), self.given["model_kwargs"]
-        self._reference_files = None if name is None else partial(files_digest, name, model_kwargs)
         self.models, self.given = models, {}
         if options.cache_reference is not None:  # else DDP would hold on to what is freed
             values = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
             names = [name for name, _ in values if name.startswith("models.reference.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def _find_cache(self) -> CachedLogprobs | None:
+        """The cache that makes a sharded reference model unnecessary. None: there is none, or none of this reference.
+
+        Whether it has all pairs is checked when training starts.
+        """
+        path, given = self.hparams["cache_reference"], self.given
+        own = given["reference"] == ADAPTER or (given["reference"] is None and given["lora"] is not None)
+        if self.hparams["cache_kind"] != "logprobs" or own or self.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        found = self.trainer.strategy.broadcast(ReferenceCache.fingerprint(path))
+        known = {"kind": "logprobs", "precision": self.trainer.precision}
+        if found is None or any(found.get(name) != value for name, value in known.items()):
+            return None
+        if files_digest_of_all(self.trainer, self._reference_files, path) != found["reference"]:
+            return None
+        return CachedLogprobs(ReferenceCache.open(path, found), self.trainer.precision)
+
+    def cached_logprobs(self) -> CachedLogprobs | None:
+        """The reference's log-probabilities, where they take the reference's place. None: the reference runs itself.
+
+        They do so in training, and wherever the reference is not in memory.
+        """
+        cache = self._cache or self._cache_found
+        if not isinstance(cache, CachedLogprobs):
+            return None
+        training = self._trainer is not None and self.trainer.training
+        return cache if training or self.loaded_models().reference_kind == "policy" else None
 
     def loaded_models(self) -> PolicyAndReference:
         """The models, which are loaded now if they were given by name and no Trainer has loaded them."""
@@ -176,9 +218,15 @@ class PolicyModule(TrainedState):
     def statistics(
         self, sequences: Sequences, whole: Sequences | None = None
     ) -> tuple[SequenceStatistics, Tensor | None]:
-        """As `PolicyAndReference.statistics`. Without a reference, all but `WITHOUT_REFERENCE` is NaN."""
-        models = self.loaded_models()
-        statistics, auxiliary = models.statistics(sequences, whole)
+        """As `PolicyAndReference.statistics`. Without a reference, all but `WITHOUT_REFERENCE` is NaN.
+
+        With `cached_logprobs`, `reference_logprob` and `log_ratio` are there too.
+        """
+        models, cached = self.loaded_models(), self.cached_logprobs()
+        statistics, auxiliary = models.statistics(sequences, whole, alone=cached is not None)
+        if cached is not None:
+            logprobs = cached.logprobs(sequences, statistics.policy_logprob.device)
+            return with_reference_logprob(of_policy_alone(statistics), logprobs), auxiliary
         return of_policy_alone(statistics) if models.reference_kind == "policy" else statistics, auxiliary
 
     def check_noise(self, sequences: Sequences) -> None:
@@ -190,8 +238,8 @@ class PolicyModule(TrainedState):
     def check_start(self, statistics: SequenceStatistics) -> None:
         """Warns if a policy that starts training differs from its reference in the first batch."""
         models = self.loaded_models()
-        if not self._start_checked and models.reference_kind != "policy":
-            without_adapter = models.reference is None and models.adapter is None
+        if not self._start_checked and (models.reference_kind != "policy" or self.cached_logprobs() is not None):
+            without_adapter = is_peft(unwrapped(models.policy)) and models.reference is None and models.adapter is None
             warn_unless_policy_is_reference(models.policy, without_adapter, statistics)
         self._start_checked = True
 
@@ -218,9 +266,10 @@ class PolicyModule(TrainedState):
         path = self.hparams["cache_reference"]
         if path is None:
             return
-        models = self.loaded_models()
-        reference = models.policy if models.reference is None else models.reference
-        unchanged = quick_digest(reference) == self._reference_digest
+        models, logprobs = self.loaded_models(), self.hparams["cache_kind"] == "logprobs"
+        in_memory = models.reference_kind != "policy"
+        reference = (models.policy if models.reference is None else models.reference) if in_memory else None
+        unchanged = reference is None or quick_digest(reference) == self._reference_digest
         self._cache = cached_reference(
             path,
             self.trainer,
@@ -228,9 +277,14 @@ class PolicyModule(TrainedState):
             partial(self.read, weighted=True),
             models.reference_outputs,
             self._cache,
+            logprobs=models.reference_logprobs if logprobs else None,
             adapter=models.adapter,
             files=self._reference_files if unchanged else None,
         )
-        kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
-        models.use_recorded(self._cache, kept)
+        if isinstance(self._cache, CachedReference):
+            kept = None if models.reference is None else self._cache.keep_output_layer(models.reference)
+            models.use_recorded(self._cache, kept)
+        elif models.reference is not None and (is_sharded(models.reference) or not self.trainer.enable_validation):
+            models.forget_reference()
+        del reference
         gc.collect()  # save_hyperparameters left frames that hold the reference, and one another

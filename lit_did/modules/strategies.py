@@ -55,13 +55,16 @@ def check_same_on_all_processes(trainer: lightning.Trainer, argument: str, model
 
 
 def check_reference_can_be_cached(module: PolicyModule) -> None:
-    """Raises ValueError if `cache_reference` is set for sharded models, whose digests depend on the layout."""
+    """Raises ValueError if `cache_reference` is to keep hidden states of sharded models."""
     settings: Any = module.hparams
-    models = (module.policy, module.reference)
-    if settings.cache_reference is not None and any(is_sharded(model) for model in models if model is not None):
+    models, strategy = (module.policy, module.reference), module.trainer.strategy
+    if settings.cache_reference is None or not any(is_sharded(model) for model in models if model is not None):
+        return
+    if settings.cache_kind != "logprobs" or not isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
-            "Expected `cache_reference` to be None with sharded models, but got "
-            f"{settings.cache_reference!r}. Leave it out, or use strategy='ddp'."
+            "Expected `cache_kind` to be 'logprobs' and the strategy to be ModelParallelStrategy with "
+            f"`cache_reference` and sharded models, but got {settings.cache_kind!r} and {type(strategy).__name__}. "
+            "Change these, leave `cache_reference` out, or use strategy='ddp'."
         )
 
 

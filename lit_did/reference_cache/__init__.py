@@ -1,1 +1,1 @@
-"""A reference's last hidden states on disk: fingerprint (what they belong to), storage (files), precompute (a run)."""
+"""A reference's answers on disk: fingerprint (what they belong to), storage (files), precompute (a run)."""

@@ -60,14 +60,14 @@ def sequence_keys(sequences: Sequences) -> list[bytes]:
 
 
 def fingerprint(
-    model: nn.Module, keys: Iterable[bytes], adapter: str | None = None, files: str | None = None
+    model: nn.Module | None, keys: Iterable[bytes], adapter: str | None = None, files: str | None = None
 ) -> dict[str, str]:
     """Returns the digests of a reference and of its pairs, as hexadecimal BLAKE2b.
 
     Args:
-        model: The reference. The digest covers the names, dtypes, shapes and bytes of all parameters and buffers, and
-            the configuration, but neither the device nor the order. A PeftModel has the digest of its base model,
-            because the adapter is off in a reference.
+        model: The reference, or None with `files`. The digest covers the names, dtypes, shapes and bytes of all
+            parameters and buffers, and the configuration, but neither the device nor the order. A PeftModel has the
+            digest of its base model, because the adapter is off in a reference.
         keys: The keys of all sequences of all processes, in any order.
         adapter: The name of an adapter of the PeftModel that counts too, because it is the reference.
         files: The digest of the files that the model was loaded from, which then counts instead of the model.

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from lit_did.batches.moving import to_device
 from lit_did.batches.sequences import Sequences
+from lit_did.data.collating import collate_packed, collate_pairs
+from lit_did.data.dataset import PreferenceDataset
 from lit_did.models import forward
+from lit_did.models.sharding import TENSOR, is_sharded
 from lit_did.reference_cache.fingerprint import fingerprint, sequence_keys
-from lit_did.reference_cache.storage import CacheWriter, ReferenceCache, publish, unfinished_cache
+from lit_did.reference_cache.storage import CacheWriter, ReferenceCache, publish, split_keys, unfinished_cache
+from lit_did.writing import whole_file
 
+CacheKind = Literal["hidden_states", "logprobs"]
 PAIRS_AT_ONCE = 8  # if the dataloader has no batch size
 
 
@@ -54,10 +60,34 @@ class CachedReference:
         Raises:
             ValueError: A sequence is not in the cache.
         """
-        hidden = self.cache.hidden(sequence_keys(sequences), device=device)
+        hidden = self.cache.rows(sequence_keys(sequences), device=device)
         model = self._model
         layer = model.layer() if isinstance(model, _OutputLayer) else forward.output_layer(model)
         return forward.Outputs(hidden, layer, None).detach()
+
+
+class CachedLogprobs:
+    """A reference whose log-probabilities of completions are on disk.
+
+    Args:
+        cache: A log-probability for each sequence.
+        precision: The trainer's precision at which the cache was computed.
+    """
+
+    def __init__(self, cache: ReferenceCache, precision: str) -> None:
+        self.cache, self.precision = cache, precision
+
+    def logprobs(self, sequences: Sequences, device: torch.device) -> Tensor:
+        """Returns log rho(y) of every completion, [sequences] float64.
+
+        Args:
+            sequences: Sequences of the cached pairs.
+            device: The device of the result.
+
+        Raises:
+            ValueError: A sequence is not in the cache.
+        """
+        return to_device(self.cache.rows(sequence_keys(sequences))[:, 0], device)
 
 
 class _OutputLayer(nn.Module):
@@ -73,14 +103,15 @@ class _OutputLayer(nn.Module):
 def cached_reference(
     path: str,
     trainer: lightning.Trainer,
-    model: nn.Module,
+    model: nn.Module | None,
     read: Callable[[Mapping[str, Tensor]], Sequences],
     outputs: Callable[[Sequences], forward.Outputs],
-    opened: CachedReference | None,
+    opened: CachedReference | CachedLogprobs | None,
     *,
+    logprobs: Callable[[Sequences], Tensor] | None = None,
     adapter: str | None = None,
     files: Callable[[Path], str | None] | None = None,
-) -> CachedReference:
+) -> CachedReference | CachedLogprobs:
     """Opens the cache of all training and validation pairs of a run, and writes it first if the folder holds none.
 
     Each process runs the reference over its share of the pairs. If one process raises, all do.
@@ -88,10 +119,13 @@ def cached_reference(
     Args:
         path: The folder, which all processes share.
         trainer: The trainer, whose dataloaders are set up.
-        model: The reference. The policy, if the reference is the policy without its adapter or with another one.
+        model: The reference. The policy, if the reference is the policy without its adapter or with another one. None:
+            the reference is not in memory, because a cache makes it unnecessary.
         read: Returns the sequences of a batch.
         outputs: Runs the reference on sequences.
         opened: The cache that an earlier run of this module opened.
+        logprobs: Returns the reference's log-probabilities [sequences], of which the cache is made. None: it is made of
+            the hidden states of `outputs`.
         adapter: The name of the policy's adapter that is the reference. None: no adapter is.
         files: Returns the digest of the files that the reference was loaded from, given a folder for digests. None:
             the reference was not loaded from files.
@@ -101,60 +135,128 @@ def cached_reference(
 
     Raises:
         TypeError: A dataloader's dataset has no known length.
-        ValueError: The cache is damaged, or belongs to another reference, other pairs or another precision. Or the
-            reference does not expose last hidden states followed by a linear layer.
+        ValueError: The cache is damaged, of another kind, or belongs to another reference, other pairs or another
+            precision. Or a sharded reference was not loaded from files. Or the reference does not expose last hidden
+            states followed by a linear layer, and the cache is made of these.
     """
-    num_tokens = [dict(zip(sequence_keys(s), np.diff(s.cu_labels), strict=True)) for s in _pairs(trainer, read)]
-    keys = set(chain.from_iterable(num_tokens))
+    keys = _keys(trainer, read, Path(path) / ".keys")
     if opened is not None:
         others = len(keys - opened.cache.keys())
         if not others and opened.precision == trainer.precision:
             return opened
-        if isinstance(model, _OutputLayer):
+        if model is None or isinstance(model, _OutputLayer):
             raise ValueError(
                 f"Expected the pairs and the precision ({opened.precision}) of the cache {path}, because the "
                 f"reference's layers were freed, but got {others} other sequences and precision {trainer.precision}. "
                 f"Make a new LitDPO for them.{_date_hint(trainer)}"
             )
-    rank, world = trainer.global_rank, trainer.world_size
-    of_files = None
-    if files is not None:  # read by one process
-        with _all_or_none(trainer):
-            of_files = files(Path(path) / ".digests") if rank == 0 else None
-        of_files = trainer.strategy.broadcast(of_files)
-    mark = {**fingerprint(model, keys, adapter, of_files), "precision": trainer.precision}
-    found = trainer.strategy.broadcast(ReferenceCache.exists(path))
-    if not found:
-        with ExitStack() as stack:
-            with _all_or_none(trainer):
-                folder = stack.enter_context(unfinished_cache(path)) if rank == 0 else Path()
-            folder = trainer.strategy.broadcast(folder)
-            with _all_or_none(trainer), trainer.precision_plugin.forward_context():
-                own = num_tokens[rank::world]
-                writer = CacheWriter(folder, process=rank, num_tokens=sum(ChainMap(*own).values()))
-                quiet = rank > 0 or trainer.progress_bar_callback is None
-                for sequences in tqdm(
-                    islice(_pairs(trainer, read), rank, None, world),
-                    desc="Reference",
-                    total=len(own),
-                    unit="batch",
-                    leave=False,
-                    disable=quiet,
-                ):
-                    hidden = outputs(sequences).hidden
-                    if hidden is None:
-                        raise ValueError(
-                            "Expected a reference that exposes last hidden states followed by a plain nn.Linear with "
-                            f"`cache_reference`, but got {type(model).__name__}."
-                        )
-                    writer.add(sequence_keys(sequences), hidden, sequences.cu_labels)
-                writer.finish()
-            with _all_or_none(trainer):
-                if rank == 0:
-                    publish(folder, mark, world)
+    of_files = files_digest_of_all(trainer, files, path)
+    if of_files is None and (model is None or is_sharded(model)):
+        raise ValueError(
+            "Expected a reference that is given by the name of a whole model with `cache_reference` and sharded "
+            "models, because the cache is known by the model's files, but got another one. Pass the name of a model, "
+            "or leave `cache_reference` out."
+        )
+    assert of_files is not None or model is not None
+    kind: CacheKind = "hidden_states" if logprobs is None else "logprobs"
+    digests = fingerprint(model, keys, adapter, of_files)
+    mark = {**digests, "precision": trainer.precision, "kind": kind}
+    if not trainer.strategy.broadcast(ReferenceCache.exists(path)) and model is not None:
+
+        def answers(sequences: Sequences) -> tuple[Tensor, np.ndarray]:
+            if logprobs is not None:
+                return logprobs(sequences).double()[:, None], np.arange(sequences.num_sequences + 1)
+            hidden = outputs(sequences).hidden
+            if hidden is None:
+                raise ValueError(
+                    "Expected a reference that exposes last hidden states followed by a plain nn.Linear with "
+                    f'`cache_reference`, but got {type(model).__name__}. `cache_kind="logprobs"` needs no hidden '
+                    "states."
+                )
+            return hidden, sequences.cu_labels
+
+        _write(path, trainer, read, answers, mark, kind, in_step=is_sharded(model))
     with _all_or_none(trainer):
         cache = ReferenceCache.open(path, mark, keys, _date_hint(trainer))
+    if kind == "logprobs":
+        return CachedLogprobs(cache, trainer.precision)
+    assert model is not None
     return CachedReference(cache, model, trainer.precision)
+
+
+def files_digest_of_all(
+    trainer: lightning.Trainer, files: Callable[[Path], str | None] | None, path: str
+) -> str | None:
+    """The digest of the files of a reference, which one process reads. None: it was not loaded from files."""
+    if files is None:
+        return None
+    with _all_or_none(trainer):
+        digest = files(Path(path) / ".digests") if trainer.global_rank == 0 else None
+    return trainer.strategy.broadcast(digest)
+
+
+def _write(
+    path: str,
+    trainer: lightning.Trainer,
+    read: Callable[[Mapping[str, Tensor]], Sequences],
+    answers: Callable[[Sequences], tuple[Tensor, np.ndarray]],
+    mark: Mapping[str, str],
+    kind: CacheKind,
+    *,
+    in_step: bool,
+) -> None:
+    """Runs the reference over all pairs, and publishes what it answers.
+
+    Args:
+        path: The folder.
+        trainer: The trainer.
+        read: Returns the sequences of a batch.
+        answers: Returns what the cache keeps of sequences: rows, and the bounds of each sequence's rows.
+        mark: The fingerprint.
+        kind: What the rows are.
+        in_step: Whether all processes have to run the reference equally often, because it is sharded.
+    """
+    shares, share, writes = _share(trainer)
+    batches = [batch for loader in _loaders(trainer) for batch in _batches(loader)]
+    own = batches[share::shares]
+    with ExitStack() as stack:
+        with _all_or_none(trainer):
+            folder = stack.enter_context(unfinished_cache(path)) if trainer.global_rank == 0 else Path()
+        folder = trainer.strategy.broadcast(folder)
+        with _all_or_none(trainer), trainer.precision_plugin.forward_context():
+            num_rows = None  # log-probabilities are few
+            if kind == "hidden_states":
+                read_once = (batch.sequences(read) for batch in own)
+                lengths = [dict(zip(sequence_keys(s), np.diff(s.cu_labels), strict=True)) for s in read_once]
+                num_rows = int(sum(ChainMap(*lengths).values()))
+            writer = CacheWriter(folder, process=share, num_rows=num_rows)
+            for batch in tqdm(
+                own,
+                desc="Reference",
+                unit="batch",
+                leave=False,
+                disable=trainer.global_rank > 0 or trainer.progress_bar_callback is None,
+            ):
+                sequences = batch.sequences(read)
+                writer.add(sequence_keys(sequences), *answers(sequences))
+            if in_step and len(own) < -(-len(batches) // shares):  # the other processes need this one once more
+                answers(batches[0].sequences(read))
+            if writes:
+                writer.finish()
+        with _all_or_none(trainer):
+            if trainer.global_rank == 0:
+                publish(folder, mark, shares)
+
+
+def _share(trainer: lightning.Trainer) -> tuple[int, int, bool]:
+    """The number of shares of the pairs, this process's, and whether it is the first process with this share.
+
+    Processes that have a model together by tensor parallelism have one share.
+    """
+    given = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+    strategy = trainer.strategy
+    first = not isinstance(strategy, ModelParallelStrategy) or strategy.device_mesh[TENSOR].get_local_rank() == 0
+    return given["num_replicas"], given["rank"], first
 
 
 @contextmanager
@@ -186,10 +288,47 @@ def _date_hint(trainer: lightning.Trainer) -> str:
     )
 
 
-def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Iterator[Sequences]:
-    """Yields all training and validation pairs in order and once, even those that samplers leave out or repeat."""
+def _keys(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Sequences], kept: Path) -> set[bytes]:
+    """The keys of the sequences of all training and validation pairs.
+
+    Every process has to read all pairs for them. So they are kept if the tokens are in a folder of `cache_tokens`.
+
+    Args:
+        trainer: The trainer.
+        read: Returns the sequences of a batch.
+        kept: The folder for keys.
+    """
+    keys: set[bytes] = set()
+    for loader in _loaders(trainer):
+        file = _kept_keys(loader, kept)
+        if file is not None and file.exists():
+            keys |= split_keys(file.read_bytes())
+            continue
+        own = {key for batch in _batches(loader) for key in sequence_keys(batch.sequences(read))}
+        if file is not None and trainer.global_rank == 0:
+            kept.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as unfinished:
+                unfinished.write_bytes(b"".join(own))
+        keys |= own
+    return keys
+
+
+def _kept_keys(loader: DataLoader, kept: Path) -> Path | None:
+    """The file for the keys of a loader's sequences. None: its tokens have no name."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    plain = getattr(collate, "func", collate) in (collate_packed, collate_pairs)  # which make the same sequences
+    return kept / dataset.name if isinstance(dataset, PreferenceDataset) and dataset.name and plain else None
+
+
+def _loaders(trainer: lightning.Trainer) -> list[DataLoader]:
+    """The dataloaders of training and validation.
+
+    Raises:
+        TypeError: The dataset of one has no known length.
+    """
     if trainer.enable_validation:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning would do it later
+    found: list[DataLoader] = []
     for given in (trainer.train_dataloader, trainer.val_dataloaders):
         if given is None or (isinstance(given, list) and not given):  # `not given` alone asks for a loader's length
             continue
@@ -200,10 +339,31 @@ def _pairs(trainer: lightning.Trainer, read: Callable[[Mapping[str, Tensor]], Se
                     "Expected DataLoaders whose dataset has a known length with `cache_reference`, but got "
                     f"{type(loader if dataset is None else dataset).__name__}."
                 )
-            if loader.batch_sampler is None:  # the dataset holds batches
-                examples = (dataset[index] for index in range(len(dataset)))
-            else:
-                size = loader.batch_size or PAIRS_AT_ONCE
-                starts = range(0, len(dataset), size)
-                examples = ([dataset[i] for i in range(s, min(s + size, len(dataset)))] for s in starts)
-            yield from (read(loader.collate_fn(example)) for example in examples)
+            found.append(loader)
+    return found
+
+
+class _Batch(NamedTuple):
+    """Some pairs of a loader's dataset, which are read when they are needed."""
+
+    loader: DataLoader
+    positions: range | int
+
+    def sequences(self, read: Callable[[Mapping[str, Tensor]], Sequences]) -> Sequences:
+        """The sequences of the pairs."""
+        dataset: Any = self.loader.dataset
+        if isinstance(self.positions, int):
+            examples = dataset[self.positions]
+        else:
+            examples = [dataset[position] for position in self.positions]
+        return read(self.loader.collate_fn(examples))
+
+
+def _batches(loader: DataLoader) -> Iterator[_Batch]:
+    """All pairs of a loader in order and once, even those that its sampler leaves out or repeats."""
+    dataset: Any = loader.dataset
+    if loader.batch_sampler is None:  # the dataset holds batches
+        yield from (_Batch(loader, number) for number in range(len(dataset)))
+    else:
+        size = loader.batch_size or PAIRS_AT_ONCE
+        yield from (_Batch(loader, range(s, min(s + size, len(dataset)))) for s in range(0, len(dataset), size))

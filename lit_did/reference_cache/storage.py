@@ -1,10 +1,12 @@
-"""Storage: hidden states of sequences in safetensors files of bounded size, with an index in JSON.
+"""Storage: rows of numbers of each sequence in safetensors files of bounded size, with an index in JSON.
+
+The rows of a sequence are its hidden states, one at each completion token, or a single log-probability.
 
 cache_reference/
     .lock                             held by processes that write
     reference/                        appears when all of it is written
         index.json                    fingerprint; name, size and checksum of each shard
-        00000-00000.safetensors       process 0's first shard: hidden [tokens, H], lengths [n], keys [n, 16]
+        00000-00000.safetensors       process 0's first shard: rows [rows, H], lengths [n], keys [n, 16]
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +39,10 @@ except ImportError:  # Windows
 VERSION = 1
 KEY_BYTES = 16
 SHARD_BYTES = 2**28
+SHARD_SEQUENCES = 2**16
 _FOLDER, _INDEX, _PART, _UNFINISHED = "reference", "index.json", "{:05}.json", ".unfinished_"
 _CHUNK_BYTES = 2**20
+_KEY = np.dtype(f"S{KEY_BYTES}")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,9 +93,10 @@ class CacheWriter:
     Args:
         folder: The folder of `unfinished_cache`.
         process: The number of this process, from 0.
-        num_tokens: The number of completion tokens to come, if it is known. The first `add` then checks that the disk
-            has room for them.
-        shard_bytes: The size of a shard's hidden states. Only a single longer sequence exceeds it.
+        num_rows: The number of rows to come, if it is known. The first `add` then checks that the disk has room for
+            them.
+        shard_bytes: The size of a shard's rows. Only a single longer sequence exceeds it.
+        shard_sequences: The most sequences of a shard.
 
     Raises:
         FileNotFoundError: This process does not see the folder.
@@ -104,13 +109,19 @@ class CacheWriter:
         ...         writer.finish()
         ...         publish(folder, {"reference": "a", "pairs": "b"})
         ...     cache = ReferenceCache.open(path, {"reference": "a", "pairs": "b"})
-        ...     cache.hidden([b"two".zfill(16)])
+        ...     cache.rows([b"two".zfill(16)])
         tensor([[1., 1.],
                 [1., 1.]])
     """
 
     def __init__(
-        self, folder: Path, *, process: int = 0, num_tokens: int | None = None, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        *,
+        process: int = 0,
+        num_rows: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        shard_sequences: int = SHARD_SEQUENCES,
     ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -118,54 +129,53 @@ class CacheWriter:
                 f"see {folder}. Pass a folder on a shared file system."
             )
         self._folder, self._process = folder, process
-        self._num_tokens, self._shard_bytes = num_tokens, shard_bytes
+        self._expected, self._shard_bytes, self._shard_sequences = num_rows, shard_bytes, shard_sequences
         self._form: tuple[torch.dtype, int] | None = None
         self._known: set[bytes] = set()
         self._rows: dict[bytes, Tensor] = {}  # of the next shard
         self._num_rows = 0
         self._shards: list[Shard] = []
 
-    def add(self, keys: Sequence[bytes], hidden: Tensor, cu_labels: np.ndarray) -> None:
+    def add(self, keys: Sequence[bytes], rows: Tensor, bounds: np.ndarray) -> None:
         """Adds the sequences that were not added before.
 
         Args:
             keys: The keys of `sequence_keys`.
-            hidden: [completion tokens, H] float64, float32, bfloat16 or float16, on any device: the last hidden states
-                of the positions that have labels.
-            cu_labels: [sequences + 1] int64. Sequence i owns the rows cu_labels[i] to cu_labels[i + 1].
+            rows: [rows, H] float64, float32, bfloat16 or float16, on any device.
+            bounds: [sequences + 1] int64. Sequence i owns the rows bounds[i] to bounds[i + 1].
 
         Raises:
-            TypeError: `hidden` has another dtype.
-            ValueError: `hidden` is not a matrix, or it differs in dtype or H from the first call's, or `cu_labels` does
-                not fit.
+            TypeError: `rows` has another dtype.
+            ValueError: `rows` is not a matrix, or it differs in dtype or H from the first call's, or `bounds` does not
+                fit.
             OSError: The disk is full. The message names the folder and the bytes needed.
         """
-        if hidden.dtype not in _DTYPES:
-            raise TypeError(f"Expected `hidden` to be float64, float32, bfloat16 or float16, but got {hidden.dtype}.")
-        if hidden.dim() != 2:
-            raise ValueError(f"Expected `hidden` to have the shape [tokens, H], but got {tuple(hidden.shape)}.")
-        form = (hidden.dtype, hidden.shape[1])
-        row_bytes = hidden.dtype.itemsize * hidden.shape[1]
+        if rows.dtype not in _DTYPES:
+            raise TypeError(f"Expected `rows` to be float64, float32, bfloat16 or float16, but got {rows.dtype}.")
+        if rows.dim() != 2:
+            raise ValueError(f"Expected `rows` to have the shape [rows, H], but got {tuple(rows.shape)}.")
+        form = (rows.dtype, rows.shape[1])
+        row_bytes = rows.dtype.itemsize * rows.shape[1]
         if self._form is None:
             self._form = form
-            needed = (self._num_tokens or 0) * row_bytes
+            needed = (self._expected or 0) * row_bytes
             if needed > shutil.disk_usage(self._folder).free:
-                raise self._not_written(f"{needed:,} bytes of hidden states", os.strerror(errno.ENOSPC))
+                raise self._not_written(f"{needed:,} bytes", os.strerror(errno.ENOSPC))
         if form != self._form:
-            raise ValueError(f"Expected `hidden` to have the first call's dtype and H, {self._form}, but got {form}.")
-        bounds = cu_labels.tolist()
-        if len(bounds) != len(keys) + 1 or bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, len(hidden)):
+            raise ValueError(f"Expected `rows` to have the first call's dtype and H, {self._form}, but got {form}.")
+        places = bounds.tolist()
+        if len(places) != len(keys) + 1 or places != sorted(places) or (places[0], places[-1]) != (0, len(rows)):
             raise ValueError(
-                f"Expected `cu_labels` to be {len(keys) + 1} numbers that rise from 0 to {len(hidden)}, but got "
-                f"{bounds}."
+                f"Expected `bounds` to be {len(keys) + 1} numbers that rise from 0 to {len(rows)}, but got {places}."
             )
-        rows = hidden.detach().to("cpu", copy=True)
-        for key, (start, end) in zip(keys, pairwise(bounds), strict=True):
+        copied = rows.detach().to("cpu", copy=True)
+        for key, (start, end) in zip(keys, pairwise(places), strict=True):
             if key in self._known:
                 continue
-            if self._rows and (self._num_rows + end - start) * row_bytes > self._shard_bytes:
+            too_large = (self._num_rows + end - start) * row_bytes > self._shard_bytes
+            if self._rows and (too_large or len(self._rows) == self._shard_sequences):
                 self._write_shard()
-            self._rows[key] = rows[start:end]
+            self._rows[key] = copied[start:end]
             self._num_rows += end - start
             self._known.add(key)
 
@@ -178,14 +188,14 @@ class CacheWriter:
     def _write_shard(self) -> None:
         file = self._folder / f"{self._process:05}-{len(self._shards):05}.safetensors"
         tensors = {
-            "hidden": torch.cat(list(self._rows.values())),
+            "rows": torch.cat(list(self._rows.values())),
             "lengths": torch.tensor([len(rows) for rows in self._rows.values()]),
             "keys": torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, KEY_BYTES),
         }
         try:
             save_file(tensors, file)
         except (SafetensorError, OSError) as error:
-            raise self._not_written("hidden states", str(error)) from error
+            raise self._not_written("the reference's answers", str(error)) from error
         self._shards.append(Shard(file.name, file.stat().st_size, _crc32(file)))
         self._rows, self._num_rows = {}, 0
 
@@ -234,7 +244,7 @@ def publish(folder: Path, fingerprint: Mapping[str, str], processes: int = 1) ->
 
 
 class ReferenceCache:
-    """The hidden states of a reference, by sequence. `open` makes one from a folder.
+    """What a reference answered, by sequence. `open` makes one from a folder.
 
     The files are mapped into memory: the system's page cache holds what is read, and drops it when memory is needed.
     """
@@ -242,17 +252,27 @@ class ReferenceCache:
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self._folder, self._shards = folder, shards
         self._unchecked = set(range(len(shards)))
-        self._hidden: list[Tensor] = []
-        self._places: dict[bytes, tuple[int, int, int]] = {}
-        for number, shard in enumerate(shards):
-            hidden, rows = _open_shard(folder, shard)
-            self._hidden.append(hidden)
-            self._places.update({key: (number, *bounds) for key, bounds in rows.items()})
+        opened = [_open_shard(folder, shard) for shard in shards]
+        self._rows = [rows for rows, _, _ in opened]
+        keys = np.concatenate([np.empty(0, _KEY), *(own for _, own, _ in opened)])
+        places = [np.empty((0, 3), dtype=np.int64)]  # shard, first row, and the row after the last one
+        for number, (_, _, bounds) in enumerate(opened):
+            places.append(np.stack([np.full(len(bounds) - 1, number), bounds[:-1], bounds[1:]], axis=1))
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._places = keys[order], np.concatenate(places)[order]
 
     @staticmethod
     def exists(path: str | os.PathLike) -> bool:
         """Returns whether the folder holds a cache."""
         return (Path(path) / _FOLDER).exists()
+
+    @staticmethod
+    def fingerprint(path: str | os.PathLike) -> dict[str, str] | None:
+        """Returns the fingerprint of the cache in a folder. None: there is none, or its index is damaged."""
+        try:
+            return dict(json.loads((Path(path) / _FOLDER / _INDEX).read_text())["fingerprint"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     @classmethod
     def open(
@@ -269,7 +289,7 @@ class ReferenceCache:
         Raises:
             FileNotFoundError: The folder holds no cache.
             ValueError: The cache is damaged, has another version of this format, or belongs to another reference, other
-                pairs or another precision.
+                pairs or another precision, or is of another kind.
         """
         folder = Path(path) / _FOLDER
         try:
@@ -298,8 +318,8 @@ class ReferenceCache:
             )
         return cache
 
-    def hidden(self, keys: Sequence[bytes], device: torch.device | str | None = None) -> Tensor:
-        """Returns a copy of the hidden states [tokens, H] of sequences, one after the other.
+    def rows(self, keys: Sequence[bytes], device: torch.device | str | None = None) -> Tensor:
+        """Returns a copy of the rows [rows, H] of sequences, one after the other.
 
         Args:
             keys: The keys of `sequence_keys`.
@@ -308,17 +328,19 @@ class ReferenceCache:
         Raises:
             ValueError: A sequence is not in the cache, or a file was changed since it was written.
         """
-        missing = sum(key not in self._places for key in keys)
-        used = {self._places[key][0] for key in keys} if not missing else self._unchecked
-        for number in sorted(used & self._unchecked):
+        wanted = np.frombuffer(b"".join(keys), dtype=_KEY) if keys else np.empty(0, _KEY)
+        found = np.searchsorted(self._keys, wanted)
+        missing = len(keys) - int((self._keys[np.minimum(found, len(self._keys) - 1)] == wanted).sum())
+        places = self._places[found].tolist() if not missing else []
+        for number in sorted(self._unchecked if missing else self._unchecked & {shard for shard, _, _ in places}):
             self._check(number)
         if missing:
             raise ValueError(
                 f"Expected `cache_reference` {self._folder.parent} to hold every sequence, but {missing} of "
                 f"{len(keys)} are missing. Use the pairs, template and `max_length` of the run that wrote it."
             )
-        rows = [self._hidden[shard][start:end] for shard, start, end in map(self._places.__getitem__, keys)]
-        return to_device(torch.cat([self._hidden[0][:0], *rows]), torch.device(device or "cpu"))
+        rows = [self._rows[shard][start:end] for shard, start, end in places]
+        return to_device(torch.cat([self._rows[0][:0], *rows]), torch.device(device or "cpu"))
 
     def _check(self, number: int) -> None:
         """Compares the checksum of a shard, once."""
@@ -328,13 +350,18 @@ class ReferenceCache:
             raise _unusable(self._folder, f"{shard.file} has the checksum {crc} instead of {shard.crc32}")
         self._unchecked.discard(number)
 
-    def keys(self) -> KeysView[bytes]:
+    def keys(self) -> set[bytes]:
         """Returns the keys of all sequences."""
-        return self._places.keys()
+        return split_keys(self._keys.tobytes())
 
 
-def _open_shard(folder: Path, shard: Shard) -> tuple[Tensor, dict[bytes, tuple[int, int]]]:
-    """Returns the mapped hidden states of a shard, and the rows of each sequence."""
+def split_keys(joined: bytes) -> set[bytes]:
+    """Returns the keys that lie one after the other."""
+    return {joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)}
+
+
+def _open_shard(folder: Path, shard: Shard) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Returns the mapped rows of a shard, the keys of its sequences [n] and the bounds of their rows [n + 1]."""
     file = folder / shard.file
     size = file.stat().st_size if file.exists() else None
     if size != shard.bytes:
@@ -342,12 +369,14 @@ def _open_shard(folder: Path, shard: Shard) -> tuple[Tensor, dict[bytes, tuple[i
         raise _unusable(folder, f"{shard.file} {found}")
     try:
         with safe_open(file, framework="pt") as opened:
-            hidden = opened.get_tensor("hidden")
-            bounds = pairwise([0, *accumulate(opened.get_tensor("lengths").tolist())])
-            keys = (row.tobytes() for row in opened.get_tensor("keys").numpy())
-            return hidden, dict(zip(keys, bounds, strict=True))
-    except (SafetensorError, ValueError) as error:
+            rows, lengths = opened.get_tensor("rows"), opened.get_tensor("lengths").numpy()
+            keys = np.frombuffer(opened.get_tensor("keys").numpy().tobytes(), dtype=_KEY)
+        bounds = np.cumsum([0, *lengths.tolist()])
+        if len(keys) != len(lengths) or (lengths < 0).any() or bounds[-1] != len(rows):
+            raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths, {bounds[-1]} of {len(rows)} rows")
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise _unusable(folder, f"{shard.file} cannot be read ({error})") from error
+    return rows, keys, bounds
 
 
 def _unusable(folder: Path, reason: str) -> ValueError:

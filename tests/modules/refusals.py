@@ -54,6 +54,12 @@ def ways(folder: Path) -> dict:
         "tied embeddings in uneven shards": (lambda: LitDPO(tiny_llama(tie_word_embeddings=True)), data_parallel),
         "layers without a plan": (lambda: LitDPO(tiny_gpt2(vocab_size=68)), data_parallel),
         "a cached reference": (lambda: LitDPO(folder, cache_reference=folder / "cache"), data_parallel),
+        "a cached object": (
+            lambda: LitDPO(
+                tiny_llama(), tiny_llama(1), cache_reference=folder / "cache", cache_kind="logprobs", learning_rate=1e-2
+            ),
+            data_parallel,
+        ),
         "tensor parallelism": (lambda: LitDPO(folder, learning_rate=1e-2), tensor_parallel),
         "FSDP 2": (lambda: LitDPO(folder, learning_rate=1e-2), data_parallel),
         "FSDP 2 with settings": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=fsdp), data_parallel),

@@ -76,6 +76,9 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "projected": {**plain, "class": LitDPOPG, "trainer": {"gradient_clip_val": 0.1}},
         "projected, tied, in parts": {**tied, "class": LitDPOPG, "micro_batch_tokens": 1},
         "bfloat16": {**plain, "model_kwargs": {}, "trainer": {"precision": "bf16-mixed"}},
+        "cached": {**plain, "cache_reference": folder / "cache", "cache_kind": "logprobs"},
+        "cached by each": {**plain, "cache_reference": "own", "cache_kind": "logprobs", "eval_batch_size": 3},
+        "cached lora": {**plain, "lora": LORA, "cache_reference": "own", "cache_kind": "logprobs"},
         "lora": {**plain, "lora": LORA},
         "lora, tied, recomputed, in parts": {
             **tied,
@@ -121,6 +124,7 @@ class Save(lightning.Callback):
         self.first = None  # loss
 
     def on_train_start(self, trainer, module):
+        self.loaded = sum(model is not None for model in (module.policy, module.reference))
         self.held = sum(_local(p).numel() for p in module.parameters())
         self.all = sum(p.numel() for p in module.parameters())
 
@@ -142,6 +146,7 @@ class Save(lightning.Callback):
             "weights": weights,
             "metrics": {n: float(v) for n, v in trainer.callback_metrics.items()},
             "held": self.held / self.all,
+            "loaded": self.loaded,
             "largest": self.watch.largest / self.logits,
             "fused": [trial._known[model].body is not None for model in models],
             "steps": trainer.global_step,
@@ -163,6 +168,9 @@ def fit(layout: str, path: Path, case: dict[str, Any], checkpoint: Path | None =
     data, tensor = map(int, layout.split("x"))
     case = {"class": LitDPO, "trainer": {}, "model_kwargs": {"dtype": torch.float64}, **case}
     kind, options, policy = (case.pop(name) for name in ("class", "trainer", "policy"))
+    eval_batch_size = case.pop("eval_batch_size", None)
+    if case.get("cache_reference") == "own":  # of this layout
+        case["cache_reference"] = f"{path}.cache"
     if case.pop("replicas", 1) == 2 and data == 4:  # two replicas of two shards each
         case["model_kwargs"]["distributed_config"] = {"dp_replicate_size": 2}
     # An adapter gets the first process's values, and a model object has to be the same on all.
@@ -178,7 +186,8 @@ def fit(layout: str, path: Path, case: dict[str, Any], checkpoint: Path | None =
         **{"max_epochs": 2, **options},
     )
     batch_size = STEP // options.get("accumulate_grad_batches", 1) // data
-    pairs = PreferenceDataModule(rows(), byte_tokenizer(), val=rows(1)[:8], batch_size=batch_size, max_length=64)
+    sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": 64}
+    pairs = PreferenceDataModule(rows(), byte_tokenizer(), val=rows(1)[:8], **sizes)
     run.fit(module, pairs, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
 
 

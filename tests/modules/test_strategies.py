@@ -27,7 +27,8 @@ REFUSED = {
     "other weights on the other process": "`policy` to have the same weights on all processes",
     "tied embeddings in uneven shards": "divide the 67 entries of the vocabulary.*tied embeddings.*got 2 processes",
     "layers without a plan": r'"fsdp_plan": {"transformer.h.\*": "free_full_weight"}',
-    "a cached reference": "`cache_reference` to be None with sharded models",
+    "a cached reference": "`cache_kind` to be 'logprobs' and the strategy to be .* but got 'hidden_states' and Model",
+    "a cached object": "given by the name of a whole model with `cache_reference` and sharded models",
 }
 
 

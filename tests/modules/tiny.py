@@ -16,10 +16,10 @@ CHATML = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes with a chat template; its padding token is its EOS."""
+def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with a chat template; its padding token is its EOS. Another `shift` gives other ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={c: (i + shift) % len(alphabet) for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

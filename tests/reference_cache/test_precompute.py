@@ -311,32 +311,47 @@ def test_after_training_other_pairs_are_refused(tmp_path):
             fit(module, others)
 
 
-@pytest.mark.parametrize("changed", ["reference", "pairs", "length", "precision"])
-def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed):
-    make, data = text_of, partial(texts, batch_size=4)
-    fit(make(tmp_path), data())
+CHANGED = {
+    "reference": ("reference", ""),
+    "dtype": ("reference", ""),
+    "precision": ("precision", ""),
+    "pairs": ("pairs", "16 of the run's 16"),
+    "length": ("pairs", "1 of the run's 14"),  # some are cut to the same tokens
+    "template": ("pairs", "0 of the run's 18"),
+    "tokenizer": ("pairs", "0 of the run's 18"),
+}
+"""what changes: the part of the fingerprint that differs, and how many sequences are in the cache all the same"""
+
+
+@pytest.mark.parametrize("kind", ["hidden_states", "logprobs"])
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed, kind):
+    make = partial(text_of, cache_kind=kind)
+    given = {"train": ROWS, "tokenizer": TOKENIZER, "val": ROWS[:3], "max_length": 40, "batch_size": 4}
+    given["as_chat"] = changed == "template"
+    fit(make(tmp_path), PreferenceDataModule(**given))
     written = contents(tmp_path)
-    options = {}
+    options, module = {}, make(tmp_path)
     if changed == "reference":
-
-        def make(path):
-            module = text_of(path)
-            with torch.no_grad():
-                module.reference.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-            return module
-
-    elif changed == "pairs":
-        data = partial(PreferenceDataModule, ROWS[1:], TOKENIZER, val=ROWS[2:3], max_length=40)
-    elif changed == "length":
-        data = partial(PreferenceDataModule, ROWS, TOKENIZER, val=ROWS[:3], max_length=12)
-    else:
+        with torch.no_grad():
+            module.reference.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    elif changed == "dtype":
+        module.reference.bfloat16()
+    elif changed == "precision":
         options = {"precision": "bf16-mixed"}
-    part = changed.replace("length", "pairs")
-    kept = {"pairs": "16 of the run's 16", "length": "1 of the run's 14"}  # of 18, some are cut to the same tokens
-    common = rf" {kept[changed]} sequences are among its 18\." if changed in kept else ""
+    elif changed == "tokenizer":
+        given["tokenizer"] = byte_tokenizer(shift=1)
+    else:
+        given |= {
+            "pairs": {"train": ROWS[1:], "val": ROWS[2:3]},
+            "length": {"max_length": 12},
+            "template": {"chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"},
+        }[changed]
+    part, kept = CHANGED[changed]
+    common = rf" {kept} sequences are among its 18\." if kept else ""
     record = Record()
     with pytest.raises(ValueError, match=rf"differs in {part} \([^)]*\)\.{common} Pass another folder"):
-        fit(make(tmp_path), data(), callbacks=[record], **options)
+        fit(module, PreferenceDataModule(**given), callbacks=[record], **options)
     assert not record.batches
     assert contents(tmp_path) == written
 
@@ -513,7 +528,7 @@ class Processes:
         )
         fake = SimpleNamespace(
             global_rank=rank,
-            world_size=len(self.values),
+            distributed_sampler_kwargs={"num_replicas": len(self.values), "rank": rank},
             strategy=strategy,
             precision="32-true",
             precision_plugin=trainer().precision_plugin,

@@ -97,7 +97,7 @@ def test_bit_for_bit_in_any_order(dtype, processes, shard_bytes, tmp_path):
     for order in (ALL, [3, 0, 4, 2, 1], [1, 1], [2], []):
         keys = [KEYS[i] for i in order]
         expected = torch.cat([hidden[i] for i in order]) if order else torch.empty(0, H, dtype=dtype)
-        assert_same_bits(cache.hidden(keys), expected)
+        assert_same_bits(cache.rows(keys), expected)
     assert cache.keys() == set(KEYS)
     assert len(files(tmp_path)) == 1 + (len(ALL) if shard_bytes == 1 else sum(map(bool, processes)))
 
@@ -112,7 +112,7 @@ def test_shards_are_as_large_as_they_may_be_and_a_long_sequence_has_its_own(tmp_
 
 
 def test_device(folder):
-    hidden = opened(folder.parent).hidden(KEYS[:2], device="meta")
+    hidden = opened(folder.parent).rows(KEYS[:2], device="meta")
     assert (hidden.dtype, hidden.device.type, hidden.shape) == (torch.float32, "meta", (4, H))
 
 
@@ -126,14 +126,14 @@ def test_what_is_read_and_what_is_given_are_copies(tmp_path):
         writer.finish()
         publish(folder, PRINT)
     cache = opened(tmp_path)
-    cache.hidden(KEYS[:1]).zero_()
-    assert torch.equal(cache.hidden(KEYS[:1]), expected)
+    cache.rows(KEYS[:1]).zero_()
+    assert torch.equal(cache.rows(KEYS[:1]), expected)
 
 
 def test_hidden_states_with_gradient_and_strides(tmp_path):
     hidden = torch.randn(H, 3, requires_grad=True).T
     write(tmp_path, [(KEYS[:1], hidden, np.array([0, 3]))])
-    assert torch.equal(opened(tmp_path).hidden(KEYS[:1]), hidden)
+    assert torch.equal(opened(tmp_path).rows(KEYS[:1]), hidden)
 
 
 @pytest.mark.parametrize("shard_bytes", [2**20, 1])
@@ -143,13 +143,13 @@ def test_a_sequence_is_stored_once(tmp_path, shard_bytes):
     write(tmp_path, [rows([0, 1, 0]), rows([1, 3, 0], doubled)], shard_bytes=shard_bytes)
     cache = opened(tmp_path)
     assert len(cache.keys()) == 3
-    assert_same_bits(cache.hidden([KEYS[3], KEYS[0]]), torch.cat([doubled[3], hidden[0]]))
-    assert sum(map(len, cache._hidden)) == 3 + 1 + 5
+    assert_same_bits(cache.rows([KEYS[3], KEYS[0]]), torch.cat([doubled[3], hidden[0]]))
+    assert sum(map(len, cache._rows)) == 3 + 1 + 5
 
 
 def test_a_sequence_of_two_processes(tmp_path):
     write(tmp_path, [rows([0, 1])], [rows([1, 2, 3, 4])])
-    assert_same_bits(opened(tmp_path).hidden(KEYS), torch.cat(sequences()))
+    assert_same_bits(opened(tmp_path).rows(KEYS), torch.cat(sequences()))
 
 
 def test_a_real_model(tmp_path):
@@ -162,7 +162,7 @@ def test_a_real_model(tmp_path):
     write(path, [(keys, states[labelled], read.cu_labels)], mark=fingerprint(model, keys))
     assert ReferenceCache.exists(path)
     cache = opened(path, fingerprint(tiny_llama(0), reversed(keys)))
-    assert torch.equal(cache.hidden(keys), states[labelled])
+    assert torch.equal(cache.rows(keys), states[labelled])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_files_of_another_size(folder):
             with pytest.raises(error, match=rf"{name} .*({damaged}).*([Dd]elete)"):
                 opened(folder.parent)
             file.write_bytes(whole)
-    assert_same_bits(opened(folder.parent).hidden(KEYS), torch.cat(sequences()))
+    assert_same_bits(opened(folder.parent).rows(KEYS), torch.cat(sequences()))
 
 
 @pytest.mark.parametrize("name", ["00000-00001.safetensors", "index.json"])
@@ -197,13 +197,13 @@ def test_a_flipped_bit_anywhere(name, folder):
         damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"Expected the cache {folder} to ") as error:
-            opened(folder.parent).hidden(KEYS)
+            opened(folder.parent).rows(KEYS)
         kinds = "version, but .*(cannot be read|instead of|is missing)|belong"
         (reason,) = re.findall(kinds, str(error.value))
         refused.add(reason)
     assert refused >= {"cannot be read", "instead of"}
     file.write_bytes(whole)
-    assert_same_bits(opened(folder.parent).hidden(KEYS), torch.cat(sequences()))
+    assert_same_bits(opened(folder.parent).rows(KEYS), torch.cat(sequences()))
 
 
 def test_shards_are_checked_when_they_are_first_used(folder, monkeypatch):
@@ -216,14 +216,14 @@ def test_shards_are_checked_when_they_are_first_used(folder, monkeypatch):
     cache = opened(folder.parent)
     assert not checked
     for _ in range(2):
-        cache.hidden(KEYS[:1])
+        cache.rows(KEYS[:1])
     assert checked == ["00000-00000.safetensors"]
     message = f"{file.name} has the checksum .{{8}} instead of .*. {DELETE}"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
-            cache.hidden(KEYS)
+            cache.rows(KEYS)
     with pytest.raises(ValueError, match=message):  # rather than that a sequence is missing
-        cache.hidden([b"other".zfill(16)])
+        cache.rows([b"other".zfill(16)])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_folder_that_not_all_processes_share(tmp_path):
 
 def test_unknown_sequences(folder):
     with pytest.raises(ValueError, match=r"hold every sequence, but 1 of 2 are missing. Use the pairs, template and"):
-        opened(folder.parent).hidden([KEYS[0], b"?" * 16])
+        opened(folder.parent).rows([KEYS[0], b"?" * 16])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -351,11 +351,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
-    expected = rf"room for 28,000 bytes of hidden states in the folder of .*, {tmp_path}, but .* with 5,000 bytes free"
+    expected = rf"room for 28,000 bytes in the folder of .*, {tmp_path}, but .* with 5,000 bytes free"
     with unfinished_cache(tmp_path) as folder:
-        CacheWriter(folder, num_tokens=11).add(*rows([0, 1]))  # of 7 float32
+        CacheWriter(folder, num_rows=11).add(*rows([0, 1]))  # of 7 float32
         with pytest.raises(OSError, match=expected):
-            CacheWriter(folder, num_tokens=1000).add(*rows([0, 1]))
+            CacheWriter(folder, num_rows=1000).add(*rows([0, 1]))
     assert files(tmp_path) == []
 
 
@@ -366,7 +366,9 @@ def test_a_disk_that_fills_up_is_named(tmp_path):
         writer.add(*rows([0, 1]))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-            with pytest.raises(OSError, match=f"room for hidden states in the folder .*, {tmp_path}, but .*too large"):
+            with pytest.raises(
+                OSError, match=f"room for the reference's answers in the folder .*, {tmp_path}, but .*too large"
+            ):
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -383,8 +385,8 @@ def test_two_runs_at_once(tmp_path):
         publish(other, PRINT)
         cache = opened(tmp_path)
         publish(one, PRINT)
-    assert_same_bits(cache.hidden(KEYS), torch.cat([2 * states for states in sequences()]))
-    assert_same_bits(opened(tmp_path).hidden(KEYS), cache.hidden(KEYS))
+    assert_same_bits(cache.rows(KEYS), torch.cat([2 * states for states in sequences()]))
+    assert_same_bits(opened(tmp_path).rows(KEYS), cache.rows(KEYS))
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "reference"}
 
 
@@ -400,16 +402,16 @@ BOUNDS = np.array([0, 2, 3])
             TypeError,
             "float64, float32, bfloat16 or float16, but got torch.int64",
         ),
-        (torch.zeros(3), BOUNDS, ValueError, r"`hidden` to have the shape \[tokens, H\], but got \(3,\)"),
+        (torch.zeros(3), BOUNDS, ValueError, r"`rows` to have the shape \[rows, H\], but got \(3,\)"),
         (torch.zeros(3, 2), BOUNDS, ValueError, r"the first call's dtype and H, \(torch.float32, 7\), but got .*, 2\)"),
         (torch.zeros(3, H).half(), BOUNDS, ValueError, r"\(torch.float32, 7\), but got \(torch.float16, 7\)"),
         (
             torch.zeros(4, H),
             BOUNDS,
             ValueError,
-            r"`cu_labels` to be 3 numbers that rise from 0 to 4, but got \[0",
+            r"`bounds` to be 3 numbers that rise from 0 to 4, but got \[0",
         ),
-        (torch.zeros(3, H), BOUNDS[1:], ValueError, "`cu_labels` to be 3 numbers"),
+        (torch.zeros(3, H), BOUNDS[1:], ValueError, "`bounds` to be 3 numbers"),
         (torch.zeros(3, H), np.array([0, 4, 3]), ValueError, "that rise from 0 to 3"),
         (torch.zeros(3, H), np.array([1, 2, 3]), ValueError, "that rise from 0 to 3"),
     ],
@@ -462,7 +464,7 @@ def run(path, batches):
     cache = ReferenceCache.open(path, print_)
     after_opening = own()
     for batch in range(batches):
-        assert (cache.hidden(keys(batch)) == batch).all()
+        assert (cache.rows(keys(batch)) == batch).all()
     return after_writing, after_opening, own()
 
 run(sys.argv[1] + "/small", 4)  # allocates what is allocated only once
