@@ -110,12 +110,12 @@ def load_pair(
     *,
     model_kwargs: Mapping[str, Any],
     needs_reference: bool,
-    reference_dtype: torch.dtype | None = None,
+    reference_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, nn.Module | Literal["adapter"] | None]:
     """A policy, with its adapter, and the reference if one is given, as LitDPO documents them.
 
-    A sharded policy that is given by name cannot be copied, so that its reference is loaded too. `reference_dtype` is
-    that of a reference by name, if `model_kwargs` do not set one.
+    A sharded policy that is given by name cannot be copied, so that its reference is loaded too. A reference by name
+    is loaded with `reference_kwargs`, if they are given.
     """
     if not isinstance(policy, nn.Module):
         check_adapter_folder(policy, reference, lora)  # before anything is loaded
@@ -127,8 +127,7 @@ def load_pair(
         if lora is None:
             check_one_adapter(policy)
     elif reference is not None:
-        dtype = {} if reference_dtype is None else {"dtype": reference_dtype}
-        reference = load_model(reference, "reference", {**dtype, **_renamed(model_kwargs)})
+        reference = load_model(reference, "reference", reference_kwargs or model_kwargs)
         check_separate(policy, reference)  # before peft changes the policy in place
         check_same_vocabulary(policy, reference)
     return policy if lora is None else add_lora(policy, lora), reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +28,7 @@ from lit_did.models.loading import (
 from lit_did.models.loading import freeze as freeze_model
 from lit_did.models.quantisation import keep_gradients
 from lit_did.models.quiet import adapter_off, evaluating, random_numbers_kept
-from lit_did.models.sharding import is_sharded
+from lit_did.models.sharding import device_of, free_whole_weights, is_sharded, kept_on_cpu
 from lit_did.models.trial import layout_of, outputs_of
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 from lit_did.ops import SequenceStatistics, linear_sequence_statistics, sequence_statistics
@@ -211,7 +211,7 @@ class PolicyAndReference(nn.Module):
         """
         policy, reference = (model if model is None else unwrapped(model) for model in (self.policy, self.reference))
         assert policy is not None
-        with random_numbers_kept(_device(policy)), evaluating(policy):
+        with random_numbers_kept(device_of(policy)), evaluating(policy):
             portions = _portions(sequences, policy, max_logits_bytes)
             # Processes with fewer portions repeat their last one: the others need them in every forward pass.
             repeats = _most(len(portions), policy, reference) - len(portions)
@@ -233,7 +233,7 @@ class PolicyAndReference(nn.Module):
         """
         policy, reference = (model if model is None else unwrapped(model) for model in (self.policy, self.reference))
         assert policy is not None
-        with random_numbers_kept(_device(policy)), evaluating(policy):
+        with random_numbers_kept(device_of(policy)), evaluating(policy):
             for portion in _portions(sequences, policy, max_logits_bytes):
                 for model in (policy, reference) if reference is not None else (policy,):
                     self._layout(model, portion)
@@ -271,6 +271,17 @@ class PolicyAndReference(nn.Module):
             output_layer: What takes the place of the `reference` model, whose layers are no longer needed.
         """
         self._recorded, self.reference, self.reference_kind = recorded, output_layer, "recorded"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolicyAndReference:
+        """As every module's, for `to` and its like. Weights that FSDP keeps on the CPU only get the dtype."""
+        stay: set[int] = set()
+        if self.reference is not None and kept_on_cpu(self.reference):
+            stay = {id(parameter) for parameter in self.reference.parameters()}
+
+        def apply(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype) if id(tensor) in stay else fn(tensor)
+
+        return super()._apply(apply, recurse)
 
     def train(self, mode: bool = True) -> PolicyAndReference:
         """Puts the policy into train or eval mode. A frozen reference stays in eval mode."""
@@ -313,6 +324,8 @@ class PolicyAndReference(nn.Module):
             temperature=self.temperature if temperature is None else temperature,
             backend=backend or self.backend,
         )
+        if reference is not None and self._freeze:  # the statistics' backward pass may read its output layer
+            free_whole_weights(reference, of_policy.hidden)
         return statistics, of_policy.auxiliary_loss
 
     def _reference_outputs(
@@ -409,10 +422,6 @@ def _most(number: int, policy: nn.Module, reference: nn.Module | None) -> int:
     sharded = any(is_sharded(model) for model in (policy, reference) if model is not None)
     if not sharded or not torch.distributed.is_initialized():
         return number
-    most = torch.tensor(number, device=_device(policy))
+    most = torch.tensor(number, device=device_of(policy))
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +24,8 @@ from lit_did.models.wrappers import adapter_marks, inner, is_peft, unwrapped
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """the dimensions of Lightning's mesh"""
+REFERENCE = "reference"
+"""The `fsdp_cpu_offload` that keeps the reference's weights on the CPU."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -44,6 +48,25 @@ def outermost(model: nn.Module) -> nn.Module:
 def own_class(module: nn.Module) -> type:
     """The class of a module before FSDP made a subclass of it."""
     return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+def free_whole_weights(model: nn.Module, after: Tensor | None) -> None:
+    """Lets FSDP free what it has kept whole after the forward pass of a frozen model, such as the output layer.
+
+    Args:
+        model: The model.
+        after: They are freed when the gradient of this tensor is known, and now if it needs none.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def free(gradient: Tensor | None = None) -> None:
+        for unit in units:
+            unit.reshard()
+
+    if after is None or not after.requires_grad:
+        free()
+    elif units:
+        after.register_hook(free)
 
 
 @contextmanager
@@ -71,7 +94,7 @@ def distributed_config(mesh: DeviceMesh, given: Any = None, *, mixed_precision: 
         mixed_precision: Whether FSDP gathers weights in bfloat16, if `given` does not say it.
 
     Raises:
-        ValueError: `given` has other sizes than the mesh.
+        ValueError: `given` has other sizes than the mesh, or `fsdp_cpu_offload` is not as `of_reference` takes it.
     """
     from transformers.distributed import DistributedConfig
 
@@ -86,7 +109,39 @@ def distributed_config(mesh: DeviceMesh, given: Any = None, *, mixed_precision: 
             f"dp_replicate_size={given.dp_replicate_size}, tp_size={given.tp_size} and pp_size={given.pp_size}. Leave "
             "these sizes out: pass the other settings as a dict, or nothing."
         )
+    if given.fsdp_cpu_offload not in (False, REFERENCE) or (given.fsdp_cpu_offload and data == 1):
+        raise ValueError(
+            f"Expected `fsdp_cpu_offload` of `distributed_config` to be False, or {REFERENCE!r} with several data-"
+            "parallel processes, because the weights of a policy in training are not kept on the CPU, but got "
+            f"{given.fsdp_cpu_offload!r} with {data}."
+        )
     return given
+
+
+def of_policy(config: Any) -> Any:
+    """What `distributed_config` returned, for the policy: its weights are never kept on the CPU."""
+    return replace(config, fsdp_cpu_offload=False)
+
+
+def of_reference(config: Any) -> Any:
+    """What `distributed_config` returned, for the reference: with `fsdp_cpu_offload="reference"`, for FSDP to keep its
+    weights on the CPU."""
+    return replace(config, fsdp_cpu_offload=config.fsdp_cpu_offload == REFERENCE)
+
+
+def kept_on_cpu(model: nn.Module) -> bool:
+    """Whether FSDP keeps the weights of a model on the CPU."""
+    config = getattr(getattr(inner(model), "config", None), "distributed_config", None)
+    return getattr(config, "fsdp_cpu_offload", False) is True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes. Its weights may be on the CPU."""
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor) or parameter.device.type == parameter.device_mesh.device_type:
+        return parameter.device
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str, *, empty: bool = False) -> None:
@@ -94,7 +149,7 @@ def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str, *, emp
 
     Args:
         model: A model of transformers, perhaps with an adapter, on any device.
-        config: What `distributed_config` returned.
+        config: What `of_policy` or `of_reference` returned.
         mesh: Lightning's mesh.
         argument: The name of the argument that the model is, for errors.
         empty: Whether weights may be on the meta device, without values.
@@ -122,6 +177,8 @@ def shard(model: nn.Module, config: Any, mesh: DeviceMesh, argument: str, *, emp
         _untie(base)
         base.maybe_distribute_model(base, config, meshes)
         base.tie_weights(recompute_mapping=False)
+    if kept_on_cpu(base):  # buffers stay where they are
+        base._apply(lambda tensor: tensor.cpu() if isinstance(tensor, DTensor) else tensor)
     _check_layers(base, config, argument)
     _check_tied(base, config)
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]

@@ -47,7 +47,7 @@ from lit_did.models.forward import (
 )
 from lit_did.models.quantisation import computes_in_half
 from lit_did.models.quiet import eval_mode, random_numbers_kept
-from lit_did.models.sharding import is_sharded
+from lit_did.models.sharding import device_of, is_sharded
 from lit_did.models.wrappers import inner
 
 LEAST_LENGTH = 32  # tokens: trials are at least this long, so that not every short batch needs a trial of its own
@@ -115,7 +115,7 @@ def layout_of(
         TypeError: The model is not a causal language model.
         ValueError: The sequences are longer than the model has positions.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if adds_auxiliary_loss(model):  # tokens after the last label count
         sequences, batch = sequences.whole(), None if batch is None else batch.whole()
     tried = sequences if batch is None else batch
@@ -177,7 +177,7 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -
     lengths = np.diff(sequences.cu_seqlens)
     length, row = int(lengths.max(initial=1)), int(lengths.sum())
     parameter = next(model.parameters())
-    autocast = _is_wrapped(model) and torch.is_autocast_enabled(parameter.device.type)
+    autocast = _is_wrapped(model) and torch.is_autocast_enabled(device_of(model).type)
     key = (padding_free, parameter.dtype, autocast, attention.implementation(inner(model)))
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # A layout that is right for longer sequences is right for these. One that is wrong for longer ones may be right.
@@ -247,7 +247,7 @@ def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tupl
     """
     length, row = wanted
     if torch.distributed.is_initialized():
-        bounds = torch.tensor(wanted, device=next(model.parameters()).device)
+        bounds = torch.tensor(wanted, device=device_of(model))
         torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
         length, row = bounds.tolist()
         shared = [batch]
@@ -261,7 +261,7 @@ def _all_agree(model: nn.Module, right: bool) -> bool:
     """Whether `right` holds on all processes that take part in the forward passes of a sharded model."""
     if not is_sharded(model) or not torch.distributed.is_initialized():
         return right
-    verdict = torch.tensor(int(right), device=next(model.parameters()).device)
+    verdict = torch.tensor(int(right), device=device_of(model))
     torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN)
     return bool(verdict)
 
@@ -282,7 +282,7 @@ class _Answer(NamedTuple):
 def _try(
     model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, padding_free: bool
 ) -> Found:
-    device, name = next(model.parameters()).device, _name(model)
+    device, name = device_of(model), _name(model)
     size = num_embeddings(model) or 1
     deep, shallow = _trial_sequences(batch, longest, row, size), _trial_sequences(batch, longest, 0, size)
     compared = shallow.select([1, 3])  # the last pair in the row, long and short
@@ -545,10 +545,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Runs `model` in eval mode, with its own attention, without autocast or compilation. Restores random numbers."""
     with (
         eval_mode(model),
-        random_numbers_kept(next(model.parameters()).device),
+        random_numbers_kept(device_of(model)),
         attention.packed_attention(inner(model), packed=False),
         # In the precision of the weights. A replaced forward method, such as accelerate's, may bring its own autocast.
-        nullcontext() if _is_wrapped(model) else torch.autocast(next(model.parameters()).device.type, enabled=False),
+        nullcontext() if _is_wrapped(model) else torch.autocast(device_of(model).type, enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
         yield

@@ -35,13 +35,14 @@ class TrainedState(lightning.LightningModule):
     """
 
     models: PolicyAndReference | None
-    _reference_digest: str | None
+    _reference_digests: dict[str, str]
+    """of the reference's weights and of its files, as far as they are known"""
     _start_checked: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.models = None
-        self._reference_digest = None
+        self._reference_digests = {}
         self._saved_optimizer: str | None = None  # the class of the optimiser in the checkpoint that is being restored
         # Strategies would compare the names of all parameters. on_load_checkpoint checks those of what was trained.
         self.strict_loading = False
@@ -92,7 +93,7 @@ class TrainedState(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the names of what was trained, which `on_load_checkpoint` compares, and the class of the optimiser."""
-        checkpoint["reference_digest"] = self._reference_digest
+        checkpoint["reference_digests"] = self._reference_digests
         checkpoint["trained"] = sorted(self._trained_names())
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = by_names(checkpoint["optimizer_states"], self)
@@ -125,7 +126,7 @@ class TrainedState(lightning.LightningModule):
             checkpoint["state_dict"] = kept | {own.get(name, name): value for name, value in saved.items()}
         elif "trained" in checkpoint:  # a sharded strategy has loaded the weights and removed them
             self._check_names(set(checkpoint["trained"]), self._trained_names())
-        warn_unless_same_reference(checkpoint.get("reference_digest"), self._reference_digest)
+        warn_unless_same_reference(checkpoint.get("reference_digests", {}), self._reference_digests)
         self._start_checked = True
 
     def _trained_names(self) -> set[str]:
@@ -161,9 +162,14 @@ def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
 
 
-def warn_unless_same_reference(saved: str | None, own: str | None) -> None:
-    """Warns if the digests of two references differ: of a checkpoint's run and of this module. None: unknown."""
-    if None not in (saved, own) and saved != own:
+def warn_unless_same_reference(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Warns if the digests of two references differ: of a checkpoint's run and of this module.
+
+    Sharded weights have no digest, and a model that was not given by name has no files. One kind of digest that both
+    have is enough. Files may be written in another way, so that weights count first.
+    """
+    both = next((kind for kind in ("weights", "files") if kind in saved and kind in own), None)
+    if both is not None and saved[both] != own[both]:
         warnings.warn(
             "The reference's weights differ from those of the run that saved the checkpoint, so losses, rewards and "
             "the DID are measured against another model than before. If you want that, ignore this. Otherwise pass "

@@ -24,7 +24,7 @@ from lit_did.models.adapters import ADAPTER
 from lit_did.models.dropout import Probability, switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quantisation import check_has_adapter
-from lit_did.models.sharding import distributed_config, is_sharded, shard
+from lit_did.models.sharding import distributed_config, is_sharded, of_policy, of_reference, shard
 from lit_did.models.wrappers import is_peft, plain_name, unwrapped
 from lit_did.modules.checkpoint import TrainedState
 from lit_did.modules.checks import keep_noise_out, warn_unless_policy_is_reference
@@ -37,11 +37,12 @@ from lit_did.modules.strategies import (
     check_reference_can_be_cached,
     check_same_on_all_processes,
     check_settings_are_used,
+    check_settings_have_a_reference,
     check_unsharded_with_ddp,
 )
 from lit_did.ops import SequenceStatistics
 from lit_did.reference_cache.fingerprint import quick_digest
-from lit_did.reference_cache.model_files import files_digest, reference_name
+from lit_did.reference_cache.model_files import files_digest, quick_files_digest, reference_name
 from lit_did.reference_cache.precompute import (
     CachedLogprobs,
     CachedReference,
@@ -103,10 +104,16 @@ class PolicyModule(TrainedState):
         if self.models is None:
             self._load_models(config)
         mesh = self.device_mesh
-        for argument, model in (("policy", self.policy), ("reference", self.reference)):
-            if config is not None and mesh is not None and model is not None:
-                check_same_on_all_processes(self.trainer, argument, model)
-                shard(model, config, mesh, argument)
+        if config is not None and mesh is not None:
+            if self._cache_found is None:
+                check_settings_have_a_reference(config, self.reference)
+            for argument, model, its_config in (
+                ("policy", self.policy, of_policy(config)),
+                ("reference", self.reference, of_reference(config)),
+            ):
+                if model is not None:
+                    check_same_on_all_processes(self.trainer, argument, model)
+                    shard(model, its_config, mesh, argument)
         if self._trainer is not None:
             check_unsharded_with_ddp(self)
 
@@ -122,9 +129,11 @@ class PolicyModule(TrainedState):
         options: Any = self.hparams
         given = dict(self.given)
         if config is not None:
-            given["model_kwargs"] = {**given["model_kwargs"], "distributed_config": config}
-            if config.fsdp_mixed_precision:  # FSDP gathers the policy's weights in the same precision
-                given["reference_dtype"] = torch.bfloat16
+            model_kwargs = given["model_kwargs"]
+            gathered = config.fsdp_mixed_precision and not {"dtype", "torch_dtype"} & model_kwargs.keys()
+            dtype = {"dtype": torch.bfloat16} if gathered else {}  # as FSDP gathers the policy's weights
+            given["model_kwargs"] = {**model_kwargs, "distributed_config": of_policy(config)}
+            given["reference_kwargs"] = {**model_kwargs, **dtype, "distributed_config": of_reference(config)}
         name, model_kwargs = reference_name(self.given), self.given["model_kwargs"]
         self._reference_files = None if name is None else partial(files_digest, name, model_kwargs)
         if config is not None:
@@ -144,10 +153,13 @@ class PolicyModule(TrainedState):
         if options.gradient_checkpointing or options.recompute_elementwise:
             loading.checkpoint_activations(policy, keep_products=not options.gradient_checkpointing)
         self._dims = {plain_name(name): p.dim() for name, p in policy.named_parameters()}  # later they may be shards
-        if given["needs_reference"]:  # now: later it may be sharded, cast or freed
-            self._reference_digest = quick_digest(policy if models.reference is None else models.reference)
-            if models.adapter is not None and self._reference_digest is not None:  # its values are in checkpoints
-                self._reference_digest += " and an adapter"
+        adapter = "" if models.adapter is None else " and an adapter"  # its values are in checkpoints
+        digests: dict[str, str | None] = {}  # now: later the reference may be sharded, cast or freed
+        if given["needs_reference"]:
+            digests["weights"] = quick_digest(policy if models.reference is None else models.reference)
+        if self.given["needs_reference"] and name is not None:
+            digests["files"] = quick_files_digest(name, model_kwargs)
+        self._reference_digests = {kind: digest + adapter for kind, digest in digests.items() if digest is not None}
         policy.train()  # from_pretrained leaves eval mode, which Lightning keeps
         self.models, self.given = models, {}
         if options.cache_reference is not None:  # else DDP would hold on to what is freed
@@ -269,7 +281,7 @@ class PolicyModule(TrainedState):
         models, logprobs = self.loaded_models(), self.hparams["cache_kind"] == "logprobs"
         in_memory = models.reference_kind != "policy"
         reference = (models.policy if models.reference is None else models.reference) if in_memory else None
-        unchanged = reference is None or quick_digest(reference) == self._reference_digest
+        unchanged = reference is None or quick_digest(reference) == self._reference_digests.get("weights")
         self._cache = cached_reference(
             path,
             self.trainer,

@@ -43,6 +43,15 @@ def check_settings_are_used(strategy: Any, settings: Any) -> None:
         )
 
 
+def check_settings_have_a_reference(config: Any, reference: nn.Module | None) -> None:
+    """Raises ValueError if a reference is to be kept on the CPU, but there is no second model."""
+    if config.fsdp_cpu_offload and reference is None:
+        raise ValueError(
+            "Expected `fsdp_cpu_offload` of `distributed_config` to be False without a reference model, as with a LoRA "
+            f"adapter, but got {config.fsdp_cpu_offload!r}. Leave it out."
+        )
+
+
 def check_same_on_all_processes(trainer: lightning.Trainer, argument: str, model: nn.Module) -> None:
     """Raises ValueError if a model that is about to be sharded has other weights on another process."""
     digest = quick_digest(model)  # None: it is sharded, as a model that was loaded by name

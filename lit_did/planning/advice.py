@@ -57,15 +57,19 @@ def _changes(run: Run) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
         yield "ModelParallelStrategy", "time: weights are gathered in each pass", True, {"strategy": "fsdp"}
     if run.sharded:
         yield f"gpus={2 * run.gpus}", "twice the GPUs", True, {"gpus": 2 * run.gpus}
-    if run.sharded and run.lora is None and run.data_parallel % 2 == 0:
+    if run.sharded and run.lora is None and run.data_parallel % (2 * run.dp_replicate_size) == 0:
         size = 2 * run.tensor_parallel
         cost = "time: GPUs exchange activations in each layer"
         yield f"tensor_parallel_size={size}", cost, True, {"tensor_parallel": size}
     if run.has_reference_model and not run.sharded:
         yield "cache_reference", "disk, and a pass over all pairs at the start", True, {"cached_reference": True}
+    if run.has_reference_model and run.sharded and run.data_parallel > 1 and run.fsdp_cpu_offload is None:
+        cost = "time: its weights come from the CPU's memory"
+        yield "fsdp_cpu_offload=reference", cost, True, {"fsdp_cpu_offload": "reference"}
     if run.has_reference_model and run.weights_dtype(reference=True).itemsize > 2:
         yield "reference_dtype=bfloat16", "the reference is rounded", False, {"reference_dtype": "bfloat16"}
     if run.lora is None and run.tensor_parallel == 1:
-        yield f"lora={RANK}", "only an adapter is trained", False, {"lora": RANK, "reference_dtype": None}
+        change = {"lora": RANK, "reference_dtype": None, "fsdp_cpu_offload": None}
+        yield f"lora={RANK}", "only an adapter is trained", False, change
     elif run.lora is not None and run.weights_dtype().itemsize > 2:
         yield "dtype=bfloat16 (frozen weights)", "they are rounded", False, {"dtype": "bfloat16"}

@@ -60,6 +60,7 @@ class TensorBytes(TorchDispatchMode):
         self._phase: Hashable = None
         self._holder = ACTIVATIONS
         self._storages: dict[int, tuple[int, str]] = {}  # the bytes and the holder of each
+        self._left_out: set[int] = set()
 
     @property
     def phase(self) -> Hashable:
@@ -90,9 +91,14 @@ class TensorBytes(TorchDispatchMode):
         for tensor in tensors:
             if tensor is not None:
                 storage = local(tensor).untyped_storage()
-                self._count(storage, storage.nbytes(), holder, keep=False)
-                claimed += storage.nbytes()
+                size = 0 if storage._cdata in self._left_out else storage.nbytes()
+                self._count(storage, size, holder, keep=False)
+                claimed += size
         return claimed
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Does not count the storages of these tensors, which live as long as this object."""
+        self._left_out |= {local(tensor).untyped_storage()._cdata for tensor in tensors}
 
     def __enter__(self) -> TensorBytes:
         self._resize = torch.UntypedStorage.resize_

@@ -11,7 +11,7 @@ import torch
 
 from lit_did.planning.counting import HOLDERS, Peak
 from lit_did.planning.models import read_config
-from lit_did.planning.settings import Dtype, Precision, Run, Strategy
+from lit_did.planning.settings import Dtype, Offload, Precision, Run, Strategy
 from lit_did.planning.step import Trace, layers_of, trace
 
 FEW = (4, 5)
@@ -48,6 +48,8 @@ def plan(
     gpus: int = 1,
     strategy: Strategy | None = None,
     tensor_parallel: int = 1,
+    dp_replicate_size: int = 1,
+    fsdp_cpu_offload: Offload | None = None,
     tokens: int = 16_384,
     length: int = 2048,
     prompt_length: int = 512,
@@ -73,6 +75,8 @@ def plan(
         gpus: The number of GPUs, over all nodes.
         strategy: ddp, or fsdp for ModelParallelStrategy. By default fsdp with several GPUs.
         tensor_parallel: ModelParallelStrategy's tensor_parallel_size.
+        dp_replicate_size: The number of replicas (HSDP), as in distributed_config of LitDPO's model_kwargs.
+        fsdp_cpu_offload: With reference, its weights are kept on the CPU, as in distributed_config.
         tokens: Tokens of a micro-batch on a GPU, with prompts counted twice. A micro-batch has at least one pair.
         length: Tokens of a sequence, which are a prompt and a completion.
         prompt_length: Tokens of a prompt.
@@ -102,6 +106,8 @@ def plan(
         gpus=gpus,
         strategy=strategy,
         tensor_parallel=tensor_parallel,
+        dp_replicate_size=dp_replicate_size,
+        fsdp_cpu_offload=fsdp_cpu_offload,
         tokens=tokens,
         length=length,
         prompt_length=prompt_length,

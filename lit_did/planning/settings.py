@@ -12,6 +12,7 @@ from lit_did.arguments import check_bools, check_choice, check_integer
 Strategy = Literal["ddp", "fsdp"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Dtype = Literal["float32", "bfloat16"]
+Offload = Literal["reference"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Run:
     gpus: int = 1
     strategy: Strategy | None = None
     tensor_parallel: int = 1
+    dp_replicate_size: int = 1
+    fsdp_cpu_offload: Offload | None = None
     tokens: int = 16_384
     length: int = 2048
     prompt_length: int = 512
@@ -39,7 +42,10 @@ class Run:
     reference_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "tensor_parallel", "tokens", "length", "prompt_length", "micro_batches"):
+        for name in (
+            *("gpus", "tensor_parallel", "dp_replicate_size"),
+            *("tokens", "length", "prompt_length", "micro_batches"),
+        ):
             check_integer(name, getattr(self, name), 1)
         if self.lora is not None:
             check_integer("lora", self.lora, 1)
@@ -62,6 +68,18 @@ class Run:
             raise ValueError(f"Expected `tensor_parallel` to be 1 with DDP, but got {self.tensor_parallel}.")
         if self.tensor_parallel > 1 and self.lora is not None:
             raise ValueError(f"Expected `tensor_parallel` to be 1 with LoRA, but got {self.tensor_parallel}.")
+        if self.data_parallel % self.dp_replicate_size or (self.dp_replicate_size > 1 and not self.sharded):
+            raise ValueError(
+                "Expected `dp_replicate_size` to divide the number of data-parallel GPUs with ModelParallelStrategy, "
+                f"{self.data_parallel}, and to be 1 without, but got {self.dp_replicate_size}."
+            )
+        if self.fsdp_cpu_offload is not None:
+            check_choice("fsdp_cpu_offload", self.fsdp_cpu_offload, Offload)
+            if not (self.sharded and self.data_parallel > 1 and self.has_reference_model):
+                raise ValueError(
+                    "Expected `fsdp_cpu_offload` to be None without a reference model, and without several data-"
+                    f"parallel GPUs with ModelParallelStrategy, but got {self.fsdp_cpu_offload!r}."
+                )
         if self.sharded and self.cached_reference:
             raise ValueError(
                 "Expected `cached_reference` to be False with sharded models, for which LitDPO refuses it, but got "

@@ -158,6 +158,8 @@ def _trace(policy: nn.Module, reference: nn.Module | None, run: Run, sequences: 
 
     with counted:
         weights = counted.claim(_tensors(policy), WEIGHTS)
+        if reference is not None and run.fsdp_cpu_offload is not None:
+            counted.leave_out(reference.parameters())
         of_reference = counted.claim(
             [recorded.weight] if recorded is not None else [] if reference is None else _tensors(reference), REFERENCE
         )
@@ -252,7 +254,8 @@ def _model(config: Any, run: Run, reference: bool = False) -> nn.Module:
     if run.sharded:
         sizes = run.data_parallel, run.tensor_parallel
         mesh = init_device_mesh(DEVICE.type, sizes, mesh_dim_names=(DATA, TENSOR))
-        settings = distributed_config(mesh, mixed_precision=run.precision == "bf16-mixed")
+        replicas = {"dp_replicate_size": run.dp_replicate_size}
+        settings = distributed_config(mesh, replicas, mixed_precision=run.precision == "bf16-mixed")
         shard(model, settings, mesh, "model", empty=True)
     return model
 

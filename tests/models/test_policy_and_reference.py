@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from transformers.distributed import DistributedConfig
 
 from lit_did import PolicyAndReference, SequenceStatistics, sequence_statistics
 from lit_did.batches.sequences import read_sequences
@@ -309,3 +310,13 @@ def test_a_batch_without_labels():
     batch = collate(make_pairs(2))
     statistics = measure(tiny_llama(0), tiny_llama(1), batch | {"labels": torch.full_like(batch["labels"], -100)})
     assert statistics.num_tokens.tolist() == [0, 0, 0, 0]
+
+
+def test_weights_that_fsdp_keeps_on_the_cpu_do_not_move():
+    models = PolicyAndReference(tiny_llama(0), tiny_llama(1))
+    models.reference.config.distributed_config = DistributedConfig(fsdp_size=2, fsdp_cpu_offload=True)
+    models.to("meta", torch.float64)
+    assert {p.device.type for p in models.policy.parameters()} == {"meta"}
+    assert {b.device.type for b in models.buffers()} == {"meta"}
+    assert {p.device.type for p in models.reference.parameters()} == {"cpu"}
+    assert {p.dtype for p in models.parameters()} == {torch.float64}

@@ -53,6 +53,15 @@ def ways(folder: Path) -> dict:
         "other weights on the other process": (lambda: LitDPO(tiny_llama(seed=get_rank())), data_parallel),
         "tied embeddings in uneven shards": (lambda: LitDPO(tiny_llama(tie_word_embeddings=True)), data_parallel),
         "layers without a plan": (lambda: LitDPO(tiny_gpt2(vocab_size=68)), data_parallel),
+        "a policy on the CPU": (lambda: LitDPO(folder, model_kwargs=on_cpu(True)), data_parallel),
+        "no reference to keep on the CPU": (
+            lambda: LitDPO(folder, lora=LORA, model_kwargs=on_cpu("reference")),
+            data_parallel,
+        ),
+        "a reference on the CPU in one shard": (
+            lambda: LitDPO(folder, model_kwargs=on_cpu("reference")),
+            tensor_parallel,
+        ),
         "a cached reference": (lambda: LitDPO(folder, cache_reference=folder / "cache"), data_parallel),
         "a cached object": (
             lambda: LitDPO(
@@ -64,6 +73,10 @@ def ways(folder: Path) -> dict:
         "FSDP 2": (lambda: LitDPO(folder, learning_rate=1e-2), data_parallel),
         "FSDP 2 with settings": (lambda: LitDPO(folder, learning_rate=1e-2, model_kwargs=fsdp), data_parallel),
     }
+
+
+def on_cpu(offload: bool | str) -> dict:
+    return {"distributed_config": {"fsdp_cpu_offload": offload}}
 
 
 def data_parallel() -> ModelParallelStrategy:

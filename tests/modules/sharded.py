@@ -21,27 +21,38 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
+from lit_did import LitDPO, LitDPOPG, LitSFT, PreferenceDataModule, SequenceStatistics
 from lit_did.exporting import consolidate_checkpoint
 from lit_did.models import policy_and_reference, trial
+from lit_did.models.sharding import kept_on_cpu
 from tests.modules.tiny import byte_tokenizer, tiny_llama, trainer
 from tests.processes import run_ranks
 
 LAYOUTS = {1: ("1x1",), 2: ("2x1", "1x2"), 4: ("2x2", "4x1")}  # by the number of processes
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+# Its loss is a mean over the tokens of a process.
+SFT: dict[str, Any] = {"class": LitSFT, "completion": (9, 10)}
 PAIRS = 24
 STEP = 12  # pairs in an optimiser step
+OFFLOADED = "reference on the CPU"
 VOCABULARY = 264  # that of the tokenizer, up to a multiple of 8
 
 
-def rows(seed: int = 0) -> list[dict[str, str]]:
+def rows(seed: int = 0, completion: tuple[int, int] = (2, 30)) -> list[dict[str, str]]:
+    """Pairs with completions of at least `completion[0]` and fewer than `completion[1]` characters."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(low: int, high: int) -> str:
         length = int(torch.randint(low, high, (), generator=generator))
         return "".join(chr(97 + int(i)) for i in torch.randint(0, 26, (length,), generator=generator))
 
-    return [{"prompt": text(8, 20), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(PAIRS)]
+    sides = ("chosen", "rejected")
+    return [{"prompt": text(8, 20), **{side: text(*completion) for side in sides}} for _ in range(PAIRS)]
+
+
+def with_entropy(chosen: SequenceStatistics, rejected: SequenceStatistics) -> torch.Tensor:
+    """A loss whose backward pass reads the logits of both models. Larger gradients would show norms' float32 sums."""
+    return 0.02 * (rejected.log_ratio - chosen.log_ratio - chosen.token_did_entropy)
 
 
 def tiny_qwen3() -> Qwen3ForCausalLM:
@@ -67,7 +78,8 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY).double()},
         "tied object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=True).double()},
         "float32": {**plain, "model_kwargs": {"dtype": torch.float32}},
-        "replicated": {**plain, "replicas": 2},
+        "replicated": {**plain, "settings": {"dp_replicate_size": 2}},  # on four processes
+        OFFLOADED: {**plain, "settings": {"fsdp_cpu_offload": "reference"}},
         "recomputed": {**plain, "gradient_checkpointing": True},
         "clipped": {**tied, "trainer": {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}},
         "clipped by value": {**plain, "trainer": {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}},
@@ -79,6 +91,7 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "cached": {**plain, "cache_reference": folder / "cache", "cache_kind": "logprobs"},
         "cached by each": {**plain, "cache_reference": "own", "cache_kind": "logprobs", "eval_batch_size": 3},
         "cached lora": {**plain, "lora": LORA, "cache_reference": "own", "cache_kind": "logprobs"},
+        "with entropy": {**plain, "loss": with_entropy},
         "lora": {**plain, "lora": LORA},
         "lora, tied, recomputed, in parts": {
             **tied,
@@ -89,17 +102,23 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         "lora start": {**plain, "lora": LORA, "reference": "adapter"},
         "lora object": {"policy": lambda: tiny_llama(vocab_size=VOCABULARY).double(), "lora": LORA},
         "lora, projected": {**plain, "class": LitDPOPG, "lora": LORA},
+        "sft": {**plain, **SFT},
+        "sft, tied, lora, in parts": {**tied, **SFT, "side": "both", "lora": LORA, "micro_batch_tokens": 1},
     }
 
 
-QUICK = ("full", "lora, tied, recomputed, in parts")
+QUICK = ("full", "lora, tied, recomputed, in parts", OFFLOADED)
 OTHERS = (
     ("tied", "object", "tied object", "float32"),
     ("recomputed", "clipped", "clipped by value", "in parts"),
     ("norms of heads, in parts", "projected", "projected, tied, in parts"),
     ("lora", "lora start", "lora object", "lora, projected"),
+    ("with entropy", "sft", "sft, tied, lora, in parts"),
 )
-ON_FOUR = (("full", "clipped", "replicated"), ("recomputed", "projected, tied, in parts", "lora"))
+ON_FOUR = (
+    ("full", "clipped", "replicated", "float32"),
+    ("recomputed", "projected, tied, in parts", "lora", "lora, tied, recomputed, in parts"),
+)
 LORA_CASES = tuple(name for name in cases(Path()) if "lora" in name)
 
 
@@ -152,6 +171,7 @@ class Save(lightning.Callback):
             "steps": trainer.global_step,
             "dtypes": [next(model.parameters()).dtype for model in models],
             "first": self.first,
+            "on_cpu": [kept_on_cpu(model) for model in models],
         }
         torch.save(saved, f"{self.path}.{trainer.global_rank}")
 
@@ -168,11 +188,12 @@ def fit(layout: str, path: Path, case: dict[str, Any], checkpoint: Path | None =
     data, tensor = map(int, layout.split("x"))
     case = {"class": LitDPO, "trainer": {}, "model_kwargs": {"dtype": torch.float64}, **case}
     kind, options, policy = (case.pop(name) for name in ("class", "trainer", "policy"))
-    eval_batch_size = case.pop("eval_batch_size", None)
+    eval_batch_size, completion = case.pop("eval_batch_size", None), case.pop("completion", (2, 30))
     if case.get("cache_reference") == "own":  # of this layout
         case["cache_reference"] = f"{path}.cache"
-    if case.pop("replicas", 1) == 2 and data == 4:  # two replicas of two shards each
-        case["model_kwargs"]["distributed_config"] = {"dp_replicate_size": 2}
+    settings = case.pop("settings", {})
+    if data > settings.get("dp_replicate_size", 1):
+        case["model_kwargs"]["distributed_config"] = settings
     # An adapter gets the first process's values, and a model object has to be the same on all.
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() and not callable(policy) else 0
     torch.manual_seed(7 + rank)
@@ -187,11 +208,12 @@ def fit(layout: str, path: Path, case: dict[str, Any], checkpoint: Path | None =
     )
     batch_size = STEP // options.get("accumulate_grad_batches", 1) // data
     sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": 64}
-    pairs = PreferenceDataModule(rows(), byte_tokenizer(), val=rows(1)[:8], **sizes)
+    pairs = PreferenceDataModule(rows(0, completion), byte_tokenizer(), val=rows(1, completion)[:8], **sizes)
     run.fit(module, pairs, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
 
 
 def main(folder: Path, processes: int, names: list[str]) -> None:
+    torch.Tensor.pin_memory = lambda tensor: tensor  # it needs a GPU
     policy_and_reference.linear_sequence_statistics = functools.partial(
         policy_and_reference.linear_sequence_statistics, max_extra_bytes=2**14
     )

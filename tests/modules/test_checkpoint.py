@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_did import LitDPO
-from lit_did.modules.checkpoint import TrainedState
+from lit_did.modules.checkpoint import TrainedState, warn_unless_same_reference
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
@@ -108,6 +109,24 @@ def test_a_folder_that_one_process_resumes_names_the_remedy(tmp_path):
     with pytest.raises(IsADirectoryError) as caught:
         trainer(max_epochs=1).fit(LitDPO(tiny_llama()), loader(make_pairs(4), 2), ckpt_path=tmp_path)
     assert "consolidate_checkpoint(folder, file)`" in caught.value.__notes__[0]
+
+
+def test_another_reference_by_name_is_noticed_where_weights_are_sharded(tmp_path):
+    """Sharded weights have no digest, so the digests of their files are compared."""
+
+    def loaded(seed: int) -> dict[str, str]:
+        tiny_llama(seed).save_pretrained(tmp_path / "model")
+        module = LitDPO(tmp_path / "model")
+        module.configure_model()
+        return module._reference_digests
+
+    saved = {"files": loaded(0)["files"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_unless_same_reference(saved, loaded(0))
+        warn_unless_same_reference(saved, {})
+    with pytest.warns(UserWarning, match="The reference's weights differ"):
+        warn_unless_same_reference(saved, loaded(1))
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_did.exporting import export_policy
-from tests.modules.sharded import LAYOUTS, LORA_CASES, ON_FOUR, OTHERS, QUICK
+from tests.modules.sharded import LAYOUTS, LORA_CASES, OFFLOADED, ON_FOUR, OTHERS, QUICK
 from tests.modules.tiny import byte_tokenizer
 from tests.processes import run_program
 
@@ -66,6 +66,7 @@ def test_sharded_training_equals_one_process(tmp_path, names, numbers):
             for rank in saved(tmp_path, name, layout):
                 assert rank["held"] < 0.7  # its shards of all models, and small vectors
                 assert rank["fused"] == one["fused"]
+                assert any(rank["on_cpu"]) == rank["on_cpu"][-1] == (name == OFFLOADED and layout != "1x2")
                 if max(numbers) == 2:  # of four processes each has few logits: the weights that FSDP gathers are larger
                     assert rank["largest"] < 0.75  # of the logits of the completion tokens
             assert_equal(tmp_path, name, layout, one)

@@ -27,6 +27,9 @@ REFUSED = {
     "other weights on the other process": "`policy` to have the same weights on all processes",
     "tied embeddings in uneven shards": "divide the 67 entries of the vocabulary.*tied embeddings.*got 2 processes",
     "layers without a plan": r'"fsdp_plan": {"transformer.h.\*": "free_full_weight"}',
+    "a policy on the CPU": "`fsdp_cpu_offload` of `distributed_config` to be False, or 'reference'.*got True with 2",
+    "no reference to keep on the CPU": "`fsdp_cpu_offload` of `distributed_config` to be False without a reference",
+    "a reference on the CPU in one shard": "'reference' with several data-parallel processes.*got 'reference' with 1",
     "a cached reference": "`cache_kind` to be 'logprobs' and the strategy to be .* but got 'hidden_states' and Model",
     "a cached object": "given by the name of a whole model with `cache_reference` and sharded models",
 }

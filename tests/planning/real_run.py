@@ -89,7 +89,7 @@ def measured(config: LlamaConfig, run: Run) -> dict[str, int]:
             max_steps=2,
             accelerator="cpu",
             devices=run.gpus,
-            strategy=sharding if run.gpus > 1 else "auto",
+            strategy="auto" if run.gpus == 1 else "ddp" if run.replicated else sharding,
             precision=run.precision,
             use_distributed_sampler=False,
             barebones=True,

@@ -54,8 +54,9 @@ def test_equals_a_measured_step(switches):
 
 
 def test_equals_a_measured_step_on_two_processes(tmp_path):
-    """gloo allocates copies of what it sends, so that only tensors are compared."""
+    """gloo allocates copies of what it sends, so that only tensors are compared. No operator returns DDP's buckets."""
     cases = [
+        {"gpus": 2, "strategy": "ddp"},
         {"gpus": 2, "gradient_checkpointing": True, "precision": "bf16-mixed", "reference_dtype": "float32"},
         {"gpus": 2, "lora": 4},
         {"gpus": 2, "tensor_parallel": 2},
@@ -65,7 +66,11 @@ def test_equals_a_measured_step_on_two_processes(tmp_path):
     for number, switches in enumerate(cases):
         found = plan_of(config_of(), Run(**RUN | switches))
         for measurements in of_ranks:
-            check(found, measurements[number] | {"allocated": found.peak})
+            real = measurements[number]
+            if found.run.replicated:
+                assert found.peak == pytest.approx(real["allocated"], rel=0.1)
+                real |= {"tensors": found.peak}
+            check(found, real | {"allocated": found.peak})
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,22 @@ def test_each_holder_gets_its_bytes():
     assert tuple(full.held) == HOLDERS
 
 
+def test_settings_of_sharding():
+    """Replicas hold larger shards, and a reference on the CPU holds nothing but its buffers."""
+    config, plain = config_of(), SMALL | {"precision": "32-true"}
+    whole = plan_of(config, Run(**plain))
+    sharded, replicated, offloaded, without = (
+        plan_of(config, Run(**plain, gpus=4, **settings))
+        for settings in ({}, {"dp_replicate_size": 2}, {"fsdp_cpu_offload": "reference"}, {"reference_free": True})
+    )
+    for found, shards in ((sharded, 4), (replicated, 2), (offloaded, 4)):
+        assert (found.weights - 64) * shards == whole.weights - 64  # inv_freq
+    assert (sharded.reference, offloaded.reference) == (sharded.weights, 64)
+    # Nothing that FSDP has gathered of the reference is left.
+    assert sharded.parts["optimiser"] - without.parts["optimiser"] == sharded.reference
+    assert offloaded.parts["optimiser"] - without.parts["optimiser"] == offloaded.reference
+
+
 def _on_meta(config):
     from transformers import AutoModelForCausalLM
 
@@ -160,6 +181,12 @@ def test_fits():
         ({"length": 8, "prompt_length": 8}, "Expected `prompt_length` to be less than `length`, 8, but got 8"),
         ({"reference_free": True, "cached_reference": True}, "Expected `cached_reference` to be False"),
         ({"gpus": 2, "cached_reference": True}, "Expected `cached_reference` to be False with sharded models"),
+        (
+            {"gpus": 4, "dp_replicate_size": 3},
+            "Expected `dp_replicate_size` to divide .* 4, and to be 1 without, but got 3",
+        ),
+        ({"gpus": 2, "strategy": "ddp", "dp_replicate_size": 2}, "Expected `dp_replicate_size` to divide"),
+        ({"gpus": 2, "lora": 4, "fsdp_cpu_offload": "reference"}, "Expected `fsdp_cpu_offload` to be None without"),
         ({"precision": "16-mixed"}, "Expected `precision` to be one of"),
     ],
 )
