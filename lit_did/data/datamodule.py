@@ -15,7 +15,7 @@ from lit_did.data.chunks import Tokenization
 from lit_did.data.collating import collate_packed, collate_pairs
 from lit_did.data.dataset import PreferenceDataset
 from lit_did.data.describing import data_facts, describe_data
-from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler
+from lit_did.data.loading import EvaluationSampler, NoValidation, ResumableDataLoader, ResumableSampler, replicas
 from lit_did.data.mixing import Mixture, MixtureSampler, check_weights, is_mixture
 from lit_did.data.policy_tokenizer import name_of_policy_tokenizer
 from lit_did.data.preview import print_pairs
@@ -231,14 +231,14 @@ class PreferenceDataModule(LightningDataModule):
         """
         if self.train_dataset is None:
             raise RuntimeError("Expected `setup('fit')` before `train_dataloader`, but nothing was read yet.")
-        replicas = self._replicas()
+        ranks = replicas(self.trainer)
         num_tokens = self.train_dataset.num_tokens
         make_sampler: Any = ResumableSampler
         if is_mixture(self.train):
             mixture = Mixture(self.train, num_tokens, self.train_dataset.row_numbers, self._splits.starts)
             make_sampler = partial(MixtureSampler, mixture)
         sampler = make_sampler(
-            self.train_dataset, **replicas, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
+            self.train_dataset, **ranks, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
         )
         if self.tokens_per_batch is None:
             assert self.batch_size is not None  # the default without `tokens_per_batch` is 8
@@ -246,11 +246,11 @@ class PreferenceDataModule(LightningDataModule):
             batching: dict[str, Any] = {"batch_size": least, "sampler": sampler, "drop_last": self.drop_last}
         else:
             least, name = 1, "ranks"
-            batch_sampler = TokenBatchSampler(sampler, num_tokens, self.tokens_per_batch, self.batch_size, **replicas)
+            batch_sampler = TokenBatchSampler(sampler, num_tokens, self.tokens_per_batch, self.batch_size, **ranks)
             batching = {"batch_sampler": batch_sampler}
         if self.drop_last and len(sampler) < least:
             raise ValueError(
-                f"Expected at least {name} = {least * replicas['num_replicas']} training pairs "
+                f"Expected at least {name} = {least * ranks['num_replicas']} training pairs "
                 f"with `drop_last=True`, but got {len(self.train_dataset)}."
             )
         return ResumableDataLoader(
@@ -287,7 +287,7 @@ class PreferenceDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(dataset, **self._replicas()),
+            sampler=EvaluationSampler(dataset, **replicas(self.trainer)),
             num_workers=self.num_workers,
             collate_fn=self._collate(),
         )
@@ -298,11 +298,6 @@ class PreferenceDataModule(LightningDataModule):
         # Padding is masked by length, so any id in the vocabulary works.
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return partial(collate_pairs, pad_token_id=next(token for token in candidates if token is not None))
-
-    def _replicas(self) -> dict[str, int]:
-        """The number of data-parallel ranks, and this one's. Ranks of one tensor-parallel group read the same data."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def facts(self) -> dict[str, Any]:
         """The tokenizer, the sources, the counts and the settings as plain values, for checkpoints and model cards."""

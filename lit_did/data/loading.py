@@ -55,6 +55,16 @@ class EvaluationSampler(DistributedSampler):
         return iter(range(self.rank, self.total_size, self.num_replicas))
 
 
+def replicas(trainer: Any) -> dict[str, int]:
+    """The arguments `num_replicas` and `rank` of a sampler: of the processes that get batches of their own.
+
+    The processes of a tensor-parallel or context-parallel group get the same batches.
+    """
+    given = getattr(trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+    size = getattr(getattr(trainer, "lightning_module", None), "context_parallel_size", 1)
+    return {name: number // size for name, number in given.items()}
+
+
 class NoValidation(list):
     """No loaders. Lightning's warning about its length shows the name of this class, which explains it."""
 

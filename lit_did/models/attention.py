@@ -23,9 +23,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_did.batches.layout import Packing
+from lit_did.models.context_parallel import context_group, exchange
 
 SUPPORTED = ("sdpa", "eager")
 PREFIX = "lit_did_"
+BLOCK = 1024  # queries that attend with one mask, so that masks grow with the number of tokens, not with its square
+ALIGNED = 16  # kernels on GPUs copy masks that begin elsewhere
+FLEX_BLOCK = 128  # flex attention's own
 _OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # other arguments of transformers' sdpa
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the segments of a batch: the masks that all layers share. They are freed with the batch."""
@@ -57,17 +61,35 @@ def block_mask(segments: Tensor, device: torch.device) -> Any:
         segments: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`.
         device: Where the model is.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     lengths, continues = segments[0, 0].T
     of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    # The blocks of tokens by tokens in which some, or all, attend. torch would make a [tokens, tokens] mask for them.
+    blocks = -(-len(of_token) // FLEX_BLOCK)
+    some, every = torch.zeros(2, blocks, blocks, dtype=torch.bool).unbind()
+    stops = lengths.cumsum(0)
+    bounds = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
+    for own, before in zip(bounds, continues.tolist(), strict=True):
+        for known in (own, bounds[before])[: 1 + (before >= 0)]:
+            some[tuple(slice(start // FLEX_BLOCK, -(-stop // FLEX_BLOCK)) for start, stop in (own, known))] = True
+            every[tuple(slice(-(-start // FLEX_BLOCK), stop // FLEX_BLOCK) for start, stop in (own, known))] = True
+    every = every.tril(-1)
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of each row are chosen, and the columns, those of the chosen ones first."""
+        columns = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1).int()[None, None].to(device), columns.int()[None, None].to(device)
+
     before = continues[of_token].to(device)
     of_token = of_token.to(device)
 
     def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & ((of_token[query] == of_token[key]) | (before[query] == of_token[key]))
 
-    return create_block_mask(attends, None, None, len(of_token), len(of_token), device=device)
+    partial, full = ordered(some.tril() & ~every), ordered(every)
+    sizes = (len(of_token), len(of_token))
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=attends, seq_lengths=sizes)
 
 
 def use_packed_attention(model: nn.Module) -> None:
@@ -189,6 +211,9 @@ def _attend_by_segments(
     with unset_fake_temporarily():  # they have values, also where all other tensors are fake
         lengths, continues = segments[0, 0].T.tolist()
     masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
+    processes = sum(lengths) // query.shape[2]
+    if processes > 1:  # they share the row, see `lit_did.models.context_parallel`
+        query, key, value = exchange(context_group(processes), True, query, key, value)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, before in enumerate(continues):
@@ -196,15 +221,25 @@ def _attend_by_segments(
         if before >= 0:
             k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
         near = sliding_window is None or k.shape[2] <= sliding_window
-        if not explicit and before < 0 and near:
-            mask = None  # causal
-        else:
-            given = lengths[i], k.shape[2], None if near else sliding_window, query.dtype, query.device
-            if given not in masks:
-                masks[given] = _mask(*given)
-            mask = masks[given]
-        outputs.append(inner(module, queries[i], k, v, mask, sliding_window=sliding_window, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+        if not explicit and before < 0 and near:  # causal: no mask
+            outputs.append(inner(module, queries[i], k, v, None, sliding_window=sliding_window, **kwargs)[0])
+            continue
+        given = min(lengths[i], BLOCK), k.shape[2], None if near else sliding_window, query.dtype, query.device
+        if given not in masks:
+            masks[given] = _mask(*given)
+        stop = k.shape[2] - lengths[i]
+        whole, rest = divmod(lengths[i], BLOCK)
+        for block in queries[i].split([rest] * (rest > 0) + [BLOCK] * whole, dim=2):
+            stop += block.shape[2]
+            first = 0 if near else max(0, stop - block.shape[2] - sliding_window + 1) // ALIGNED * ALIGNED
+            mask = masks[given][..., -block.shape[2] :, first - stop :]
+            seen = k[:, :, first:stop], v[:, :, first:stop]
+            outputs.append(inner(module, block, *seen, mask, sliding_window=sliding_window, **kwargs)[0])
+    output = torch.cat(outputs, dim=1)
+    if processes > 1:
+        (own,) = exchange(context_group(processes), False, output.transpose(1, 2))
+        output = own.transpose(1, 2)
+    return output, None
 
 
 def _sdpa(
@@ -238,6 +273,9 @@ def _sdpa(
 
 def _mask(queries: int, keys: int, sliding_window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[1, 1, queries, keys]: 0 where a query attends, else the least of `dtype`. Queries are the last positions."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+    query, key = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
+    hidden = query < key  # bool: a difference would be int64, eight times as large
+    if sliding_window is not None:
+        hidden |= query - sliding_window >= key
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]

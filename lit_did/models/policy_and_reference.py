@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lit_did.arguments import check_bools
 from lit_did.batches import IGNORE_INDEX
@@ -15,6 +16,7 @@ from lit_did.batches.reading import read_batch
 from lit_did.batches.sequences import Sequences, read_sequences
 from lit_did.models import attention
 from lit_did.models.adapters import ADAPTER, freeze_start, warn_if_untrained
+from lit_did.models.context_parallel import over_group
 from lit_did.models.forward import Outputs, text_config
 from lit_did.models.loading import (
     check_adapter,
@@ -178,7 +180,12 @@ class PolicyAndReference(nn.Module):
         return read_sequences(read_batch(batch, self.ignore_index if ignore_index is None else ignore_index))
 
     def statistics(
-        self, sequences: Sequences, whole: Sequences | None = None, *, alone: bool = False
+        self,
+        sequences: Sequences,
+        whole: Sequences | None = None,
+        *,
+        alone: bool = False,
+        group: ProcessGroup | None = None,
     ) -> tuple[SequenceStatistics, Tensor | None]:
         """The statistics [sequences], and the auxiliary loss of a mixture of experts that is configured to return one.
 
@@ -186,8 +193,11 @@ class PolicyAndReference(nn.Module):
             sequences: What `read` returned, or some of it.
             whole: All sequences that one backward pass goes through, if `sequences` are some of them.
             alone: Whether the policy runs without its reference, as if it were its own: every log-ratio is 0.
+            group: The processes that share the tokens of `sequences`, which all of them pass. Each gets the statistics
+                of whole sequences. Gradients are right after a mean over all processes, as DDP and FSDP take it, see
+                `lit_did.models.context_parallel`.
         """
-        return self._run(self.policy, self.reference, sequences, whole, alone=alone)
+        return self._run(self.policy, self.reference, sequences, whole, alone=alone, group=group)
 
     def measure(
         self,
@@ -302,8 +312,9 @@ class PolicyAndReference(nn.Module):
         alone: bool = False,
         temperature: float | None = None,
         backend: Backend | None = None,
+        group: ProcessGroup | None = None,
     ) -> tuple[SequenceStatistics, Tensor | None]:
-        layout = self._layout(policy, sequences, whole)
+        layout = self._layout(policy, sequences, whole, group)
         of_policy = outputs_of(policy, layout)
         if layout.packing == "segments" and any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()):
             for tensor in (of_policy.hidden, of_policy.logits, of_policy.auxiliary_loss):
@@ -315,7 +326,7 @@ class PolicyAndReference(nn.Module):
         elif self._recorded is not None:
             of_reference = self._recorded.outputs(sequences, device)
         else:
-            of_reference = self._reference_outputs(policy, reference, sequences, layout).to(device)
+            of_reference = self._reference_outputs(policy, reference, sequences, layout, group).to(device)
         statistics = completion_statistics(
             of_policy,
             of_reference,
@@ -326,20 +337,41 @@ class PolicyAndReference(nn.Module):
         )
         if reference is not None and self._freeze:  # the statistics' backward pass may read its output layer
             free_whole_weights(reference, of_policy.hidden)
-        return statistics, of_policy.auxiliary_loss
+        return statistics if group is None else over_group(statistics, group), of_policy.auxiliary_loss
 
     def _reference_outputs(
-        self, policy: nn.Module, reference: nn.Module | None, sequences: Sequences, layout: Layout | None = None
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        sequences: Sequences,
+        layout: Layout | None = None,
+        group: ProcessGroup | None = None,
     ) -> Outputs:
         """What the reference answers. `layout`: the policy's, which also suits the policy without its adapter."""
         if reference is None:
             with adapter_off(policy, self.adapter):
                 return outputs_of(policy, layout or self._layout(policy, sequences))
         with evaluating(reference):
-            return outputs_of(reference, self._layout(reference, sequences))
+            own = self._layout(reference, sequences, group=group)
+            if group is not None and layout is not None:
+                rows = [value.inputs["attention_mask"][..., 0].sum() for value in (layout, own)]  # on the CPU
+                if rows[0] != rows[1]:
+                    raise ValueError(
+                        "Expected a policy and a reference that both take shared prompts with `context_parallel_size`, "
+                        "so that a process has the same tokens of both, but one of them does not. Pass "
+                        "`share_prompts=False`."
+                    )
+            return outputs_of(reference, own)
 
-    def _layout(self, model: nn.Module, sequences: Sequences, whole: Sequences | None = None) -> Layout:
-        return layout_of(model, sequences, padding_free=self.padding_free, share=self.share_prompts, batch=whole)
+    def _layout(
+        self,
+        model: nn.Module,
+        sequences: Sequences,
+        whole: Sequences | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Layout:
+        options = {"padding_free": self.padding_free, "share": self.share_prompts}
+        return layout_of(model, sequences, **options, batch=whole, group=group)
 
 
 def completion_statistics(

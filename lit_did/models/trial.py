@@ -27,11 +27,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.layout import SHORTEST_SHARED, Kind, Layout, Packing, packed_layout, padded_layout
 from lit_did.batches.sequences import Sequences
 from lit_did.models import attention
+from lit_did.models.context_parallel import own_tokens
 from lit_did.models.forward import (
     Outputs,
     adds_auxiliary_loss,
@@ -87,6 +89,7 @@ class _Model:
         self.body_tried: set[bool] = set()  # without and with gradients
         self.found: list[Found] = []
         self.warned: set[str] = set()
+        self.shares: set[int] = set()  # numbers of processes that may share a row
         self.raised = ""  # by the last layout that the model does not take
 
 
@@ -101,6 +104,7 @@ def layout_of(
     padding_free: bool = True,
     share: bool = True,
     batch: Sequences | None = None,
+    group: ProcessGroup | None = None,
 ) -> Layout:
     """The sequences in the fastest layout in which `model` gives right results, on its device.
 
@@ -110,16 +114,21 @@ def layout_of(
         padding_free: Whether to try the sequences end to end in one row.
         share: Whether to try the beginning that a pair shares in the row only once.
         batch: All sequences of the batch, if `sequences` are a micro-batch. All micro-batches get one kind of layout.
+        group: The processes that share the row, see `lit_did.models.context_parallel`. This one gets its slice. All of
+            them call this function, with the same sequences.
 
     Raises:
         TypeError: The model is not a causal language model.
-        ValueError: The sequences are longer than the model has positions.
+        ValueError: The sequences are longer than the model has positions, or the model cannot share a row.
     """
     device = device_of(model)
     if adds_auxiliary_loss(model):  # tokens after the last label count
         sequences, batch = sequences.whole(), None if batch is None else batch.whole()
     tried = sequences if batch is None else batch
-    found = find(model, tried, padding_free=padding_free)
+    found = find(model, tried, padding_free=padding_free, processes=1 if group is None else group.size())
+    if group is not None:
+        _check_sharing(model, tried, found, share and found.share, group)
+        return _packed(sequences, device, "segments", share and found.share, group)
     if found.packing == "positions" and not tried.positions_count_from_zero:  # so they do not mark the sequences
         found = find(model, tried, padding_free=False)
     if found.packing is not None:
@@ -170,12 +179,17 @@ def assume_right(model: nn.Module) -> bool:
     return packs
 
 
-def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -> Found:
-    """The fastest layout of such sequences in which `model` is right. If it is not known yet, a trial finds it."""
+def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True, processes: int = 1) -> Found:
+    """The fastest layout of such sequences in which `model` is right. If it is not known yet, a trial finds it.
+
+    If several processes share a row, the trial's sequences have the length of one process's share, because a trial runs
+    them whole on each process.
+    """
     known, sharded = _known.setdefault(model, _Model()), is_sharded(model)
     gradients = not sharded and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     lengths = np.diff(sequences.cu_seqlens)
-    length, row = int(lengths.max(initial=1)), int(lengths.sum())
+    _check_positions(model, int(lengths.max(initial=1)))
+    length, row = (-(-int(number) // processes) for number in (lengths.max(initial=1), lengths.sum()))
     parameter = next(model.parameters())
     autocast = _is_wrapped(model) and torch.is_autocast_enabled(device_of(model).type)
     key = (padding_free, parameter.dtype, autocast, attention.implementation(inner(model)))
@@ -185,7 +199,6 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True) -
         fastest = found.kind == ("packed" if padding_free else "padded") and not found.forgets
         if found.length >= length and found.row >= row and fastest:
             return found
-    _check_positions(model, length)
     wanted = _bounds(model, length, row)
     # A layout that was wrong for a shorter row is wrong for a longer one. The other layouts have no long rows.
     failed = [found for found in tried if found.kind != "packed" and found.length <= wanted[0] and found.row <= row]
@@ -255,6 +268,45 @@ def _agreed(model: nn.Module, wanted: tuple[int, int], batch: Sequences) -> tupl
         (batch,) = shared
     longest = int(max(length, min(2 * length, num_positions(model))))
     return (longest, max(2 * row, longest + SHORT)), batch
+
+
+def _check_sharing(model: nn.Module, batch: Sequences, found: Found, share: bool, group: ProcessGroup) -> None:
+    """Raises ValueError unless processes that share a row get one process's results. This is tried once a model."""
+    known, device, size = _known[model], device_of(model), group.size()
+    but = f"but got {size} with {_name(model)} and attention {attention.implementation(inner(model))!r}"
+    if found.packing != "segments":
+        raise ValueError(
+            "Expected `context_parallel_size` to be 1 with a model that does not take packed batches with attention "
+            f"'sdpa' or 'eager', or that has an auxiliary loss, {but}. With another attention, pass `model_kwargs="
+            '{"attn_implementation": "sdpa"}`.'
+        )
+    if size in known.shares:
+        return
+    rope = str(getattr(text_config(model), "rope_parameters", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        raise ValueError(
+            "Expected `context_parallel_size` to be 1 with position embeddings that depend on the longest sequence, "
+            f"because each process has other tokens, {but} and {rope}."
+        )
+    pairs = _trial_sequences(batch, LEAST_LENGTH, 2 * LEAST_LENGTH, num_embeddings(model) or 1)
+    sums, half = [], False
+    with _untouched(model):
+        for processes in (None, group):
+            layout = _packed(pairs, device, "segments", share, processes)
+            try:
+                logits, _, half = _answer(model, known.body, layout, None)
+            except RuntimeError as error:  # such as one of shapes, because attention has a parameter for each head
+                raise ValueError(f"Expected `context_parallel_size` to be 1, {but}, which raised: {error}") from error
+            numbers = layout.cu_labels.diff()
+            of_sequence = torch.repeat_interleave(torch.arange(len(numbers), device=device), numbers)
+            sums.append(logits.new_zeros(len(numbers), logits.shape[1]).index_add(0, of_sequence, logits))
+    torch.distributed.all_reduce(sums[1], group=group)
+    if not _close(sums[1], sums[0], half):
+        raise ValueError(
+            "Expected `context_parallel_size` to be 1 with a model in which other layers than attention mix tokens, "
+            f"{but}. A check found that {size} processes that share a row get other results than one."
+        )
+    known.shares.add(size)
 
 
 def _all_agree(model: nn.Module, right: bool) -> bool:
@@ -554,7 +606,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _packed(sequences: Sequences, device: torch.device, packing: Packing, share: bool) -> Layout:
+def _packed(
+    sequences: Sequences, device: torch.device, packing: Packing, share: bool, group: ProcessGroup | None = None
+) -> Layout:
+    if group is not None:
+        return own_tokens(packed_layout(sequences, torch.device("cpu"), share=share), group, device)
     layout = packed_layout(sequences, device, share=share)._replace(packing=packing)
     if packing == "segments":
         return layout

@@ -28,6 +28,16 @@ def check_micro_batch_tokens(micro_batch_tokens: int | str | None) -> None:
         check_integer("micro_batch_tokens", micro_batch_tokens, 1, ", 'auto' or None")
 
 
+def check_context_parallel_size(size: int, padding_free: bool) -> None:
+    """Raises TypeError or ValueError unless it is what LitDPO documents."""
+    check_integer("context_parallel_size", size, 1)
+    if size > 1 and not padding_free:
+        raise ValueError(
+            f"Expected `padding_free` to be True with `context_parallel_size={size}`, because processes share rows "
+            "without padding, but got False. Leave it out."
+        )
+
+
 def check_training_step(micro_batches: MicroBatches | None) -> MicroBatches:
     """Returns the `micro_batches`. Raises RuntimeError if LitDPO's `training_step`, which makes them, did not run."""
     if micro_batches is None:

@@ -21,6 +21,7 @@ from lit_did.modules import run_facts
 from lit_did.modules.checks import (
     cache_folder,
     check_cache_kind,
+    check_context_parallel_size,
     check_loading,
     check_loss_of_logprobs,
     check_micro_batch_tokens,
@@ -114,6 +115,9 @@ class LitDPO(PairModule):
             "logprobs": one log-probability for each completion, a thousandth of the size or less. Training then logs
             no statistics of whole distributions (`token_did_...`, `kl`, `reverse_kl`). Validation runs the reference
             itself and logs them, unless models are sharded: then the reference is freed, or not even loaded.
+        context_parallel_size: How many processes share each batch: each runs the models on its part of every row of
+            tokens. For completions that take too much memory on one device. It divides the number of data-parallel
+            processes. 1: each process has its own batches. docs/scale.md says what it needs.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 
@@ -152,6 +156,7 @@ class LitDPO(PairModule):
         micro_batch_tokens: int | Literal["auto"] | None = "auto",
         cache_reference: str | os.PathLike | None = None,
         cache_kind: CacheKind = "hidden_states",
+        context_parallel_size: int = 1,
         model_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -172,6 +177,7 @@ class LitDPO(PairModule):
         check_bools(disable_dropout=disable_dropout, gradient_checkpointing=gradient_checkpointing)
         check_bools(padding_free=padding_free, share_prompts=share_prompts, recompute_elementwise=recompute_elementwise)
         check_micro_batch_tokens(micro_batch_tokens)
+        check_context_parallel_size(context_parallel_size, padding_free)
         check_optimizer(
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

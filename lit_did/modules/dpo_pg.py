@@ -80,6 +80,7 @@ class LitDPOPG(LitDPO):
             16,384 elsewhere. None: all at once.
         cache_reference: A folder for the reference's answers, see `LitDPO`.
         cache_kind: What `cache_reference` keeps, "hidden_states" or "logprobs", see `LitDPO`.
+        context_parallel_size: How many processes share each batch, see `LitDPO`.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 

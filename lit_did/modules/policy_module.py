@@ -21,6 +21,7 @@ from lit_did.batches.checks import checked_sequences
 from lit_did.batches.sequences import Sequences
 from lit_did.models import forward, loading
 from lit_did.models.adapters import ADAPTER
+from lit_did.models.context_parallel import context_group
 from lit_did.models.dropout import Probability, switch_off_dropout
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.quantisation import check_has_adapter
@@ -33,8 +34,10 @@ from lit_did.modules.quiet_start import QuietStart
 from lit_did.modules.strategies import (
     check_averages_of_weights,
     check_backward_is_run,
+    check_context_can_be_shared,
     check_gradients_are_exchanged,
     check_reference_can_be_cached,
+    check_same_batch,
     check_same_on_all_processes,
     check_settings_are_used,
     check_settings_have_a_reference,
@@ -68,6 +71,7 @@ class PolicyModule(TrainedState):
     _reference_files: Callable[[Path], str | None] | None = None
     """returns the digest of the files of a reference that was given by name"""
     _distributed_settings: Any = None  # `distributed_config` of `model_kwargs`
+    _same_batches: frozenset[Any] = frozenset()  # the stages in which processes that share a row had the same batch
     _noise_checked = False
     _start_checked = False
 
@@ -80,6 +84,11 @@ class PolicyModule(TrainedState):
     def reference(self) -> nn.Module | None:
         """The reference model. None: there is none, or it is the policy with its adapter off or another adapter."""
         return None if self.models is None else self.models.reference
+
+    @property
+    def context_parallel_size(self) -> int:
+        """The number of processes that share a batch, see `lit_did.models.context_parallel`."""
+        return self.hparams["context_parallel_size"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module would otherwise be registered under this name, and the properties would hide it.
@@ -234,8 +243,14 @@ class PolicyModule(TrainedState):
 
         With `cached_logprobs`, `reference_logprob` and `log_ratio` are there too.
         """
-        models, cached = self.loaded_models(), self.cached_logprobs()
-        statistics, auxiliary = models.statistics(sequences, whole, alone=cached is not None)
+        models, cached, group = self.loaded_models(), self.cached_logprobs(), None
+        if self.context_parallel_size > 1 and self._trainer is not None:
+            group = context_group(self.context_parallel_size)
+            stage = self.trainer.state.stage
+            if stage not in self._same_batches:
+                check_same_batch(sequences, group, self.device)
+                self._same_batches |= {stage}
+        statistics, auxiliary = models.statistics(sequences, whole, alone=cached is not None, group=group)
         if cached is not None:
             logprobs = cached.logprobs(sequences, statistics.policy_logprob.device)
             return with_reference_logprob(of_policy_alone(statistics), logprobs), auxiliary
@@ -261,7 +276,9 @@ class PolicyModule(TrainedState):
         return [] if any(isinstance(c, QuietStart) for c in trainer.callbacks) else [QuietStart()]
 
     def setup(self, stage: str) -> None:
-        """Refuses a strategy that ignores `backward`, DDP with sharded models, and averages of other weights."""
+        """Refuses strategies that would train wrong, and averages of other weights."""
+        check_context_can_be_shared(self)
+        self._same_batches = frozenset()
         if stage == "fit":
             check_backward_is_run(self.trainer)
             check_averages_of_weights(self)

@@ -11,6 +11,7 @@ import lightning
 from torch import nn
 
 from lit_did.data import PreferenceDataModule
+from lit_did.data.loading import replicas
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def adapter_config(policy: nn.Module) -> dict[str, Any] | None:
 
 
 def data_parallel_size(trainer: lightning.Trainer) -> int:
-    """How many processes, or groups of processes with tensor parallelism, get batches of their own."""
-    return (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    """How many processes, or groups of processes with tensor or context parallelism, get batches of their own."""
+    return replicas(trainer)["num_replicas"]
 
 
 def _training(trainer: lightning.Trainer, module: LitDPO) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class LitSFT(LitDPO):
         recompute_elementwise: Recomputes all but matrix products and attention in the backward pass.
         micro_batch_tokens: Micro-batches have at most this many tokens, both sides counted, and at least one pair.
             "auto": 2,048 on a CPU, 16,384 elsewhere. None: all at once.
+        context_parallel_size: How many processes share each batch, see `LitDPO`.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 
@@ -143,6 +144,7 @@ class LitSFT(LitDPO):
         share_prompts: bool = True,
         recompute_elementwise: bool = False,
         micro_batch_tokens: int | Literal["auto"] | None = "auto",
+        context_parallel_size: int = 1,
         model_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -166,6 +168,7 @@ class LitSFT(LitDPO):
             share_prompts=share_prompts,
             recompute_elementwise=recompute_elementwise,
             micro_batch_tokens=micro_batch_tokens,
+            context_parallel_size=context_parallel_size,
             model_kwargs=model_kwargs,
             backend=backend,
         )

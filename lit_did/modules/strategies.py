@@ -5,9 +5,12 @@ Every process must end each step with the same weights, or with its shard of the
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
@@ -15,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_did.batches.sequences import Sequences
 from lit_did.models.sharding import is_sharded
 from lit_did.models.wrappers import is_peft
 from lit_did.reference_cache.fingerprint import quick_digest
@@ -74,6 +78,42 @@ def check_reference_can_be_cached(module: PolicyModule) -> None:
             "Expected `cache_kind` to be 'logprobs' and the strategy to be ModelParallelStrategy with "
             f"`cache_reference` and sharded models, but got {settings.cache_kind!r} and {type(strategy).__name__}. "
             "Change these, leave `cache_reference` out, or use strategy='ddp'."
+        )
+
+
+def check_context_can_be_shared(module: PolicyModule) -> None:
+    """Raises ValueError if the strategy or the settings do not allow `context_parallel_size`."""
+    size = module.context_parallel_size
+    if size == 1:
+        return
+    strategy, world, cache = module.trainer.strategy, module.trainer.world_size, module.hparams["cache_reference"]
+    whole = type(strategy) is DDPStrategy or (
+        type(strategy) is ModelParallelStrategy and strategy.device_mesh["tensor_parallel"].size() == 1
+    )
+    if not whole or world % size:
+        raise ValueError(
+            "Expected `context_parallel_size` to divide the number of processes, under strategy='ddp' or "
+            f"ModelParallelStrategy with tensor_parallel_size=1, but got {size} and {world} processes under "
+            f"{type(strategy).__name__}. Pass `context_parallel_size=1`, or change the Trainer."
+        )
+    if cache is not None:
+        raise ValueError(
+            f"Expected `cache_reference` to be None with `context_parallel_size={size}`, but got {cache!r}. Leave out "
+            "one of the two."
+        )
+
+
+def check_same_batch(sequences: Sequences, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError if the processes of a context-parallel group have got different batches."""
+    digest = zlib.crc32(sequences.input_ids.tobytes())
+    ends = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    if int(ends.sum()):
+        size, world = group.size(), dist.get_world_size()
+        raise ValueError(
+            f"Expected the {size} processes of a group to get the same batches with `context_parallel_size={size}`, "
+            "but they differ. Use PreferenceDataModule. Or pass Trainer(use_distributed_sampler=False) and give your "
+            f"DataLoader a DistributedSampler with num_replicas={world // size} and rank=trainer.global_rank // {size}."
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -81,6 +82,57 @@ def test_against_a_dense_softmax(name, sliding_window):
     gradients, truths = (torch.autograd.grad((x * weight).sum(), inputs) for x in (output, expected))
     for gradient, truth in zip(gradients, truths, strict=True):
         torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("sliding_window", [None, 1, 3, 7])
+def test_queries_attend_in_blocks(name, sliding_window, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "ALIGNED", 2)
+    test_against_a_dense_softmax(name, sliding_window)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("sliding_window", [None, 150])
+def test_masks_of_shared_prompts_are_linear_in_the_tokens(sliding_window, monkeypatch):
+    """There is no [tokens, tokens] tensor, not even of bools."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    model, beginning, completion = build("Llama", "sdpa"), 100, 400
+    use_packed_attention(model)
+    segments = torch.tensor([(beginning, -1), (completion, 0), (completion, 0)])[None, None]
+    query, key, value = (torch.randn(1, 1, beginning + 2 * completion, 4, requires_grad=True) for _ in range(3))
+    with LargestTensor() as watch:
+        output, _ = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation](
+            model.model.layers[0].self_attn, query, key, value, segments, sliding_window=sliding_window
+        )
+        output.sum().backward()
+    assert watch.bytes <= 4 * 16 * (beginning + completion)  # a mask of one block
+
+
+def test_a_block_mask_is_that_of_torch_without_its_large_mask():
+    lengths = [(400, -1), (300, 0), (56, 0), (1, -1), (700, -1), (430, 4)]
+    tokens = sum(length for length, _ in lengths)
+    with LargestTensor() as watch:
+        mask = attention.block_mask(torch.tensor(lengths)[None, None], torch.device("cpu"))
+    assert watch.bytes < tokens**2 / 8
+    theirs = create_block_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
+    assert torch.equal(mask.to_dense(), theirs.to_dense())
+    for block in range(-(-tokens // 128)):  # those that torch does not mask again
+        full = set(mask.full_kv_indices[0, 0, block, : mask.full_kv_num_blocks[0, 0, block]].tolist())
+        assert full <= set(theirs.full_kv_indices[0, 0, block, : theirs.full_kv_num_blocks[0, 0, block]].tolist())
+    assert mask.full_kv_num_blocks.sum() > 0.5 * theirs.full_kv_num_blocks.sum()
 
 
 @pytest.mark.parametrize("heads", [HEADS, KEY_HEADS, 1])
