@@ -33,7 +33,7 @@ class DIDMonitor(Callback):
     gradients and random numbers. So training is the same to the bit with and without it. A measured training step
     costs two more forward passes, about one percent of the time with the default of every 50 steps.
 
-    `LitDPO` does not need it. It logs the same metrics at every step, from the forward passes of its training.
+    `LitDPO` does not need it. It logs the same metrics from the forward passes of its training.
 
     Under several processes, rows that a sampler repeats to give all processes equally many count twice.
     `PreferenceDataModule` marks such rows, and they do not count. With `logits_fn` everything counts that it returns.

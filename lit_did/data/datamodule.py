@@ -238,7 +238,13 @@ class PreferenceDataModule(LightningDataModule):
             mixture = Mixture(self.train, num_tokens, self.train_dataset.row_numbers, self._splits.starts)
             make_sampler = partial(MixtureSampler, mixture)
         sampler = make_sampler(
-            self.train_dataset, **ranks, shuffle=self.shuffle, seed=self.seed, drop_last=self.drop_last
+            self.train_dataset,
+            **ranks,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            num_tokens=num_tokens,
+            batch_size=self.batch_size or 1,  # `tokens_per_batch` does not iterate the sampler
         )
         if self.tokens_per_batch is None:
             assert self.batch_size is not None  # the default without `tokens_per_batch` is 8

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lit_did.data.dealing import deal
 from lit_did.data.token_batches import TokenBatchSampler
 
 
 class ResumableSampler(DistributedSampler):
-    """A DistributedSampler that can leave out the first rows of its rank.
+    """A DistributedSampler that gives all ranks equal work, and that can leave out the first rows of its rank.
 
-    A single process uses it too, because Lightning replaces other samplers in distributed runs. Its arguments are those
-    of `torch.utils.data.DistributedSampler`.
+    A step is the next `batch_size` times ranks rows of the order. So its rows depend on this product only, and not on
+    the number of ranks. `lit_did.data.dealing` deals them to the ranks. A single process uses this sampler too, because
+    Lightning replaces other samplers in distributed runs.
+
+    Args:
+        arguments: Those of `torch.utils.data.DistributedSampler`.
+        num_tokens: [rows] The tokens of each row. None: all rows are equally long.
+        batch_size: The rows of a batch.
+        options: As `arguments`.
 
     Attributes:
         start: The number of this rank's rows that the next iteration leaves out. `len()` still counts them, because
@@ -28,11 +38,30 @@ class ResumableSampler(DistributedSampler):
     start: int = 0
     epoch_skew: int = 0
 
+    def __init__(
+        self, *arguments: Any, num_tokens: np.ndarray | None = None, batch_size: int = 1, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        rows: Any = self.dataset
+        self.num_tokens = np.ones(len(rows), dtype=np.int64) if num_tokens is None else num_tokens
+        self.batch_size = batch_size
+
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.start, None)
+        order, size = self._order(), self.batch_size * self.num_replicas
+        steps = (order[start : start + size] for start in range(0, len(order), size))
+        own = (step[deal(self.num_tokens[step], self.num_replicas, self.rank)].tolist() for step in steps)
+        return islice(chain.from_iterable(own), self.start, None)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch - self.epoch_skew)
+
+    def _order(self) -> np.ndarray:
+        """The rows of the epoch, of all ranks. The first ones are repeated or the last ones left out, so that all
+        ranks have equally many."""
+        rows: Any = self.dataset
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(rows), generator=generator).numpy() if self.shuffle else np.arange(len(rows))
+        return np.resize(order, self.total_size)
 
 
 class EvaluationSampler(DistributedSampler):
@@ -166,7 +195,7 @@ class ResumableDataLoader(DataLoader):
         }
         if not isinstance(batches, TokenBatchSampler):
             assert self.batch_size is not None
-            return {**order, "batch_size * num_replicas": self.batch_size * ranks}  # the pairs of a step, dealt in turn
+            return {**order, "batch_size * num_replicas": self.batch_size * ranks}  # the pairs of a step
         return {
             **order,
             "drop_last": batches.drop_last,

@@ -9,8 +9,8 @@ on, and over several epochs all pairs of a source come equally often, give or ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,8 +102,7 @@ class MixtureSampler(ResumableSampler):
         super().__init__(*arguments, **options)
         self.mixture = mixture
 
-    def __iter__(self) -> Iterator[int]:
+    def _order(self) -> np.ndarray:
         chosen = self.mixture.positions(self.epoch, self.seed)
         order = chosen[np.random.default_rng((self.seed, self.epoch)).permutation(len(chosen))]
-        own = np.resize(order, self.total_size)[self.rank :: self.num_replicas]
-        return islice(own.tolist(), self.start, None)
+        return np.resize(order, self.total_size)

@@ -10,6 +10,8 @@ import numpy as np
 from torch.utils.data import BatchSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lit_did.data.dealing import deal
+
 if TYPE_CHECKING:
     from lit_did.data.mixing import Mixture
 
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 class TokenBatchSampler(BatchSampler):
     """Batches of at most `tokens_per_batch` tokens, for `ResumableDataLoader`.
 
-    The order of the pairs is cut into steps. Of each step, all ranks get the same number of pairs. Their numbers of
-    tokens differ by at most the difference between the step's longest and shortest pair. If the number of pairs is not
-    divisible by the number of ranks, the first pairs of the order are repeated, or with `drop_last` the last ones left
-    out. A step has few long pairs or many short ones, so a long pair weighs more in a mean over a step.
+    The order of the pairs is cut into steps, which `lit_did.data.dealing` deals to the ranks: equally many pairs, and
+    nearly equally many tokens. If the number of pairs is not divisible by the number of ranks, the first pairs of the
+    order are repeated, or with `drop_last` the last ones left out. A step has few long pairs or many short ones, so a
+    long pair weighs more in a mean over a step.
 
     With shuffling, an epoch sorts the pairs by length, after it added up to 1/32 to each length at random. It cuts that
     order into steps of nearly equal tokens, and orders the steps at random. So a batch has pairs of similar length; in
@@ -94,7 +96,8 @@ class TokenBatchSampler(BatchSampler):
             numbers = generator.permutation(numbers)
         steps = np.split(order, self._ends[:-1])
         for number in numbers[self.start :]:
-            yield self._deal(steps[number])
+            step = steps[number]
+            yield step[deal(self.num_tokens[step], self.num_replicas, self.rank)].tolist()
 
     def _plan(self) -> list[int]:
         """The places in the order where the steps end, the same in every epoch."""
@@ -138,9 +141,3 @@ class TokenBatchSampler(BatchSampler):
         """The latest end of a step that starts at this row."""
         fit = bisect_right(sums, sums[start] + self.tokens_per_batch) - 1
         return min(fit, start + (self.batch_size or fit))
-
-    def _deal(self, step: np.ndarray) -> list[int]:
-        """This rank's pairs of a step: one from each row of the sorted step, in alternating direction."""
-        places = np.argsort(self.num_tokens[step], kind="stable").reshape(-1, self.num_replicas)
-        places[1::2] = places[1::2, ::-1]
-        return step[np.sort(places[:, self.rank])].tolist()

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lit_did.functional.information import Unit
 from lit_did.functional.inputs import Options, Statistics, as_sequences
@@ -161,9 +161,9 @@ class DIDMetrics(MetricCollection):
             and metric.sync_on_compute
             and metric.distributed_available_fn()
         ]
-        gathered = _gather_at_once(members)
+        summed = _sum_at_once(members)
         for metric in members:
-            metric.dist_sync_fn = gathered
+            metric.dist_sync_fn = summed
             metric._computed = None  # another process may have seen more since
         try:
             return super().compute()
@@ -175,16 +175,16 @@ class DIDMetrics(MetricCollection):
         return as_sequences(policy_logits, reference_logits, labels, cu_seqlens=cu_seqlens, **self.options)
 
 
-def _gather_at_once(metrics: Sequence[StatisticsMetric]) -> Callable[..., list[Tensor]] | None:
-    """A `dist_sync_fn` that knows what every process has of every state: two gathers however many metrics there are."""
-    pieces: dict[int, list[Tensor]] = {}
+def _sum_at_once(metrics: Sequence[StatisticsMetric]) -> Callable[..., list[Tensor]] | None:
+    """A `dist_sync_fn` that knows the sum over all processes of every state: one all_reduce for all metrics together.
+
+    All states are sums. Counts are exact in float64, up to 2**53. Nothing here waits for the device.
+    """
     states = [state for metric in metrics for state in metric.metric_state.values() if isinstance(state, Tensor)]
-    for dtype in (torch.float64, torch.int64):
-        mine = [state for state in states if state.dtype == dtype]
-        if not mine:
-            continue
-        everyones = gather_all_tensors(torch.cat([state.flatten() for state in mine]), metrics[0].process_group)
-        split = [flat.split([state.numel() for state in mine]) for flat in everyones]
-        for i, state in enumerate(mine):
-            pieces[id(state)] = [of_rank[i].view(state.shape) for of_rank in split]
-    return (lambda state, group=None: pieces[id(state)]) if pieces else None
+    if not states:
+        return None
+    flat = torch.cat([state.flatten().double() for state in states])
+    dist.all_reduce(flat, group=metrics[0].process_group)
+    parts = zip(states, flat.split([state.numel() for state in states]), strict=True)
+    sums = {id(state): part.view(state.shape).to(state.dtype) for state, part in parts}
+    return lambda state, group=None: [sums[id(state)]]

@@ -30,6 +30,7 @@ from lit_did.modules.checks import (
 )
 from lit_did.modules.evaluation import PairModule
 from lit_did.modules.gradients import accumulate_gradients, clip_gradients
+from lit_did.modules.logged_steps import PREFIX, is_logged
 from lit_did.modules.micro_batches import MicroBatches, micro_batches_of
 from lit_did.modules.objective import LossArgument, Objective, check_functions_given_again, plain_loss
 from lit_did.modules.optimizer import (
@@ -60,8 +61,9 @@ class LitDPO(PairModule):
     `reference` that you pass is frozen. Gradients are freed before `on_train_batch_end`. With `micro_batch_tokens`,
     `outputs["loss"]` covers one part only; use `train/loss`.
 
-    Logs `train/` at each optimiser step, over its micro-batches and all processes, and `val/` and `test/` at each
-    epoch: `loss`, a mean over pairs, and the metrics of `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes.
+    Logs `train/` every `log_every_n_steps` optimiser steps and at the end of an epoch, over the micro-batches of that
+    step and all processes, and `val/` and `test/` at each epoch: `loss`, a mean over pairs, and the metrics of
+    `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes.
     A loss without a reference (`lit_did.functional.REFERENCE_FREE_LOSSES`) loads and runs no reference. It logs `loss`,
     `reward_margin`, `reward_accuracy`, `policy_entropy`, `chosen_logprob` and `rejected_logprob`. The last two are
     means over pairs of log pi, in nats a completion.
@@ -200,6 +202,7 @@ class LitDPO(PairModule):
         self._micro_batches: MicroBatches[Sequences] | None = None  # of the batch in training
         self._gradients_wait = False  # in `.grad`, of micro-batches that ran before the others
         self._watch = Watch()
+        self._logged = False  # whether the step's metrics are
         options: dict[str, Any] = {"distributions": False} if cache_kind == "logprobs" else {}
         self.train_metrics = self.metrics_class(self.objective, **options)
         if not isinstance(policy, str) and (reference == "adapter" or not isinstance(reference, str)):
@@ -261,13 +264,16 @@ class LitDPO(PairModule):
         sequences = self.read(batch)
         self.check_noise(sequences)
         mean_chosen_tokens = sequences.mean_chosen_labels()
+        self._logged = self._trainer is None or is_logged(self.trainer, batch_idx)
 
         def run(part: Sequences) -> Tensor:
             pairs = self.objective.pairs(*self.run_sides(part), mean_chosen_tokens)
             if self.objective.custom is not None and self.cached_logprobs() is not None and not self._start_checked:
                 check_loss_of_logprobs(pairs.loss, pairs.chosen)
             self.check_start(both_sides(pairs))
-            self.train_metrics.update(pairs)
+            self._watch.add(pairs)
+            if self._logged:
+                self.train_metrics.update(pairs)
             return self.training_objective(pairs, sequences)
 
         parts = self.split(sequences)
@@ -284,7 +290,8 @@ class LitDPO(PairModule):
         """Calls `backward_pass` for one micro-batch after the other. All but the first run forward here."""
         micro_batches, self._micro_batches = check_training_step(self._micro_batches), None
         self._gradients_wait = False
-        micro_batches.backward(loss, self.backward_pass, self.trainer.precision_plugin.train_step_context)
+        context = self.trainer.precision_plugin.train_step_context
+        micro_batches.backward(loss, self.backward_pass, context, self._watch.add_factor)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Frees gradients, but not those of earlier micro-batches: Lightning calls this before `backward`, too."""
@@ -324,7 +331,7 @@ class LitDPO(PairModule):
         warn_if_steps_are_rounded_away(self.trainer.optimizers)
         self.train_metrics.reset()
         self._micro_batches = None
-        self._gradients_wait = False
+        self._gradients_wait = self._logged = False
         self._watch = Watch()
 
     def on_train_start(self) -> None:
@@ -336,26 +343,29 @@ class LitDPO(PairModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step of the optimiser, after which the gradients are freed: the next forward pass needs their memory."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._watch.check_when_logged(self.trainer)
+        if self._logged:
+            self._watch.check(self.trainer)
         if not self.trainer.strategy.handles_gradient_accumulation:  # that comes here for every micro-batch
             self.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the metrics over all micro-batches and processes of this optimiser step, and checks them."""
-        metrics: Any = self.train_metrics
-        if not metrics["loss"].update_called:  # a `training_step` may have skipped all batches
-            return
+        """Logs the metrics over all micro-batches and processes of this optimiser step, if it is one to log."""
+        bad: Tensor | int = 0
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips steps that overflow
-            metrics["loss"].add_bad_gradients(count_bad_gradients(self.loaded_models().policy.parameters()))
-        self._watch.add(
-            self.trainer, metrics.log_all(self, "train/", ("loss", "reward_margin", "token_did_concentration"))
-        )
+            bad = count_bad_gradients(self.loaded_models().policy.parameters())
+        ended = self._watch.end_step(self.trainer.global_step, bad)
+        if not (ended and self._logged):  # a `training_step` may have skipped all batches
+            return
+        metrics: Any = self.train_metrics
+        metrics["loss"].add_bad_steps(self._watch.found())
+        values = metrics.log_all(self, PREFIX, ("loss", "reward_margin", "token_did_concentration"))
+        if not values["bad_steps"]:
+            self._watch.none_found()
 
     def on_train_epoch_end(self) -> None:
-        """Raises FloatingPointError if a step since the last log was not finite."""
+        """Raises an error if a step since the last log was not finite."""
         self._watch.check(self.trainer)
 
     def on_train_end(self) -> None:
         """Warns if the chosen completions became less likely."""
-        if self.trainer.is_global_zero:
-            self._watch.warn_if_chosen_fell()
+        self._watch.warn_if_chosen_fell(run_facts.data_parallel_size(self.trainer))

@@ -200,4 +200,5 @@ class LitDPOPG(LitDPO):
                 local(parameter.grad).add_(local(gradient))
             elif isinstance(gradient, DTensor) or gradient.any():
                 parameter.grad = gradient.to(parameter.dtype)
-        self.log("train/gradient_cosine", (product / (chosen_square.sqrt() * rejected_square.sqrt())).float())
+        if self._logged:
+            self.log("train/gradient_cosine", (product / (chosen_square.sqrt() * rejected_square.sqrt())).float())

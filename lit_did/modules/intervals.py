@@ -120,7 +120,7 @@ def with_intervals(values: Mapping[str, Tensor], suffix: str) -> dict[str, list[
     """
     plain = {}
     for name, value in values.items():
-        if name == "bad_gradients" or name.startswith("interval/"):
+        if name == "bad_steps" or name.startswith("interval/"):
             continue
         ends = values.get(f"interval/{name}", torch.tensor([])).tolist()
         plain[f"{name}{suffix}"] = [value.item(), *(ends if all(map(math.isfinite, ends)) else [])]

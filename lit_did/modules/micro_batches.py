@@ -16,7 +16,18 @@ from lit_did.batches.sequences import Sequences, split_into, split_pairs
 TOKENS_CPU = 2048
 TOKENS = 16_384
 """`micro_batch_tokens="auto"`: more than matrix products need for full speed, few enough for their activations"""
+OTHER_FACTOR = (
+    "Expected an overridden `training_step` to return the loss of `super().training_step` without a factor, because "
+    "DDP needs the gradients of other micro-batches before, but got another factor"
+)
+NO_PARTS = "Pass `micro_batch_tokens=None`."
 Part = TypeVar("Part")
+
+
+def check_factor(factor: Tensor, expected: float) -> None:
+    """Raises ValueError if a loss has another factor than expected. Reads its value."""
+    if not math.isclose(factor, expected, rel_tol=1e-5):
+        raise ValueError(f"{OTHER_FACTOR}, {factor / expected:.4g}. {NO_PARTS}")
 
 
 class MicroBatches(Generic[Part]):
@@ -82,6 +93,7 @@ class MicroBatches(Generic[Part]):
         loss: Tensor,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         context: Callable[[], AbstractContextManager] = nullcontext,
+        check: Callable[[Tensor, float], None] = check_factor,
     ) -> None:
         """The backward pass of the first micro-batch, and then both passes of each of the others.
 
@@ -90,22 +102,18 @@ class MicroBatches(Generic[Part]):
                 multiplied by the same factors.
             backward: Runs the backward pass of a scalar.
             context: Makes the context that the other forward passes run in, such as autocast.
+            check: Is called with the factor of `loss` and the one that `forward_last` was told, if it was called.
 
         Raises:
             RuntimeError: `forward` was not called before.
-            ValueError: `loss` has another factor than `forward_last` was told.
         """
         share, self._share = self._share, None
         if share is None:
             raise RuntimeError("Expected `forward` to be called before `backward`, once each, but it was not.")
         if self._rest or self._factor is not None:
             (factor,) = torch.autograd.grad(loss, share, retain_graph=True)
-            if self._factor is not None and not math.isclose(factor, self._factor, rel_tol=1e-5):
-                raise ValueError(
-                    "Expected an overridden `training_step` to return the loss of `super().training_step` without a "
-                    f"factor, because DDP needs the gradients of other micro-batches before, but got the factor "
-                    f"{factor / self._factor:.4g}. Pass `micro_batch_tokens=None`."
-                )
+            if self._factor is not None:
+                check(factor, self._factor)
         backward(loss)
         for part in self._rest:
             with context():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lit_did.batches.moving import to_device
 from lit_did.functional.rewards import loss_sums, loss_value
 from lit_did.metrics import DIDMetrics, LikelihoodDisplacement
 from lit_did.metrics.base import StatisticsMetric
@@ -51,7 +53,7 @@ def both_sides(pairs: PairStatistics, weight: Tensor | None = None) -> SequenceS
     both = SequenceStatistics(*(torch.cat(sides) for sides in zip(pairs.chosen, pairs.rejected, strict=True)))
     if weight is None:
         return both
-    counts = (weight > 0).repeat(2).to(both.num_tokens.device)
+    counts = to_device((weight > 0).repeat(2), both.num_tokens.device)
     return both._replace(num_tokens=both.num_tokens * counts)
 
 
@@ -72,7 +74,7 @@ def with_reference_logprob(statistics: SequenceStatistics, logprob: Tensor) -> S
 def counted(pairs: PairStatistics, weight: Tensor) -> PairStatistics:
     """The pairs of a weight above 0: without the rows that only pad a process's share."""
     # Rows found on the CPU: a mask on a GPU would make the process wait for it.
-    kept = (weight > 0).nonzero()[:, 0].to(pairs.loss.device)
+    kept = to_device((weight > 0).nonzero()[:, 0], pairs.loss.device)
 
     def select(value: Any) -> Any:
         return value[kept] if isinstance(value, Tensor) else type(value)(*map(select, value))
@@ -121,6 +123,8 @@ class PairMetrics(DIDMetrics):
     ) -> dict[str, Tensor]:
         """Logs and returns the values over all processes, and resets the metrics.
 
+        It is one exchange between processes and one copy from the device, for which the host waits.
+
         Args:
             module: The module that logs.
             prefix: Is put before each name: "train/", "val/" or "test/".
@@ -128,24 +132,37 @@ class PairMetrics(DIDMetrics):
             suffix: Is put after each name, such as the number of the dataloader.
 
         Returns:
-            Scalars by name, and intervals. `bad_gradients`, `num_pairs` and intervals are not logged.
+            Scalars by name, and intervals, all on the CPU. `bad_steps`, `num_pairs` and intervals are not logged.
         """
-        values = self.compute()
-        unlogged = ("bad_gradients", "num_pairs", "interval/")
+        values = on_host(self.compute())
+        unlogged = ("bad_steps", "num_pairs", "interval/")
         for name in (name for name in values if not name.startswith(unlogged)):
             module.log(
                 f"{prefix}{name}{suffix}",
                 values[name].float(),
                 prog_bar=name in on_progress_bar,
                 add_dataloader_idx=False,  # the suffix has it
-                sync_dist=prefix != "train/",  # no effect, but without it Lightning warns at the end of an epoch
+                # They are over all processes already. Without `sync_dist`, Lightning warns at the end of an epoch, and
+                # with it alone, it would exchange each of them.
+                sync_dist=prefix != "train/",
+                rank_zero_only=True,
             )
         self.reset()
         return values
 
 
+def on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values on the CPU. Those that are on a device take one copy together."""
+    there = {name: value.detach() for name, value in values.items() if value.device.type != "cpu"}
+    if not there:
+        return dict(values)
+    flat = torch.cat([value.double().flatten() for value in there.values()]).cpu()
+    parts = zip(there.items(), flat.split([value.numel() for value in there.values()]), strict=True)
+    return dict(values) | {name: part.view(value.shape).to(value.dtype) for (name, value), part in parts}
+
+
 class _Loss(StatisticsMetric):
-    """The mean of the losses, which training has already computed, and the number of gradients that are not finite."""
+    """The mean of the losses, which training has already computed, and how many processes saw a step that was bad."""
 
     quantity = "loss"
     totals_shape = (2,)
@@ -164,10 +181,9 @@ class _Loss(StatisticsMetric):
         super().update(statistics)
         self._losses = None
 
-    def add_bad_gradients(self, count: Tensor | int) -> None:
-        """Adds gradients that were not finite."""
+    def add_bad_steps(self, count: Tensor) -> None:
+        """Adds a number of steps whose loss or gradient was not finite."""
         counts = getattr(self, self._counts)
-        count = torch.as_tensor(count, device=counts.device)
         setattr(self, self._counts, torch.cat([counts[:2], counts[2:] + count]))
 
     def sums(self, statistics: SequenceStatistics) -> tuple[Tensor, Tensor]:
@@ -176,7 +192,7 @@ class _Loss(StatisticsMetric):
         return totals, torch.nn.functional.pad(counts, (0, 1))
 
     def value(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_value(totals, counts[:2], self.sft), "bad_gradients": counts[2]}
+        return {"loss": loss_value(totals, counts[:2], self.sft), "bad_steps": counts[2]}
 
 
 class TokenLoss(_Loss):

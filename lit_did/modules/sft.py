@@ -89,8 +89,8 @@ class LitSFT(LitDPO):
     run on the side that is trained on. `predict_step` runs both sides: `reward_margin` is then the difference
     log p(chosen) - log p(rejected).
 
-    Logs `train/` at each optimiser step, and `val/` and `test/` at each epoch: `nll` in nats a token, `policy_entropy`,
-    and `loss`, which is `nll` and the auxiliary loss of a mixture of experts that is configured to return one.
+    Logs `train/`, `val/` and `test/` as `LitDPO` does: `nll` in nats a token, `policy_entropy`, and `loss`, which is
+    `nll` and the auxiliary loss of a mixture of experts that is configured to return one.
 
     Args:
         policy: A causal language model of transformers, or its name or path. The adapter of a `PeftModel`, or of a

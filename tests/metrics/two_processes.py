@@ -5,7 +5,9 @@ python -m tests.metrics.two_processes PROCESSES FILE
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,17 @@ def batches_of(rank: int, processes: int) -> list:
     return make_batches(sizes=(3, 1, 4, 2, 5))[rank::processes]
 
 
+def counted(exchanges: list[str], function: Callable, *args, **kwargs):
+    exchanges.append(function.__name__)
+    return function(*args, **kwargs)
+
+
 def work(path: str) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
-    gathers = []
-    gather = dist.all_gather
-    dist.all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))[1]
+    exchanges = []
+    for name in ("all_gather", "all_reduce", "barrier"):
+        function = getattr(dist, name)
+        setattr(dist, name, functools.partial(counted, exchanges, function))
     results = {}
     for name in CASES:
         metric = make(name)
@@ -40,9 +48,9 @@ def work(path: str) -> None:
     collection = DIDMetrics(beta=0.7, num_bins=4)
     for batch in batches_of(rank, processes):
         collection.update(*batch)
-    gathers.clear()
+    exchanges.clear()
     results["collection"] = {name: value.item() for name, value in collection.compute().items()}
-    results["gathers"] = len(gathers)
+    results["exchanges"] = exchanges.copy()
     collection.update(*batches_of(rank, processes)[0])
     results["collection again"] = {name: value.item() for name, value in collection.compute().items()}
     on_step = DIDMetrics(beta=0.7, num_bins=4, dist_sync_on_step=True)

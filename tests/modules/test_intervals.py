@@ -106,7 +106,7 @@ def test_every_interval_holds_its_metric(loss):
         )
     values, intervals = computed(pairs, loss=loss)
     names = {name for name in values if not name.startswith("interval/")}
-    assert names - intervals.keys() == {"num_pairs", "bad_gradients"} | ({"calibration_error"} & names)
+    assert names - intervals.keys() == {"num_pairs", "bad_steps"} | ({"calibration_error"} & names)
     assert all(low < values[name] < high for name, (low, high) in intervals.items())
 
 

@@ -64,7 +64,7 @@ def test_the_last_part_after_both_passes_of_the_others():
 def test_another_factor_than_that_of_the_other_parts_is_refused():
     micro_batches = MicroBatches([1.0, 2.0], Objective())
     loss = micro_batches.forward_last(0.5)
-    with pytest.raises(ValueError, match=r"overridden `training_step` .* without a factor.* but got the factor 6"):
+    with pytest.raises(ValueError, match=r"overridden `training_step` .* without a factor.* but got another factor, 6"):
         micro_batches.backward(3 * loss)
 
 

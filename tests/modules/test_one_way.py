@@ -46,10 +46,13 @@ class OnDevice(Tensor):
 
 
 class Recording(lightning.Callback):
-    """Records every training and validation step but the first, which tries the models and checks their start."""
+    """Records steps of training and validation.
+
+    Not the first of training, which tries the models and checks their start, and not the last, which is logged.
+    """
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        OnDevice.reads = self.reads if batch_idx else None
+        OnDevice.reads = self.reads if 0 < batch_idx < trainer.num_training_batches - 1 else None
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
         OnDevice.reads = self.reads

@@ -6,6 +6,7 @@ FSDP 2 does so from a checkpoint of one process, or of its own shards; one proce
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
 KINDS = ("lora", "lora start", "projected", "sharded lora", "sharded lora start")  # start: the reference is its copy
+BY_FSDP = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of weights and gradients
 LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
 
 
@@ -45,6 +47,8 @@ def test_two_processes_equal_one(tmp_path, kind):
         for name, value in one["validation"]["metrics"].items():
             assert len(value) == (1 if name in ("num_pairs", "calibration_error") else 3)
             assert rank["validation"]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    if kind in ("full", "sharded"):
+        assert_one_exchange_where_logged(tmp_path, kind)
     completions = [(tmp_path / str(n) / "completions.jsonl").read_text().splitlines() for n in (1, 2)]
     # What is resumed after the first epoch has fewer rows, and two runs of one process have some twice.
     assert set(completions[1]) <= set(completions[0])
@@ -59,6 +63,18 @@ def test_two_processes_equal_one(tmp_path, kind):
         run = trainer(max_epochs=3)
         run.fit(module, loader(make_pairs(2), 1), ckpt_path=tmp_path / "2.last", weights_only=True)
         assert run.global_step == 4 + 2
+
+
+def assert_one_exchange_where_logged(folder: Path, kind: str) -> None:
+    """Lightning asks in each batch whether to stop. The fourth step is logged, and the last one, which is the sixth."""
+    always = [("broadcast", 8)] + [("all_reduce", 16)] * (kind == "sharded")  # the number of micro-batches
+    for rank in range(2):
+        of_batches = torch.load(folder / f"2.exchanges.{rank}")
+        assert len(of_batches) == 12
+        for batch, exchanges in enumerate(of_batches):
+            if batch or kind == "full":  # sharded models are tried together in the first batch
+                others = [exchange for exchange in exchanges if exchange[0] not in BY_FSDP]
+                assert others == always + [("all_reduce", 69 * 8)] * (batch in (7, 11)), batch
 
 
 def assert_close(mine: dict, expected: dict) -> None:

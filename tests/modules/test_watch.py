@@ -11,6 +11,7 @@ import torch
 
 from lit_did import LitDPO, LitDPOPG
 from lit_did.modules.watch import Watch, count_bad_gradients
+from tests.modules.test_intervals import random_pairs
 from tests.modules.tiny import loader, make_pairs, tiny_gpt2, tiny_llama, trainer
 
 FELL = "fell steadily"
@@ -54,7 +55,7 @@ def test_the_first_step_that_is_not_finite_is_named_by_the_next_log(kind, every,
     )
     with pytest.raises(FloatingPointError, match=message):
         run.fit(kind(tiny_gpt2(), learning_rate=1e-3), loader(make_pairs(10), 2))
-    assert seen.steps == {1: 1, 3: 2, 100: 5}[every]  # steps that ended; the last one is that of the log
+    assert seen.steps == {1: 1, 3: 2, 100: 4}[every]  # steps that ended; the next one is that of the log
 
 
 def test_nothing_is_read_between_logs(monkeypatch):
@@ -62,7 +63,8 @@ def test_nothing_is_read_between_logs(monkeypatch):
     monkeypatch.setattr(Watch, "check", lambda self, trainer: reads.append(trainer.global_step))
     options = {"max_epochs": 2, "log_every_n_steps": 2, "accumulate_grad_batches": 2}
     trainer(**options).fit(LitDPO(tiny_gpt2()), loader(make_pairs(12), 2))
-    assert reads == [1, 3, 3, 5, 6]  # in every second step, before it is counted, and after the epochs' 3 steps
+    # In every second step and in the last of an epoch, before it is counted, and after the epochs' 3 steps.
+    assert reads == [1, 2, 3, 3, 5, 6]
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -122,11 +124,12 @@ def test_gradients_beside_each_other():
 
 
 def watched(values: list[float]) -> list[str]:
-    watch, run = Watch(), trainer()
-    for value in values:
-        watch.add(
-            run, {"loss": torch.tensor(0.5), "bad_gradients": torch.tensor(0), "chosen_log_ratio": torch.tensor(value)}
-        )
+    watch, pairs = Watch(), random_pairs(2)
+    for step, value in enumerate(values):
+        for distance in (-1.0, 1.0):  # two micro-batches
+            log_ratio = torch.tensor([value + distance, value - 2 * distance])
+            watch.add(pairs._replace(chosen=pairs.chosen._replace(log_ratio=log_ratio)))
+        watch.end_step(step, torch.tensor(0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watch.warn_if_chosen_fell()

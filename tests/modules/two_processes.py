@@ -7,12 +7,15 @@ Writes FOLDER/PROCESSES.RANK, and checkpoints beside them.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -80,6 +83,39 @@ class Pairs(lightning.LightningDataModule):
         return DataLoader(pairs, batch_size, sampler=sampler, collate_fn=collate)
 
 
+class Exchanges(lightning.Callback):
+    """What each batch exchanges through torch.distributed, beside gradients: names of functions, and bytes.
+
+    A batch is counted until the next one begins, or until the epoch ends.
+    """
+
+    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier")
+    names += ("broadcast_object_list", "gather", "reduce", "reduce_scatter_tensor", "monitored_barrier", "all_to_all")
+
+    def __init__(self) -> None:
+        self.of_batches: list[list[tuple[str, int]]] = []
+        self.counts = False
+        for name in self.names:
+            setattr(dist, name, functools.partial(self._call, getattr(dist, name)))
+
+    def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        if self.counts:
+            sent = next((value for value in arguments if isinstance(value, torch.Tensor)), None)
+            self.of_batches[-1].append((function.__name__, 0 if sent is None else sent.nbytes))
+        return function(*arguments, **options)
+
+    def on_train_epoch_start(self, trainer, module):
+        self.counts = True
+        self.of_batches.append([])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.of_batches.append([])
+
+    def on_train_epoch_end(self, trainer, module):
+        self.counts = False
+        self.of_batches.pop()
+
+
 class Checkpoints(lightning.Callback):
     """Checkpoints after the first epoch and after the last."""
 
@@ -129,8 +165,26 @@ def fit(processes: int, kind: str, path: str, *, epochs: int = 2, checkpoint: st
     run.fit(module, datamodule=Pairs(), ckpt_path=checkpoint)
 
 
+def count_exchanges(kind: str, path: str) -> None:
+    """Trains 12 batches of a pair, two a step, and logs every fourth step."""
+    exchanges = Exchanges()
+    run = trainer(
+        devices=2,
+        strategy=ModelParallelStrategy(2, 1) if kind == "sharded" else "ddp",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        log_every_n_steps=4,
+        callbacks=[exchanges],
+    )
+    torch.manual_seed(7)
+    run.fit(LitDPO(tiny_llama(), learning_rate=1e-2), DataLoader(make_pairs(24), 1, collate_fn=collate))
+    torch.save(exchanges.of_batches, f"{path}.exchanges.{run.global_rank}")
+
+
 def main(processes: int, kind: str, folder: Path) -> None:
     path = str(folder / str(processes))
+    if processes == 2 and kind in ("full", "sharded"):
+        count_exchanges(kind, path)
     if kind == "cached" and processes == 1:  # two processes with a cache train as one without
         fit(1, "full", path)
     elif processes > 1 and kind == "sharded":  # goes on where one process was
