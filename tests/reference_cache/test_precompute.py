@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import sys
 import threading
 import weakref
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_did import DIDMonitor, LitDPO, LitDPOPG
 from lit_did.batches.sequences import read_sequences
 from lit_did.data import PreferenceDataModule
+from lit_did.data.collating import collate_packed
 from lit_did.models.trial import find
+from lit_did.reference_cache import precompute
 from lit_did.reference_cache.precompute import _date_hint, cached_reference
 from lit_did.reference_cache.storage import CacheWriter, ReferenceCache, publish, unfinished_cache
 from tests.modules.tiny import byte_tokenizer, collate, loader, make_pairs, tiny_gpt2, tiny_llama, trainer
@@ -354,6 +357,39 @@ def test_a_stale_cache_is_refused_before_any_step(tmp_path, changed, kind):
         fit(module, PreferenceDataModule(**given), callbacks=[record], **options)
     assert not record.batches
     assert contents(tmp_path) == written
+
+
+class OfItsOwn(PreferenceDataModule):
+    """Has batches that may hold anything."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, 4, collate_fn=lambda examples: collate_packed(examples))
+
+
+def test_keys_of_tokens_on_disk_are_made_once(tmp_path, monkeypatch):
+    """A later run reads no pair for them, and refuses other pairs all the same."""
+
+    def data(rows=ROWS, kind=PreferenceDataModule, **options) -> PreferenceDataModule:
+        file = tmp_path / f"{len(rows)}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return kind(file, TOKENIZER, cache_tokens=tmp_path / "tokens", max_length=40, **options)
+
+    read = []
+    sequences = precompute._Batch.sequences
+    monkeypatch.setattr(precompute._Batch, "sequences", lambda *given: read.append(given) or sequences(*given))
+    run = partial(text_of, tmp_path / "cache", cache_kind="logprobs")
+    fit(run(), data())
+    assert len(read) == 2 * 2  # batches, for keys and for the reference
+    (kept,) = (tmp_path / "cache" / ".keys").iterdir()
+    assert (tmp_path / "tokens" / kept.name / "tokens.bin").exists()
+    read.clear()
+    for options in ({"batch_size": 3, "seed": 4}, {"tokens_per_batch": 120}):
+        fit(run(), data(**options))
+        assert not read
+    fit(run(), data(kind=OfItsOwn))
+    assert len(read) == 3
+    with pytest.raises(ValueError, match=r"differs in pairs .* 16 of the run's 16 sequences are among its 18"):
+        fit(run(), data(ROWS[1:]))
 
 
 DATED = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
