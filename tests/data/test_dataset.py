@@ -10,8 +10,10 @@ import pytest
 
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import PreferenceDataset
+from lit_did.data.examples import FlatPairs, flat_pairs, tokens_file, tokens_of
 from lit_did.data.pairs import PreferencePair, UnusableRowError
 from lit_did.data.reading import SourceRow, read_pairs, read_rows
+from lit_did.data.tokenizing import TokenizedPair
 
 ROWS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -195,3 +197,22 @@ def test_workers_get_only_the_tokens(no_bos):
     dataset = PreferenceDataset(_rows(ROWS), no_bos, max_length=3)
     assert dataset[0].prompt_ids.dtype == "int32"
     assert b"okenizer" not in pickle.dumps(dataset).replace(b"lit_did.data.tokenizing", b"")
+
+
+def test_more_tokens_than_int32_counts(tmp_path):
+    """A file of 12 GB with a hole: the places in it are above 2**31, in tokens and in bytes."""
+    size = 2**30
+    before = flat_pairs(np.empty(0, np.int32), np.array([[size] * 3 + [0] * 4, [1, 2, 1, 0, 0, 0, 0]]), np.arange(2))
+    before.save(tmp_path)
+    with open(tokens_file(tmp_path), "wb") as file:
+        file.seek(4 * 3 * size)
+        file.write(np.arange(5, 9, dtype=np.int32).data)
+    pairs = FlatPairs.open(tmp_path)
+    assert [part.tolist() for part in pairs.example(1)[:3]] == [[5], [6, 7], [8]]
+    assert pairs.num_tokens().tolist() == [4 * size, 2 + 2 + 1]
+    tokens_file(tmp_path).unlink()
+
+
+def test_ids_of_large_vocabularies():
+    ids = [70_000, 262_143]
+    assert tokens_of([TokenizedPair(ids, ids[:1], ids[1:])]).tolist() == [*ids, *ids]

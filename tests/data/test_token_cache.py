@@ -161,6 +161,20 @@ def test_a_template_that_writes_the_date_has_another_key_on_another_day(chatml, 
     assert keys[2] == keys[3]
 
 
+def test_other_code_and_other_libraries_have_another_key(chatml, tmp_path, monkeypatch):
+    def key() -> str:
+        return token_cache.key_of(token_cache.what_tokens_depend_on(chatml, None))
+
+    keys = [key()]
+    monkeypatch.setattr(token_cache, "version", lambda name: "0")
+    keys.append(key())
+    monkeypatch.setattr(token_cache, "__file__", str(tmp_path / "token_cache.py"))
+    for content in ("one = 1", "one = 2"):
+        (tmp_path / "rendering.py").write_text(content)
+        keys.append(key())
+    assert len(set(keys)) == 4
+
+
 def test_bad_rows_raise_in_every_run(chatml, pairs, tmp_path):
     for _ in range(2):
         data = PreferenceDataModule(pairs, chatml, cache_tokens=tmp_path, on_bad_rows="raise", **OPTIONS)
@@ -252,13 +266,21 @@ def test_the_first_of_two_that_write_without_a_common_lock_is_kept(tmp_path):
 
 
 def test_one_of_several_processes_writes_and_the_others_wait(tmp_path, monkeypatch):
-    target, log = tmp_path / "train-1", tmp_path / "log"
+    target, log, waited, parent = tmp_path / "train-1", tmp_path / "log", tmp_path / "waited", os.getpid()
     lines = []
-    monkeypatch.setattr(token_cache, "rank_zero_info", lines.append)
+
+    def note(line):
+        lines.append(line)
+        if os.getpid() == parent:
+            waited.touch()
+
+    monkeypatch.setattr(token_cache, "rank_zero_info", note)
 
     def write(folder):
         (folder / "tokens.bin").write_bytes(b"whole")
-        time.sleep(1.5)
+        deadline = time.monotonic() + 60
+        while not waited.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         with open(log, "a") as file:
             file.write("written\n")
 
@@ -274,7 +296,7 @@ def test_one_of_several_processes_writes_and_the_others_wait(tmp_path, monkeypat
     for child in children:
         os.waitpid(child, 0)
     assert log.read_text().split() == ["written", "whole", "whole", "whole"]
-    assert lines == [f"Waits for another process, which tokenises into {target}: 0 MB are written after 0 minutes."]
+    assert lines[:1] == [f"Waits for another process, which tokenises into {target}: 0 MB are written after 0 minutes."]
 
 
 def test_processes_tokenise_as_one_does(chatml, pairs):
