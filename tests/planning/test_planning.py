@@ -136,6 +136,8 @@ def test_settings_of_sharding():
     for found, shards in ((sharded, 4), (replicated, 2), (offloaded, 4)):
         assert (found.weights - 64) * shards == whole.weights - 64  # inv_freq
     assert (sharded.reference, offloaded.reference) == (sharded.weights, 64)
+    layer = sum(p.numel() for p in _on_meta(config).model.layers[0].parameters())
+    assert sharded.held[EXCHANGE] >= 4 * layer > whole.held[EXCHANGE] == 0
     # Nothing that FSDP has gathered of the reference is left.
     assert sharded.parts["optimiser"] - without.parts["optimiser"] == sharded.reference
     assert offloaded.parts["optimiser"] - without.parts["optimiser"] == offloaded.reference
