@@ -136,7 +136,8 @@ class Watch:
     def warn_if_chosen_fell(self, ranks: int = 1) -> None:
         """Warns if the log-ratios of the chosen completions fell steadily, as a straight line through them shows.
 
-        Each data-parallel rank has a point of its own at each step. All processes call it together.
+        Each data-parallel rank has a point of its own at each step. All processes call it together, and the first one
+        warns.
 
         Args:
             ranks: The number of data-parallel ranks.
@@ -145,6 +146,8 @@ class Watch:
         if steps < LEAST_STEPS or self._sums is None:
             return
         y, y_squared, step_y = (_over_processes(self._sums, dist.ReduceOp.SUM) / (_processes() * steps)).tolist()
+        if _processes() > 1 and dist.get_rank():
+            return
         mean_step, step_variance = (steps - 1) / 2, (steps * steps - 1) / 12
         covariance, variance = step_y - mean_step * y, max(y_squared - y * y, 1e-300)
         unexplained = max(1 - covariance**2 / (step_variance * variance), 1e-12)

@@ -49,6 +49,7 @@ def test_two_processes_equal_one(tmp_path, kind):
             assert rank["validation"]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     if kind in ("full", "sharded"):
         assert_one_exchange_where_logged(tmp_path, kind)
+        assert_processes_find_the_same(tmp_path)
     completions = [(tmp_path / str(n) / "completions.jsonl").read_text().splitlines() for n in (1, 2)]
     # What is resumed after the first epoch has fewer rows, and two runs of one process have some twice.
     assert set(completions[1]) <= set(completions[0])
@@ -75,6 +76,20 @@ def assert_one_exchange_where_logged(folder: Path, kind: str) -> None:
             if batch or kind == "full":  # sharded models are tried together in the first batch
                 others = [exchange for exchange in exchanges if exchange[0] not in BY_FSDP]
                 assert others == always + [("all_reduce", 69 * 8)] * (batch in (7, 11)), batch
+
+
+def assert_processes_find_the_same(folder: Path) -> None:
+    """What one process saw."""
+    (found, error, warned), (other_found, other_error, other_warned) = (
+        torch.load(folder / f"2.watch.{rank}") for rank in range(2)
+    )
+    assert (found, other_found) == (0, 1)
+    assert error == other_error
+    assert "Expected a finite loss in every optimiser step" in error
+    assert "first in step 2 of" in error
+    assert len(warned) == 1
+    assert "by about 10.5 nats over 8 optimiser steps to about -10.5:" in warned[0]
+    assert other_warned == []
 
 
 def assert_close(mine: dict, expected: dict) -> None:

@@ -136,6 +136,18 @@ def watched(values: list[float]) -> list[str]:
     return [str(w.message) for w in caught]
 
 
+def test_a_loss_with_another_factor_is_named_by_the_next_log():
+    watch, pairs = Watch(), random_pairs(2)
+    for step, factor in enumerate([0.5, 0.5, 1.0, 0.5]):
+        for _ in range(2):  # batches of a step
+            watch.add_factor(torch.tensor(factor), 0.5)
+            watch.add(pairs)
+        watch.end_step(step, torch.tensor(0))
+        assert watch.found() == (step >= 2)
+    with pytest.raises(ValueError, match=r"without a factor.* another factor in step 3 of the run\. .*=None"):
+        watch.check(trainer())
+
+
 NOISE = (torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3).tolist()
 
 

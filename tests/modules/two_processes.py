@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -22,6 +24,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_did import DIDMonitor, LitDPO, LitDPOPG, SequenceStatistics
 from lit_did.callbacks import SampleCompletions
+from lit_did.modules.watch import Watch
+from tests.modules.test_intervals import random_pairs
 from tests.modules.tiny import byte_tokenizer, collate, make_pairs, tiny_llama, trainer
 from tests.processes import run_ranks
 
@@ -181,10 +185,32 @@ def count_exchanges(kind: str, path: str) -> None:
     torch.save(exchanges.of_batches, f"{path}.exchanges.{run.global_rank}")
 
 
+def watch(path: str) -> None:
+    """The second step is bad on one process only, and chosen completions fall at another rate on each."""
+    seen, rank, pairs = Watch(), dist.get_rank(), random_pairs(2)
+    for step in range(8):
+        loss = pairs.loss * (torch.nan if (rank, step) == (1, 1) else 1.0)
+        log_ratio = torch.full((2,), -step * (rank + 1.0))
+        seen.add(pairs._replace(loss=loss, chosen=pairs.chosen._replace(log_ratio=log_ratio)))
+        seen.end_step(step, 0)
+    run = SimpleNamespace(lr_scheduler_configs=[], optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])])
+    run.precision = "32-true"
+    found, error = int(seen.found()), ""
+    try:
+        seen.check(run)
+    except FloatingPointError as raised:
+        error = str(raised)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seen.warn_if_chosen_fell(2)
+    torch.save((found, error, [str(warning.message) for warning in caught]), f"{path}.watch.{rank}")
+
+
 def main(processes: int, kind: str, folder: Path) -> None:
     path = str(folder / str(processes))
     if processes == 2 and kind in ("full", "sharded"):
         count_exchanges(kind, path)
+        watch(path)
     if kind == "cached" and processes == 1:  # two processes with a cache train as one without
         fit(1, "full", path)
     elif processes > 1 and kind == "sharded":  # goes on where one process was
