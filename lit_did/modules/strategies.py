@@ -86,7 +86,8 @@ def check_context_can_be_shared(module: PolicyModule) -> None:
     size = module.context_parallel_size
     if size == 1:
         return
-    strategy, world, cache = module.trainer.strategy, module.trainer.world_size, module.hparams["cache_reference"]
+    strategy, world = module.trainer.strategy, module.trainer.world_size
+    cache, kind = (module.hparams[name] for name in ("cache_reference", "cache_kind"))
     whole = type(strategy) is DDPStrategy or (
         type(strategy) is ModelParallelStrategy and strategy.device_mesh["tensor_parallel"].size() == 1
     )
@@ -96,10 +97,10 @@ def check_context_can_be_shared(module: PolicyModule) -> None:
             f"ModelParallelStrategy with tensor_parallel_size=1, but got {size} and {world} processes under "
             f"{type(strategy).__name__}. Pass `context_parallel_size=1`, or change the Trainer."
         )
-    if cache is not None:
+    if cache is not None and kind != "logprobs":
         raise ValueError(
-            f"Expected `cache_reference` to be None with `context_parallel_size={size}`, but got {cache!r}. Leave out "
-            "one of the two."
+            f"Expected `cache_kind` to be 'logprobs' with `cache_reference` and `context_parallel_size={size}`, but "
+            f"got {kind!r}. Change it, or leave out one of the two."
         )
 
 

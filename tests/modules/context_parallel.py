@@ -28,7 +28,10 @@ from tests.modules.sharded import LORA, STEP, VOCABULARY, Save, rows
 from tests.modules.tiny import byte_tokenizer, loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_ranks
 
-STRATEGIES = {1: ("auto",), 2: ("ddp", "fsdp"), 4: ("ddp", "fsdp")}  # by the number of processes
+
+def strategies(name: str, processes: int) -> tuple[str, ...]:
+    """In which a case is trained. FSDP takes a cached reference by its name only."""
+    return ("auto",) if processes == 1 else ("ddp",) if name == "cached" else ("ddp", "fsdp")
 
 
 def tiny_mistral() -> MistralForCausalLM:
@@ -60,12 +63,13 @@ def cases() -> dict[str, dict[str, Any]]:
         "eager": {"policy": lambda: tiny(attn_implementation="eager"), "lora": LORA, "reference": tiny},
         "window": {"policy": tiny_mistral},
         "projected": {"policy": tiny, "class": LitDPOPG},
+        "cached": {"policy": tiny, "cache_reference": True, "cache_kind": "logprobs"},
         "one side": {"policy": tiny, "class": LitSFT},
     }
 
 
 QUICK = ("full", "lora, tied, recomputed, in parts")
-OTHERS = ("whole prompts", "tied", "clipped", "eager", "window", "projected", "one side")
+OTHERS = ("whole prompts", "tied", "clipped", "eager", "window", "projected", "cached", "one side")
 
 
 class Activations(TorchDispatchMode):
@@ -97,6 +101,8 @@ def fit(strategy: str, processes: int, path: Path, case: dict[str, Any], **given
     )
     if callable(case.get("reference")):
         case["reference"] = case["reference"](seed=1)
+    if "cache_reference" in case:
+        case["cache_reference"] = f"{path}.cache"
     torch.manual_seed(7)
     settings = {"learning_rate": 1e-2, "adam_eps": 1e-3, "weight_decay": 0.1, "context_parallel_size": share}
     module = kind(policy(), **settings, **case)
@@ -171,7 +177,7 @@ def main(folder: Path, processes: int, names: list[str]) -> None:
         policy_and_reference.linear_sequence_statistics, max_extra_bytes=2**14
     )
     for name in names:
-        for strategy in STRATEGIES[processes]:
+        for strategy in strategies(name, processes):
             path = folder / f"{name}.{strategy}.{processes}"
             if name == "refused":
                 refuse(path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_did import LitDPO
-from tests.modules.context_parallel import OTHERS, QUICK, STRATEGIES, refusals
+from tests.modules.context_parallel import OTHERS, QUICK, refusals, strategies
 from tests.modules.tiny import loader, make_pairs, tiny_llama, trainer
 from tests.processes import run_program
 
@@ -23,7 +23,7 @@ def assert_equal(folder: Path, name: str, processes: int, one: dict) -> list[dic
     """What the processes of all strategies saved, which has to equal what one process did."""
     ranks = [
         torch.load(folder / f"{name}.{strategy}.{processes}.{rank}")
-        for strategy in STRATEGIES[processes]
+        for strategy in strategies(name, processes)
         for rank in range(processes)
     ]
     for rank in ranks:
@@ -55,9 +55,17 @@ def test_processes_that_share_rows_train_as_one(tmp_path, names, processes):
             if processes == 2 and name in ("full", "whole prompts"):  # otherwise FSDP's copies of weights are larger
                 assert rank["largest"] <= 0.5 * one["largest"] + 48, name
     if "full" in names:
-        tables = [(tmp_path / f"full.{s}.{n}.csv").read_text() for n in (1, processes) for s in STRATEGIES[n]]
+        tables = [(tmp_path / f"full.{s}.{n}.csv").read_text() for n in (1, processes) for s in strategies("full", n)]
         for table in tables[1:]:
             _assert_same_numbers(table, tables[0])
+        validation, *others = (  # with intervals, which depend on the number of pairs
+            torch.load(tmp_path / f"full.{s}.{n}.ckpt", weights_only=False)["run"]["validation"]["metrics"]
+            for n in (1, processes)
+            for s in strategies("full", n)
+        )
+        assert validation["num_pairs"] == [7]
+        for other in others:
+            assert other == {name: pytest.approx(values, rel=1e-6, abs=1e-8) for name, values in validation.items()}
 
 
 def _assert_same_numbers(table: str, other: str) -> None:
@@ -84,7 +92,7 @@ REFUSED = {
     "other batches": "the 2 processes of a group to get the same batches .*num_replicas=1 and rank=trainer.global_rank",
     "tensor parallelism": "with tensor_parallel_size=1, but got 2 and 2 processes under ModelParallelStrategy",
     "three processes": "divide the number of processes, .* but got 3 and 2 processes under DDPStrategy",
-    "a cached reference": "`cache_reference` to be None with `context_parallel_size=2`, but got 'cache'",
+    "a cached reference": "`cache_kind` to be 'logprobs' with .*`context_parallel_size=2`, but got 'hidden_states'",
     "positions of the longest": "depend on the longest sequence.*got 2 with LlamaForCausalLM",
     "mixed tokens": "other layers than attention mix tokens, but got 2 with LlamaForCausalLM and attention 'sdpa'",
     "attention of its own": "packed batches .* got 2 with BloomForCausalLM and attention 'eager'",
