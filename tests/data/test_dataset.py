@@ -10,10 +10,10 @@ import pytest
 
 from lit_did.data.collating import collate_packed
 from lit_did.data.dataset import PreferenceDataset
-from lit_did.data.examples import FlatPairs, flat_pairs, tokens_file, tokens_of
+from lit_did.data.examples import FlatPairs, flat_pairs, lengths_of, tokens_file, tokens_of
 from lit_did.data.pairs import PreferencePair, UnusableRowError
 from lit_did.data.reading import SourceRow, read_pairs, read_rows
-from lit_did.data.tokenizing import TokenizedPair
+from lit_did.data.tokenizing import Context, TokenizedPair
 
 ROWS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -197,6 +197,30 @@ def test_workers_get_only_the_tokens(no_bos):
     dataset = PreferenceDataset(_rows(ROWS), no_bos, max_length=3)
     assert dataset[0].prompt_ids.dtype == "int32"
     assert b"okenizer" not in pickle.dumps(dataset).replace(b"lit_did.data.tokenizing", b"")
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_every_part_of_every_pair_comes_back(in_files, tmp_path):
+    generator = np.random.default_rng(0)
+
+    def ids() -> list[int]:
+        return generator.integers(0, 1000, generator.integers(1, 5)).tolist()
+
+    def context(number: int) -> Context | None:
+        return Context(part := ids(), [0] * len(part)) if number % 2 else None
+
+    pairs = [TokenizedPair(ids(), ids(), ids(), context(number // 2), context(number)) for number in range(8)]
+    made = flat_pairs(tokens_of(pairs), lengths_of(pairs), np.arange(8))
+    if in_files:
+        tokens_file(tmp_path).write_bytes(made.tokens.tobytes())
+        made.save(tmp_path)
+        made = FlatPairs.open(tmp_path)
+    for number, pair in enumerate(pairs):
+        example = made.example(number)
+        assert [part.tolist() for part in example[:3]] == [*pair[:3]]
+        for found, expected in zip(example[-2:], pair[3:], strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or [part.tolist() for part in found] == [*expected]
 
 
 def test_more_tokens_than_int32_counts(tmp_path):

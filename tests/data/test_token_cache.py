@@ -161,6 +161,14 @@ def test_a_template_that_writes_the_date_has_another_key_on_another_day(chatml, 
     assert keys[2] == keys[3]
 
 
+def test_how_a_tokenizer_was_called_last_does_not_count(chatml):
+    keys = []
+    for options in ({}, {"padding": "max_length", "truncation": True, "max_length": 2}):
+        chatml("The quick fox", **options)
+        keys.append(token_cache.key_of(token_cache.what_tokens_depend_on(chatml, None)))
+    assert keys[0] == keys[1]
+
+
 def test_other_code_and_other_libraries_have_another_key(chatml, tmp_path, monkeypatch):
     def key() -> str:
         return token_cache.key_of(token_cache.what_tokens_depend_on(chatml, None))

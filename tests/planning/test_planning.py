@@ -119,6 +119,10 @@ def test_each_holder_gets_its_bytes():
     assert full.weights - 4 * number == full.reference - 4 * number == 64  # inv_freq, float32
     assert cached.reference == 4 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
     assert full.parts["optimiser"] - cached.parts["optimiser"] == full.reference - cached.reference
+    sharded, alone = (plan_of(config, Run(**SMALL, gpus=2, cached_reference=cached)) for cached in (False, True))
+    assert (sharded.weights, sharded.reference) == (alone.weights, sharded.reference) == (sharded.weights,) * 2
+    assert alone.reference == 0
+    assert sharded.parts["optimiser"] - alone.parts["optimiser"] == sharded.reference
     replicated = plan_of(config, Run(**SMALL, gpus=2, strategy="ddp"))
     assert replicated.peak - full.peak == 4 * number
     assert replicated.held[EXCHANGE] - full.held[EXCHANGE] == 4 * number
@@ -182,7 +186,6 @@ def test_fits():
         ({"gpus": 2, "tensor_parallel": 2, "strategy": "ddp"}, "Expected `tensor_parallel` to be 1 with DDP"),
         ({"length": 8, "prompt_length": 8}, "Expected `prompt_length` to be less than `length`, 8, but got 8"),
         ({"reference_free": True, "cached_reference": True}, "Expected `cached_reference` to be False"),
-        ({"gpus": 2, "cached_reference": True}, "Expected `cached_reference` to be False with sharded models"),
         (
             {"gpus": 4, "dp_replicate_size": 3},
             "Expected `dp_replicate_size` to divide .* 4, and to be 1 without, but got 3",
