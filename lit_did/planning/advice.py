@@ -61,8 +61,10 @@ def _changes(run: Run) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
         size = 2 * run.tensor_parallel
         cost = "time: GPUs exchange activations in each layer"
         yield f"tensor_parallel_size={size}", cost, True, {"tensor_parallel": size}
-    if run.has_reference_model and not run.sharded:
-        yield "cache_reference", "disk, and a pass over all pairs at the start", True, {"cached_reference": True}
+    if run.has_reference_model:
+        name = "cache_kind=logprobs" if run.sharded else "cache_reference"
+        cost = f"{'no DID in the log' if run.sharded else 'disk'}, and a pass over all pairs at the start"
+        yield name, cost, True, {"cached_reference": True, "fsdp_cpu_offload": None}
     if run.has_reference_model and run.sharded and run.data_parallel > 1 and run.fsdp_cpu_offload is None:
         cost = "time: its weights come from the CPU's memory"
         yield "fsdp_cpu_offload=reference", cost, True, {"fsdp_cpu_offload": "reference"}

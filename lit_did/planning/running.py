@@ -84,7 +84,8 @@ def plan(
             activations.
         lora: The rank of a LoRA adapter on all linear layers. By default all weights are trained.
         reference_free: Whether the loss has no reference.
-        cached_reference: Whether LitDPO has a cache_reference, which frees the layers of the reference.
+        cached_reference: Whether LitDPO has a cache_reference, which frees the layers of the reference. With sharded
+            models it keeps log-probabilities and frees all of it.
         gradient_checkpointing: LitDPO's switch of this name.
         recompute_elementwise: LitDPO's switch of this name.
         precision: The Trainer's.

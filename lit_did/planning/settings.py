@@ -80,11 +80,6 @@ class Run:
                     "Expected `fsdp_cpu_offload` to be None without a reference model, and without several data-"
                     f"parallel GPUs with ModelParallelStrategy, but got {self.fsdp_cpu_offload!r}."
                 )
-        if self.sharded and self.cached_reference:
-            raise ValueError(
-                "Expected `cached_reference` to be False with sharded models, for which LitDPO refuses it, but got "
-                "True. Use strategy='ddp'."
-            )
         if self.reference_free and self.cached_reference:
             raise ValueError("Expected `cached_reference` to be False with `reference_free`, but got True.")
 

@@ -137,8 +137,9 @@ def _trace(policy: nn.Module, reference: nn.Module | None, run: Run, sequences: 
         inner(model).tie_weights(recompute_mapping=False)
     policy.train()
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    recorded = _Recorded(policy, run) if run.cached_reference else None
-    second: Any = policy if run.reference_free else recorded if run.cached_reference else reference
+    recorded = _Recorded(policy, run) if run.cached_reference and not run.sharded else None
+    alone = run.reference_free or (run.cached_reference and run.sharded)  # log-probabilities come from the disk
+    second: Any = policy if alone else recorded or reference
     packs = [assume_right(model) for model in models]
     if find_body(policy) is None:
         raise ValueError(

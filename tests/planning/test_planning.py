@@ -120,9 +120,8 @@ def test_each_holder_gets_its_bytes():
     assert cached.reference == 4 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
     assert full.parts["optimiser"] - cached.parts["optimiser"] == full.reference - cached.reference
     sharded, alone = (plan_of(config, Run(**SMALL, gpus=2, cached_reference=cached)) for cached in (False, True))
-    assert (sharded.weights, sharded.reference) == (alone.weights, sharded.reference) == (sharded.weights,) * 2
-    assert alone.reference == 0
-    assert sharded.parts["optimiser"] - alone.parts["optimiser"] == sharded.reference
+    assert (alone.weights, alone.reference) == (sharded.weights, 0)
+    assert sharded.parts["optimiser"] - alone.parts["optimiser"] == sharded.reference > 0
     replicated = plan_of(config, Run(**SMALL, gpus=2, strategy="ddp"))
     assert replicated.peak - full.peak == 4 * number
     assert replicated.held[EXCHANGE] - full.held[EXCHANGE] == 4 * number
