@@ -57,7 +57,8 @@ def _changes(run: Run) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
         yield "ModelParallelStrategy", "time: weights are gathered in each pass", True, {"strategy": "fsdp"}
     if run.sharded:
         yield f"gpus={2 * run.gpus}", "twice the GPUs", True, {"gpus": 2 * run.gpus}
-    if run.sharded and run.lora is None and run.data_parallel % (2 * run.dp_replicate_size) == 0:
+    halves = run.data_parallel % (2 * run.dp_replicate_size) == 0
+    if run.sharded and run.lora is None and halves and (run.fsdp_cpu_offload is None or run.data_parallel > 2):
         size = 2 * run.tensor_parallel
         cost = "time: GPUs exchange activations in each layer"
         yield f"tensor_parallel_size={size}", cost, True, {"tensor_parallel": size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import sys
@@ -13,6 +14,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 from lit_did.cli.main import main
 from lit_did.planning import HOLDERS, Plan, Run, fits, known_shapes, plan, plan_of, read_config
+from lit_did.planning.advice import _changes
 from lit_did.planning.counting import EXCHANGE, WEIGHTS, TensorBytes
 from lit_did.planning.step import trace
 from tests.planning.real_run import CONFIG, RUN, measured
@@ -174,6 +176,22 @@ def test_counts_storages_once_and_what_is_resized():
 def test_fits():
     assert fits(int(0.9 * 24 * 2**30), 24)
     assert not fits(int(0.9 * 24 * 2**30) + 1, 24)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gpus": 2, "fsdp_cpu_offload": "reference", "precision": "32-true"},
+        {"gpus": 4, "dp_replicate_size": 2, "gradient_checkpointing": True},
+        {"gpus": 2, "strategy": "ddp", "cached_reference": True},
+    ],
+)
+def test_advice_goes_with_the_options(options):
+    """Each change gives a run that is allowed."""
+    run = Run(**SMALL | options)
+    changed = [dataclasses.replace(run, **change) for *_, change in _changes(run)]
+    assert len(changed) > 2
+    assert run not in changed
 
 
 @pytest.mark.parametrize(
