@@ -33,6 +33,8 @@ FLEX_BLOCK = 128  # flex attention's own
 _OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # other arguments of transformers' sdpa
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the segments of a batch: the masks that all layers share. They are freed with the batch."""
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the segments of a batch: their lengths and what they continue. FSDP puts them on the device, so reading waits."""
 
 
 def implementation(model: nn.Module) -> str | None:
@@ -208,8 +210,10 @@ def _attend_by_segments(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` needs a mask even if it is causal."""
-    with unset_fake_temporarily():  # they have values, also where all other tensors are fake
-        lengths, continues = segments[0, 0].T.tolist()
+    if segments not in _read:
+        with unset_fake_temporarily():  # they have values, also where all other tensors are fake
+            _read[segments] = segments[0, 0].T.tolist()
+    lengths, continues = _read[segments]
     masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
     processes = sum(lengths) // query.shape[2]
     if processes > 1:  # they share the row, see `lit_did.models.context_parallel`
