@@ -151,6 +151,17 @@ def test_digests_are_kept_unless_the_file_is_young(pairs, tmp_path, monkeypatch)
     assert source_digests([str(pairs)], "train", tmp_path) == first
 
 
+def test_a_kept_digest_is_not_that_of_a_changed_file(pairs, tmp_path, monkeypatch):
+    """Its size, inode and time of change are as before: the operating system knows better."""
+    monkeypatch.setattr(file_digests, "_YOUNG", -1)
+    first, status = source_digests([pairs], "train", tmp_path), pairs.stat()
+    time.sleep(0.05)  # the clock of a file system ticks slowly
+    pairs.write_text(pairs.read_text().replace("fox", "dog"))
+    os.utime(pairs, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (pairs.stat().st_ino, pairs.stat().st_size) == (status.st_ino, status.st_size)
+    assert source_digests([pairs], "train", tmp_path) != first
+
+
 def test_a_template_that_writes_the_date_has_another_key_on_another_day(chatml, monkeypatch):
     keys = []
     for template in ("{{ strftime_now('%Y') }}", "{{ messages }}"):
@@ -189,6 +200,12 @@ def test_bad_rows_raise_in_every_run(chatml, pairs, tmp_path):
         with pytest.raises(UnusableRowError, match=r"pairs\.jsonl, line 1: Expected `chosen` to be non-empty"):
             data.setup("fit")
     assert not [name for name in os.listdir(tmp_path) if "train-" in name and not name.endswith(".lock")]
+
+
+def test_rows_that_another_run_skipped_raise_if_they_shall(chatml, pairs, tmp_path):
+    _started(PreferenceDataModule(pairs, chatml, cache_tokens=tmp_path, **OPTIONS))
+    with pytest.raises(UnusableRowError, match=r"pairs\.jsonl, line 1"):
+        PreferenceDataModule(pairs, chatml, cache_tokens=tmp_path, on_bad_rows="raise", **OPTIONS).setup("fit")
 
 
 def test_sources_are_files(chatml, tmp_path):
