@@ -33,8 +33,7 @@ from lit_did.ops import extension
 from tests.modules.steps import loader
 from tests.modules.tiny import tiny_llama
 
-_setup_privateuseone_for_python_backend("imitated")  # for this process and for good
-DEVICE = torch.device("imitated", 0)
+DEVICE = torch.device("privateuseone", 0)  # the one that PyTorch leaves to others
 WAITING = {
     "_local_scalar_dense",
     "is_nonzero",
@@ -198,6 +197,7 @@ def fit(case: dict[str, Any], device: torch.device, folder: str) -> tuple[list[l
 
 
 def main() -> None:
+    _setup_privateuseone_for_python_backend("imitated")  # for this process and for good, so not while it is imported
     warnings.simplefilter("ignore")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its values on the CPU, and copies them
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else they would keep the class of a CPU's
