@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
@@ -337,5 +338,26 @@ def resume_data(trainer: lightning.Trainer) -> None:
     """
     loop: Any = trainer.fit_loop
     if getattr(loop, "_combined_loader_states_to_load", None):
+        _warn_if_batches_are_left_out(trainer, loop._combined_loader_states_to_load)
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
+
+
+def _warn_if_batches_are_left_out(trainer: lightning.Trainer, states: Iterable[Any]) -> None:
+    """Warns if Lightning has counted an epoch as finished that `max_steps` or a callback ended early.
+
+    Args:
+        trainer: The trainer of the resumed run.
+        states: Of the training dataloaders in the checkpoint. `ResumableDataLoader` has states that say where they are.
+    """
+    for state in states:
+        if not (isinstance(state, Mapping) and {"epoch", "batches", "num_batches", "epoch_skew"} <= state.keys()):
+            continue
+        epoch, most = state["epoch"], min(state["num_batches"], trainer.num_training_batches)
+        if trainer.fit_loop.epoch_progress.current.processed - state["epoch_skew"] > epoch and state["batches"] < most:
+            rank_zero_warn(
+                f"The run that is resumed ended after batch {state['batches']:g} of {most:g} of epoch {epoch}, and "
+                "Lightning counts that epoch as finished. Training goes on with the next epoch, without the other "
+                "batches. To go on where a run ended, resume from a checkpoint of "
+                "`ModelCheckpoint(every_n_train_steps=...)`, which is saved before the epoch ends."
+            )

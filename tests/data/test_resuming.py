@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from itertools import chain
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_did.data import PreferenceDataModule
+from lit_did.modules.optimizer import resume_data
 from tests.processes import run_program
 
 ROWS = [{"prompt": "a", "chosen": "b" * (n % 5 + 1), "rejected": "c"} for n in range(11)]
@@ -42,6 +44,13 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Following(Recorder):
+    """With what LitDPO does to resume."""
+
+    def on_train_start(self):
+        resume_data(self.trainer)
 
 
 def _fit(tokenizer, folder, *, checkpoint=None, save=None, num_workers=0, val=None, by=None, **kwargs):
@@ -116,6 +125,34 @@ def test_stopped_run_resumes(no_specials, tmp_path):
     head = _fit(no_specials, tmp_path, save={"every_n_train_steps": 1}, max_steps=9, max_epochs=3)
     tail = _fit(no_specials, tmp_path, checkpoint=tmp_path / "step=9.ckpt", max_epochs=3)
     assert head + tail == whole
+
+
+@pytest.mark.parametrize("save_by", ["hand", "the Trainer"])
+@pytest.mark.parametrize(
+    ("end", "then", "warned"),
+    [
+        ({"max_steps": 3}, {}, True),
+        ({"max_epochs": 1, "limit_train_batches": 3}, {"limit_train_batches": 3}, False),
+        ({"max_epochs": 1}, {}, False),
+    ],
+)
+def test_batches_left_out_are_said(no_specials, tmp_path, end, then, warned, save_by):
+    # Lightning counts an epoch that `max_steps` ends as finished, and has no way to say otherwise.
+    data = PreferenceDataModule(ROWS, no_specials, batch_size=2)
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path, **QUIET}
+    trainer = Trainer(**options, **end)
+    trainer.fit(Following(), data)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    if save_by == "hand":
+        checkpoint = tmp_path / "by_hand.ckpt"
+        trainer.save_checkpoint(checkpoint)
+    module = Following()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(**options, max_epochs=2, **then, enable_checkpointing=False).fit(module, data, ckpt_path=checkpoint)
+    said = [str(warning.message) for warning in caught if "The run that is resumed" in str(warning.message)]
+    assert [text[:62] for text in said] == ["The run that is resumed ended after batch 3 of 6 of epoch 0, a"] * warned
+    assert {epoch for epoch, _, _ in module.seen} == {1}  # the premise: the first epoch is over
 
 
 def test_overfit_batches_and_no_validation(no_specials, tmp_path):
