@@ -350,11 +350,12 @@ def _warn_if_batches_are_left_out(trainer: lightning.Trainer, states: Iterable[A
         trainer: The trainer of the resumed run.
         states: Of the training dataloaders in the checkpoint. `ResumableDataLoader` has states that say where they are.
     """
+    progress: Any = trainer.fit_loop.epoch_progress.current  # Lightning's type of it lacks `processed`
     for state in states:
         if not (isinstance(state, Mapping) and {"epoch", "batches", "num_batches", "epoch_skew"} <= state.keys()):
             continue
         epoch, most = state["epoch"], min(state["num_batches"], trainer.num_training_batches)
-        if trainer.fit_loop.epoch_progress.current.processed - state["epoch_skew"] > epoch and state["batches"] < most:
+        if progress.processed - state["epoch_skew"] > epoch and state["batches"] < most:
             rank_zero_warn(
                 f"The run that is resumed ended after batch {state['batches']:g} of {most:g} of epoch {epoch}, and "
                 "Lightning counts that epoch as finished. Training goes on with the next epoch, without the other "
