@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECK_VENV := .venv-cuda-check
+DOCS_VENV := .venv-docs
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
@@ -21,9 +22,11 @@ SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 PACKAGE := $(shell find lit_did -name '*.py')
 # Tests of one file stay in one process, because they share what they build.
 TESTS := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+DOCS_PACKAGES = $(shell $(PYTHON) -c \
+	"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-all test-long test-slow models demo data bench lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-all test-long test-slow models demo data bench docs lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## lists the targets
@@ -68,6 +71,17 @@ data: install  ## downloads the preference data of some tests and benchmarks (2 
 
 bench: install  ## measures the operators beside torch, a few minutes: ARGS="--races table", ARGS=--help
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(DOCS_VENV)/installed  ## builds the docs site, without network, in site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
+	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
+
+# The site is built from the sources: it needs neither torch nor this package.
+$(DOCS_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+		$(foreach package,$(DOCS_PACKAGES),'$(package)')
+	touch $@
 
 # ---------------------------------------------------------------------------------------------------------
 # CUDA. The first two need nvcc and no GPU; the third takes PYTHON=.venv-cuda/bin/python after the second.
@@ -128,6 +142,6 @@ format: install  ## rewrites the code in the style that lint checks
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## removes everything that was built or written
-	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
+	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) $(DOCS_VENV) site build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
 		demo_output bench_output experiment_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

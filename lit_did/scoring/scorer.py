@@ -77,11 +77,11 @@ def score_pairs(
 class PairScorer:
     """Scores preference pairs in batches that depend on the arguments only, so that a run can go on after any batch.
 
+    The arguments that are not listed here, such as `columns` and `max_length`, are those of `PreferenceDataModule`.
+
     Args:
         pairs: As for `score_pairs`.
         tokenizer: A transformers tokenizer, or its name or path.
-        columns, on_bad_rows, max_length, truncation, min_completion_tokens, chat_template, chat_template_kwargs,
-            parse_special_tokens, as_chat: As for `PreferenceDataModule`.
         batch_size: Pairs a forward pass.
         beta: DPO's inverse temperature. With it, the table has `reward_margin`, which is beta times `margin`.
         texts: Whether the table has the columns with the pairs' texts too.
