@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -27,6 +28,44 @@ def missing_tools() -> str | None:
 
 needs_nvcc = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 
+WORK = """
+    #pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (z[k] > limit) MARK {
+        RARE
+      }
+      sum += fast_exp2(z[k]) + fast_exp2(r[k]) * fast_exp2(z[k] - r[k]);
+    }"""
+# Checked afterwards, and rarely done again: once, or until it fits.
+ADD = """
+      float added = 0;
+      for (int k = 0; k < 4; ++k) added += fast_exp2(z[k] - limit) + fast_exp2(r[k]) * fast_exp2(z[k] - r[k]);"""
+ADDED_AGAIN = {
+    "once": ADD
+    + """
+      if (!__all_sync(0xffffffffu, added < 256.f)) [[unlikely]] {
+        limit += __shfl_xor_sync(0xffffffffu, z[0], 1) + 8;
+        added = 0;
+        for (int k = 0; k < 4; ++k) added += fast_exp2(z[k] - limit) + fast_exp2(r[k] - limit);
+      }
+      sum += added;""",
+    "until it fits": f"""
+    for (;;) {{
+      {ADD}
+      if (!__all_sync(0xffffffffu, added < 256.f)) [[unlikely]] {{
+        limit += __shfl_xor_sync(0xffffffffu, z[0], 1) + 8;
+        continue;
+      }}
+      sum += added;
+      break;
+    }}""",
+}
+
+
+def work(rare="limit = z[k]; sum *= fast_exp2(sqrtf(limit) / sum) + fast_exp2(sinf(limit));", mark="[[unlikely]]"):
+    return WORK.replace("MARK", mark).replace("RARE", rare)
+
+
 # A forward as it should be: two rows in 16-byte loads, three exp2 an entry, and a branch that is seldom taken.
 KERNEL = """
 #include <cuda_runtime.h>
@@ -43,11 +82,7 @@ __global__ void {bounds} {name}(const P* policy, const R* reference, float* out,
   #pragma unroll 1
   for (int i = threadIdx.x; i < size; i += blockDim.x) {{
     {load}
-    #pragma unroll
-    for (int k = 0; k < 4; ++k) {{
-      if (z[k] > limit) {{ limit = z[k]; sum *= fast_exp2(sqrtf(limit) / sum) + fast_exp2(sinf(limit)); }}
-      sum += fast_exp2(z[k]) + fast_exp2(r[k]) * fast_exp2(z[k] - r[k]);
-    }}
+    {work}
   }}
   out[threadIdx.x] = sum;
   {after}
@@ -63,6 +98,7 @@ SOUND = {
     const float4 rs = reinterpret_cast<const float4*>(reference)[i];
     const float z[4] = {zs.x, zs.y, zs.z, zs.w}, r[4] = {rs.x, rs.y, rs.z, rs.w};""",
     "after": "",
+    "work": work(),
 }
 ENTRY_BY_ENTRY = """float z[4], r[4];
     for (int k = 0; k < 4; ++k) { z[k] = policy[4 * i + k]; r[k] = reference[4 * i + k]; }"""
@@ -91,6 +127,30 @@ def test_sound(tmp_path, architecture):
     assert kernel.occupancy == occupancy(architecture, 256, kernel.registers, kernel.shared) > 0
     assert kernel.entries == 4
     assert kernel.exp2 == 3, "the branch that is seldom taken was counted"
+    assert re.match(r"toy.cu:\d+ \+\d+ x4", kernel.rare)
+    assert 40 < kernel.instructions < 100
+    assert kernel.prologue > 5
+    assert kernel.epilogue > 2
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["75", "90"])
+def test_a_rare_branch_that_costs_less(tmp_path, architecture):
+    """It leaves out what the common path does: the common path counts all the same."""
+    (kernel,), failures = check(tmp_path, architecture, work=work("sum = z[k]; limit += r[k]; continue;"))
+    assert failures == []
+    assert kernel.exp2 == 3
+
+
+@needs_nvcc
+@pytest.mark.parametrize("times", ADDED_AGAIN)
+def test_work_that_is_rarely_done_again(tmp_path, times):
+    (kernel,), failures = check(tmp_path, "90", work=ADDED_AGAIN[times])
+    assert failures == []
+    assert kernel.exp2 == 3
+    if times == "once":
+        (more,) = (int(number) for number in re.findall(r"\+(\d+)", kernel.rare))
+        assert 15 < more < kernel.instructions
 
 
 FAULTS = {
@@ -109,6 +169,11 @@ FAULTS = {
     "one side narrow": ({"load": ONE_SIDE_ENTRY_BY_ENTRY}, r"16 bytes of narrow loads beside 128-bit loads"),
     "no stores": ({"name": "backward_kernel"}, r"no 128-bit global stores in the main loop"),
     "unknown": ({"name": "another_kernel"}, r"unknown: name it in KERNELS"),
+    "a rare branch without a mark": ({"work": work(mark="")}, r"\d+ exp2 instructions for 4 entries, 3 each expected"),
+    "a mark on one line": (
+        {"before": "if (size < 0) [[unlikely]] return;"},
+        r"toy.cu:\d+: Expected `\[\[unlikely\]\] \{` at the end of the line",
+    ),
     "no bounds": ({"bounds": ""}, r"no __launch_bounds__"),
 }
 
@@ -121,6 +186,22 @@ def test_refused(tmp_path, fault):
     assert len(failures) >= 1
     assert all(failure.startswith("sm_80 toy.cu") or "holds no kernel" in failure for failure in failures)
     assert re.search(reason, failures[0]), failures
+
+
+@needs_nvcc
+def test_bounds(tmp_path, monkeypatch):
+    """Instructions for 32 entries: of the dtype, or of the dtype on one architecture."""
+
+    def failures(most):
+        monkeypatch.setitem(cuda_check.KERNELS, "forward_kernel", cuda_check.Work(2, False, 3, most))
+        return check(tmp_path)[1]
+
+    (kernel,), _ = check(tmp_path)
+    needed = kernel.instructions * 32 // 4
+    assert failures({"f32": needed, "f32 sm_90": 1, "bf16": 1}) == []
+    (failure,) = failures({"f32": needed - 1})
+    assert failure.endswith(f"{needed} instructions for 32 entries in the main loop, above the bound of {needed - 1}")
+    assert len(failures({"f32": needed, "f32 sm_80": needed - 1})) == 1
 
 
 @needs_nvcc
@@ -137,9 +218,10 @@ def test_command_line(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "forward_kernel<f32, f32>" in result.stdout
     assert result.stdout.splitlines()[-1] == "cuda-check: 1 kernels for sm_90; 0 failures."
-    heading, row = figures.read_text().splitlines()
-    assert heading.split(",")[-1] == "exp2"
-    assert row.split(",")[-1] == "3.0"
+    heading, row = csv.reader(figures.read_text().splitlines())
+    of = dict(zip(heading, row, strict=True))
+    assert of["exp2"] == "3.0"
+    assert int(of["prologue"]) > 0
     result = run(load=ENTRY_BY_ENTRY)
     assert result.returncode == 1
     assert "FAILED sm_90 toy.cu forward_kernel<f32, f32>: no 128-bit global loads" in result.stdout
@@ -175,40 +257,190 @@ def test_occupancy(architecture, threads, registers, shared, expected):
     assert occupancy(architecture, threads, registers, shared) == expected
 
 
-def program(text):
-    """Instructions from lines such as `@P0 BRA 3`; a branch's target is the line's number."""
+SOURCE = """
+void common() {
+  if (rare) [[unlikely]] {
+    one;
+    if (rarer) [[unlikely]] {
+      two;
+    }
+    three;  // not [[unlikely]]
+  } else [[unlikely]] {
+    four;
+  }
+  five;
+}
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.cuh"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def program(text, source=""):
+    """Instructions from lines such as `@P0 BRA 3 | 12`; a branch's target is the line's number, 12 the source's."""
     code = []
-    for line in text.split("\n"):
-        predicate, _, rest = line.partition(" ") if line.startswith("@") else ("", "", line)
+    for row in text.split("\n"):
+        row, _, at = row.partition(" | ")
+        predicate, _, rest = row.partition(" ") if row.startswith("@") else ("", "", row)
         opcode, _, operands = rest.partition(" ")
         operands = ",".join(f"{int(part) * 16:#x}" if part.isdigit() else part for part in operands.split(","))
-        code.append(machine_code.Instruction(opcode, operands, predicate))
+        lines = (machine_code.Line(source, int(at)),) if at else ()
+        code.append(machine_code.Instruction(opcode, operands, predicate, lines))
     return code
+
+
+def opcodes(code):
+    return " ".join(instruction.opcode for instruction in code)
+
+
+def test_marks(source):
+    found = machine_code.rare_lines(source)
+    numbers = {line: sorted(mark.number for mark in marks) for line, marks in found.items()}
+    assert numbers == {4: [3], 5: [3], 6: [3, 5], 8: [3], 10: [9]}
+
+
+def test_lines():
+    """A comment's lines hold until the next one or a label; an inlined instruction has all of its call's."""
+    found = machine_code.source_lines(
+        """.text.kernel:
+\t//## File "a.cuh", line 7 inlined at "b.cu", line 9
+\t//## File "b.cu", line 9
+        /*0000*/                   LDG.E R1, R2 ;
+        /*0010*/                   FADD R1, R1, R1 ;
+\t//## File "b.cu", line 10
+        /*0020*/                   BRA `(.L_x_0) ;
+.L_x_0:
+        /*0030*/                   EXIT ;
+"""
+    )
+    inlined = (("a.cuh", 7), ("b.cu", 9))
+    assert found == {"kernel": {0: inlined, 1: inlined, 2: (("b.cu", 10),), 3: ()}}
 
 
 def test_loops():
     """A loop within a loop; code behind the last branch is in neither, nor is the jump to itself at the end."""
-    blocks = machine_code.basic_blocks(
-        program("MOV\nLDG.E.128\nMUFU.EX2\n@P0 BRA 2\nSTG.E\n@P1 BRA 1\nLDG.E\nEXIT\nBRA 8")
-    )
+    code = program("MOV\nLDG.E.128\nMUFU.EX2\n@P0 BRA 2\nSTG.E\n@P1 BRA 1\nLDG.E\nEXIT\nBRA 8")
+    blocks = machine_code.basic_blocks(code)
     found = {loop.header: loop for loop in machine_code.loops(blocks)}
     assert set(found) == {1, 2}
     assert found[1].blocks == {1, 2, 4}
     assert found[1].own == {1, 4}
-    outer, inner = (machine_code.one_turn(blocks, found[header]) for header in (1, 2))
-    assert (outer.wide_bytes, outer.narrow_bytes, outer.narrow_stores, outer.exp2) == (16, 0, 1, 0)
-    assert (inner.wide_bytes, inner.exp2) == (0, 1)
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.prologue) == "MOV"
+    assert opcodes(anatomy.turn) == "LDG.E.128 STG.E BRA"
+    assert opcodes(anatomy.epilogue) == "LDG.E EXIT"
+    assert machine_code.count(anatomy.turn)[:5] == (3, 16, 0, 0, 1)
 
 
-def test_reconvergence():
+def test_reconvergence(source):
     """BSYNC goes on where its BSSY says, here past a rare branch that lies behind the loop."""
-    blocks = machine_code.basic_blocks(
-        program("MOV\nBSSY B0,5\n@P0 BRA 8\nMUFU.EX2\nBSYNC B0\nLDG.E.128\n@P1 BRA 1\nEXIT\nLDG.E\nBSYNC B0")
+    code = program(
+        "MOV\nBSSY B0,5\n@P0 BRA 8\nMUFU.EX2\nBSYNC B0\nLDG.E.128\n@P1 BRA 1\nEXIT\nLDG.E | 4\nFADD | 4\nBSYNC B0",
+        source,
     )
-    (loop,) = machine_code.loops(blocks)
-    assert loop.blocks == {1, 3, 5, 8}
-    turn = machine_code.one_turn(blocks, loop)
-    assert (turn.wide_bytes, turn.narrow_bytes, turn.exp2) == (16, 0, 1)
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.turn) == "BSSY BRA MUFU.EX2 BSYNC LDG.E.128 BRA"
+    (detour,) = anatomy.detours
+    assert (detour.mark.number, detour.places) == (3, 1)
+    # Three instructions in place of two.
+    assert detour.more.instructions == 1
+    assert detour.more.exp2 == -1
+
+
+def test_a_loop_behind_a_rare_branch_does_not_count(source):
+    """It loads more than the common one, and comes first."""
+    code = program(
+        "@P0 BRA 5\nLDG.E.128 | 4\nLDG.E.128 | 4\n@P1 BRA 1\nEXIT\nLDG.E.128 | 12\n@P1 BRA 5\nSTG.E | 12\nEXIT", source
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.prologue) == "BRA"
+    assert opcodes(anatomy.turn) == "LDG.E.128 BRA"
+    assert opcodes(anatomy.epilogue) == "STG.E EXIT"
+
+
+def test_rare_instructions_on_every_way(source):
+    """Moved out of the rare branch to where every way passes, they are common: before the loop and inside."""
+    code = program(
+        """MOV
+@P0 BRA 9
+FADD | 4
+LDG.E.128 | 12
+@P0 BRA 6
+FMUL | 4
+FADD | 6
+@P1 BRA 3
+BRA 9
+EXIT""",
+        source,
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.prologue) == "MOV BRA FADD"
+    assert opcodes(anatomy.turn) == "LDG.E.128 BRA FADD BRA"
+    assert [(d.mark.number, d.more.instructions) for d in anatomy.detours] == [(3, 1)]
+
+
+def test_shared_instructions_say_nothing(source):
+    """A comparison of the rare branch's in a common block that other ways avoid."""
+    code = program(
+        "LDG.E.128 | 12\n@P0 BRA 5\nISETP | 4\nMOV | 4\nFADD | 12\n@P1 BRA 0\nEXIT",
+        source,
+    )
+    assert opcodes(machine_code.anatomy(code).turn) == "LDG.E.128 BRA ISETP MOV FADD BRA"
+
+
+def test_work_done_again(source):
+    """The way back is no loop, not even with the next turn's loads on it; it costs itself and what it repeats."""
+    code = program(
+        """MOV
+MUFU.EX2 | 12
+LDG.E.128 | 12
+VOTE.ALL | 12
+@P0 BRA 8
+FADD | 4
+FMUL | 4
+BRA 1
+@P1 BRA 0
+EXIT""",
+        source,
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.turn) == "MOV MUFU.EX2 LDG.E.128 VOTE.ALL BRA BRA"
+    (detour,) = anatomy.detours
+    assert (detour.more.instructions, detour.more.exp2) == (7, 1)
+    assert (anatomy.rare_blocks, anatomy.rare_instructions) == (1, 3)
+
+
+def test_lanes_apart():
+    """BRA.DIV brings lanes together before a vote, out of line; a call under a predicate ends a loop."""
+    code = program(
+        """LDG.E.128
+BRA.DIV UR4,5
+VOTE.ALL
+@P0 CALL.REL.NOINC 8
+BRA 0
+WARPSYNC.COLLECTIVE
+VOTE.ALL
+BRA 3
+EXIT"""
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.turn) == "LDG.E.128 BRA.DIV VOTE.ALL CALL.REL.NOINC BRA"
+    assert opcodes(anatomy.epilogue) == "EXIT"
+
+
+def test_widths():
+    count = machine_code.count(
+        program(
+            "LDG.E.ENL2.256\nLDG.E.128.CONSTANT\nLDG.E.64\nLDG.E.U16\nLDG.E\nSTG.E.ENL2.256\nSTG.E.64\nMUFU.RCP\nDFMA"
+        )
+    )
+    assert (count.wide_bytes, count.narrow_bytes) == (48, 14)
+    assert (count.wide_stores, count.narrow_stores) == (1, 1)
+    assert (count.exp2, count.mufu, count.double) == (0, 1, 1)
 
 
 def test_names():

@@ -1,5 +1,6 @@
 """`make cuda-check`: compiles the CUDA kernels for every architecture, without torch and without a GPU, and reads the
-machine code: no warning, no spill, no stack frame, and 128-bit loads in the loops that read logits.
+machine code: no warning, no spill, no stack frame, 128-bit loads in the loops that read logits, and no more
+instructions in those loops than KERNELS allows.
 
 Needs nvcc (12.8 or later for all architectures) and, from PyPI, nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -23,28 +26,35 @@ from rich.console import Console
 from rich.table import Table
 
 from tools import machine_code
-from tools.machine_code import Turn
+from tools.machine_code import Anatomy, Count
 from tools.occupancy import MULTIPROCESSORS, occupancy
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()  # setup.py reads the same
 STRICT = ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v,--warn-on-spills"]
+LINES = ["-lineinfo"]  # changes no instruction
 COMPILERS_AT_A_TIME = 2
 
 
 class Work(NamedTuple):
-    """What a kernel's main loop moves in 128-bit loads and stores."""
+    """What a kernel's main loop does on the common path (tools/machine_code.py)."""
 
     sides: int  # of logits that it reads: 0, 1, or policy and reference
     writes: bool  # gradients
+    exp2: int = 0  # instructions an entry, float64 aside: a path that leaves work out shows here
+    most: Mapping[str, int] = {}
+    """Most instructions for UNIT entries of each side, by the dtype of all sides, or by that and an architecture. Some
+    percent above what nvcc 13.0 makes of them."""
 
 
-# An unknown kernel is refused.
+UNIT = 32
+
+# An unknown kernel is refused. sm_75 has no instruction that rounds to bfloat16.
 KERNELS = {
-    "forward_kernel": Work(2, False),
+    "forward_kernel": Work(2, False, 3, {"bf16": 900, "f32": 1000}),
     "finish_kernel": Work(0, False),
-    "backward_kernel": Work(2, True),
-    "logprob_backward_kernel": Work(1, True),
+    "backward_kernel": Work(2, True, 3, {"bf16": 960, "bf16 sm_75": 1440, "f32": 1190}),
+    "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 380}),
     "sequence_kernel": Work(0, False),
 }
 ENTRY_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
@@ -64,6 +74,13 @@ class Kernel(NamedTuple):
     occupancy: float
     entries: int | None  # of each side, that a thread reads in one turn of its main loop
     exp2: float | None  # exp2 instructions an entry in the main loop
+    instructions: int  # of a turn of the main loop
+    prologue: int  # instructions before the main loop
+    epilogue: int  # after it
+    rare: str  # what a turn takes besides where it leaves the common path
+
+
+NO_LOOP = Anatomy([], [], [], [], 0, 0)
 
 
 class Refused(Exception):
@@ -110,7 +127,7 @@ def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[st
     where = f"sm_{architecture} {source.name}"
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / f"{source.stem}.cubin")
-        command = [find_nvcc(), "-cubin", f"-arch=sm_{architecture}", *FLAGS, *STRICT, str(source), "-o", cubin]
+        command = [find_nvcc(), "-cubin", f"-arch=sm_{architecture}", *FLAGS, *STRICT, *LINES, str(source), "-o", cubin]
         result = subprocess.run(command, capture_output=True, text=True)
         messages = result.stdout + result.stderr
         if result.returncode != 0:
@@ -118,7 +135,9 @@ def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[st
         resources = resource_usage(messages)
         if not resources:
             return [], []
-        code = machine_code.functions(output_of(find_tool("nvdisasm"), "--emit-json", cubin))
+        nvdisasm = find_tool("nvdisasm")
+        lines = output_of(nvdisasm, "--print-code", "--print-line-info-inline", cubin)
+        code = machine_code.functions(output_of(nvdisasm, "--emit-json", cubin), lines)
         threads = block_threads(output_of(find_tool("cuobjdump"), "--dump-elf", cubin))
     kernels, failures = [], []
     for mangled, used in resources.items():
@@ -130,7 +149,8 @@ def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[st
             if mangled not in threads:
                 raise Refused("no __launch_bounds__, so that its registers have no limit")
             work = KERNELS[base]
-            turn = main_turn(code[mangled])
+            anatomy = machine_code.anatomy(code[mangled]) or NO_LOOP
+            turn = machine_code.count(anatomy.turn)
             entries = entries_of(name, turn, work.sides)
             kernel = Kernel(
                 name,
@@ -140,15 +160,19 @@ def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[st
                 occupancy=occupancy(architecture, threads[mangled], used["registers"], used["shared"]),
                 entries=entries,
                 exp2=turn.exp2 / entries if entries and turn.exp2 else None,
+                instructions=turn.instructions,
+                prologue=len(anatomy.prologue),
+                epilogue=len(anatomy.epilogue),
+                rare=rare_paths(anatomy),
             )
             kernels.append(kernel)
             failures += [f"{where} {name}: {reason}" for reason in wrongs(kernel, work, turn)]
-        except Refused as reason:
+        except (Refused, machine_code.MarkError) as reason:
             failures.append(f"{where} {name}: {reason}")
     return kernels, failures
 
 
-def wrongs(kernel: Kernel, work: Work, turn: Turn) -> list[str]:
+def wrongs(kernel: Kernel, work: Work, turn: Count) -> list[str]:
     """Everything that a kernel must not be."""
     found = []
     if kernel.stack:
@@ -163,22 +187,41 @@ def wrongs(kernel: Kernel, work: Work, turn: Turn) -> list[str]:
         found.append(f"{turn.narrow_bytes} bytes of narrow loads beside 128-bit loads in the main loop")
     if work.writes and (turn.narrow_stores or not turn.wide_stores):
         found.append("no 128-bit global stores in the main loop, or narrow ones too")
+    if kernel.entries and "f64" not in types_of(kernel.kernel) and turn.exp2 != work.exp2 * kernel.entries:
+        found.append(f"{turn.exp2} exp2 instructions for {kernel.entries} entries, {work.exp2} each expected")
+    most = most_instructions(kernel, work)
+    if most is not None and (for_a_unit := instructions_for_a_unit(kernel)) > most:
+        found.append(f"{for_a_unit:.0f} instructions for {UNIT} entries in the main loop, above the bound of {most}")
     return found
 
 
-def main_turn(code: list[machine_code.Instruction]) -> Turn:
-    """A turn of the loop that does the kernel's work."""
-    blocks = machine_code.basic_blocks(code)
-    turns = [machine_code.one_turn(blocks, loop) for loop in machine_code.loops(blocks)]
-    # Loops that only store fill rows whose gradient is the same everywhere.
-    return max(turns, key=lambda turn: (turn.loads, *machine_code.worth(turn)), default=machine_code.count([]))
+def most_instructions(kernel: Kernel, work: Work) -> int | None:
+    """The bound of `work` for the kernel's dtypes and architecture."""
+    types = types_of(kernel.kernel)[: work.sides]
+    if not types or len(set(types)) > 1:
+        return None
+    return work.most.get(f"{types[0]} {kernel.architecture}", work.most.get(types[0]))
 
 
-def entries_of(name: str, turn: Turn, sides: int) -> int | None:
+def instructions_for_a_unit(kernel: Kernel) -> float:
+    return kernel.instructions * UNIT / kernel.entries if kernel.entries else math.inf
+
+
+def rare_paths(anatomy: Anatomy) -> str:
+    """`forward.cuh:63 +105 x2`: behind the mark on that line are 105 instructions more, at two places of the turn."""
+    paths = [detour for detour in anatomy.detours if detour.more.instructions > 0]
+    return ", ".join(f"{detour.mark} +{detour.more.instructions} x{detour.places}" for detour in paths)
+
+
+def types_of(name: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", name) if word in ENTRY_BYTES]
+
+
+def entries_of(name: str, turn: Count, sides: int) -> int | None:
     """Entries of each side that a turn reads: its bytes over those of an entry of every side."""
     if not sides or not turn.wide_bytes:
         return None
-    sizes = [ENTRY_BYTES[word] for word in re.findall(r"\w+", name) if word in ENTRY_BYTES][:sides]
+    sizes = [ENTRY_BYTES[word] for word in types_of(name)][:sides]
     if len(sizes) < sides:
         raise Refused(f"its first template arguments are not {sides} of {', '.join(SHORT_NAMES)}")
     entries, rest = divmod(turn.wide_bytes, sum(sizes))
@@ -269,7 +312,7 @@ def show(kernels: list[Kernel]) -> None:
     """A row a kernel and a column an architecture; what is the same for all of them stands in front."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     architectures = sorted({k.architecture for k in kernels}, key=lambda name: int(name[3:]))
-    table = Table(title="Registers a thread, occupancy, exp2 instructions an entry", pad_edge=False)
+    table = Table(title=f"Registers a thread, occupancy, instructions for {UNIT} entries", pad_edge=False)
     table.add_column("kernel", overflow="fold")
     for heading in ("threads", *architectures):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -281,8 +324,16 @@ def show(kernels: list[Kernel]) -> None:
 
 
 def _cell(kernel: Kernel) -> str:
-    exp2 = "   -" if kernel.exp2 is None else f"{kernel.exp2:.2f}"
-    return f"{kernel.registers:3} {kernel.occupancy:4.0%} {exp2}"
+    instructions = f"{instructions_for_a_unit(kernel):4.0f}" if kernel.entries else "   -"
+    return f"{kernel.registers:3} {kernel.occupancy:4.0%} {instructions}"
+
+
+def show_paths(kernels: list[Kernel]) -> None:
+    for k in kernels:
+        print(
+            f"{k.kernel} {k.architecture}: {k.prologue} instructions, {k.instructions} a turn of the main loop, "
+            f"{k.epilogue} behind it; rare: {k.rare or 'none'}"
+        )
 
 
 def write_csv(kernels: list[Kernel], path: Path) -> None:
@@ -297,6 +348,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, default=sorted((ROOT / "csrc/cuda").glob("*.cu")))
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS))
+    parser.add_argument("--paths", action="store_true", help="prints the common path of every kernel, and what is rare")
     parser.add_argument("--csv", type=Path, help="where the table goes too")
     options = parser.parse_args()
     if find_nvcc() is None:
@@ -313,6 +365,8 @@ def main() -> int:
     kernels, failures = check(options.sources, options.arch)
     if kernels:
         show(kernels)
+        if options.paths:
+            show_paths(kernels)
     if options.csv:
         write_csv(kernels, options.csv)
     for failure in failures:

@@ -49,7 +49,9 @@ __device__ __forceinline__ Stretch<T> stretch_of(const Logits& logits, const Log
 
 template <typename T, int kEntries>
 __device__ __forceinline__ Chunk<T, kEntries> load_chunk(const Stretch<T>& s, int begin, int size) {
-  if (s.logits_past != 0 && s.entry_by_entry) return load_entries<T, kEntries>(s.logits, begin, size);
+  if (s.logits_past != 0 && s.entry_by_entry) [[unlikely]] {
+    return load_entries<T, kEntries>(s.logits, begin, size);
+  }
   return load_chunk<T, kEntries, false, false>(s.logits, begin, size, s.logits_past);
 }
 
@@ -111,7 +113,7 @@ __device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const
       if (at >= size) break;
       Real grad_policy[kEntries], grad_reference[kEntries];
       chunk_gradient<Real, kCareful>(z[u], r[u], c, by, grad_policy, grad_reference);
-      if (label >= at && label < at + kEntries) {
+      if (label >= at && label < at + kEntries) [[unlikely]] {
         add_at_label(grad_policy, label - at, c.policy_label);
         add_at_label(grad_reference, label - at, c.reference_label);
       }
@@ -188,17 +190,18 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
                                         : chunk_offset<R, kEntries>(row_of<R>(a.grad_reference, t.row) + t.begin);
   const auto policy = stretch_of<P>(a.problem.policy, a.grad_policy, t.row, t.begin, offset);
   const auto reference = stretch_of<R>(a.problem.reference, a.grad_reference, t.row, t.begin, offset);
-  if (t.ignored || t.invalid) {
+  if (t.ignored || t.invalid) [[unlikely]] {
     const Real value = t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
     if (policy.grad) fill(policy.grad, chunk_offset<P, 16 / sizeof(P)>(policy.grad), t.size, value);
     if (reference.grad) fill(reference.grad, chunk_offset<R, 16 / sizeof(R)>(reference.grad), t.size, value);
     return;
   }
   const GradientCoefficients<Real>& c = coefficients_of<Real>(a, t.row);
-  if (c.careful)
+  if (c.careful) [[unlikely]] {
     stretch_gradient<Real, true>(policy, reference, offset, t.size, t.label, c, by);
-  else
+  } else {
     stretch_gradient<Real, false>(policy, reference, offset, t.size, t.label, c, by);
+  }
 }
 
 // coefficient * 2^(scale z - normalizer), and `at_label` besides at the label. kCareful: the row holds infinities.
@@ -224,7 +227,9 @@ __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, int off
         const bool outside = kCareful && z == minus_infinity<Real>();
         values[i] = outside ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
       }
-      if (label >= at && label < at + kEntries) add_at_label(values, label - at, at_label);
+      if (label >= at && label < at + kEntries) [[unlikely]] {
+        add_at_label(values, label - at, at_label);
+      }
       store_chunk(side.grad, at, size, Chunk<T, kEntries>::of(values));
     }
   }
@@ -241,7 +246,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
   const Logits& grad = kPolicy ? a.grad_policy : a.grad_reference;
   const int offset = chunk_offset<T, kEntries>(row_of<T>(grad, t.row) + t.begin);
   const auto side = stretch_of<T>(logits, grad, t.row, t.begin, offset);
-  if (t.ignored || t.invalid) {
+  if (t.ignored || t.invalid) [[unlikely]] {
     fill(side.grad, offset, t.size, t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN());
     return;
   }
@@ -249,10 +254,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
   const Real normalizer = kPolicy ? c.policy_origin : c.reference_origin;
   const Real coefficient = kPolicy ? c.pi_0 : c.rho_0;
   const Real at_label = kPolicy ? c.policy_label : c.reference_label;
-  if (c.careful)
+  if (c.careful) [[unlikely]] {
     logprob_gradient<Real, true>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
-  else
+  } else {
     logprob_gradient<Real, false>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
+  }
 }
 
 }  // namespace lit_did::cuda

@@ -40,10 +40,12 @@ constexpr int kChunk = 16 / (sizeof(P) < sizeof(R) ? sizeof(P) : sizeof(R));
 template <typename T>
 __device__ __forceinline__ T* row_of(const Logits& logits, int64_t row) {
   int64_t offset = 0;
+  if (logits.layout.dims > 1) [[unlikely]] {
 #pragma unroll 1
-  for (int i = logits.layout.dims - 1; i > 0; --i) {
-    offset += row % logits.layout.sizes[i] * logits.layout.strides[i];
-    row /= logits.layout.sizes[i];
+    for (int i = logits.layout.dims - 1; i > 0; --i) {
+      offset += row % logits.layout.sizes[i] * logits.layout.strides[i];
+      row /= logits.layout.sizes[i];
+    }
   }
   if (logits.layout.dims > 0) offset += row * logits.layout.strides[0];
   return static_cast<T*>(logits.data) + offset;
@@ -252,14 +254,16 @@ template <typename T, int kEntries, bool kAligned, bool kReadOnly>
 __device__ __forceinline__ Chunk<T, kEntries> load_chunk(const T* row, int begin, int size, int past) {
   if constexpr (!kAligned) {
     constexpr int kAround = 16 / int(sizeof(T));  // entries, at most, that the words reach beyond the chunk
-    if (past != 0) {
+    if (past != 0) [[unlikely]] {
       if (begin >= kAround && begin + kEntries + kAround <= size)
         return load_wide<T, kEntries, false, kReadOnly>(row + begin, past);
       return load_entries<T, kEntries>(row, begin, size);
     }
   }
-  if (begin >= 0 && begin + kEntries <= size) return load_wide<T, kEntries, true, kReadOnly>(row + begin, 0);
-  return load_entries<T, kEntries>(row, begin, size);
+  if (begin < 0 || begin + kEntries > size) [[unlikely]] {
+    return load_entries<T, kEntries>(row, begin, size);
+  }
+  return load_wide<T, kEntries, true, kReadOnly>(row + begin, 0);
 }
 
 template <typename T>
@@ -277,26 +281,25 @@ __device__ __forceinline__ void store_chunk(T* row, int begin, int size, const C
   using C = Chunk<T, kEntries>;
   using Bits = typename BitsOf<T>::type;
   T* to = row + begin;
-  if (begin >= 0 && begin + kEntries <= size && bytes_past_boundary(to) == 0) {
+  if (begin < 0 || begin + kEntries > size || bytes_past_boundary(to) != 0) [[unlikely]] {
 #pragma unroll
-    for (int i = 0; i < C::kWords / 4; ++i) {
-      uint4 v;
-      v.x = chunk.words[4 * i], v.y = chunk.words[4 * i + 1], v.z = chunk.words[4 * i + 2],
-      v.w = chunk.words[4 * i + 3];
-      reinterpret_cast<uint4*>(to)[i] = v;
+    for (int i = 0; i < kEntries; ++i) {
+      uint64_t bits;
+      if constexpr (sizeof(T) == 8)
+        bits = chunk.words[2 * i] | uint64_t(chunk.words[2 * i + 1]) << 32;
+      else if constexpr (sizeof(T) == 4)
+        bits = chunk.words[i];
+      else
+        bits = chunk.words[i / 2] >> 16 * (i % 2);
+      if (begin + i >= 0 && begin + i < size) reinterpret_cast<Bits*>(row)[begin + i] = static_cast<Bits>(bits);
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kEntries; ++i) {
-    uint64_t bits;
-    if constexpr (sizeof(T) == 8)
-      bits = chunk.words[2 * i] | uint64_t(chunk.words[2 * i + 1]) << 32;
-    else if constexpr (sizeof(T) == 4)
-      bits = chunk.words[i];
-    else
-      bits = chunk.words[i / 2] >> 16 * (i % 2);
-    if (begin + i >= 0 && begin + i < size) reinterpret_cast<Bits*>(row)[begin + i] = static_cast<Bits>(bits);
+  for (int i = 0; i < C::kWords / 4; ++i) {
+    uint4 v;
+    v.x = chunk.words[4 * i], v.y = chunk.words[4 * i + 1], v.z = chunk.words[4 * i + 2], v.w = chunk.words[4 * i + 3];
+    reinterpret_cast<uint4*>(to)[i] = v;
   }
 }
 

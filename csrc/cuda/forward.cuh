@@ -60,13 +60,15 @@ struct Accumulator {
         z_max <= policy_limit && r_max <= reference_limit && d_max <= difference_limit && lowest >= -by.limit;
     // A branch that one lane takes costs the whole warp. So all lanes take it together, and move their origins to the
     // warp's maxima, above which their next chunks seldom rise.
-    if (!__all_sync(kWholeWarp, fits || entries <= 0)) {
+    if (!__all_sync(kWholeWarp, fits || entries <= 0)) [[unlikely]] {
       const bool plain = entries > 0 && z_max <= by.limit && r_max <= by.limit && lowest >= -by.limit;
       const Real hole = minus_infinity<Real>();
       rebase(warp_maximum(plain ? z_max : hole), warp_maximum(plain ? r_max : hole), warp_maximum(plain ? d_max : hole),
              by);
-      if (!plain && entries > 0) add_carefully(policy, reference, entries, by);
-      if (!plain) return;
+      if (!plain) [[unlikely]] {
+        if (entries > 0) add_carefully(policy, reference, entries, by);
+        return;
+      }
     } else if (entries <= 0) {
       return;
     }
@@ -187,10 +189,11 @@ template <typename P, typename R, typename Real>
 __device__ __forceinline__ RowStatistics<Real, Real> split_statistics(const P* policy, const R* reference, int size,
                                                                       const Scaling<Real>& by) {
   Accumulator<Real> accumulator;
-  if (bytes_past_boundary(policy) == 0 && bytes_past_boundary(reference) == 0)
+  if (bytes_past_boundary(policy) == 0 && bytes_past_boundary(reference) == 0) {
     accumulate<P, R, true>(policy, reference, size, by, accumulator);
-  else
+  } else [[unlikely]] {
     accumulate<P, R, false>(policy, reference, size, by, accumulator);
+  }
 
   constexpr int kWarps = kForwardThreads / kWarp;
   using Sums = RowStatistics<Real, Real>;
