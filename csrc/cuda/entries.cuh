@@ -23,14 +23,12 @@ struct RealOf<double> {
 // What the kernels make of the temperature, worked out once on the host.
 template <typename Real>
 struct Scaling {
-  Real scale;    // logits * scale are in base 2: log2(e) / temperature
-  Real inverse;  // 1 / scale
-  Real limit;    // beyond it a logit counts as infinite
+  Real scale;       // logits * scale are in base 2: log2(e) / temperature
+  Real limit;       // beyond it a logit counts as infinite
+  Real half_limit;  // below its negative, or where an origin is near the limit, each logit is compared with the limit
 
   explicit Scaling(double temperature)
-      : scale(Real(kLog2e / temperature)),
-        inverse(Real(temperature * kLn2)),
-        limit(Real(kLargestLogit * temperature)) {}
+      : scale(Real(kLog2e / temperature)), limit(Real(kLargestLogit * temperature)), half_limit(limit / 2) {}
 };
 
 // Entries that a thread takes at a time: 16 bytes of the narrower side.

@@ -4,31 +4,63 @@
 namespace lit_did::cuda {
 namespace {
 
-int64_t splits_of(const Problem& problem) { return (problem.vocabulary + kForwardSplit - 1) / kForwardSplit; }
-
-}  // namespace
-
-int64_t forward_workspace_bytes(const Problem& problem) {
-  const bool is_double = problem.policy.kind == ScalarKind::kDouble;
-  const size_t bytes = is_double ? sizeof(RowStatistics<double, double>) : sizeof(RowStatistics<float, float>);
-  return problem.rows * splits_of(problem) * static_cast<int64_t>(bytes);
+// Rows are finished where they are short. Where parts are few, more blocks keep every multiprocessor busy.
+Cut cut_of(const Problem& problem) {
+  const int parts = parts_of(problem.vocabulary);
+  const int64_t all = problem.rows * parts;
+  constexpr int kLong = kEntriesABlock / kPartEntries;
+  const int most = all <= kFewParts            ? 1
+                   : all <= kEnoughParts       ? kForwardWarps
+                   : parts <= kMostPartsABlock ? parts
+                                               : kLong;
+  const int blocks_a_row = (parts + most - 1) / most;
+  return {(parts + blocks_a_row - 1) / blocks_a_row, blocks_a_row};
 }
 
-cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
+// With `parts`, or without where a block takes all parts of a row.
+cudaError_t launch(const ForwardArguments& a, const Cut& cut, void* parts, int64_t stride, bool finishes,
+                   cudaStream_t stream) {
   const Problem& problem = a.problem;
-  const int64_t splits = splits_of(problem), blocks = problem.rows * splits;
+  const int64_t blocks = problem.rows * cut.blocks_a_row;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return with_types(problem.policy.kind, problem.reference.kind, [&](auto p, auto r) {
     using P = decltype(p);
     using R = decltype(r);
-    const Scaling<typename RealOf<P>::type> by(problem.temperature);
+    using Real = typename RealOf<P>::type;
+    const Scaling<Real> by(problem.temperature);
+    auto* to = static_cast<PartSums<Real>*>(parts);
     LIT_DID_LAUNCH((forward_kernel<P, R>), dim3(static_cast<unsigned>(blocks)), dim3(kForwardThreads), stream, a, by,
-                   static_cast<int>(splits));
-    LIT_DID_LAUNCH((finish_kernel<P, R>), dim3(static_cast<unsigned>((problem.rows + kWarp - 1) / kWarp)), dim3(kWarp),
-                   stream, a, by, static_cast<int>(splits));
+                   cut, to, stride);
+    if (finishes)
+      LIT_DID_LAUNCH((finish_kernel<P, R>),
+                     dim3(static_cast<unsigned>((problem.rows + kForwardWarps - 1) / kForwardWarps)),
+                     dim3(kForwardThreads), stream, a, by, to, stride);
     return cudaGetLastError();
   });
+}
+
+}  // namespace
+
+int64_t part_bytes(ScalarKind kind) {
+  return kind == ScalarKind::kDouble ? sizeof(PartSums<double>) : sizeof(PartSums<float>);
+}
+
+int64_t forward_workspace_bytes(const Problem& problem) {
+  if (cut_of(problem).blocks_a_row <= 1) return 0;
+  return problem.rows * parts_of(problem.vocabulary) * part_bytes(problem.policy.kind);
+}
+
+cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
+  const Cut cut = cut_of(a.problem);
+  const bool inside = cut.blocks_a_row == 1;
+  return launch(a, cut, inside ? nullptr : a.workspace, parts_of(a.problem.vocabulary), !inside, stream);
+}
+
+cudaError_t forward_parts(const PartsArguments& a, cudaStream_t stream) {
+  ForwardArguments arguments{};
+  arguments.problem = a.problem;
+  return launch(arguments, cut_of(a.problem), a.parts, a.stride, false, stream);
 }
 
 }  // namespace lit_did::cuda

@@ -2,150 +2,324 @@
 //
 // Computes   lit_did::RowStatistics of two [V] rows and what follows from it (row_statistics.h).
 // Reads      every entry of both rows once; nothing of a row whose label is ignored.
-// Writes     one RowStatistics a split; then nine statistics and five normalizers a row.
-// Threads    one block a split of a row. A thread adds its chunks to sums of its own, whose origins its warp moves. In
-//            the end a warp adds its lanes' sums by shuffles, and one merge in shared memory makes the split's. Then a
-//            thread a row.
+// Writes     nine statistics and five normalizers a row. Between two kernels, the sums of each part of a row.
+// Threads    A row is cut into parts of kPartEntries. One warp at a time works on a part: every lane adds its chunks to
+//            sums of its own, whose origins its warp moves. A warp merges the parts of a row.
 // Bits       The order of every addition follows from V alone: not from addresses, the number of rows or the device.
+//            Blocks may take any number of parts, because what is added within a part and how parts merge is the same.
 #pragma once
 
 #include "entries.cuh"
 
 namespace lit_did::cuda {
 
-constexpr int kForwardThreads = 256;
-// Blocks that the registers of a multiprocessor hold: three hide the latency of memory, doubles leave room for two.
+constexpr int kForwardThreads = 128;
+constexpr int kForwardWarps = kForwardThreads / kWarp;
+// Blocks that the registers of a multiprocessor hold.
 template <typename Real>
-constexpr int kForwardBlocks = sizeof(Real) == 4 ? 3 : 2;
-// Entries that one partial RowStatistics covers: enough chunks a thread to pay for the merge.
-constexpr int kForwardSplit = kEntriesABlock;
+constexpr int kForwardBlocks = sizeof(Real) == 4 ? 5 : 2;
+// Chunks of each side that a lane takes in one turn: its loads in flight.
+constexpr int kTurnChunks = 2;
+// Parts that a block takes at most, where it finishes its row.
+constexpr int kMostPartsABlock = 16;
+// Up to so many parts in all rows, a block takes one of them.
+constexpr int kFewParts = 512;
+// Up to so many, a warp takes one. With more, a block takes as many as pay for what it costs.
+constexpr int kEnoughParts = 4096;
 
-// How far (as a power of 2) entries may rise above an origin before the sums are brought to another one. Exponentials
-// stay far from overflow, and the rounding of an exponent that near to 0 is no larger than that of 2^x.
-constexpr int kSlack = 4;
+// How far (as a power of 2) the weights of one lane's turn may rise, together, before the warp moves its origins.
+// Exponentials stay far from overflow, and the rounding of an exponent that near to 0 is no larger than that of 2^x.
+constexpr int kSlack = 8;
 
-// A thread's sums, with the largest logits that its origins allow.
+// The sums of one part as they wait to be merged, in the order of RowStatistics.
+constexpr int kPartSums = 8;
+template <typename Real>
+struct PartSums {
+  Real sums[kPartSums];
+  Real policy_max, reference_max, difference_max, outside;
+  int flags;
+};
+
+// A lane's share of one turn: chunks of both sides, apart by what the other lanes take.
+template <typename P, typename R>
+struct Share {
+  static constexpr int kEntries = kChunk<P, R>, kStep = kWarp * kEntries, kTurn = kTurnChunks * kStep;
+  Chunk<P, kEntries> z[kTurnChunks];
+  Chunk<R, kEntries> r[kTurnChunks];
+};
+
+// A lane's sums of one part. The origins (maxima) are the same in all lanes of a warp.
 template <typename Real>
 struct Accumulator {
   RowStatistics<Real, Real> sums;
-  Real policy_limit = minus_infinity<Real>(), reference_limit = minus_infinity<Real>();
-  Real difference_limit = minus_infinity<Real>();
+  Real most = -1;  // the weights of a turn, together; more moves the origins
 
-  __device__ __forceinline__ void rebase(Real policy, Real reference, Real difference, const Scaling<Real>& by) {
-    const Real p = larger(sums.policy_max, policy * by.scale);
-    const Real r = larger(sums.reference_max, reference * by.scale);
-    const Real d = larger(sums.difference_max, difference * by.scale);
-    sums.rebase(p, r, d);
-    policy_limit = smaller((p + kSlack) * by.inverse, by.limit);
-    reference_limit = smaller((r + kSlack) * by.inverse, by.limit);
-    difference_limit = (d + kSlack) * by.inverse;
-  }
-
-  // By all lanes of a warp together. `entries` of the chunk belong to the row; none where that is 0 or less.
-  template <typename P, typename R, int kEntries>
-  __device__ __forceinline__ void add(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
-                                      int entries, const Scaling<Real>& by) {
-    Real z_max = policy[0], r_max = reference[0], d_max = Real(policy[0]) - Real(reference[0]);
+  // Moves the origins to the warp's maxima in one turn, above which the next turns seldom rise. By all lanes together.
+  // The share's first entries are at `policy` and `reference`; from there on the row has `left`. False where entries
+  // are infinite, NaN or not there: then they are added here. `share` is not read unless the turn is `whole`.
+  template <typename P, typename R>
+  __device__ __forceinline__ bool move(const Share<P, R>& share, bool whole, const P* policy, const R* reference,
+                                       int left, const Scaling<Real>& by) {
+    constexpr int kEntries = Share<P, R>::kEntries;
+    Real z_max = share.z[0][0], r_max = share.r[0][0], d_max = z_max - r_max;
     Real lowest = smaller(z_max, r_max);
 #pragma unroll
-    for (int i = 1; i < kEntries; ++i) {
-      const Real z = policy[i], r = reference[i];
+    for (int i = 1; i < kTurnChunks * kEntries; ++i) {
+      const Real z = share.z[i / kEntries][i % kEntries], r = share.r[i / kEntries][i % kEntries];
       z_max = larger(z_max, z);
       r_max = larger(r_max, r);
       d_max = larger(d_max, z - r);
       lowest = smaller(lowest, smaller(z, r));
     }
-    // NaN passes unseen, and makes the sums NaN.
-    const bool fits =
-        z_max <= policy_limit && r_max <= reference_limit && d_max <= difference_limit && lowest >= -by.limit;
-    // A branch that one lane takes costs the whole warp. So all lanes take it together, and move their origins to the
-    // warp's maxima, above which their next chunks seldom rise.
-    if (!__all_sync(kWholeWarp, fits || entries <= 0)) [[unlikely]] {
-      const bool plain = entries > 0 && z_max <= by.limit && r_max <= by.limit && lowest >= -by.limit;
-      const Real hole = minus_infinity<Real>();
-      rebase(warp_maximum(plain ? z_max : hole), warp_maximum(plain ? r_max : hole), warp_maximum(plain ? d_max : hole),
-             by);
-      if (!plain) [[unlikely]] {
-        if (entries > 0) add_carefully(policy, reference, entries, by);
-        return;
+    const auto one_by_one = [&](auto function) {
+#pragma unroll 1
+      for (int i = 0; i < kTurnChunks * kEntries; ++i) {
+        const int offset = i / kEntries * Share<P, R>::kStep + i % kEntries;
+        if (offset < left)
+          function(effective_logit<Real>(load_entry(policy + offset), by.limit),
+                   effective_logit<Real>(load_entry(reference + offset), by.limit));
       }
-    } else if (entries <= 0) {
-      return;
+    };
+    // NaN passes unseen, and makes the sums NaN.
+    const bool plain = whole && z_max <= by.limit && r_max <= by.limit && lowest >= -by.limit;
+    const Real hole = minus_infinity<Real>();
+    if (!plain) [[unlikely]] {
+      z_max = r_max = d_max = hole;
+      one_by_one([&](Real z, Real r) {
+        if (!(z < -hole) || !(r < -hole)) {
+          sums.policy_weight = -hole - -hole;  // +inf or NaN
+          return;
+        }
+        z_max = larger(z_max, z);
+        r_max = larger(r_max, r);
+        if (z > hole && r > hole) d_max = larger(d_max, z - r);
+      });
     }
-    const Real z0 = sums.policy_max, r0 = sums.reference_max, d0 = sums.difference_max;
-    const Real x0 = z0 - r0;
+    const Real p = larger(sums.policy_max, warp_maximum(z_max) * by.scale);
+    const Real r = larger(sums.reference_max, warp_maximum(r_max) * by.scale);
+    const Real d = larger(sums.difference_max, warp_maximum(d_max) * by.scale);
+    sums.rebase(p, r, d);
+    // Near the limit no weight says whether a logit is beyond it.
+    most = larger(p, larger(r, d)) < Real(kLargestLogit * kLog2e / 4) ? Real(1 << kSlack) : Real(-1);
+    if (!plain) [[unlikely]] {
+      one_by_one([&](Real z, Real r) { add_carefully(z, r, by); });
+    }
+    return plain;
+  }
+
+ private:
+  // One entry, which may be infinite.
+  __device__ __forceinline__ void add_carefully(Real z, Real r, const Scaling<Real>& by) {
+    const Real hole = minus_infinity<Real>();
+    const Real z0 = origin(sums.policy_max), r0 = origin(sums.reference_max), d0 = origin(sums.difference_max);
+    const bool z_inside = z > hole, r_inside = r > hole, d_inside = z_inside && r_inside;
+    const Real d = d_inside ? z - r : Real(0), x = multiply_add(d, by.scale, r0 - z0);
+    if (!d_inside) sums.flags |= kInfinite | (r_inside ? kPolicyHole : 0) | (z_inside ? kReferenceHole : 0);
+    if (!z_inside && !r_inside) sums.outside += 1;
+    if (z_inside) {
+      const Real log_z = multiply_add(z, by.scale, -z0), w_z = fast_exp2(log_z);
+      sums.policy_weight += w_z;
+      sums.policy_log = multiply_add(w_z, log_z, sums.policy_log);
+      if (d_inside) sums.policy_log_ratio = multiply_add(w_z, x, sums.policy_log_ratio);
+    }
+    if (r_inside) {
+      const Real log_r = multiply_add(r, by.scale, -r0), w_r = fast_exp2(log_r);
+      sums.reference_weight += w_r;
+      sums.reference_log = multiply_add(w_r, log_r, sums.reference_log);
+      if (d_inside) sums.reference_log_ratio = multiply_add(w_r, x, sums.reference_log_ratio);
+    }
+    if (d_inside) {
+      const Real log_d = multiply_add(d, by.scale, -d0), w_d = fast_exp2(log_d);
+      sums.difference_weight += w_d;
+      sums.difference_log = multiply_add(w_d, log_d, sums.difference_log);
+    }
+  }
+};
+
+// The sums of one turn of a lane, apart from those before it: whether they fit is checked afterwards.
+template <typename Real>
+struct Turn {
+  Real policy_weight, policy_log, policy_log_ratio, reference_weight, reference_log, reference_log_ratio;
+  Real difference_weight, difference_log, lowest;
+
+  // kFirst: the turn's first chunk.
+  template <bool kFirst, typename P, typename R, int kEntries>
+  __device__ __forceinline__ void add(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
+                                      const RowStatistics<Real, Real>& origins, const Scaling<Real>& by) {
+    const Real z0 = origins.policy_max, r0 = origins.reference_max, d0 = origins.difference_max, x0 = z0 - r0;
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
       const Real z = policy[i], r = reference[i], d = z - r;
       const Real log_z = multiply_add(z, by.scale, -z0), log_r = multiply_add(r, by.scale, -r0),
                  log_d = multiply_add(d, by.scale, -d0), x = multiply_add(d, by.scale, -x0);
       const Real w_z = fast_exp2(log_z), w_r = fast_exp2(log_r), w_d = fast_exp2(log_d);
-      sums.policy_weight += w_z;
-      sums.policy_log += w_z * log_z;
-      sums.policy_log_ratio += w_z * x;
-      sums.reference_weight += w_r;
-      sums.reference_log += w_r * log_r;
-      sums.reference_log_ratio += w_r * x;
-      sums.difference_weight += w_d;
-      sums.difference_log += w_d * log_d;
+      if (kFirst && i == 0) {
+        lowest = z;
+        policy_weight = w_z;
+        policy_log = w_z * log_z;
+        policy_log_ratio = w_z * x;
+        reference_weight = w_r;
+        reference_log = w_r * log_r;
+        reference_log_ratio = w_r * x;
+        difference_weight = w_d;
+        difference_log = w_d * log_d;
+      } else {
+        lowest = smaller(lowest, z);
+        policy_weight += w_z;
+        policy_log = multiply_add(w_z, log_z, policy_log);
+        policy_log_ratio = multiply_add(w_z, x, policy_log_ratio);
+        reference_weight += w_r;
+        reference_log = multiply_add(w_r, log_r, reference_log);
+        reference_log_ratio = multiply_add(w_r, x, reference_log_ratio);
+        difference_weight += w_d;
+        difference_log = multiply_add(w_d, log_d, difference_log);
+      }
     }
   }
 
- private:
-  // Entries that are infinite or NaN, or not there. `entries` of the chunk belong to the row.
-  template <typename P, typename R, int kEntries>
-  __device__ __forceinline__ void add_carefully(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
-                                                int entries, const Scaling<Real>& by) {
-    const Real hole = minus_infinity<Real>();
-    Real z_max = hole, r_max = hole, d_max = hole;
-    bool invalid = false;
-#pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      const Real z = effective_logit<Real>(policy[i], by.limit), r = effective_logit<Real>(reference[i], by.limit);
-      if (!(z < -hole) || !(r < -hole)) {
-        invalid = true;
-        continue;
-      }
-      z_max = larger(z_max, z);
-      r_max = larger(r_max, r);
-      if (z > hole && r > hole) d_max = larger(d_max, z - r);
-    }
-    rebase(z_max, r_max, d_max, by);
-    if (invalid) sums.policy_weight = -hole - -hole;
-    const Real z0 = origin(sums.policy_max), r0 = origin(sums.reference_max), d0 = origin(sums.difference_max);
-    const Real x0 = z0 - r0;
-#pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      const Real z = effective_logit<Real>(policy[i], by.limit), r = effective_logit<Real>(reference[i], by.limit);
-      const bool z_inside = z > hole, r_inside = r > hole, d_inside = z_inside && r_inside;
-      const Real d = d_inside ? z - r : Real(0), x = multiply_add(d, by.scale, -x0);
-      if (i < entries && !d_inside)
-        sums.flags |= kInfinite | (r_inside ? kPolicyHole : 0) | (z_inside ? kReferenceHole : 0);
-      if (i < entries && !z_inside && !r_inside) sums.outside += 1;
-      if (z_inside) {
-        const Real log_z = multiply_add(z, by.scale, -z0), w_z = fast_exp2(log_z);
-        sums.policy_weight += w_z;
-        sums.policy_log += w_z * log_z;
-        if (d_inside) sums.policy_log_ratio += w_z * x;
-      }
-      if (r_inside) {
-        const Real log_r = multiply_add(r, by.scale, -r0), w_r = fast_exp2(log_r);
-        sums.reference_weight += w_r;
-        sums.reference_log += w_r * log_r;
-        if (d_inside) sums.reference_log_ratio += w_r * x;
-      }
-      if (d_inside) {
-        const Real log_d = multiply_add(d, by.scale, -d0), w_d = fast_exp2(log_d);
-        sums.difference_weight += w_d;
-        sums.difference_log += w_d * log_d;
-      }
-    }
+  // Whether no weight is too large and no entry infinite or NaN. The reference's lowest logits need no look: where the
+  // policy's logit is above half the limit, one below it makes the weight of the difference infinite.
+  __device__ __forceinline__ bool fits(Real most, const Scaling<Real>& by) const {
+    return policy_weight + reference_weight + difference_weight <= most && lowest >= -by.half_limit;
+  }
+
+  __device__ __forceinline__ void add_to(RowStatistics<Real, Real>& sums) const {
+    sums.policy_weight += policy_weight;
+    sums.policy_log += policy_log;
+    sums.policy_log_ratio += policy_log_ratio;
+    sums.reference_weight += reference_weight;
+    sums.reference_log += reference_log;
+    sums.reference_log_ratio += reference_log_ratio;
+    sums.difference_weight += difference_weight;
+    sums.difference_log += difference_log;
   }
 };
 
-// The sum of the lanes' statistics, in every lane.
+// Adds the lanes' sums and writes them. By all lanes together.
 template <typename Real>
-__device__ __forceinline__ RowStatistics<Real, Real> warp_merge(RowStatistics<Real, Real> sums) {
+__device__ __forceinline__ void write_part(const RowStatistics<Real, Real>& sums, PartSums<Real>* to) {
+  Real values[kPartSums] = {sums.policy_weight, sums.policy_log,          sums.policy_log_ratio,  sums.reference_weight,
+                            sums.reference_log, sums.reference_log_ratio, sums.difference_weight, sums.difference_log};
+  Real outside = sums.outside;
+  int flags = sums.flags;
+  if (__any_sync(kWholeWarp, flags != 0)) {
+    outside = warp_sum(outside);
+    flags = warp_or(flags);
+  }
+  const Real sum = warp_sums(values);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (lane % 4 == 0) to->sums[lane / 4] = sum;
+  if (lane != 0) return;
+  to->policy_max = sums.policy_max;
+  to->reference_max = sums.reference_max;
+  to->difference_max = sums.difference_max;
+  to->outside = outside;
+  to->flags = flags;
+}
+
+// Adds the entries from `begin` to `end` of both rows, of which there are `size`, part by part. By a whole warp.
+// kAligned: chunks lie on 16-byte boundaries on both sides.
+template <typename P, typename R, bool kAligned, typename Real>
+__device__ __forceinline__ void add_parts(const P* policy, const R* reference, int begin, int end, int size,
+                                          const Scaling<Real>& by, PartSums<Real>* parts) {
+  using S = Share<P, R>;
+  static_assert(kPartEntries % S::kTurn == 0, "turns lie within a part");
+  const int policy_past = kAligned ? 0 : bytes_past_boundary(policy);
+  const int reference_past = kAligned ? 0 : bytes_past_boundary(reference);
+  S share;
+  int at = begin;
+  const int first = static_cast<int>(threadIdx.x) % kWarp * S::kEntries;
+  const P* z_at = policy + begin + first;
+  const R* r_at = reference + begin + first;
+  // Chunk u of the turn after `turns` others, which lies wholly inside the row.
+  const auto load = [&](int u, int turns) {
+    const int offset = turns * S::kTurn + u * S::kStep;
+    if constexpr (kAligned) {
+      share.z[u] = load_wide<P, S::kEntries, true, true>(z_at + offset, 0);
+      share.r[u] = load_wide<R, S::kEntries, true, true>(r_at + offset, 0);
+    } else {
+      const int from = at + first + offset;
+      share.z[u] = load_chunk<P, S::kEntries, false, true>(policy, from, size, policy_past);
+      share.r[u] = load_chunk<R, S::kEntries, false, true>(reference, from, size, reference_past);
+    }
+  };
+  const auto load_turn = [&](int turns) {
+#pragma unroll
+    for (int u = 0; u < kTurnChunks; ++u) load(u, turns);
+  };
+  // Each chunk makes room for the next turn's, whose loads are under way while the rest is computed.
+  const auto add_turn = [&](const RowStatistics<Real, Real>& origins) {
+    const bool more = at + 2 * S::kTurn <= end;
+    Turn<Real> turn;
+    turn.template add<true>(share.z[0], share.r[0], origins, by);
+    if (kAligned && more) load(0, 1);
+#pragma unroll
+    for (int u = 1; u < kTurnChunks; ++u) {
+      turn.template add<false>(share.z[u], share.r[u], origins, by);
+      if (kAligned && more) load(u, 1);
+    }
+    return turn;
+  };
+  const auto go_on = [&] {
+    at += S::kTurn;
+    z_at += S::kTurn;
+    r_at += S::kTurn;
+  };
+
+  if (kAligned && at + S::kTurn <= end) load_turn(0);
+#pragma unroll 1
+  for (; at < end; ++parts) {
+    const int part_end = smaller_of(at + kPartEntries, end);
+    Accumulator<Real> accumulator;
+#pragma unroll 1
+    do {
+      const bool whole = at + S::kTurn <= end;
+      if (!kAligned && whole) load_turn(0);
+      bool plain = accumulator.move(share, whole, policy + at + first, reference + at + first, end - at - first, by),
+           moved = true;
+#pragma unroll 1
+      do {
+        if (!kAligned && !moved) load_turn(0);
+        const Turn<Real> turn = add_turn(accumulator.sums);
+        // A branch that one lane takes costs the whole warp, so that all lanes take it together.
+        if (!__all_sync(kWholeWarp, moved || turn.fits(accumulator.most, by))) [[unlikely]] {
+          if (kAligned) load_turn(0);
+          break;
+        }
+        if (plain) turn.add_to(accumulator.sums);
+        go_on();
+        plain = true, moved = false;
+      } while (at + S::kTurn <= part_end);
+    } while (at < part_end);
+    write_part(accumulator.sums, parts);
+  }
+}
+
+template <typename Real>
+__device__ __forceinline__ RowStatistics<Real, double> to_double(const PartSums<Real>& part) {
+  RowStatistics<Real, double> result;
+  result.policy_max = part.policy_max;
+  result.reference_max = part.reference_max;
+  result.difference_max = part.difference_max;
+  result.policy_weight = part.sums[0];
+  result.policy_log = part.sums[1];
+  result.policy_log_ratio = part.sums[2];
+  result.reference_weight = part.sums[3];
+  result.reference_log = part.sums[4];
+  result.reference_log_ratio = part.sums[5];
+  result.difference_weight = part.sums[6];
+  result.difference_log = part.sums[7];
+  result.outside = part.outside;
+  result.flags = part.flags;
+  return result;
+}
+
+// The sums of a row's parts, in an order that follows from their number alone. By a whole warp; in every lane.
+template <typename Real>
+__device__ __forceinline__ RowStatistics<Real, double> merge_parts(const PartSums<Real>* parts, int count) {
+  RowStatistics<Real, double> sums;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < count; i += kWarp) sums.merge(to_double(parts[i]));
   sums.rebase(warp_maximum(sums.policy_max), warp_maximum(sums.reference_max), warp_maximum(sums.difference_max));
   sums.policy_weight = warp_sum(sums.policy_weight);
   sums.policy_log = warp_sum(sums.policy_log);
@@ -158,72 +332,6 @@ __device__ __forceinline__ RowStatistics<Real, Real> warp_merge(RowStatistics<Re
   sums.outside = warp_sum(sums.outside);
   sums.flags = warp_or(sums.flags);
   return sums;
-}
-
-// This thread's share of the `size` entries of a split. kAligned: its chunks lie on 16-byte boundaries on both sides.
-template <typename P, typename R, bool kAligned, typename Real>
-__device__ __forceinline__ void accumulate(const P* policy, const R* reference, int size, const Scaling<Real>& by,
-                                           Accumulator<Real>& accumulator) {
-  constexpr int kEntries = kChunk<P, R>;
-  constexpr int kUnroll = kAligned ? 2 : 1;  // at least four loads in flight: an unaligned chunk takes two of each side
-  constexpr int kStep = kForwardThreads * kEntries;
-  const int policy_past = kAligned ? 0 : bytes_past_boundary(policy);
-  const int reference_past = kAligned ? 0 : bytes_past_boundary(reference);
-#pragma unroll 1
-  for (int begin = 0; begin < size; begin += kUnroll * kStep) {
-    const int at = begin + static_cast<int>(threadIdx.x) * kEntries;
-    Chunk<P, kEntries> z[kUnroll];
-    Chunk<R, kEntries> r[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      z[u] = load_chunk<P, kEntries, kAligned, true>(policy, at + u * kStep, size, policy_past);
-      r[u] = load_chunk<R, kEntries, kAligned, true>(reference, at + u * kStep, size, reference_past);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) accumulator.add(z[u], r[u], size - at - u * kStep, by);
-  }
-}
-
-// The statistics of one split, in every lane of the first warp.
-template <typename P, typename R, typename Real>
-__device__ __forceinline__ RowStatistics<Real, Real> split_statistics(const P* policy, const R* reference, int size,
-                                                                      const Scaling<Real>& by) {
-  Accumulator<Real> accumulator;
-  if (bytes_past_boundary(policy) == 0 && bytes_past_boundary(reference) == 0) {
-    accumulate<P, R, true>(policy, reference, size, by, accumulator);
-  } else [[unlikely]] {
-    accumulate<P, R, false>(policy, reference, size, by, accumulator);
-  }
-
-  constexpr int kWarps = kForwardThreads / kWarp;
-  using Sums = RowStatistics<Real, Real>;
-  alignas(Sums) __shared__ unsigned char memory[kWarps * sizeof(Sums)];  // shared memory runs no constructors
-  Sums* of_warps = reinterpret_cast<Sums*>(memory);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Sums sums = warp_merge(accumulator.sums);
-  if (lane == 0) of_warps[warp] = sums;
-  __syncthreads();
-  if (warp != 0) return {};
-  return warp_merge(lane < kWarps ? of_warps[lane] : Sums{});
-}
-
-template <typename Real>
-__device__ __forceinline__ RowStatistics<Real, double> to_double(const RowStatistics<Real, Real>& sums) {
-  RowStatistics<Real, double> result;
-  result.policy_max = sums.policy_max;
-  result.reference_max = sums.reference_max;
-  result.difference_max = sums.difference_max;
-  result.policy_weight = sums.policy_weight;
-  result.policy_log = sums.policy_log;
-  result.policy_log_ratio = sums.policy_log_ratio;
-  result.reference_weight = sums.reference_weight;
-  result.reference_log = sums.reference_log;
-  result.reference_log_ratio = sums.reference_log_ratio;
-  result.difference_weight = sums.difference_weight;
-  result.difference_log = sums.difference_log;
-  result.outside = sums.outside;
-  result.flags = sums.flags;
-  return result;
 }
 
 template <typename Real>
@@ -242,10 +350,10 @@ __device__ __forceinline__ void write_statistics(const ForwardArguments& a, int6
   for (int i = 0; i < kNumStatistics; ++i) static_cast<Real*>(a.statistics[i])[row] = values[i];
 }
 
-// By one thread a row. A label out of range has log-probabilities NaN: raising would need a synchronisation.
+// By one thread. A label out of range has log-probabilities NaN: raising would need a synchronisation.
 template <typename P, typename R, typename Real>
-__device__ __forceinline__ void finish_row(const ForwardArguments& a, int64_t row, const P* policy, const R* reference,
-                                           const RowStatistics<Real, double>& sums, const Scaling<Real>& by) {
+__device__ __forceinline__ void write_row(const ForwardArguments& a, int64_t row, const P* policy, const R* reference,
+                                          const RowStatistics<Real, double>& sums, const Scaling<Real>& by) {
   const int64_t label = a.problem.labels[row];
   double at_policy = std::numeric_limits<double>::quiet_NaN(), at_reference = at_policy;
   if (label >= 0 && label < a.problem.vocabulary) {
@@ -257,37 +365,73 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int64_t ro
   a.normalizers[row] = normalizers;
 }
 
-// One block a split: block row * splits + split. Its sums go to the workspace [rows, splits].
-template <typename P, typename R>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealOf<P>::type>)
-    forward_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by, int splits) {
-  using Real = typename RealOf<P>::type;
-  const int64_t row = blockIdx.x / splits, split = blockIdx.x % splits;
-  if (a.problem.labels[row] == a.problem.ignore_index) return;
-  const int64_t begin = split * kForwardSplit, rest = a.problem.vocabulary - begin;
-  const auto sums = split_statistics<P, R, Real>(row_of<const P>(a.problem.policy, row) + begin,
-                                                 row_of<const R>(a.problem.reference, row) + begin,
-                                                 rest < kForwardSplit ? static_cast<int>(rest) : kForwardSplit, by);
-  if (threadIdx.x == 0) static_cast<RowStatistics<Real, Real>*>(a.workspace)[blockIdx.x] = sums;
+// Merges the parts of a row and writes its statistics. By a whole warp.
+template <typename P, typename R, typename Real>
+__device__ __forceinline__ void finish_row(const ForwardArguments& a, int64_t row, const PartSums<Real>* parts,
+                                           int count, const Scaling<Real>& by) {
+  const auto sums = merge_parts(parts, count);
+  if (threadIdx.x % kWarp == 0)
+    write_row<P, R, Real>(a, row, row_of<const P>(a.problem.policy, row), row_of<const R>(a.problem.reference, row),
+                          sums, by);
 }
 
-// Merges the splits of each row, in their order, and finishes it. One thread a row.
+template <typename Real>
+__device__ __forceinline__ void write_ignored(const ForwardArguments& a, int64_t row) {
+  write_statistics<Real>(a, row, {});
+  a.normalizers[row] = {};
+}
+
+// How blocks share the parts of the rows: block row * blocks_a_row + i takes parts_a_block of them. It decides no bit.
+struct Cut {
+  int parts_a_block, blocks_a_row;
+};
+
+// The sums of the parts go to `parts`, [rows, stride]. Where that is null, one block takes all parts of a row and
+// finishes it.
 template <typename P, typename R>
-__global__ void __launch_bounds__(kWarp)
-    finish_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by, int splits) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealOf<P>::type>)
+    forward_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by, const Cut cut,
+                   PartSums<typename RealOf<P>::type>* parts, int64_t stride) {
   using Real = typename RealOf<P>::type;
-  const int64_t row = int64_t(blockIdx.x) * kWarp + threadIdx.x;
-  if (row >= a.problem.rows) return;
+  const int block = static_cast<int>(blockIdx.x), row = block / cut.blocks_a_row;
+  const int first = (block - row * cut.blocks_a_row) * cut.parts_a_block;
   if (a.problem.labels[row] == a.problem.ignore_index) {
-    write_statistics<Real>(a, row, {});
-    a.normalizers[row] = {};
+    if (!parts && threadIdx.x == 0) write_ignored<Real>(a, row);
     return;
   }
-  const auto* partial = static_cast<const RowStatistics<Real, Real>*>(a.workspace) + row * splits;
-  RowStatistics<Real, double> whole = to_double(partial[0]);
-  for (int i = 1; i < splits; ++i) whole.merge(to_double(partial[i]));
-  finish_row<P, R, Real>(a, row, row_of<const P>(a.problem.policy, row), row_of<const R>(a.problem.reference, row),
-                         whole, by);
+  __shared__ PartSums<Real> of_block[kMostPartsABlock];
+  const int64_t begin = int64_t(first) * kPartEntries, rest = a.problem.vocabulary - begin;
+  const int most = cut.parts_a_block * kPartEntries, size = rest < most ? static_cast<int>(rest) : most;
+  const P* policy = row_of<const P>(a.problem.policy, row) + begin;
+  const R* reference = row_of<const R>(a.problem.reference, row) + begin;
+  // Each warp takes its share of the block's parts.
+  const int count = parts_of(size), warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int mine = warp * count / kForwardWarps, past = (warp + 1) * count / kForwardWarps;
+  const int end = smaller_of(past * kPartEntries, size);
+  PartSums<Real>* to = (parts ? parts + row * stride + first : of_block) + mine;
+  if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
+    add_parts<P, R, false>(policy, reference, mine * kPartEntries, end, size, by, to);
+  } else {
+    add_parts<P, R, true>(policy, reference, mine * kPartEntries, end, size, by, to);
+  }
+  if (parts) return;
+  __syncthreads();
+  if (warp == 0) finish_row<P, R, Real>(a, row, of_block, count, by);
+}
+
+// Finishes rows whose parts are in memory. One warp a row.
+template <typename P, typename R>
+__global__ void __launch_bounds__(kForwardThreads)
+    finish_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by,
+                  const PartSums<typename RealOf<P>::type>* parts, int64_t stride) {
+  using Real = typename RealOf<P>::type;
+  const int64_t row = int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp;
+  if (row >= a.problem.rows) return;
+  if (a.problem.labels[row] == a.problem.ignore_index) {
+    if (threadIdx.x % kWarp == 0) write_ignored<Real>(a, row);
+    return;
+  }
+  finish_row<P, R, Real>(a, row, parts + row * stride, parts_of(a.problem.vocabulary), by);
 }
 
 }  // namespace lit_did::cuda

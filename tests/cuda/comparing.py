@@ -20,6 +20,7 @@ def constant(header: str, name: str) -> int:
 
 
 SPLIT = constant("kernels.h", "kEntriesABlock")
+PART = constant("kernels.h", "kPartEntries")
 
 
 def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32"), seed: int = 0, **more) -> TokenCase:
@@ -27,6 +28,22 @@ def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32
     policy, reference, labels = random_logits(rows, vocabulary, DTYPES[pair[0]], DTYPES[pair[1]], seed)
     upstream = list(torch.randn(9, rows, generator=torch.Generator().manual_seed(seed)))
     return TokenCase(policy, reference, labels, **{"upstream": upstream, "seed": seed + 1} | more)
+
+
+def among_many(case: TokenCase, parts: int) -> TokenCase:
+    """Ignored rows after those of the case, so that all rows together have that many parts of the forward, or more.
+
+    It decides how many parts a block takes, and whether it finishes its row.
+    """
+    rows, vocabulary = case.policy.shape
+    more = -(-parts // -(-vocabulary // PART)) - rows
+    case.policy, case.reference = (
+        torch.cat([x, x.new_full((more, vocabulary), torch.nan)]) for x in (case.policy, case.reference)
+    )
+    case.labels = torch.cat([case.labels, case.labels.new_full((more,), case.ignore_index)])
+    if case.upstream is not None:
+        case.upstream = [u if u is None else torch.cat([u, u.new_zeros(more)]) for u in case.upstream]
+    return case
 
 
 def moved(case: TokenCase, policy: int, reference: int, gap: int = 0) -> TokenCase:

@@ -6,14 +6,39 @@ import re
 import shutil
 
 import pytest
+import torch
 
-from tests.cuda.comparing import moved, random_case, run_and_check
-from tests.cuda.emulator import CSRC, EmulationError
+from tests.cuda.comparing import PART, among_many, constant, moved, random_case, run_and_check
+from tests.cuda.emulator import CSRC, EmulationError, TokenCase
 from tests.cuda.test_sanitizers import sequence_cases
+from tests.cuda.test_support import assert_as_specified, rows_of
 
 
 def aligned():
     return [random_case(2, 1000, upstream=None)]
+
+
+def rising():
+    case = random_case(2, 4099, upstream=None)
+    case.policy += 0.3 * torch.arange(4099)
+    return [case]
+
+
+def many():
+    """Blocks that finish their row."""
+    return [among_many(random_case(2, 1000, upstream=None), constant("forward.cuh", "kFewParts") + 1)]
+
+
+def long():
+    """A part for more than half the lanes of a warp."""
+    return [random_case(1, 17 * PART, upstream=None)]
+
+
+def masked():
+    """Entries that count as infinite, after the first turn."""
+    values = [(-1e9, -1e9), (-1e9, None), (None, -1e9), (2e6, None)]
+    policy, reference, labels, _ = rows_of(1100, [600], values, ("f32", "f32"))
+    return [TokenCase(policy, reference, labels, upstream=[torch.zeros(len(labels))] * 9)]
 
 
 def with_gradients():
@@ -39,11 +64,11 @@ def ignored():
 BREAKAGES = {
     "no barrier before the warps' sums are read": (
         *("forward.cuh", "  __syncthreads();\n", ""),
-        *(aligned, "plain", "worse than naive"),
+        *(many, "plain", "worse than naive"),
     ),
     "the same, seen by ThreadSanitizer": (
         *("forward.cuh", "  __syncthreads();\n", ""),
-        *(aligned, "thread", "data race"),
+        *(many, "thread", "data race"),
     ),
     "no barrier before the coefficients are read": (
         *("backward.cuh", "  __syncthreads();\n", ""),
@@ -54,17 +79,48 @@ BREAKAGES = {
         *(sequence_cases, "thread", "data race"),
     ),
     "warps that leave before the barrier": (
-        *("forward.cuh", "  __syncthreads();\n  if (warp != 0) return {};\n"),
-        "  if (warp != 0) return {};\n  __syncthreads();\n",
-        *(aligned, "plain", "divergence: a barrier that not every thread reaches"),
+        *("forward.cuh", "  __syncthreads();\n  if (warp == 0)", "  if (warp != 0) return;\n  __syncthreads();\n "),
+        *(many, "plain", "divergence: a barrier that not every thread reaches"),
     ),
     "a sum over half the lanes": (
         *("device.cuh", "int step = kWarp / 2; step > 0; step /= 2) value +="),
         "int step = kWarp / 4; step > 0; step /= 2) value +=",
+        *(long, "plain", "worse than naive"),
+    ),
+    "half the sums over a warp left out": (
+        *("device.cuh", "int step = 2; step > 0; step /= 2) sum +=", "int step = 1; step > 0; step /= 2) sum +="),
         *(aligned, "plain", "worse than naive"),
     ),
+    "weights that are not checked": (
+        *("forward.cuh", "moved || turn.fits(accumulator.most, by)", "moved || true"),
+        *(rising, "plain", "worse than naive"),
+    ),
+    "a turn added before it is checked": (
+        *(
+            "forward.cuh",
+            "        if (!__all_sync(",
+            "        turn.add_to(accumulator.sums);\n        if (!__all_sync(",
+        ),
+        *(rising, "plain", "worse than naive"),
+    ),
+    "a turn that goes on with the next one's words": (
+        *("forward.cuh", "          if (kAligned) load_turn(0);\n", ""),
+        *(rising, "plain", "worse than naive"),
+    ),
+    "a sum of a turn that is left out": (
+        *("forward.cuh", "    sums.difference_log += difference_log;\n  }", "  }"),
+        *(aligned, "plain", "worse than naive"),
+    ),
+    "low entries that nobody sees": (
+        *("forward.cuh", " && lowest >= -by.half_limit", ""),
+        *(masked, "plain", "Tensor-likes are not close"),
+    ),
+    "the next turn's loads past the row": (
+        *("forward.cuh", "at + 2 * S::kTurn <= end", "at + S::kTurn <= end"),
+        *(aligned, "address", "heap-buffer-overflow"),
+    ),
     "one entry too many in the tail": (
-        *("entries.cuh", "index < size ?", "index <= size ?"),
+        *("forward.cuh", "if (offset < left)", "if (offset <= left)"),
         *(odd, "address", "heap-buffer-overflow"),
     ),
     "one entry too many written": (
@@ -80,14 +136,15 @@ BREAKAGES = {
         *(misaligned, "address", "store to misaligned address"),
     ),
     "ignored rows read": (
-        *("forward.cuh", "  if (a.problem.labels[row] == a.problem.ignore_index) return;\n", ""),
+        *("forward.cuh", "write_ignored<Real>(a, row);\n    return;\n  }\n  __shared__"),
+        "write_ignored<Real>(a, row);\n  }\n  __shared__",
         *(ignored, "address", "use-after-poison"),
     ),
 }
 
 
 # One for each of the plain build's checks; each copy is compiled, which takes seconds.
-OFTEN = ("a sum over half the lanes", "one entry too many written", "warps that leave before the barrier")
+OFTEN = ("weights that are not checked", "one entry too many written", "warps that leave before the barrier")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +158,15 @@ def test_caught(name, build, tmp_path):
     # One dtype is enough, and compiles faster.
     replace(copy / "cuda" / "entries.cuh", OTHER_DTYPES, "    default:\n      return function(float{});\n")
     emulator = build(sanitizer, copy)
+    check = check_support if cases is masked else run_and_check
     with pytest.raises((EmulationError, AssertionError)) as error:
-        run_and_check(emulator, cases())
+        check(emulator, cases())
     assert re.search(report, str(error.value)), error.value
+
+
+def check_support(emulator, cases):
+    for case, result in zip(cases, emulator.run(cases), strict=True):
+        assert_as_specified(case, result)
 
 
 OTHER_DTYPES = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lit_did import token_statistics
 from lit_did.ops.extension import EXTENSION
-from tests.cuda.comparing import PAIRS, SPLIT, constant, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, PART, SPLIT, among_many, constant, moved, random_case, run_and_check
 from tests.cuda.emulator import Layout, TokenCase
 from tests.helpers import FIELDS, random_logits
 
@@ -29,9 +30,10 @@ SIZES = {
     4099: "every thread has chunks, and a tail",
 }
 LONG_SIZES = {
-    SPLIT - 1: "below one split",
-    SPLIT + 1: "a split of one entry",
-    2 * SPLIT + 5: "several splits, several stretches of the backward",
+    PART - 1: "below one part",
+    PART + 1: "a part of one entry",
+    3 * PART + 700: "several parts, the last with whole turns and a tail",
+    2 * SPLIT + 5: "several stretches of the backward",
 }
 
 
@@ -41,6 +43,18 @@ def test_values_and_gradients(pair, emulator):
     cases = [moved(random_case(3, size, pair, seed), seed % 8, 3 * seed % 8) for seed, size in enumerate(SIZES)]
     cases += [moved(random_case(1, size, pair, seed), seed, seed * 2) for seed, size in enumerate(LONG_SIZES)]
     run_and_check(emulator, cases)
+
+
+def test_blocks_that_finish_their_row(emulator):
+    """Where rows are many; also with a label out of range, and rows that begin elsewhere."""
+    few = constant("forward.cuh", "kFewParts")
+    cases = [among_many(random_case(3, size, ("bf16", "f32")), few + 1) for size in (1, 33, 2 * PART + 5)]
+    run_and_check(emulator, [*cases, moved(among_many(random_case(2, 33), few + 1), 1, 2)])
+    beyond = among_many(random_case(2, 33, upstream=None), few + 1)
+    beyond.labels[1] = 33
+    (result,) = emulator.run([beyond])
+    assert result.statistics[:2, 1].isnan().all()
+    assert result.statistics[2:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("pair", [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")], ids="-".join)
@@ -54,8 +68,8 @@ def test_the_label_wherever_it_lies(pair, emulator):
     places = [0, 7, 8, 2047, 2048, 4095, 4096, 4098]
     case = random_case(len(places), 4099, pair)
     case.labels = torch.tensor(places)
-    long = random_case(3, SPLIT + 9, pair)
-    long.labels = torch.tensor([SPLIT - 1, SPLIT, SPLIT + 8])
+    long = random_case(5, SPLIT + 9, pair)
+    long.labels = torch.tensor([PART - 1, PART, SPLIT - 1, SPLIT, SPLIT + 8])
     run_and_check(emulator, [moved(case, 3, 5), moved(long, 1, 0)])
 
 
@@ -118,8 +132,33 @@ def test_peaked(dtype, emulator):
     run_and_check(emulator, cases)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "f64"])
+def test_a_peak_anywhere_in_a_turn(dtype, emulator):
+    """The sums of the turn that holds it are thrown away, wherever it lies, and the turn is added again."""
+    places = [*range(1040, 1050), 1287, 1288, 1535, 2040]
+    case = random_case(len(places), 2100, (dtype, dtype))
+    rows = torch.arange(len(places))
+    case.policy[rows, places] += 40
+    case.reference[rows, torch.tensor(places).flip(0)] += 25
+    case.labels = torch.tensor(places)
+    run_and_check(emulator, [case, moved(copy.copy(case), 1, 3)])
+
+
+def test_just_below_what_moves_the_origins(emulator):
+    """Weights as far above their origins as they may be: rounding as small as with origins at the maxima."""
+    cases = []
+    for rise in (2.0, 5.0, 5.4, 5.6):  # 2^8 is e^5.545
+        for dtype in ("bf16", "f32"):
+            case = random_case(2, 2048, (dtype, dtype))
+            case.policy, case.reference = case.policy.clamp(max=0), case.reference.clamp(max=0)
+            case.policy[0, 1500], case.reference[0, 1400], case.policy[1, 1500] = rise, rise, rise
+            case.reference[1, 1500], case.labels[:] = -10, 1500
+            cases.append(case)
+    run_and_check(emulator, cases)
+
+
 def test_rising_logits(emulator):
-    """Each chunk above the one before it: the origins of the sums move as often as they can."""
+    """Each turn above the one before it: the origins of the sums move as often as they can."""
     cases = []
     for slope in (0.01, -0.01, 0.3):
         policy, reference, labels = random_logits(2, 4099, torch.float32, torch.float32)
@@ -168,16 +207,22 @@ def test_far_apart(emulator):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_origins_seldom_move(dtype, emulator):
-    """A warp moves them with its first chunk, and of logits as peaked as language models' hardly once more.
+    """A warp moves them at the start of a part, and of logits as peaked as language models' seldom again.
 
-    Every move exchanges three maxima, in five shuffles each. Equal logits move the origins once and no more.
+    Every further move exchanges three maxima, in five shuffles each, and the turn's vote again. Equal logits move the
+    origins at the start alone; rising ones move them in every turn.
     """
-    peaked = random_case(1, SPLIT, (dtype, dtype), upstream=None)
+    parts = 32
+    peaked = random_case(4, parts // 4 * PART, (dtype, dtype), upstream=None)
+    assert 2.9 < peaked.policy.float().std() < 3.1
     equal = TokenCase(torch.zeros_like(peaked.policy), torch.zeros_like(peaked.reference), peaked.labels)
-    run_and_check(emulator, [equal, peaked])
-    once, often = emulator.exchanges
-    warps = constant("forward.cuh", "kForwardThreads") // 32
-    assert 1 < 1 + (often - once) / (3 * 5 * 32 * warps) <= 2
+    turn = 2 * 32 * 16 // peaked.policy.element_size()
+    steps = 8.0 * (torch.arange(PART) // turn).repeat(parts // 4).expand_as(peaked.policy).to(peaked.policy)
+    rising = TokenCase(steps, torch.zeros_like(steps), peaked.labels)
+    emulator.run([equal, peaked, rising])
+    once, often, always = (1 + (n - emulator.exchanges[0]) / (16 * 32 * parts) for n in emulator.exchanges)
+    assert (once, always) == (1, PART // turn)
+    assert 1 <= often < 1.2
 
 
 # ----------------------------------------------------------------------------------------------------------
