@@ -29,7 +29,8 @@ from lit_did.cli.errors import Arguments
 from lit_did.demo import PAIRS, smollm2
 from lit_did.modules import dpo
 from lit_did.modules.pairs import PairMetrics
-from lit_did.ops import linear, tiles
+from lit_did.ops import linear
+from lit_did.ops.partials import Partials
 
 TARGET = 0.03
 DEFAULT_EVERY = 50  # the Trainer's log_every_n_steps
@@ -74,9 +75,9 @@ def watched(clock: Clock):
     update, log, monitor = PairMetrics.update, PairMetrics.log_all, DIDMonitor._arguments
     with (
         # What the operator does besides the matrix products.
-        mock.patch.object(tiles, "slice_partials", clock.watch("operator, forward", tiles.slice_partials)),
-        mock.patch.object(tiles, "merge_partials", clock.watch("operator, forward", tiles.merge_partials)),
-        mock.patch.object(tiles, "finish_partials", clock.watch("operator, forward", tiles.finish_partials)),
+        mock.patch.object(Partials, "add", clock.watch("operator, forward", Partials.add)),
+        mock.patch.object(Partials, "merge", clock.watch("operator, forward", Partials.merge)),
+        mock.patch.object(Partials, "finish", clock.watch("operator, forward", Partials.finish)),
         mock.patch.object(linear, "sequence_reduction", clock.watch("operator, forward", linear.sequence_reduction)),
         mock.patch.object(PairMetrics, "update", clock.watch("metrics: update", update)),
         mock.patch.object(PairMetrics, "log_all", clock.watch("metrics: compute and log", log)),

@@ -85,6 +85,21 @@ void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& re
   need(temperature >= 1e-30 && temperature <= 1e30, "`temperature` in [1e-30, 1e30]");
 }
 
+void check_partials(const at::Tensor& partials, const at::Tensor& labels) {
+  auto sizes = labels.sizes().vec();
+  sizes.push_back(kNumPartials);
+  need(partials.sizes() == sizes, "`partials` of shape [..., 16]");
+  need(partials.scalar_type() == at::kDouble && partials.is_contiguous(), "contiguous `partials` of float64");
+  need(partials.device() == labels.device(), "all tensors on one device");
+}
+
+void check_slices(const at::Tensor& partials, const at::Tensor& labels) {
+  need(labels.dim() == 1 && labels.scalar_type() == at::kLong, "`labels` of shape [rows] and int64");
+  need(partials.dim() == 3 && partials.size(0) >= 1, "`partials` of shape [slices, rows, 16]");
+  check_partials(partials[0], labels);
+  need(partials.is_contiguous(), "contiguous `partials` of float64");
+}
+
 void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_logits, bool write_policy,
                   bool write_reference) {
   const auto check = [](const char* name, const at::Tensor& logits, const char* other_name, const at::Tensor& other) {

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "row_statistics.h"
+#include "row_partials.h"
 #include "scalar_types.h"
 
 namespace lit_did {
@@ -34,16 +34,35 @@ std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List
                                                                  double temperature, bool policy_needs_grad,
                                                                  bool reference_needs_grad);
 
-// The same gradients, bit for bit, each written over its side's logits; a side that needs none is left alone.
+// The same gradients, bit for bit, each written over its side's logits; a side that needs none is left alone. The
+// logits may be a slice of the vocabulary that begins at `first_entry`, while labels count from the whole vocabulary's
+// first.
 void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Tensor>>& grads,
                                            const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                                            const at::Tensor& labels, at::TensorList statistics,
                                            const at::Tensor& normalizers, int64_t ignore_index, double temperature,
-                                           bool policy_needs_grad, bool reference_needs_grad);
+                                           bool policy_needs_grad, bool reference_needs_grad, int64_t first_entry);
+
+// Writes RowPartials of a slice of the vocabulary that begins at `first_entry` to `partials` [..., 16] float64, but for
+// ignored rows. Labels count from the whole vocabulary's first entry and may lie outside.
+void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
+                        const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature);
+
+// Merges the slices of `partials` [slices, rows, 16] into the first.
+void merge_token_partials_cpu(const at::Tensor& partials, const at::Tensor& labels, int64_t ignore_index);
+
+// The statistics of all slices together, float32 or float64; 0 for ignored rows.
+TokenTensors finish_token_partials_cpu(const at::Tensor& partials, const at::Tensor& labels, int64_t ignore_index,
+                                       bool float64);
 
 // What both devices demand of their input. Raises ValueError with the argument's name.
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature);
+
+// `partials` of shape [..., 16] for labels [...], and of shape [slices, rows, 16] for labels [rows]: float64,
+// contiguous.
+void check_partials(const at::Tensor& partials, const at::Tensor& labels);
+void check_slices(const at::Tensor& partials, const at::Tensor& labels);
 
 // What the backward reads besides the logits: contiguous; an undefined gradient for a statistic that was not used.
 struct BackwardTensors {

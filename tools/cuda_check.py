@@ -55,6 +55,9 @@ KERNELS = {
     "finish_kernel": Work(0, False),
     "backward_kernel": Work(2, True, 3, {"bf16": 960, "bf16 sm_75": 1440, "f32": 1190}),
     "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 380}),
+    "partials_kernel": Work(2, False, 3, {"bf16": 900, "f32": 1000}),  # the same loop as the forward's
+    "merge_slices_kernel": Work(0, False),
+    "finish_slices_kernel": Work(0, False),
     "sequence_kernel": Work(0, False),
 }
 ENTRY_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}

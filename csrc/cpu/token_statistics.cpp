@@ -1,12 +1,10 @@
-// token_statistics and its backward on the CPU.
+// token_statistics, its backward, and the partial statistics of a slice on the CPU.
 //
 // Computes   nine statistics a row of two [V] logits rows, and the gradient of all of them.
 // Reads      both rows once from memory, forward and backward; ignored rows not at all.
 // Keeps      five numbers a row; never anything of size [rows, V] but the gradient itself.
 // Threads    take a row at a time (backward: a split of a row) until none is left, so that ignored rows, wherever they
 //            lie, leave no thread idle; with few rows they share the splits of each. A row's bits depend on V alone.
-#include "../token_statistics.h"
-
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #if defined(__linux__)
@@ -16,6 +14,7 @@
 #include <atomic>
 
 #include "dispatch.h"
+#include "outputs.h"
 
 namespace lit_did {
 namespace {
@@ -72,48 +71,47 @@ void share(int64_t count, const Work& work) {
   });
 }
 
+// The two sides of a forward, and what their rows have in common.
 template <typename Real>
-void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
-             int64_t ignore_index, double temperature, const std::array<at::Tensor, kNumStatistics>& outputs,
-             const at::Tensor& normalizers) {
-  const Rows policy(policy_logits), reference(reference_logits);
-  const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
-  const AccumulateFn accumulate =
-      cpu::rows().accumulate[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
-  const int64_t vocabulary = policy_logits.size(-1);
-  const int64_t num_rows = labels.numel();
-  const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
-  const Real scale = static_cast<Real>(kLog2e / temperature);
-  const double limit = static_cast<Real>(kLargestLogit * kLog2e / scale);  // as the row kernels have it
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  RowNormalizers* normalizer = reinterpret_cast<RowNormalizers*>(normalizers.data_ptr<double>());
-  std::array<Real*, kNumStatistics> output;
-  for (int i = 0; i < kNumStatistics; ++i) output[i] = outputs[i].data_ptr<Real>();
-  for (int64_t row = 0; row < num_rows; ++row)
-    if (label[row] != ignore_index) check_label(label[row], vocabulary, row, ignore_index);
+struct Sides {
+  Rows policy, reference;
+  ScalarKind policy_kind, reference_kind;
+  int64_t vocabulary;
+  Real scale;
+  double limit;  // as the row kernels have it
 
+  Sides(const at::Tensor& policy_logits, const at::Tensor& reference_logits, double temperature)
+      : policy(policy_logits),
+        reference(reference_logits),
+        policy_kind(kind_of(policy_logits)),
+        reference_kind(kind_of(reference_logits)),
+        vocabulary(policy_logits.size(-1)),
+        scale(static_cast<Real>(kLog2e / temperature)),
+        limit(static_cast<Real>(kLargestLogit * kLog2e / scale)) {}
+
+  // The label's logits times scale.
+  double policy_at(int64_t row, int64_t label) const {
+    return effective_logit(value_at(policy.row(row), label, policy_kind), limit) * scale;
+  }
+  double reference_at(int64_t row, int64_t label) const {
+    return effective_logit(value_at(reference.row(row), label, reference_kind), limit) * scale;
+  }
+};
+
+// Calls `finish(row, statistics)` for every row whose label counts, from any thread.
+template <typename Real, typename Finish>
+void each_row(const Sides<Real>& sides, const at::Tensor& labels, int64_t ignore_index, const Finish& finish) {
+  const AccumulateFn accumulate =
+      cpu::rows().accumulate[static_cast<int>(sides.policy_kind)][static_cast<int>(sides.reference_kind)];
+  const int64_t num_rows = labels.numel();
+  const int64_t num_splits = (sides.vocabulary + kSplit - 1) / kSplit;
+  const int64_t* label = labels.const_data_ptr<int64_t>();
   const auto split = [&](int64_t row, int64_t index) {
     RowStatistics<Real, double> statistics;
     const int64_t begin = index * kSplit;
-    accumulate(policy.at(row, begin), reference.at(row, begin), std::min(kSplit, vocabulary - begin), scale,
-               &statistics);
+    accumulate(sides.policy.at(row, begin), sides.reference.at(row, begin), std::min(kSplit, sides.vocabulary - begin),
+               sides.scale, &statistics);
     return statistics;
-  };
-  const auto finish = [&](int64_t row, const RowStatistics<Real, double>& statistics) {
-    const double at_policy = effective_logit(value_at(policy.row(row), label[row], policy_kind), limit) * scale;
-    const double at_reference =
-        effective_logit(value_at(reference.row(row), label[row], reference_kind), limit) * scale;
-    const TokenStatistics<Real> s = statistics.finish(vocabulary, at_policy, at_reference, &normalizer[row]);
-    const Real values[] = {s.policy_logprob,
-                           s.reference_logprob,
-                           s.token_did_entropy,
-                           s.token_did_concentration,
-                           s.token_did_log_partition,
-                           s.policy_entropy,
-                           s.reference_entropy,
-                           s.kl,
-                           s.reverse_kl};
-    for (int i = 0; i < kNumStatistics; ++i) output[i][row] = values[i];
   };
 
   constexpr size_t kLargestPartial = 1 << 18;  // bytes, so that memory does not grow with the number of threads
@@ -138,6 +136,37 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
     for (int64_t i = 1; i < num_splits; ++i) statistics.merge(partial[row * num_splits + i]);
     finish(row, statistics);
   }
+}
+
+template <typename Real>
+void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
+             int64_t ignore_index, double temperature, const Outputs& outputs) {
+  const Sides<Real> sides(policy_logits, reference_logits, temperature);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < labels.numel(); ++row)
+    if (label[row] != ignore_index) check_label(label[row], sides.vocabulary, row, ignore_index);
+  const RowWriter<Real> write(outputs);
+  each_row(sides, labels, ignore_index, [&](int64_t row, const RowStatistics<Real, double>& sums) {
+    const int64_t y = label[row];
+    RowNormalizers normalizers;
+    const auto statistics =
+        sums.finish(sides.vocabulary, sides.policy_at(row, y), sides.reference_at(row, y), &normalizers);
+    write(row, statistics, normalizers);
+  });
+}
+
+template <typename Real>
+void partials_of_rows(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
+                      const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
+  const Sides<Real> sides(policy_logits, reference_logits, temperature);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  RowPartials* partial = reinterpret_cast<RowPartials*>(partials.data_ptr<double>());
+  each_row(sides, labels, ignore_index, [&](int64_t row, const RowStatistics<Real, double>& statistics) {
+    const int64_t entry = label[row] - first_entry;
+    const bool held = label[row] >= first_entry && entry < sides.vocabulary;
+    partial[row] = partials_of(statistics, sides.vocabulary, held, held ? sides.policy_at(row, entry) : 0,
+                               held ? sides.reference_at(row, entry) : 0);
+  });
 }
 
 void fill_row(char* row, int64_t size, ScalarKind kind, bool nan) {
@@ -194,7 +223,8 @@ template <typename Real>
 void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Tensor& policy_logits,
               const at::Tensor& reference_logits, const at::Tensor& labels,
               const std::array<at::Tensor, kNumStatistics>& statistics, const at::Tensor& normalizers,
-              int64_t ignore_index, double temperature, const Gradient& grad_policy, const Gradient& grad_reference) {
+              int64_t first_entry, int64_t ignore_index, double temperature, const Gradient& grad_policy,
+              const Gradient& grad_reference) {
   const Rows policy(policy_logits), reference(reference_logits);
   const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
   const GradientFn gradient = cpu::rows().gradient[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
@@ -238,8 +268,8 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
     }
     const GradientCoefficients<Real> coefficients =
         gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], temperature);
-    gradient(policy.at(row, begin), reference.at(row, begin), size, label[row] - begin, scale, &coefficients,
-             logprobs_only, large, policy_at, reference_at);
+    gradient(policy.at(row, begin), reference.at(row, begin), size, label[row] - first_entry - begin, scale,
+             &coefficients, logprobs_only, large, policy_at, reference_at);
   });
 }
 
@@ -247,33 +277,26 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
 // before it is written.
 void write_gradients(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& policy_logits,
                      const at::Tensor& reference_logits, const at::Tensor& labels, at::TensorList statistics,
-                     const at::Tensor& normalizers, int64_t ignore_index, double temperature,
+                     const at::Tensor& normalizers, int64_t first_entry, int64_t ignore_index, double temperature,
                      const Gradient& grad_policy, const Gradient& grad_reference) {
   const BackwardTensors t = check_backward_arguments(grads, labels, statistics, normalizers);
   if (!grad_policy.tensor.defined() && !grad_reference.tensor.defined()) return;
   const auto write = statistics_dtype(policy_logits) == at::kDouble ? backward<double> : backward<float>;
-  write(t.grads, policy_logits, reference_logits, t.labels, t.statistics, t.normalizers, ignore_index, temperature,
-        grad_policy, grad_reference);
+  write(t.grads, policy_logits, reference_logits, t.labels, t.statistics, t.normalizers, first_entry, ignore_index,
+        temperature, grad_policy, grad_reference);
 }
 
 }  // namespace
 
 TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
-                                  const at::Tensor& labels_, int64_t ignore_index, double temperature,
+                                  const at::Tensor& labels, int64_t ignore_index, double temperature,
                                   bool /*inplace_backward*/) {
-  check_token_arguments(policy_logits, reference_logits, labels_, temperature);
-  const at::Tensor labels = labels_.contiguous();
-  const auto options = policy_logits.options().dtype(statistics_dtype(policy_logits));
-  std::array<at::Tensor, kNumStatistics> out;
-  for (auto& tensor : out) tensor = at::zeros(labels.sizes(), options);  // ignored rows keep their 0
-  auto normalizer_sizes = labels.sizes().vec();
-  normalizer_sizes.push_back(kNumNormalizers);
-  const at::Tensor normalizers = at::zeros(normalizer_sizes, options.dtype(at::kDouble));
-  if (options.dtype() == at::kDouble)
-    forward<double>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
-  else
-    forward<float>(policy_logits, reference_logits, labels, ignore_index, temperature, out, normalizers);
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], normalizers};
+  check_token_arguments(policy_logits, reference_logits, labels, temperature);
+  const auto dtype = statistics_dtype(policy_logits);
+  const Outputs outputs(labels.sizes(), dtype);
+  (dtype == at::kDouble ? forward<double> : forward<float>)(policy_logits, reference_logits, labels.contiguous(),
+                                                            ignore_index, temperature, outputs);
+  return outputs.tensors();
 }
 
 std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,
@@ -286,7 +309,7 @@ std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
   const Gradient grad_policy = policy_needs_grad ? new_gradient(policy_logits) : Gradient{};
   const Gradient grad_reference = reference_needs_grad ? new_gradient(reference_logits) : Gradient{};
-  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature,
+  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, 0, ignore_index, temperature,
                   grad_policy, grad_reference);
   return {policy_needs_grad ? grad_policy.tensor : at::empty({0}, policy_logits.options()),
           reference_needs_grad ? grad_reference.tensor : at::empty({0}, reference_logits.options())};
@@ -296,12 +319,21 @@ void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Ten
                                            const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                                            const at::Tensor& labels, at::TensorList statistics,
                                            const at::Tensor& normalizers, int64_t ignore_index, double temperature,
-                                           bool policy_needs_grad, bool reference_needs_grad) {
+                                           bool policy_needs_grad, bool reference_needs_grad, int64_t first_entry) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
   claim_logits(policy_logits, reference_logits, policy_needs_grad, reference_needs_grad);
-  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature,
-                  policy_needs_grad ? Gradient{policy_logits} : Gradient{},
+  write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, first_entry, ignore_index,
+                  temperature, policy_needs_grad ? Gradient{policy_logits} : Gradient{},
                   reference_needs_grad ? Gradient{reference_logits} : Gradient{});
+}
+
+void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
+                        const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
+  check_token_arguments(policy_logits, reference_logits, labels, temperature);
+  check_partials(partials, labels);
+  const auto write =
+      statistics_dtype(policy_logits) == at::kDouble ? partials_of_rows<double> : partials_of_rows<float>;
+  write(policy_logits, reference_logits, labels.contiguous(), partials, first_entry, ignore_index, temperature);
 }
 
 namespace cpu {

@@ -168,7 +168,8 @@ __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretche
   t.begin = int64_t(blockIdx.x % stretches) * kBackwardStretch;
   const int64_t rest = a.problem.vocabulary - t.begin, label = a.problem.labels[t.row];
   t.size = rest < kBackwardStretch ? static_cast<int>(rest) : kBackwardStretch;
-  t.label = label >= t.begin && label < t.begin + t.size ? static_cast<int>(label - t.begin) : -kBackwardStretch;
+  const int64_t first = a.problem.first_entry + t.begin;
+  t.label = label >= first && label < first + t.size ? static_cast<int>(label - first) : -kBackwardStretch;
   t.ignored = label == a.problem.ignore_index;
   const double normalizer = t.ignored ? 0 : a.normalizers[t.row].policy;
   // A label out of range made the log-probabilities NaN: so is their gradient. Not by the label itself: where the

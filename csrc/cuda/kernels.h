@@ -43,6 +43,8 @@ struct Problem {
   const int64_t* labels;     // [rows]
   int64_t rows, vocabulary, ignore_index;
   double temperature;
+  // Where the logits are a slice of the vocabulary, its first entry: labels count from the whole vocabulary's first.
+  int64_t first_entry;
 };
 
 // The statistics [rows] in the order of lit_did.TokenStatistics: float, or double where the logits are.

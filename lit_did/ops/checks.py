@@ -124,19 +124,18 @@ def check_linear_arguments(
                 raise ValueError(f"Expected `{name}` to be positive and finite, but got {value}.")
 
 
-def check_memory(chunk_tokens: int | Literal["auto"], max_extra_bytes: int) -> None:
+def check_memory(chunk_tokens: int | Literal["auto"], max_extra_bytes: int | None) -> None:
     """Checks the limits of the linear statistics.
 
     Raises:
-        TypeError: `max_extra_bytes` is not an integer, `chunk_tokens` neither an integer nor "auto".
+        TypeError: `max_extra_bytes` is neither an integer nor None, `chunk_tokens` neither an integer nor "auto".
         ValueError: One of them is not positive.
     """
-    for name, value in (("chunk_tokens", chunk_tokens), ("max_extra_bytes", max_extra_bytes)):
-        if name == "chunk_tokens" and value == "auto":
+    for name, value, default in (("chunk_tokens", chunk_tokens, "auto"), ("max_extra_bytes", max_extra_bytes, None)):
+        if value == default:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            or_auto = " or 'auto'" if name == "chunk_tokens" else ""
-            raise TypeError(f"Expected `{name}` to be an integer{or_auto}, but got {value!r}.")
+            raise TypeError(f"Expected `{name}` to be an integer or {default!r}, but got {value!r}.")
         if value < 1:
             raise ValueError(f"Expected `{name}` to be positive, but got {value}.")
 

@@ -78,8 +78,17 @@ def _(
 
 
 @torch.library.register_fake("lit_did::token_statistics_backward_")
+@torch.library.register_fake("lit_did::token_partials_")
+@torch.library.register_fake("lit_did::merge_token_partials_")
 def _(*args):
     return None
+
+
+@torch.library.register_fake("lit_did::finish_token_partials")
+def _(partials, labels, ignore_index, float64):
+    dtype = torch.float64 if float64 else torch.float32
+    values = [partials.new_empty(labels.shape, dtype=dtype) for _ in TokenStatistics._fields]
+    return (*values, partials.new_empty((*labels.shape, NUM_NORMALIZERS)))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -49,7 +49,7 @@ def linear_token_statistics(
     ignore_index: int | None = -100,
     temperature: float = 1.0,
     chunk_tokens: int | Literal["auto"] = "auto",
-    max_extra_bytes: int = 2**28,
+    max_extra_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> TokenStatistics:
@@ -69,15 +69,16 @@ def linear_token_statistics(
         softcap: Logits become softcap * tanh(logits / softcap), as in Gemma 2. None: no softcap. If the models differ,
             a (policy, reference) tuple.
         scale: Logits, bias included, are multiplied by it before that, as in Cohere and Granite; or such a tuple.
-        ignore_index: Tokens with this label are dropped before anything is computed. They return 0 and get a gradient
-            of 0, even if their hidden states are NaN. None: every label counts, and the number of tokens is known
-            without waiting for the device.
+        ignore_index: Tokens with this label return 0 and get a gradient of 0, even if their hidden states are NaN. On
+            the CPU they are dropped before anything is computed. On a GPU their number is unknown until the device has
+            computed it, so they take part in the matrix products. To save that time, pass the tokens that count alone
+            (`hidden[labels != ignore_index]`). None: every label counts.
         temperature: Both logits are divided by it.
         chunk_tokens: The largest number of tokens at a time. "auto": all, unless the blocks of the vocabulary would
             become too narrow.
         max_extra_bytes: Bound of the memory for logits and their gradients, forward to backward. The gradients of the
             arguments themselves, and tensors of the size of `labels`, come on top. The backward does not compute again
-            what fits in the bound.
+            what fits in the bound. None: 1 GiB on CUDA, 256 MiB elsewhere.
         process_group: The processes that each hold a slice of the vocabulary. See below.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device. Under
             `torch.func`'s transforms and forward-mode differentiation only the reference works, and it holds the logits
@@ -91,7 +92,7 @@ def linear_token_statistics(
 
     Logits have the dtype of the hidden states, or of `torch.autocast` as it would be for `torch.nn.functional.linear`.
     Statistics, and sums over tiles of the gradients, are float32. Under `torch.compile` the function runs uncompiled,
-    between two graphs.
+    between two graphs. On CUDA the host never waits for the device.
 
     With a `process_group` each process passes its slice [V_r, H] of both weights (and biases), in the order of the
     group's ranks and with the same slices for both models. Hidden states and labels (counted over the whole vocabulary)
@@ -152,7 +153,7 @@ def linear_sequence_statistics(
     ignore_index: int | None = -100,
     temperature: float = 1.0,
     chunk_tokens: int | Literal["auto"] = "auto",
-    max_extra_bytes: int = 2**28,
+    max_extra_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> SequenceStatistics:
@@ -176,7 +177,7 @@ def linear_sequence_statistics(
         ignore_index: Tokens with this label do not count. None: every label counts.
         temperature: Both logits are divided by it.
         chunk_tokens: The largest number of tokens at a time, or "auto".
-        max_extra_bytes: Bound of the memory for logits and their gradients.
+        max_extra_bytes: Bound of the memory for logits and their gradients. None: 1 GiB on CUDA, 256 MiB elsewhere.
         process_group: The processes that each hold a slice of the vocabulary.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device.
 
@@ -240,14 +241,15 @@ def _token_statistics(
     ignore_index: int | None,
     temperature: float,
     chunk_tokens: int | Literal["auto"],
-    max_extra_bytes: int,
+    max_extra_bytes: int | None,
     process_group: ProcessGroup | None,
     backend: Backend,
 ) -> TokenStatistics:
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"Expected `process_group` to be a ProcessGroup or None, but got {process_group!r}.")
     with refusals_shared(process_group):
-        check_options(NO_LABEL if ignore_index is None else ignore_index, temperature)
+        ignored = NO_LABEL if ignore_index is None else ignore_index
+        check_options(ignored, temperature)
         check_memory(chunk_tokens, max_extra_bytes)
         check_backend(backend)
         if isinstance(labels, Tensor) and torch.is_autocast_enabled(labels.device.type):
@@ -262,28 +264,32 @@ def _token_statistics(
         if process_group is not None and chosen == "reference":
             raise ValueError("Expected `backend` to be fused with `process_group`, but the reference is used here.")
         if chosen == "reference" and is_transformed(tensors):
-            ignored = NO_LABEL if ignore_index is None else ignore_index
             return _transformed_statistics(layers, labels.long(), softcap, scale, ignored, temperature)
+        extra_bytes = tiles.tiling_on(labels.device).extra_bytes if max_extra_bytes is None else max_extra_bytes
         shape, labels = labels.shape, labels.flatten().long()
-        # Where every label counts, their number is known without waiting for the device.
-        kept = None if ignore_index is None else (labels != ignore_index).nonzero()[:, 0]
+        # On a device the number of tokens that count is unknown until it has been waited for.
+        kept = masked = None
+        if ignore_index is not None and (chosen == "reference" or on_host(labels)):
+            kept = (labels != ignore_index).nonzero()[:, 0]
+        elif ignore_index is not None:
+            masked = (labels == ignore_index)[:, None]
         kept_labels = labels if kept is None else labels[kept]
         double = any(layer.hidden.dtype == torch.float64 for layer in layers.values())
-        policy, referenced = (_of_rows(layer, kept, len(labels), double) for layer in layers.values())
+        policy, referenced = (_of_rows(layer, kept, masked, len(labels), double) for layer in layers.values())
         plan = None
         if chosen == "fused" and len(kept_labels) > 0:  # without a token the reference keeps the graph whole
-            plan = tiles.plan_of(policy, referenced, softcap, chunk_tokens, max_extra_bytes)
+            plan = tiles.plan_of(policy, referenced, softcap, chunk_tokens, extra_bytes)
     first_entry, vocabulary = agree_on_slices(len(policy.weight), len(referenced.weight), kept_labels, process_group)
     if chosen == "reference" or on_host(labels):
-        check_labels(labels, vocabulary, NO_LABEL if ignore_index is None else ignore_index)
+        check_labels(labels, vocabulary, ignored)
 
     if plan is not None:
         statistics = tiles.linear_token_statistics(
-            policy, referenced, kept_labels, softcap, scale, temperature, plan, process_group, first_entry
+            policy, referenced, kept_labels, softcap, scale, ignored, temperature, plan, process_group, first_entry
         )
     else:
         statistics = _reference_statistics(
-            policy, referenced, kept_labels, softcap, scale, temperature, chunk_tokens, max_extra_bytes
+            policy, referenced, kept_labels, softcap, scale, temperature, chunk_tokens, extra_bytes
         )
 
     def at_all_rows(value: Tensor) -> Tensor:
@@ -301,11 +307,13 @@ def _as_autocast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value
 
 
-def _of_rows(layer: Layer, kept: Tensor | None, rows: int, double: bool) -> Layer:
-    """The layer with hidden states [kept, H]; as float64 if `double`."""
+def _of_rows(layer: Layer, kept: Tensor | None, masked: Tensor | None, rows: int, double: bool) -> Layer:
+    """The layer with hidden states [kept, H], or [rows, H] with zeros where `masked`; as float64 if `double`."""
     hidden = layer.hidden.reshape(rows, layer.hidden.shape[-1])
     if kept is not None and len(kept) < rows:
         hidden = hidden.index_select(0, kept)
+    if masked is not None:
+        hidden = hidden.masked_fill(masked, 0)  # not multiplied: NaN times a gradient of 0 would be NaN
     layer = layer._replace(hidden=hidden)
     return layer.double() if double else layer
 

@@ -13,18 +13,45 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from lit_did.ops.checks import is_fake, on_host
+from lit_did.ops.checks import is_fake
 from lit_did.ops.extension import check_gradients
-from lit_did.ops.partials import NO_LABEL, NUM_PARTIALS, finish_partials, merge_partials, slice_partials
+from lit_did.ops.partials import Partials
 from lit_did.ops.statistics import TokenStatistics
 
-# Matrix products are slow in blocks of the vocabulary that are narrower, or not a multiple of this many entries wide.
-NARROWEST = 512
-_MULTIPLE = 64
-# Entries of a tile: enough for products at full speed, few enough that the rest of the memory can keep other tiles.
-_TILE = 1 << 23
-_MERGED_AT_ONCE = 16  # slices: what they hold stays far smaller than a tile
+NARROWEST = 512  # entries of the narrowest block of the vocabulary, on any device
+_MULTIPLE = 64  # Blocks are a multiple of this many entries wide, because matrix products are slow in others.
+# torch 2.9 has products of half precision with a float32 result, but adds none to float32.
+_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
+
+
+class Tiling(NamedTuple):
+    """What tiles are like on a device."""
+
+    extra_bytes: int
+    """the default of `max_extra_bytes`"""
+    narrowest: int
+    """Entries of the narrowest block, if the memory allows it. Matrix products are slow in narrower ones."""
+    widest: int
+    """Entries of the widest block."""
+    tile: int
+    """Entries of a tile: enough for products at full speed, few enough that the rest of the memory can keep others."""
+    wide_products: bool
+    """Whether a product of half precision can return float32, in which it is summed."""
+
+
+TILING = {
+    "cpu": Tiling(extra_bytes=2**28, narrowest=NARROWEST, widest=2**62, tile=2**23, wide_products=False),
+    # A tile of 8,192 tokens by 4,096 entries takes some 0.3 ms a product, and a launch some 5 us. One block of threads
+    # reads a row of a tile: more than 32,768 entries would not keep it any busier.
+    "cuda": Tiling(extra_bytes=2**30, narrowest=4096, widest=32_768, tile=2**25, wide_products=True),
+}
+
+
+def tiling_on(device: torch.device) -> Tiling:
+    """What tiles are like on this device."""
+    return TILING.get(device.type, TILING["cpu"])
 
 
 class Layer(NamedTuple):
@@ -47,6 +74,7 @@ def linear_token_statistics(
     labels: Tensor,
     softcap: tuple[float | None, float | None],
     scale: tuple[float, float],
+    ignore_index: int,
     temperature: float,
     plan: Plan,
     process_group: dist.ProcessGroup | None,
@@ -56,12 +84,14 @@ def linear_token_statistics(
 
     Args:
         policy, reference: N >= 1. A layer has one dtype, and both or neither are float64.
-        labels: [N] int64, all in the vocabulary.
+        labels: [N] int64, in the vocabulary or `ignore_index`.
         softcap, scale: Pairs of the policy's and the reference's.
+        ignore_index: Tokens with this label return 0, and the gradients of their logits are 0. Their hidden states take
+            part in the products, so they must be finite.
         plan: Of `plan_of`.
         first_entry: Of this process's slice of the vocabulary.
     """
-    options = Options(softcap, scale, float(temperature), plan, process_group, first_entry)
+    options = Options(softcap, scale, ignore_index, float(temperature), plan, process_group, first_entry)
     return TokenStatistics(*_LinearTokenStatistics.apply(*policy, *reference, labels, options))
 
 
@@ -92,7 +122,9 @@ def plan_of(
     """`make_plan` for these layers."""
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*policy, *reference))
     itemsizes = policy.hidden.element_size(), reference.hidden.element_size()
-    return make_plan(len(policy.hidden), len(policy.weight), itemsizes, softcap, chunk_tokens, max_extra_bytes, keep)
+    tokens, vocabulary = len(policy.hidden), len(policy.weight)
+    tiling = tiling_on(policy.hidden.device)
+    return make_plan(tokens, vocabulary, itemsizes, softcap, chunk_tokens, max_extra_bytes, keep, tiling)
 
 
 def make_plan(
@@ -103,32 +135,43 @@ def make_plan(
     chunk_tokens: int | Literal["auto"],
     max_extra_bytes: int,
     keep: bool,
+    tiling: Tiling,
 ) -> Plan:
     """Cuts [tokens, vocabulary] so that the tiles in memory at a time take at most `max_extra_bytes`.
+
+    Tokens are cut before blocks of the vocabulary become narrower than `tiling.narrowest`.
 
     Args:
         itemsizes: Bytes of a policy and of a reference logit.
         keep: Whether a backward will come: the memory left over then holds tiles for it, the policy's first.
+        tiling: Of `tiling_on`.
 
     Raises:
-        ValueError: `max_extra_bytes` is too small for one token and the narrowest block.
+        ValueError: `max_extra_bytes` is too small for one token and a block of `NARROWEST` entries.
     """
     # The backward of a softcap needs the capped logits beside their gradient.
     spare = sum(size for size, softcap in zip(itemsizes, softcaps, strict=True) if keep and softcap is not None)
     entry = sum(itemsizes) + spare
-    narrowest = min(vocabulary, NARROWEST)
+    least = min(vocabulary, NARROWEST)
     entries = max_extra_bytes // entry
-    if entries < narrowest:
+    if entries < least:
         raise ValueError(
-            f"Expected `max_extra_bytes` to be at least {narrowest * entry}, for one token and {narrowest} entries of "
+            f"Expected `max_extra_bytes` to be at least {least * entry}, for one token and {least} entries of "
             f"the vocabulary, but got {max_extra_bytes}."
         )
+    tile = min(entries, tiling.tile)
+    # A row of less than twice as many entries is one block.
+    wide = tiling.narrowest > NARROWEST and entries >= 2 * tiling.narrowest
+    narrowest = min(vocabulary, tiling.narrowest) if wide else least
     chunk = tokens if chunk_tokens == "auto" else chunk_tokens
-    rows = max(1, min(chunk, tokens, entries // narrowest))
-    widest = max(narrowest, min(entries, _TILE) // rows // _MULTIPLE * _MULTIPLE)
+    rows = max(1, min(chunk, tokens, tile // narrowest))
+    widest = min(max(narrowest, tile // rows // _MULTIPLE * _MULTIPLE), tiling.widest)
     blocks = -(-vocabulary // widest)
+    if wide:
+        blocks = min(blocks, vocabulary // narrowest)
     columns = -(-vocabulary // blocks)
     columns = min(vocabulary, columns + -columns % _MULTIPLE)
+    rows = min(rows, entries // columns)
     tiles = blocks * -(-tokens // rows)
     policy_slots = reference_slots = 1
     if keep:
@@ -145,6 +188,7 @@ class Options(NamedTuple):
 
     softcaps: tuple[float | None, float | None]
     scales: tuple[float, float]
+    ignore_index: int
     temperature: float
     plan: Plan
     process_group: dist.ProcessGroup | None
@@ -257,12 +301,17 @@ class _Gradients:
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, scale: float, *, add: bool) -> None:
     """out = scale a b, added to what is there with `add`. A wider `out` holds a sum of several products."""
+    wide = tiling_on(a.device).wide_products
     if out.dtype == a.dtype:
         out.addmm_(a, b, beta=int(add), alpha=scale)
-    elif add:
-        out.add_(a @ b, alpha=scale)
+    elif wide and _ADDS_TO_FLOAT32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), alpha=scale, out=out)
     else:
-        out.copy_(a @ b).mul_(scale)
+        product = torch.mm(a, b, out_dtype=out.dtype) if wide else a @ b
+        if add:
+            out.add_(product, alpha=scale)
+        else:
+            torch.mul(product, scale, out=out)
 
 
 class _LinearTokenStatistics(torch.autograd.Function):
@@ -281,28 +330,16 @@ class _LinearTokenStatistics(torch.autograd.Function):
 
         # A policy beside itself: what the reference would compute is there already.
         of_reference = policy if _are_one(layers, options) else reference
-        slices: list[Tensor] = []
-        labels = labels - options.first_entry
-        # Without a bias no side of a tile is -inf throughout, unless its row is not finite elsewhere either. To look
-        # for such sides would make each tile wait for the device.
-        sides_may_be_empty = on_host(hidden) or any(side.bias is not None for side in (policy, reference))
+        blocks = -(-len(weight) // columns)
+        partials = Partials(labels, options.ignore_index, options.temperature, blocks)
         for index, (rows, columns) in enumerate(tiles):
             if rows.start == 0:
-                if len(slices) == _MERGED_AT_ONCE:
-                    slices = [merge_partials(torch.stack(slices))]
-                slices.append(labels.new_empty(NUM_PARTIALS, len(labels), dtype=torch.float64))
-            slices[-1][:, rows] = slice_partials(
-                policy.logits(index),
-                of_reference.logits(index),
-                labels[rows] - columns.start,
-                options.temperature,
-                sides_may_be_empty,
-            )
+                partials.begin_slice()
+            first_entry = options.first_entry + columns.start
+            partials.add(policy.logits(index), of_reference.logits(index), rows, first_entry)
         if options.process_group is not None:
-            slices = _gathered(merge_partials(torch.stack(slices)), options.process_group)
-        statistics, normalizers = finish_partials(
-            merge_partials(torch.stack(slices)), torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        )
+            partials.gather(options.process_group)
+        statistics, normalizers = partials.finish(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         ctx.set_materialize_grads(False)
         # Saved, not attributes, so that autograd lets the tiles go after the backward.
         ctx.save_for_backward(*layers, *buffers, labels, *statistics, normalizers)
@@ -324,6 +361,7 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
     # .data: the buffers are ours to overwrite, and `held` says what a second backward finds in them.
     sides = _sides(ctx, layers, [buffer.data for buffer in buffers])
     options = ctx.options
+    grads = tuple(None if grad is None else grad.contiguous() for grad in grads)  # once, not a part in each tile
     reads_both = any(grad is not None for grad in grads[2:])
     needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
     writes = [any(needs) and (reads_both or grad is not None) for needs, grad in zip(needed, grads, strict=False)]
@@ -343,12 +381,13 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
         torch.ops.lit_did.token_statistics_backward_(
             [None if grad is None else grad[rows] for grad in grads],
             *logits,
-            labels[rows] - columns.start,
+            labels[rows],
             [value[rows] for value in statistics],
             normalizers[rows],
-            NO_LABEL,
+            options.ignore_index,
             options.temperature,
             *writes,
+            options.first_entry + columns.start,
         )
         for gradient in filter(None, gradients):
             gradient.after(index)

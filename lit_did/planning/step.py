@@ -30,6 +30,7 @@ from lit_did.models.wrappers import inner
 from lit_did.modules.objective import Objective
 from lit_did.modules.optimizer import adamw
 from lit_did.ops import SequenceStatistics
+from lit_did.ops.tiles import TILING
 from lit_did.planning.counting import (
     ACTIVATIONS,
     EXCHANGE,
@@ -83,7 +84,8 @@ def trace(config: Any, run: Run) -> Trace:
         policy = _model(config, run)
         reference = _model(config, run, reference=True) if run.has_reference_model else None
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            # A plan is made on the CPU, for a GPU: the output layer's tiles are those of a GPU.
+            with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.dict(TILING, {DEVICE.type: TILING["cuda"]}):
                 return _trace(policy, reference, run, sequences)
         except RuntimeError as error:  # it looks at values, or an operator does not know what shapes it would return
             name = type(inner(policy)).__name__

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +78,8 @@ class TokenCase:
     grads: tuple[str, str] = ("apart", "apart")
     """each side's gradient: "apart", "in place" of its logits, or "none" """
     grad_layouts: tuple[Layout, Layout] = (Layout(), Layout())
-    backward_labels: Tensor | None = None
-    """the backward's, where they differ: the logits are a slice of a vocabulary"""
+    slices: list[int] = field(default_factory=list)
+    """where slices of the vocabulary begin, each with calls of its own; none: one call for the whole"""
     seed: int = 1
 
 
@@ -207,12 +207,10 @@ class _Tokens:
         for _ in range(9):
             out.expect(labels.numel(), self.real)
         out.expect(5 * labels.numel(), torch.float64)
+        out.integers(len(case.slices), *case.slices)
         out.integers(int(case.upstream is not None))
         self.grads = [None, None]
         if case.upstream is not None:
-            out.integers(int(case.backward_labels is not None))
-            if case.backward_labels is not None:
-                out.buffer(case.backward_labels)
             for upstream in case.upstream:
                 out.integers(int(upstream is not None))
                 if upstream is not None:

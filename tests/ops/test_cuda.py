@@ -19,7 +19,7 @@ from tests.ops import test_sequence_reduction as reductions
 from tests.ops import test_sequence_statistics as sequences
 from tests.ops import test_support as support
 from tests.ops import test_token_statistics as tokens
-from tests.ops.linear_cases import assert_as_good_as_logits, make_case
+from tests.ops.linear_cases import assert_as_good_as_logits, gradients, linear, make_case
 
 DEVICE = "cuda"
 if not torch.cuda.is_available() or DEVICE not in fused_devices():
@@ -139,6 +139,31 @@ def test_linear_statistics(dtype, used, options):
     case.labels = case.labels.to(DEVICE)
     case.upstream = dict(list(case.upstream.items())[used])
     assert_as_good_as_logits(case, **options)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"max_extra_bytes": 60_000}], ids=str)
+def test_linear_statistics_do_not_wait_for_the_device(options, dtype):
+    """Neither forward nor backward; ignored tokens return 0 and get a gradient of 0, though they hold NaN."""
+    case = make_case(DTYPES[dtype], bias=True, softcap=(None, 5.0))
+    case.tensors = {name: value.detach().to(DEVICE).requires_grad_() for name, value in case.tensors.items()}
+    case.labels = case.labels.to(DEVICE)
+    case.labels[[0, 4]] = -100
+    case.upstream = {name: value.to(DEVICE) for name, value in case.upstream.items()}
+    inputs = case.inputs()
+    for side in ("policy", "reference"):
+        inputs[f"{side}_hidden"].data[[0, 4]] = torch.nan
+    linear(case, inputs, **options)  # what initialises itself may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        statistics = linear(case, inputs, **options)
+        grads = gradients(case, statistics, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all((value[[0, 4]] == 0).all() and value.isfinite().all() for value in statistics)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert all((grads[f"{side}_hidden"][[0, 4]] == 0).all() for side in ("policy", "reference"))
 
 
 @pytest.mark.parametrize("vocabulary", [530, 2 * SPLIT + 21])

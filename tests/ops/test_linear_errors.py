@@ -98,7 +98,7 @@ BAD = {
     "bytes as a float": (
         {"max_extra_bytes": 1e9},
         TypeError,
-        r"`max_extra_bytes` to be an integer, but got 1000000000\.0",
+        r"`max_extra_bytes` to be an integer or None, but got 1000000000\.0",
     ),
     "backend": (
         {"backend": "fast"},

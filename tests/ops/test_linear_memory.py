@@ -10,13 +10,12 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_did import linear_token_statistics
-from lit_did.ops.tiles import make_plan
+from lit_did.ops.tiles import TILING, make_plan
 
 TOKENS, VOCABULARY, SIZE = 96, 8192, 4
 LOGITS = TOKENS * VOCABULARY * 4  # bytes of one side in float32
 BLOCK = TOKENS * 512 * 4
-PARTIALS = TOKENS * 14 * 8 * 60  # what slices say, and what merging them takes
-
+PARTIALS = TOKENS * (8 * 16 + 14) * 8  # what slices say, and statistics and normalizers
 
 PRODUCT_NAMES = ("aten::addmm", "aten::addmm_", "aten::mm")
 
@@ -65,7 +64,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name, monkeypatch):
     blocks, loss, frozen, expected = PRODUCTS[name]
-    monkeypatch.setitem(make_plan.__globals__, "_TILE", TOKENS * 512)
+    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(tile=TOKENS * 512))
     tensors = layers(frozen=(2, 3, *frozen))
     with Products() as products:
         statistics = linear_token_statistics(*tensors, LABELS, max_extra_bytes=blocks * BLOCK)
@@ -154,7 +153,7 @@ def test_the_bound_holds(dtype, blocks, loss, chunk_tokens, softcap):
 
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     """One tile a side, though there is memory for all."""
-    monkeypatch.setitem(make_plan.__globals__, "_TILE", TOKENS * 512)
+    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(tile=TOKENS * 512))
     tensors = layers()
     frozen = [value.detach() for value in tensors]
     with torch.no_grad():
@@ -162,18 +161,6 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
             assert peak_bytes(lambda given=given: linear_token_statistics(*given, LABELS)) < 2 * BLOCK + PARTIALS
     assert peak_bytes(lambda: linear_token_statistics(*frozen, LABELS)) < 2 * BLOCK + PARTIALS
     assert peak_bytes(lambda: linear_token_statistics(*tensors, LABELS)) > 2 * LOGITS
-
-
-def test_what_is_known_of_many_blocks_is_merged_on_the_way(monkeypatch):
-    """So that it stays small beside a tile."""
-    numbers = []
-    merge = make_plan.__globals__["merge_partials"]
-    monkeypatch.setitem(
-        make_plan.__globals__, "merge_partials", lambda slices: (numbers.append(len(slices)), merge(slices))[1]
-    )
-    hidden, weight = torch.randn(2, 3), torch.randn(40 * 512, 3)
-    linear_token_statistics(hidden, weight, hidden, weight, torch.tensor([1, 2]), max_extra_bytes=2 * 2 * 4 * 512)
-    assert numbers == [16, 16, 10]
 
 
 def test_tiles_are_let_go_after_the_backward():
@@ -201,13 +188,17 @@ def test_the_reference_is_bounded_too(options):
     assert peak_bytes(run) < LOGITS + 8 * sum(value.nbytes for value in tensors)
 
 
-def plan(tokens, vocabulary, *, itemsize=4, softcap=None, chunk_tokens="auto", max_extra_bytes=2**28, keep=True):
-    return make_plan(tokens, vocabulary, (itemsize, itemsize), (softcap, softcap), chunk_tokens, max_extra_bytes, keep)
+def plan(
+    tokens, vocabulary, *, itemsize=4, softcap=None, chunk_tokens="auto", max_extra_bytes=2**28, keep=True, device="cpu"
+):
+    itemsizes, softcaps = (itemsize, itemsize), (softcap, softcap)
+    return make_plan(tokens, vocabulary, itemsizes, softcaps, chunk_tokens, max_extra_bytes, keep, TILING[device])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 511, 512, 513, 1030, 49_152, 50_257, 262_144])
 @pytest.mark.parametrize("tokens", [1, 7, 816, 70_000])
-def test_plans(tokens, vocabulary):
+@pytest.mark.parametrize("device", TILING)
+def test_plans(device, tokens, vocabulary):
     """Tiles cover everything once, in the bound, in blocks that are not narrow."""
     for itemsize, softcap, chunk_tokens in ((4, None, "auto"), (2, 3.0, 7), (8, None, 1000)):
         entry = itemsize * (4 if softcap else 2)
@@ -219,10 +210,13 @@ def test_plans(tokens, vocabulary):
                 softcap=softcap,
                 chunk_tokens=chunk_tokens,
                 max_extra_bytes=bound,
+                device=device,
             )
             assert 1 <= made.rows <= (tokens if chunk_tokens == "auto" else min(tokens, chunk_tokens))
             assert min(256, vocabulary) <= made.columns <= vocabulary  # blocks of 512, evened out
             assert made.columns % 64 == 0 or made.columns == vocabulary
+            if device == "cuda" and bound >= 2 * 4096 * entry:  # tokens are cut first
+                assert min(4096, vocabulary) <= made.columns <= 32_768
             tile = made.rows * made.columns * itemsize
             slots = made.policy_slots + made.reference_slots + (2 if softcap else 0)
             assert slots * tile <= bound
@@ -242,3 +236,21 @@ def test_the_default_keeps_the_policy():
     half = plan(816, 49_152, itemsize=2)
     assert half.policy_slots == half.reference_slots == len(half.tiles(816, 49_152))
     assert plan(816, 49_152, keep=False)[2:] == (1, 1)
+
+
+def test_tiles_on_cuda():
+    """A tile of 2^25 entries, and more of the policy's kept where 1 GiB has room for them."""
+    made = plan(8192, 128_256, itemsize=2, max_extra_bytes=TILING["cuda"].extra_bytes, device="cuda")
+    assert made == (8192, 4160, 14, 1)
+    assert (made.policy_slots + made.reference_slots + 1) * made.rows * made.columns * 2 > 2**30
+    assert len(made.tiles(8192, 128_256)) == 31
+    assert plan(816, 128_256, itemsize=2, max_extra_bytes=2**30, device="cuda") == (816, 32_064, 4, 4)
+
+
+def test_the_default_of_the_device(monkeypatch):
+    """None takes what `TILING` says."""
+    assert (TILING["cpu"].extra_bytes, TILING["cuda"].extra_bytes) == (2**28, 2**30)
+    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(extra_bytes=2 * BLOCK))
+    with torch.no_grad(), Products() as products:
+        linear_token_statistics(*layers(), LABELS)
+    assert products.counts["logits"] == 2 * BLOCKS

@@ -73,7 +73,7 @@ def test_collectives(results):
     """One message between the hosts; a few numbers a token; and hidden states' gradients, in float32 at least."""
     for result in results:
         for cuts in OPTIONS:
-            forward = [(6,), (NUM_PARTIALS, TOKENS)]
+            forward = [(6,), (TOKENS, NUM_PARTIALS)]
             assert result["float32", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["bfloat16", cuts][2] == [*forward, torch.float32, torch.float32]
             assert result["float64", cuts][2] == [*forward, torch.float64, torch.float64]

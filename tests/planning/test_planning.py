@@ -15,7 +15,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig
 from lit_did.cli.main import main
 from lit_did.planning import HOLDERS, Plan, Run, fits, known_shapes, plan, plan_of, read_config
 from lit_did.planning.advice import _changes
-from lit_did.planning.counting import EXCHANGE, WEIGHTS, TensorBytes
+from lit_did.planning.counting import EXCHANGE, OUTPUT_LAYER, WEIGHTS, TensorBytes
 from lit_did.planning.step import trace
 from tests.planning.real_run import CONFIG, RUN, measured
 from tests.processes import run_program
@@ -42,7 +42,8 @@ def check(found: Plan, real: dict[str, int]) -> None:
     assert found.weights == real["weights"]
     assert found.optimizer == real["optimizer"]
     assert found.peak == pytest.approx(real["tensors"], rel=0.01)
-    assert found.peak == pytest.approx(real["allocated"], rel=0.05)
+    # The library takes scratch memory for bfloat16 products on some processors (with AMX): 0.4 MB of 8.
+    assert found.peak == pytest.approx(real["allocated"], rel=0.06)
     assert sum(found.held.values()) == found.peak == max(found.parts.values())
 
 
@@ -92,6 +93,15 @@ def test_few_layers_stand_for_all(switches):
     assert {h: b for h, b in found.held.items() if b} == {h: b for h, b in highest.held.items() if b}
     numbers = found.weights, found.reference, found.optimizer, found.parameters, found.trained_parameters
     assert numbers == whole[1:]
+
+
+def test_tiles_are_those_of_a_gpu():
+    """The output layer's logits take up to 1 GiB, which is CUDA's default, and not the 256 MiB of the CPU."""
+    config = config_of(vocab_size=131_072, hidden_size=8, intermediate_size=8, head_dim=2)
+    tokens = 4096
+    found = plan_of(config, Run(tokens=tokens, length=256, prompt_length=1, precision="32-true"))
+    gradients = 2 * 4 * 8 * (131_072 + tokens)  # of the weight and of hidden states
+    assert 0.95 * 2**30 < found.held[OUTPUT_LAYER] < 1.05 * 2**30 + gradients
 
 
 def test_layers_of_two_kinds_are_all_run():

@@ -11,7 +11,7 @@
 #include <list>
 #include <vector>
 
-#include "kernels.h"
+#include "partials.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -121,6 +121,43 @@ class Results {
   std::ofstream file_;
 };
 
+cuda::Logits slice_of(cuda::Logits logits, int64_t first) {
+  const size_t bytes[] = {4, 2, 2, 8};  // by ScalarKind
+  if (logits.data) logits.data = static_cast<char*>(logits.data) + first * bytes[static_cast<int>(logits.kind)];
+  return logits;
+}
+
+cuda::Problem slice_of(cuda::Problem problem, const std::vector<int64_t>& first, size_t slice) {
+  const int64_t end = slice + 1 < first.size() ? first[slice + 1] : problem.vocabulary;
+  problem.policy = slice_of(problem.policy, first[slice]);
+  problem.reference = slice_of(problem.reference, first[slice]);
+  problem.vocabulary = end - first[slice];
+  problem.first_entry = first[slice];
+  return problem;
+}
+
+// As the linear operator's forward: two slices at a time are merged into the first.
+int64_t forward_in_slices(const cuda::ForwardArguments& forward, const std::vector<int64_t>& first) {
+  const cuda::Problem& problem = forward.problem;
+  Buffer memory(3 * problem.rows * sizeof(RowPartials), 0);
+  cuda::SlicesArguments slices{reinterpret_cast<RowPartials*>(memory.data), problem.labels, 0, problem.rows,
+                               problem.ignore_index};
+  int64_t error = 0;
+  for (size_t slice = 0; slice < first.size(); ++slice) {
+    if (slices.slices == 3) {
+      error |= cuda::merge(slices, nullptr);
+      slices.slices = 1;
+    }
+    RowPartials* const partials = slices.partials + slices.slices++ * problem.rows;
+    error |= cuda::partials({slice_of(problem, first, slice), partials}, nullptr);
+  }
+  cuda::FinishArguments finish{
+      slices, forward.problem.policy.kind == ScalarKind::kDouble ? ScalarKind::kDouble : ScalarKind::kFloat};
+  for (int i = 0; i < kNumStatistics; ++i) finish.statistics[i] = forward.statistics[i];
+  finish.normalizers = forward.normalizers;
+  return error | cuda::finish(finish, nullptr);
+}
+
 void token_statistics(Cases& cases, Results& results) {
   std::list<Buffer> buffers;
   cuda::ForwardArguments forward{};
@@ -136,18 +173,25 @@ void token_statistics(Cases& cases, Results& results) {
   for (void*& statistic : forward.statistics) statistic = buffers.emplace_back(problem.rows * real, 0).data;
   forward.normalizers =
       reinterpret_cast<RowNormalizers*>(buffers.emplace_back(problem.rows * sizeof(RowNormalizers), 0).data);
-  const int64_t workspace_bytes = cuda::forward_workspace_bytes(problem);
-  Buffer workspace(workspace_bytes, 0);
-  forward.workspace = workspace_bytes > 0 ? workspace.data : nullptr;
+  // Where slices of the vocabulary begin, in a call for each; none for a call for the whole.
+  std::vector<int64_t> first(cases.integer());
+  for (int64_t& entry : first) entry = cases.integer();
   lit_did::emulation::exchanges = 0;
-  const int64_t error = cuda::forward(forward, nullptr);
+  int64_t error;
+  if (first.empty()) {
+    const int64_t workspace_bytes = cuda::forward_workspace_bytes(problem);
+    Buffer workspace(workspace_bytes, 0);
+    forward.workspace = workspace_bytes > 0 ? workspace.data : nullptr;
+    error = cuda::forward(forward, nullptr);
+  } else {
+    error = forward_in_slices(forward, first);
+  }
   results.integer(static_cast<int64_t>(lit_did::emulation::exchanges));
   results.integer(error);
 
   if (cases.integer() != 0) {
     cuda::BackwardArguments backward{};
     backward.problem = problem;
-    if (cases.integer() != 0) backward.problem.labels = reinterpret_cast<const int64_t*>(cases.buffer(buffers).data);
     for (int i = 0; i < kNumStatistics; ++i) {
       if (cases.integer() != 0) backward.grads[i] = cases.buffer(buffers).data;
       backward.statistics[i] = forward.statistics[i];
@@ -155,7 +199,16 @@ void token_statistics(Cases& cases, Results& results) {
     backward.normalizers = forward.normalizers;
     backward.grad_policy = cases.gradient(problem.policy, buffers);
     backward.grad_reference = cases.gradient(problem.reference, buffers);
-    results.integer(cuda::backward(backward, nullptr));
+    if (first.empty()) first = {0};
+    int64_t any_error = 0;
+    for (size_t slice = 0; slice < first.size(); ++slice) {
+      cuda::BackwardArguments part = backward;
+      part.problem = slice_of(problem, first, slice);
+      part.grad_policy = slice_of(backward.grad_policy, first[slice]);
+      part.grad_reference = slice_of(backward.grad_reference, first[slice]);
+      any_error |= cuda::backward(part, nullptr);
+    }
+    results.integer(any_error);
   }
   results.buffers(buffers);
 }

@@ -1,0 +1,37 @@
+// What csrc/cuda/partials.cu offers to the operators, as kernels.h does for the rest.
+#pragma once
+
+#include "../row_partials.h"
+#include "kernels.h"
+
+namespace lit_did::cuda {
+
+// Of rows whose logits are a slice of the vocabulary that begins at `problem.first_entry`.
+struct PartialsArguments {
+  Problem problem;
+  RowPartials* partials;  // [rows]; that of a row whose label is ignored is left alone
+};
+
+cudaError_t partials(const PartialsArguments& arguments, cudaStream_t stream);
+
+// What several slices say.
+struct SlicesArguments {
+  RowPartials* partials;  // [slices, rows]
+  const int64_t* labels;  // [rows]
+  int64_t slices, rows, ignore_index;
+};
+
+// Merges all slices into the first.
+cudaError_t merge(const SlicesArguments& arguments, cudaStream_t stream);
+
+// Writes the statistics of all slices together, 0 for rows whose label is ignored.
+struct FinishArguments {
+  SlicesArguments slices;
+  ScalarKind kind;                   // kFloat or kDouble: of `statistics`
+  void* statistics[kNumStatistics];  // [rows]
+  RowNormalizers* normalizers;       // [rows]
+};
+
+cudaError_t finish(const FinishArguments& arguments, cudaStream_t stream);
+
+}  // namespace lit_did::cuda
