@@ -1,9 +1,11 @@
-"""Attention within the segments of a packed row: torch's or a model's own attention, one segment at a time.
+"""Attention within the segments of a packed row: in one call of flash attention, or one segment at a time.
 
 transformers' own masks for packed rows are [tokens, tokens], and masked entries cost as much as others. Here each
 segment (see `lit_did.batches.layout`) attends to itself and to the segment that it continues, so the cost is that of
-the sequences. The functions are registered with transformers' `AttentionInterface` under their own names, and
-`model.set_attn_implementation` selects them. Without segments they do what the model's own attention does.
+the sequences. `lit_did.models.varlen` does this in one call, where it can. Otherwise torch's or the model's own
+attention takes one segment at a time. The functions are registered with transformers' `AttentionInterface` under their
+own names, and `model.set_attn_implementation` selects them. Without segments they do what the model's own attention
+does.
 
 `lit_did.models.trial` decides whether a model may use them: it compares the results with the unchanged model's.
 """
@@ -23,9 +25,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_did.batches.layout import Packing
+from lit_did.models import varlen
 from lit_did.models.context_parallel import context_group, exchange
 
-SUPPORTED = ("sdpa", "eager")
+SUPPORTED = ("sdpa", "eager", *varlen.FLASH)
 PREFIX = "lit_did_"
 BLOCK = 1024  # queries that attend with one mask, so that masks grow with the number of tokens, not with its square
 ALIGNED = 16  # kernels on GPUs copy masks that begin elsewhere
@@ -34,13 +37,44 @@ _OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # other arg
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the segments of a batch: the masks that all layers share. They are freed with the batch."""
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the segments of a batch: their lengths and what they continue. FSDP puts them on the device, so reading waits."""
+"""By the segments of a batch: their lengths and what they continue."""
+_copied: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By a copy of segments that FSDP made on the device: the segments. Reading the copy would wait for the device."""
+_running: list[Tensor] = []  # the segments that models are given at the moment, the innermost last
 
 
 def implementation(model: nn.Module) -> str | None:
     """The name that transformers gives to the attention of `model`."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return name if name is None else name.removeprefix(PREFIX)
+    return name if name is None else _own(name)
+
+
+def flash(model: nn.Module) -> str | None:
+    """The version of flash attention that `model` has itself. It needs half precision, and has no other way."""
+    name = implementation(model)
+    return name if name in varlen.FLASH else None
+
+
+def kernels(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """The kernels that may attend to all segments of a row in one call in place of the attention of `model`."""
+    return varlen.kernels(device) if implementation(model) == "sdpa" else ()
+
+
+def without_kernels(model: nn.Module, device: torch.device) -> str:
+    """Why `kernels` is empty, and what to do."""
+    name = implementation(model)
+    if name != "sdpa":
+        return (
+            f"attention {name!r} is the model's own. Use model_kwargs={{'attn_implementation': 'sdpa'}}, or "
+            "'flash_attention_2', which knows softcaps."
+        )
+    return varlen.without_kernels(device)
+
+
+def refused(segments: Tensor) -> str | None:
+    """Why a layer did not attend to all of these segments in one call, as it should have. None: it did."""
+    lengths = varlen.lengths_of(segments)
+    return None if lengths is None else lengths.refused
 
 
 def packings(model: nn.Module) -> tuple[Packing, ...]:
@@ -97,17 +131,27 @@ def block_mask(segments: Tensor, device: torch.device) -> Any:
 def use_packed_attention(model: nn.Module) -> None:
     """Makes a model of transformers take segments as its `attention_mask`."""
     _register()
-    _rename(model, lambda name: PREFIX + name if name in SUPPORTED else name)
+    _rename(model, _ours)
 
 
 def use_own_attention(model: nn.Module) -> None:
     """Undoes `use_packed_attention`."""
-    _rename(model, lambda name: name.removeprefix(PREFIX))
+    _rename(model, _own)
 
 
 def uses_packed_attention(model: nn.Module) -> bool:
     """Whether `use_packed_attention` is in effect."""
     return (getattr(getattr(model, "config", None), "_attn_implementation", None) or "").startswith(PREFIX)
+
+
+def _ours(name: str) -> str:
+    """The name of the attention by segments. transformers looks for a package if a name has "flash" in it."""
+    return PREFIX + name.replace("flash", "varlen") if name in SUPPORTED else name
+
+
+def _own(name: str) -> str:
+    """The name of the model's own attention."""
+    return name.removeprefix(PREFIX).replace("varlen", "flash") if name.startswith(PREFIX) else name
 
 
 @contextmanager
@@ -122,6 +166,25 @@ def packed_attention(model: nn.Module, packed: bool = True) -> Iterator[None]:
         yield
     finally:
         (use_packed_attention if before else use_own_attention)(model)
+
+
+@contextmanager
+def running(segments: Tensor) -> Iterator[None]:
+    """Within this block, models are given these segments, or copies of them on a device."""
+    _running.append(segments)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def _laid_out(given: Tensor) -> Tensor:
+    """The segments on the CPU that a layer is given, perhaps as a copy on the device."""
+    if given.device.type == "cpu":
+        return given
+    if given not in _copied:
+        _copied[given] = next((own for own in reversed(_running) if own.shape == given.shape), None)
+    return given if _copied[given] is None else _copied[given]
 
 
 @torch.compiler.disable  # hooks
@@ -163,8 +226,8 @@ def _register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     for name in SUPPORTED:
-        AttentionInterface.register(PREFIX + name, _by_segments(name))
-        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionInterface.register(_ours(name), _by_segments(name))
+        AttentionMaskInterface.register(_ours(name), ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 def _by_segments(name: str) -> Callable:
@@ -180,7 +243,7 @@ def _by_segments(name: str) -> Callable:
         # On other devices some sdpa kernels do not take expanded views.
         if name == "sdpa" and query.device.type == "cpu" and all(kwargs.get(x) is None for x in _OF_FEW_MODELS):
             inner = _sdpa
-        return _attend_by_segments(inner, name == "eager", module, query, key, value, attention_mask, **kwargs)
+        return _attend(inner, name, module, query, key, value, attention_mask, **kwargs)
 
     return attend
 
@@ -198,7 +261,41 @@ def _eager(kind: type[nn.Module]) -> Callable:
 
 
 @torch.compiler.disable  # lengths differ with every batch
-def _attend_by_segments(
+def _attend(
+    inner: Callable,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `inner`: the attention `name`, for one segment at a time."""
+    segments = _laid_out(segments)
+    if segments not in _read:
+        with unset_fake_temporarily():  # they have values, also where all other tensors are fake
+            _read[segments] = segments[0, 0].T.tolist()
+    processes = sum(_read[segments][0]) // query.shape[2]
+    if processes > 1:  # they share the row, see `lit_did.models.context_parallel`
+        query, key, value = exchange(context_group(processes), True, query, key, value)
+    lengths = varlen.lengths_of(segments)
+    refused = None
+    if lengths is not None and name not in varlen.FLASH:
+        others = [argument for argument in (*_OF_FEW_MODELS, "s_aux") if kwargs.get(argument) is not None]
+        refused = varlen.refusal(lengths.kernel, query, value, kwargs.get("dropout", 0.0), others)
+        lengths.refused = lengths.refused or refused
+    if lengths is not None and refused is None:
+        output = varlen.attend(query, key, value, lengths, **kwargs)
+    else:
+        output = _by_turns(inner, name == "eager", module, query, key, value, segments, **kwargs)
+    if processes > 1:
+        (own,) = exchange(context_group(processes), False, output.transpose(1, 2))
+        output = own.transpose(1, 2)
+    return output, None
+
+
+def _by_turns(
     inner: Callable,
     explicit: bool,
     module: nn.Module,
@@ -208,16 +305,10 @@ def _attend_by_segments(
     segments: Tensor,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `explicit`: `inner` needs a mask even if it is causal."""
-    if segments not in _read:
-        with unset_fake_temporarily():  # they have values, also where all other tensors are fake
-            _read[segments] = segments[0, 0].T.tolist()
+) -> Tensor:
+    """One segment at a time, or a part of it. `explicit`: `inner` needs a mask even if it is causal."""
     lengths, continues = _read[segments]
     masks: dict[tuple, Tensor] = _masks.setdefault(segments, {})
-    processes = sum(lengths) // query.shape[2]
-    if processes > 1:  # they share the row, see `lit_did.models.context_parallel`
-        query, key, value = exchange(context_group(processes), True, query, key, value)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, before in enumerate(continues):
@@ -239,11 +330,7 @@ def _attend_by_segments(
             mask = masks[given][..., -block.shape[2] :, first - stop :]
             seen = k[:, :, first:stop], v[:, :, first:stop]
             outputs.append(inner(module, block, *seen, mask, sliding_window=sliding_window, **kwargs)[0])
-    output = torch.cat(outputs, dim=1)
-    if processes > 1:
-        (own,) = exchange(context_group(processes), False, output.transpose(1, 2))
-        output = own.transpose(1, 2)
-    return output, None
+    return torch.cat(outputs, dim=1)
 
 
 def _sdpa(

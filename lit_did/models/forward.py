@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -221,9 +221,12 @@ def _auxiliary_coefficient(model: nn.Module) -> float:
 def attention_for(model: nn.Module, layout: Layout) -> AbstractContextManager:
     """Switches `model` to the attention that `layout` needs, while it runs."""
     packed = layout.packing == "segments"
-    if packed == attention.uses_packed_attention(inner(model)):
-        return nullcontext()
-    return attention.packed_attention(inner(model), packed)
+    stack = ExitStack()
+    if packed:
+        stack.enter_context(attention.running(layout.inputs["attention_mask"]))
+    if packed != attention.uses_packed_attention(inner(model)):
+        stack.enter_context(attention.packed_attention(inner(model), packed))
+    return stack
 
 
 def text_config(model: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from lit_did.models import varlen
 from lit_did.models.adapters import (
     ADAPTER,
     HAS_ADAPTER,
@@ -331,7 +332,8 @@ def checkpoint_activations(model: nn.Module, keep_products: bool = False) -> Non
 def _products() -> list[Any]:
     """Operators that are expensive: matrix products and attention, as far as the installed torch has them."""
     names = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", *(f"_scaled_dot_product_{kind}" for kind in _ATTENTION))
-    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+    of_torch = [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+    return [*of_torch, *varlen.operators()]
 
 
 _ATTENTION = (

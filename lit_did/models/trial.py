@@ -10,6 +10,9 @@ with the truth is used, in this order:
     padded
     alone: one sequence at a time
 
+Where a device has flash attention, a model with `sdpa` gets it for packed rows, in one call a layer, if that agrees too
+(see `lit_did.models.varlen`).
+
 One warning reports that a slower layout is used than was asked for. A model in which a later token changes an earlier
 logit is refused.
 """
@@ -32,7 +35,7 @@ from torch.distributed import ProcessGroup
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.layout import SHORTEST_SHARED, Kind, Layout, Packing, packed_layout, padded_layout
 from lit_did.batches.sequences import Sequences
-from lit_did.models import attention
+from lit_did.models import attention, varlen
 from lit_did.models.context_parallel import own_tokens
 from lit_did.models.forward import (
     Outputs,
@@ -68,7 +71,7 @@ class Found(NamedTuple):
     """The fastest layout in which a model was right, for sequences of up to `length` and rows of up to `row` tokens."""
 
     key: tuple
-    """What else it depends on: whether packing was tried, the weights' dtype, autocast, the attention."""
+    """What else it depends on: whether packing was tried, the weights' dtype, autocast's dtype, the attention."""
     length: int
     row: int
     gradients: bool
@@ -79,6 +82,8 @@ class Found(NamedTuple):
     """Whether the beginning that a pair shares may be in the row only once."""
     forgets: bool
     """Whether the model keeps state from one forward pass to the next, until it is given one token."""
+    kernel: str | None = None
+    """What attends to all segments of a packed row in one call, see `lit_did.models.varlen`. None: nothing."""
 
 
 class _Model:
@@ -128,11 +133,11 @@ def layout_of(
     found = find(model, tried, padding_free=padding_free, processes=1 if group is None else group.size())
     if group is not None:
         _check_sharing(model, tried, found, share and found.share, group)
-        return _packed(sequences, device, "segments", share and found.share, group)
+        return _packed(sequences, device, "segments", share and found.share, found.kernel, group)
     if found.packing == "positions" and not tried.positions_count_from_zero:  # so they do not mark the sequences
         found = find(model, tried, padding_free=False)
     if found.packing is not None:
-        return _packed(sequences, device, found.packing, share and found.share)
+        return _packed(sequences, device, found.packing, share and found.share, found.kernel)
     if found.kind == "alone":  # tokens after the last label may count
         sequences = sequences.whole()
         _check_positions(model, int(np.diff(sequences.cu_seqlens).max(initial=1)))
@@ -142,7 +147,20 @@ def layout_of(
 @torch.compiler.disable
 def outputs_of(model: nn.Module, layout: Layout) -> Outputs:
     """The outputs of `model` at the completion tokens of `layout`, which `layout_of` returned for this model."""
-    return completion_outputs(model, layout, _known[model].body)
+    outputs = completion_outputs(model, layout, _known[model].body)
+    refused = attention.refused(layout.inputs["attention_mask"]) if layout.packing == "segments" else None
+    if refused is not None:
+        _warn_of_turns(model, _known[model], refused)
+    return outputs
+
+
+def attention_used(model: nn.Module) -> str:
+    """The attention of `model` in its last layout, in words, for logs. `layout_of` has to be called before."""
+    found = _known[model].found[-1]
+    own = f"attention {attention.implementation(inner(model))!r}"
+    if found.packing != "segments":
+        return f"{own}, {found.kind}"
+    return f"{own}, one segment at a time" if found.kernel is None else f"{found.kernel}, one call a layer"
 
 
 def share_trials(model: nn.Module, copy: nn.Module) -> None:
@@ -173,9 +191,12 @@ def assume_right(model: nn.Module) -> bool:
     packs = _takes_positions(model) and not adds_auxiliary_loss(model)
     packing = attention.packings(base)[0] if packs else None
     kind: Kind = "packed" if packs else "padded"
-    key = (packs, next(model.parameters()).dtype, False, attention.implementation(base))
     share = packing in ("segments", "blocks")
-    known.found = [Found(key, sys.maxsize, sys.maxsize, True, kind, packing, share, False)]
+    kernel = next(iter(_kernels(model)), None) if packing == "segments" else None
+    known.found = [
+        Found(_key(model, packs, autocast), sys.maxsize, sys.maxsize, True, kind, packing, share, False, kernel)
+        for autocast in (None, torch.bfloat16, torch.float16)
+    ]
     return packs
 
 
@@ -190,9 +211,8 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True, p
     lengths = np.diff(sequences.cu_seqlens)
     _check_positions(model, int(lengths.max(initial=1)))
     length, row = (-(-int(number) // processes) for number in (lengths.max(initial=1), lengths.sum()))
-    parameter = next(model.parameters())
-    autocast = _is_wrapped(model) and torch.is_autocast_enabled(device_of(model).type)
-    key = (padding_free, parameter.dtype, autocast, attention.implementation(inner(model)))
+    autocast = _autocast(device_of(model).type)
+    key = _key(model, padding_free, autocast)
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # A layout that is right for longer sequences is right for these. One that is wrong for longer ones may be right.
     for found in tried:
@@ -219,10 +239,24 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True, p
         wanted, sequences = _agreed(model, wanted, sequences)
     with _untouched(model):
         found = _try(model, known, sequences, *wanted, gradients=gradients, padding_free=padding_free and not failed)
+        if found.packing == "segments" and found.kernel is None and device_of(model).type in varlen.DEVICES:
+            found = found._replace(kernel=_try_kernels(model, known, sequences, found, autocast))
     found = found._replace(key=key)
     _warn_of(model, known, found, padding_free)
     known.found.append(found)
     return found
+
+
+def _key(model: nn.Module, padding_free: bool, autocast: torch.dtype | None) -> tuple:
+    """What a layout depends on beside lengths. `autocast`: its dtype, if it is on."""
+    counts = _keeps_autocast(model) or device_of(model).type in varlen.DEVICES
+    name = attention.implementation(inner(model))
+    return (padding_free, next(model.parameters()).dtype, autocast if counts else None, name)
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype of autocast. None: it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _check_positions(model: nn.Module, length: int) -> None:
@@ -277,8 +311,8 @@ def _check_sharing(model: nn.Module, batch: Sequences, found: Found, share: bool
     if found.packing != "segments":
         raise ValueError(
             "Expected `context_parallel_size` to be 1 with a model that does not take packed batches with attention "
-            f"'sdpa' or 'eager', or that has an auxiliary loss, {but}. With another attention, pass `model_kwargs="
-            '{"attn_implementation": "sdpa"}`.'
+            f"'sdpa', 'eager' or flash attention, or that has an auxiliary loss, {but}. With another attention, pass "
+            '`model_kwargs={"attn_implementation": "sdpa"}`.'
         )
     if size in known.shares:
         return
@@ -292,7 +326,7 @@ def _check_sharing(model: nn.Module, batch: Sequences, found: Found, share: bool
     sums, half = [], False
     with _untouched(model):
         for processes in (None, group):
-            layout = _packed(pairs, device, "segments", share, processes)
+            layout = _packed(pairs, device, "segments", share, found.kernel, processes)
             try:
                 logits, _, half = _answer(model, known.body, layout, None)
             except RuntimeError as error:  # such as one of shapes, because attention has a parameter for each head
@@ -335,8 +369,7 @@ def _try(
     model: nn.Module, known: _Model, batch: Sequences, longest: int, row: int, *, gradients: bool, padding_free: bool
 ) -> Found:
     device, name = device_of(model), _name(model)
-    size = num_embeddings(model) or 1
-    deep, shallow = _trial_sequences(batch, longest, row, size), _trial_sequences(batch, longest, 0, size)
+    deep, shallow = _deep_and_shallow(model, batch, longest, row)
     compared = shallow.select([1, 3])  # the last pair in the row, long and short
     parameters = _some_parameters(model) if gradients else None
     alone = padded_layout(compared.whole(), device)._replace(kind="alone")
@@ -366,32 +399,95 @@ def _try(
             )
 
     def right(values: list[Layout], of_gradients: Layout) -> bool:
-        """Whether logits agree in some layouts, which may be long, and gradients in one, which is short."""
-        try:
-            answers = (_answer(model, known.body, value, None) for value in values)
-            agrees = all(_close(answer.logits, truth.logits, truth.half) for answer in answers) and (
-                parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
-            )
-        except Exception as error:  # the model does not know this layout, or it does not fit into memory
-            known.raised = f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0][:200]}"
-            agrees = False
-        return _all_agree(model, agrees)
+        return _is_right(model, known, truth, values, of_gradients, parameters)
 
     found = Found((), longest, row, gradients, "alone", None, False, forgets)
     if _kept_tokens(model) < longest:
         return found
     tried = attention.packings(inner(model)) if padding_free and not forgets and not adds_auxiliary_loss(model) else ()
     for packing in tried:
+        kernel = attention.flash(inner(model)) if packing == "segments" else None
         for share in (True, False) if packing != "positions" else (False,):
-            if not _takes_positions(model):
-                continue
-            # With shared beginnings, the plain layout has to be right too, because `share_prompts=False` uses it.
-            kinds = [(deep, share), (shallow, False)] if share else [(deep, False)]
-            values = [_packed(some, device, packing, shared) for some, shared in kinds]
-            if right(values, _packed(shallow, device, packing, share)):
-                return found._replace(kind="packed", packing=packing, share=share)
+            if _takes_positions(model) and right(*_to_try(deep, shallow, device, packing, share, kernel)):
+                return found._replace(kind="packed", packing=packing, share=share, kernel=kernel)
     padded = padded_layout(compared.whole() if adds_auxiliary_loss(model) else compared, device)
     return found._replace(kind="padded") if not forgets and right([padded], padded) else found
+
+
+def _to_try(
+    deep: Sequences, shallow: Sequences, device: torch.device, packing: Packing, share: bool, kernel: str | None
+) -> tuple[list[Layout], Layout]:
+    """The layouts whose logits are compared, and that whose gradients are."""
+    # With shared beginnings, the plain layout has to be right too, because `share_prompts=False` uses it.
+    kinds = [(deep, share), (shallow, False)] if share else [(deep, False)]
+    values = [_packed(some, device, packing, shared, kernel) for some, shared in kinds]
+    return values, _packed(shallow, device, packing, share, kernel)
+
+
+def _is_right(
+    model: nn.Module,
+    known: _Model,
+    truth: _Answer,
+    values: list[Layout],
+    of_gradients: Layout,
+    parameters: list[Tensor] | None,
+) -> bool:
+    """Whether logits agree in some layouts, which may be long, and gradients in one, which is short."""
+    try:
+        answers = (_answer(model, known.body, value, None) for value in values)
+        agrees = all(_close(answer.logits, truth.logits, truth.half) for answer in answers) and (
+            parameters is None or _agree(_answer(model, known.body, of_gradients, parameters), truth)
+        )
+    except Exception as error:  # the model does not know this layout, or it does not fit into memory
+        known.raised = f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0][:200]}"
+        agrees = False
+    return _all_agree(model, agrees)
+
+
+def _try_kernels(
+    model: nn.Module, known: _Model, batch: Sequences, found: Found, autocast: torch.dtype | None
+) -> str | None:
+    """The first kernel that gives right results in place of the attention of `model`, in the precision of a step.
+
+    One warning names the reason if there is none.
+    """
+    device = device_of(model)
+    deep, shallow = _deep_and_shallow(model, batch, found.length, found.row)
+    parameters = _some_parameters(model) if found.gradients else None
+    alone = padded_layout(shallow.select([1, 3]).whole(), device)._replace(kind="alone", forgets=found.forgets)
+    reason = attention.without_kernels(inner(model), device)
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        truth = _answer(model, known.body, alone, parameters)
+        for kernel in _kernels(model):
+            known.raised = ""
+            values, of_gradients = _to_try(deep, shallow, device, "segments", found.share, kernel)
+            right = _is_right(model, known, truth, values, of_gradients, parameters)
+            refused = next(filter(None, (attention.refused(v.inputs["attention_mask"]) for v in values)), None)
+            if right and refused is None:
+                return kernel
+            but = f" ({known.raised})" if known.raised else ""
+            reason = refused or (
+                f"a check found other results with {kernel}{but}. Another version of torch or flash-attn may help."
+            )
+    _warn_of_turns(model, known, reason)
+    return None
+
+
+def _kernels(model: nn.Module) -> tuple[str, ...]:
+    """The kernels that attend to all segments of a row in one call, the fastest first."""
+    own = attention.flash(inner(model))
+    return attention.kernels(inner(model), device_of(model)) if own is None else (own,)
+
+
+def _warn_of_turns(model: nn.Module, known: _Model, reason: str) -> None:
+    """Warns once that attention takes one segment at a time, on a device where every call costs a launch."""
+    _warn(
+        known,
+        "turns",
+        f"{_name(model)} attends to one sequence of a batch at a time, with a call or more for each in every layer. "
+        f"Flash attention, which takes all sequences in one call, is not used: {reason} Results are right, but "
+        "training is slower.",
+    )
 
 
 def _warn_of(model: nn.Module, known: _Model, found: Found, padding_free: bool) -> None:
@@ -490,6 +586,12 @@ def _check_forward(model: nn.Module, compared: Sequences, device: torch.device, 
     return True
 
 
+def _deep_and_shallow(model: nn.Module, batch: Sequences, longest: int, row: int) -> tuple[Sequences, Sequences]:
+    """Sequences of a trial: with the compared ones deep in a row, and with few others."""
+    size = num_embeddings(model) or 1
+    return _trial_sequences(batch, longest, row, size), _trial_sequences(batch, longest, 0, size)
+
+
 def _trial_sequences(batch: Sequences, longest: int, row: int, vocabulary: int) -> Sequences:
     """Pairs made of the batch's tokens. The last pair, a long and a short sequence, has a common beginning and labels.
 
@@ -576,6 +678,11 @@ def _is_wrapped(model: nn.Module) -> bool:
     return any("forward" in vars(part) for part in (model, inner(model)))
 
 
+def _keeps_autocast(model: nn.Module) -> bool:
+    """Whether a trial of `model` runs under autocast, if training does."""
+    return _is_wrapped(model) or attention.flash(inner(model)) is not None
+
+
 def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
@@ -599,22 +706,32 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         eval_mode(model),
         random_numbers_kept(device_of(model)),
         attention.packed_attention(inner(model), packed=False),
-        # In the precision of the weights. A replaced forward method, such as accelerate's, may bring its own autocast.
-        nullcontext() if _is_wrapped(model) else torch.autocast(device_of(model).type, enabled=False),
+        # In the precision of the weights. A replaced forward method, such as accelerate's, may bring its own autocast,
+        # and flash attention has none but half precision.
+        nullcontext() if _keeps_autocast(model) else torch.autocast(device_of(model).type, enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
         yield
 
 
 def _packed(
-    sequences: Sequences, device: torch.device, packing: Packing, share: bool, group: ProcessGroup | None = None
+    sequences: Sequences,
+    device: torch.device,
+    packing: Packing,
+    share: bool,
+    kernel: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Layout:
-    if group is not None:
-        return own_tokens(packed_layout(sequences, torch.device("cpu"), share=share), group, device)
-    layout = packed_layout(sequences, device, share=share)._replace(packing=packing)
+    if group is None:
+        layout = packed_layout(sequences, device, share=share)._replace(packing=packing)
+    else:
+        layout = own_tokens(packed_layout(sequences, torch.device("cpu"), share=share), group, device)
+    segments = layout.inputs["attention_mask"]
+    if kernel is not None:
+        varlen.prepare(segments, device, kernel)
     if packing == "segments":
         return layout
-    mask = attention.block_mask(layout.inputs["attention_mask"], device) if packing == "blocks" else None
+    mask = attention.block_mask(segments, device) if packing == "blocks" else None
     return layout._replace(inputs={**layout.inputs, "attention_mask": mask})
 
 

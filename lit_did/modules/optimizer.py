@@ -21,6 +21,7 @@ from lit_did.arguments import check_choice, check_number
 from lit_did.models.wrappers import is_peft, plain_name
 
 Schedule = Literal["constant", "linear", "cosine"]
+FUSED = ("cpu", "cuda")  # the types of devices for which AdamW is PyTorch's fused one
 LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 5e-5
 """For an adapter: it has few parameters, and half of LoRA's parameters start at zero."""
@@ -192,7 +193,7 @@ def adamw(
     vectors = {name: p for name, p in trained.items() if name not in matrices}
     decayed = ((matrices, weight_decay), (vectors, 0.0))
     groups = [{"params": list(group.values()), "weight_decay": decay} for group, decay in decayed if group]
-    fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained.values())
+    fused = fused and all(p.device.type in FUSED and p.is_floating_point() for p in trained.values())
     eps = _eps(eps, trained.values())
     optimizer: Any = AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused or None)  # None: torch's choice
     if fused:  # it could unscale gradients itself, and then Lightning would refuse to clip them in mixed precision

@@ -28,8 +28,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from lit_did import LitDPO, LitDPOPG
 from lit_did.batches import moving
-from lit_did.models.trial import assume_right
+from lit_did.models import trial, varlen
+from lit_did.modules import optimizer
 from lit_did.ops import extension
+from tests.models import flash
 from tests.modules.steps import loader
 from tests.modules.tiny import tiny_llama
 
@@ -42,6 +44,7 @@ WAITING = {
     "masked_select",
     "bincount",
     "_unique",
+    "_pin_memory",
     "_unique2",
     "unique_dim",
     "unique_consecutive",
@@ -63,8 +66,14 @@ CASES: dict[str, dict[str, Any]] = {
     "other terms": {"nll_weight": 0.2, "token_did_entropy_weight": 0.1},
     "projected": {"class": LitDPOPG},
     "cached": {"cache_reference": True},
+    "checkpointed": {"gradient_checkpointing": True},
+    "elementwise recomputed": {"recompute_elementwise": True},
+    "one segment at a time": {"kernel": None},
     "reads": {"class": Reads},
 }
+
+
+ONLY_HOW = ("gradient_checkpointing", "recompute_elementwise", "kernel")  # what changes no result
 
 
 class OnDevice(Tensor):
@@ -95,6 +104,7 @@ class Device(TorchDispatchMode):
     """Makes tensors on the device, and lists the operators that make the host wait for it."""
 
     waits: ClassVar[list[str]] = []
+    fused_steps: ClassVar[int] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return run(func, args, kwargs or {})
@@ -108,6 +118,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     goes = there if target is None else torch.device(target).type == DEVICE.type
     if not (there or goes):
         return func(*args, **kwargs)
+    Device.fused_steps += func._schema.name == "aten::_fused_adamw_"
     if waits(func, args, kwargs, goes):
         Device.waits.append(f"{func.__name__} in {caller()}")
     plain, options = tree_map(lambda value: value.held if isinstance(value, OnDevice) else value, (args, kwargs))
@@ -168,6 +179,7 @@ class Steps(lightning.Callback):
 def fit(case: dict[str, Any], device: torch.device, folder: str) -> tuple[list[list[str]], float]:
     """What waited in each batch, and the last loss."""
     case = dict(case)
+    kernel = case.pop("kernel", next(iter(varlen.kernels(device)), None))
     if "cache_reference" in case:
         case["cache_reference"] = f"{folder}/{device.type}"
     kind = case.pop("class", LitDPO)
@@ -175,7 +187,9 @@ def fit(case: dict[str, Any], device: torch.device, folder: str) -> tuple[list[l
     module = kind(tiny_llama(0), reference, micro_batch_tokens=70, learning_rate=1e-2, **case)
     for model in (module.policy, module.reference):
         if model is not None:
-            assume_right(model)  # a trial, which is before the first step, reads values
+            trial.assume_right(model)  # a trial, which is before the first step, reads values
+            known = trial._known[model]
+            known.found = [found._replace(kernel=kernel) for found in known.found]
     module._noise_checked = module._start_checked = True
     steps = Steps()
     trainer = lightning.Trainer(
@@ -198,16 +212,26 @@ def fit(case: dict[str, Any], device: torch.device, folder: str) -> tuple[list[l
 
 def main() -> None:
     _setup_privateuseone_for_python_backend("imitated")  # for this process and for good, so not while it is imported
+    torch.imitated.get_amp_supported_dtype = lambda: [torch.bfloat16]  # checkpointing asks, without autocast too
     warnings.simplefilter("ignore")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its values on the CPU, and copies them
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else they would keep the class of a CPU's
-    moving.ASYNCHRONOUS = (DEVICE.type,)
+    moving.ASYNCHRONOUS = varlen.DEVICES = (DEVICE.type,)  # it has flash attention, and takes float32
+    varlen.HALF = (torch.float32,)
+    optimizer.FUSED = ("cpu", DEVICE.type)
     extension.fused_devices = lambda: ("cpu", DEVICE.type)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    expected: dict[str, float] = {}  # by what changes results
     with tempfile.TemporaryDirectory() as folder:
         for name, case in CASES.items():
+            flash.calls.clear()
+            Device.fused_steps = 0
             waits, loss = fit(case, DEVICE, folder)
-            results[name] = {"waits": waits, "loss": [loss, fit(case, torch.device("cpu"), folder)[1]]}
+            results[name] = {"waits": waits, "calls": len(flash.calls), "fused_steps": Device.fused_steps}
+            same = repr({key: value for key, value in case.items() if key not in ONLY_HOW})
+            if same not in expected:
+                expected[same] = fit(case, torch.device("cpu"), folder)[1]
+            results[name]["loss"] = [loss, expected[same]]
     print(json.dumps(results))
 
 
