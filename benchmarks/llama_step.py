@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks import report
 from lit_did import LitDPO
 from lit_did.cli.errors import Arguments
+from lit_did.models.trial import attention_used
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,8 +97,8 @@ class Clock:
 
 def plain(
     policy: LlamaForCausalLM, reference: LlamaForCausalLM, batches: Sequence[Mapping[str, Tensor]], clock: Clock
-) -> None:
-    """Trains with a step in plain torch."""
+) -> str:
+    """Trains with a step in plain torch. Returns the attention of the policy."""
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -116,6 +117,7 @@ def plain(
         optimizer.step()
         optimizer.zero_grad()
         clock.step(loss.detach())
+    return f"attention {policy.config._attn_implementation!r}, padded"
 
 
 class Steps(lightning.Callback):
@@ -132,8 +134,8 @@ def ours(
     batches: Sequence[Mapping[str, Tensor]],
     clock: Clock,
     **options: object,
-) -> None:
-    """Trains with LitDPO and a Trainer."""
+) -> str:
+    """Trains with LitDPO and a Trainer. Returns the attention of the policy."""
     module = LitDPO(policy, reference, beta=BETA, learning_rate=LEARNING_RATE, **options)
     trainer = lightning.Trainer(
         accelerator=clock.device.type,
@@ -148,6 +150,8 @@ def ours(
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))
+    assert module.policy is not None
+    return attention_used(module.policy)
 
 
 def run(name: str, options: argparse.Namespace, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, object]:
@@ -166,9 +170,9 @@ def run(name: str, options: argparse.Namespace, batches: Sequence[Mapping[str, T
     clock = Clock(device)
     switches = CONTESTANTS[name]
     train: Callable = plain if switches is None else ours
-    train(*models, batches, clock, **(switches or {}))
+    attention = train(*models, batches, clock, **(switches or {}))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    return {"seconds": clock.seconds, "losses": clock.losses, "peak_gib": peak}
+    return {"seconds": clock.seconds, "losses": clock.losses, "peak_gib": peak, "attention": attention}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
@@ -203,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]
         seconds, losses = runs[name]["seconds"], runs[name]["losses"]
         print(
             f"{name:28} {statistics.median(seconds):7.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), peak "
-            f"{runs[name]['peak_gib']:5.1f} GiB, losses {', '.join(f'{loss:.4f}' for loss in losses[:4])}",
+            f"{runs[name]['peak_gib']:5.1f} GiB, losses {', '.join(f'{loss:.4f}' for loss in losses[:4])}; "
+            f"{runs[name]['attention']}",
             flush=True,
         )
         first = next(iter(runs.values()))["losses"]

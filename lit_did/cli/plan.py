@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lit_did.cli.errors import InputError
 from lit_did.cli.functions import call
 from lit_did.planning import CARDS, Plan, Run, Switch, fits, plan, plan_of, read_config, switches
 
@@ -14,6 +15,11 @@ NOTEWORTHY = 0.01  # of the peak: what a switch saves at least, to be called a h
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
+    if any(argument.partition("=")[0].replace("-", "_") == "__context_parallel_size" for argument in arguments):
+        raise InputError(
+            "Expected an option of this command, but got --context_parallel_size. A plan does not know it. As an "
+            "estimate, divide --tokens, --length and --prompt_length by it."
+        )
     return call(show_plan, "plan", arguments, options_of=(plan,), without=("model",))
 
 

@@ -239,6 +239,12 @@ def test_other_architectures():
         plan_of(mixtral, Run(**SMALL, precision="32-true"))
 
 
+@pytest.mark.parametrize("option", [["--context_parallel_size", "4"], ["--context-parallel-size=4"]])
+def test_an_option_of_training_that_a_plan_does_not_know(option, capsys):
+    assert main(["plan", "llama3-8b", *option]) == 2
+    assert "divide --tokens, --length and --prompt_length by it" in capsys.readouterr().err
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **CONFIG}))
