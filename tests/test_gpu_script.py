@@ -69,7 +69,7 @@ def test_the_steps_on_a_gpu(tmp_path):
     command(tmp_path / "compute-sanitizer", "case $2 in racecheck) exit 9 ;; esac")
     path = f"{tmp_path}:{os.environ['PATH']}"
     code, steps, _ = run(tmp_path, stand_in(tmp_path, "nothing"), PATH=path)
-    sanitizers = {"streams": 0, "memcheck": 0, "racecheck": 9}
+    sanitizers = {"streams": 0, "models": 0, "memcheck": 0, "racecheck": 9}
     assert (code, steps) == (1, dict.fromkeys(STEPS, 0) | sanitizers)
 
 

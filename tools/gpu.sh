@@ -94,6 +94,8 @@ if [ $DEVICE = cuda ]; then
   "$PYTHON" -c 'import xdist' 2> /dev/null && PARALLEL=(-n 4)
   OMP_NUM_THREADS=2 step tests 180 "${TESTS[@]}" "${PARALLEL[@]}" -k "not stream_of_the_caller"
   step streams 40 "${TESTS[@]}" -k "stream_of_the_caller"  # alone: it is judged by when the device is idle
+  "$PYTHON" -c 'import transformers' 2> /dev/null &&
+    step models 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/test_cuda.py
   # Small cases: the sanitizer runs kernels a hundred times slower. Without torch's cache every tensor is an allocation
   # of its own, whose end the sanitizer sees.
   command -v compute-sanitizer > /dev/null && for tool in memcheck racecheck; do
