@@ -4,15 +4,8 @@
 namespace lit_did::cuda {
 namespace {
 
-// Rows are finished where they are short. Where parts are few, more blocks keep every multiprocessor busy.
 Cut cut_of(const Problem& problem) {
-  const int parts = parts_of(problem.vocabulary);
-  const int64_t all = problem.rows * parts;
-  constexpr int kLong = kEntriesABlock / kPartEntries;
-  const int most = all <= kFewParts            ? 1
-                   : all <= kEnoughParts       ? kForwardWarps
-                   : parts <= kMostPartsABlock ? parts
-                                               : kLong;
+  const int parts = parts_of(problem.vocabulary), most = problem.rows * parts <= kFewParts ? 1 : kPartsABlock;
   const int blocks_a_row = (parts + most - 1) / most;
   return {(parts + blocks_a_row - 1) / blocks_a_row, blocks_a_row};
 }
@@ -33,9 +26,8 @@ cudaError_t launch(const ForwardArguments& a, const Cut& cut, void* parts, int64
     LIT_DID_LAUNCH((forward_kernel<P, R>), dim3(static_cast<unsigned>(blocks)), dim3(kForwardThreads), stream, a, by,
                    cut, to, stride);
     if (finishes)
-      LIT_DID_LAUNCH((finish_kernel<P, R>),
-                     dim3(static_cast<unsigned>((problem.rows + kForwardWarps - 1) / kForwardWarps)),
-                     dim3(kForwardThreads), stream, a, by, to, stride);
+      LIT_DID_LAUNCH((finish_kernel<P, R>), dim3(static_cast<unsigned>(problem.rows)), dim3(kForwardThreads), stream, a,
+                     by, to, stride);
     return cudaGetLastError();
   });
 }

@@ -13,19 +13,21 @@
 
 namespace lit_did::cuda {
 
-constexpr int kForwardThreads = 128;
-constexpr int kForwardWarps = kForwardThreads / kWarp;
-// Blocks that the registers of a multiprocessor hold.
+// A block is one warp: none waits for another at the end of a row.
+constexpr int kForwardThreads = kWarp;
+// Blocks that the registers of a multiprocessor hold. sm_75, sm_86 and sm_87 take no more than 16.
 template <typename Real>
-constexpr int kForwardBlocks = sizeof(Real) == 4 ? 5 : 2;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870)
+constexpr int kForwardBlocks = sizeof(Real) == 4 ? 16 : 8;
+#else
+constexpr int kForwardBlocks = sizeof(Real) == 4 ? 20 : 8;
+#endif
 // Chunks of each side that a lane takes in one turn: its loads in flight.
 constexpr int kTurnChunks = 2;
-// Parts that a block takes at most, where it finishes its row.
-constexpr int kMostPartsABlock = 16;
-// Up to so many parts in all rows, a block takes one of them.
-constexpr int kFewParts = 512;
-// Up to so many, a warp takes one. With more, a block takes as many as pay for what it costs.
-constexpr int kEnoughParts = 4096;
+// Parts that a block takes, one after the other: enough to pay for its start and its end.
+constexpr int kPartsABlock = 4;
+// Up to so many parts in all rows, a block takes one, so that every multiprocessor has work.
+constexpr int kFewParts = 8192;
 
 // How far (as a power of 2) the weights of one lane's turn may rise, together, before the warp moves its origins.
 // Exponentials stay far from overflow, and the rounding of an exponent that near to 0 is no larger than that of 2^x.
@@ -217,20 +219,20 @@ __device__ __forceinline__ void write_part(const RowStatistics<Real, Real>& sums
   to->flags = flags;
 }
 
-// Adds the entries from `begin` to `end` of both rows, of which there are `size`, part by part. By a whole warp.
-// kAligned: chunks lie on 16-byte boundaries on both sides.
+// Adds the `size` entries of both rows, part by part. By a whole warp. kAligned: chunks lie on 16-byte boundaries on
+// both sides.
 template <typename P, typename R, bool kAligned, typename Real>
-__device__ __forceinline__ void add_parts(const P* policy, const R* reference, int begin, int end, int size,
-                                          const Scaling<Real>& by, PartSums<Real>* parts) {
+__device__ __forceinline__ void add_parts(const P* policy, const R* reference, int size, const Scaling<Real>& by,
+                                          PartSums<Real>* parts) {
   using S = Share<P, R>;
   static_assert(kPartEntries % S::kTurn == 0, "turns lie within a part");
   const int policy_past = kAligned ? 0 : bytes_past_boundary(policy);
   const int reference_past = kAligned ? 0 : bytes_past_boundary(reference);
   S share;
-  int at = begin;
+  int at = 0;
   const int first = static_cast<int>(threadIdx.x) % kWarp * S::kEntries;
-  const P* z_at = policy + begin + first;
-  const R* r_at = reference + begin + first;
+  const P* z_at = policy + first;
+  const R* r_at = reference + first;
   // Chunk u of the turn after `turns` others, which lies wholly inside the row.
   const auto load = [&](int u, int turns) {
     const int offset = turns * S::kTurn + u * S::kStep;
@@ -249,7 +251,7 @@ __device__ __forceinline__ void add_parts(const P* policy, const R* reference, i
   };
   // Each chunk makes room for the next turn's, whose loads are under way while the rest is computed.
   const auto add_turn = [&](const RowStatistics<Real, Real>& origins) {
-    const bool more = at + 2 * S::kTurn <= end;
+    const bool more = at + 2 * S::kTurn <= size;
     Turn<Real> turn;
     turn.template add<true>(share.z[0], share.r[0], origins, by);
     if (kAligned && more) load(0, 1);
@@ -266,16 +268,16 @@ __device__ __forceinline__ void add_parts(const P* policy, const R* reference, i
     r_at += S::kTurn;
   };
 
-  if (kAligned && at + S::kTurn <= end) load_turn(0);
+  if (kAligned && at + S::kTurn <= size) load_turn(0);
 #pragma unroll 1
-  for (; at < end; ++parts) {
-    const int part_end = smaller_of(at + kPartEntries, end);
+  for (; at < size; ++parts) {
+    const int part_end = smaller_of(at + kPartEntries, size);
     Accumulator<Real> accumulator;
 #pragma unroll 1
     do {
-      const bool whole = at + S::kTurn <= end;
+      const bool whole = at + S::kTurn <= size;
       if (!kAligned && whole) load_turn(0);
-      bool plain = accumulator.move(share, whole, policy + at + first, reference + at + first, end - at - first, by),
+      bool plain = accumulator.move(share, whole, policy + at + first, reference + at + first, size - at - first, by),
            moved = true;
 #pragma unroll 1
       do {
@@ -395,40 +397,35 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealO
   using Real = typename RealOf<P>::type;
   const int block = static_cast<int>(blockIdx.x), row = block / cut.blocks_a_row;
   const int first = (block - row * cut.blocks_a_row) * cut.parts_a_block;
-  if (a.problem.labels[row] == a.problem.ignore_index) {
+  if (a.problem.labels[row] == a.problem.ignore_index) [[unlikely]] {
     if (!parts && threadIdx.x == 0) write_ignored<Real>(a, row);
     return;
   }
-  __shared__ PartSums<Real> of_block[kMostPartsABlock];
+  __shared__ PartSums<Real> of_block[kPartsABlock];
   const int64_t begin = int64_t(first) * kPartEntries, rest = a.problem.vocabulary - begin;
   const int most = cut.parts_a_block * kPartEntries, size = rest < most ? static_cast<int>(rest) : most;
   const P* policy = row_of<const P>(a.problem.policy, row) + begin;
   const R* reference = row_of<const R>(a.problem.reference, row) + begin;
-  // Each warp takes its share of the block's parts.
-  const int count = parts_of(size), warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int mine = warp * count / kForwardWarps, past = (warp + 1) * count / kForwardWarps;
-  const int end = smaller_of(past * kPartEntries, size);
-  PartSums<Real>* to = (parts ? parts + row * stride + first : of_block) + mine;
+  PartSums<Real>* to = parts ? parts + row * stride + first : of_block;
   if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
-    add_parts<P, R, false>(policy, reference, mine * kPartEntries, end, size, by, to);
+    add_parts<P, R, false>(policy, reference, size, by, to);
   } else {
-    add_parts<P, R, true>(policy, reference, mine * kPartEntries, end, size, by, to);
+    add_parts<P, R, true>(policy, reference, size, by, to);
   }
   if (parts) return;
-  __syncthreads();
-  if (warp == 0) finish_row<P, R, Real>(a, row, of_block, count, by);
+  __syncwarp();
+  finish_row<P, R, Real>(a, row, of_block, parts_of(size), by);
 }
 
-// Finishes rows whose parts are in memory. One warp a row.
+// Finishes the rows whose parts are in memory, a row a block.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kForwardThreads)
     finish_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by,
                   const PartSums<typename RealOf<P>::type>* parts, int64_t stride) {
   using Real = typename RealOf<P>::type;
-  const int64_t row = int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp;
-  if (row >= a.problem.rows) return;
-  if (a.problem.labels[row] == a.problem.ignore_index) {
-    if (threadIdx.x % kWarp == 0) write_ignored<Real>(a, row);
+  const int64_t row = blockIdx.x;
+  if (a.problem.labels[row] == a.problem.ignore_index) [[unlikely]] {
+    if (threadIdx.x == 0) write_ignored<Real>(a, row);
     return;
   }
   finish_row<P, R, Real>(a, row, parts + row * stride, parts_of(a.problem.vocabulary), by);

@@ -21,6 +21,7 @@ def constant(header: str, name: str) -> int:
 
 SPLIT = constant("kernels.h", "kEntriesABlock")
 PART = constant("kernels.h", "kPartEntries")
+FEW_PARTS = constant("forward.cuh", "kFewParts")
 
 
 def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32"), seed: int = 0, **more) -> TokenCase:
@@ -30,19 +31,17 @@ def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32
     return TokenCase(policy, reference, labels, **{"upstream": upstream, "seed": seed + 1} | more)
 
 
-def among_many(case: TokenCase, parts: int) -> TokenCase:
-    """Ignored rows after those of the case, so that all rows together have that many parts of the forward, or more.
+def among_many(case: TokenCase) -> TokenCase:
+    """The case's only row before so many ignored ones that a block of the forward takes several parts of a row.
 
-    It decides how many parts a block takes, and whether it finishes its row.
+    All rows are one in memory.
     """
     rows, vocabulary = case.policy.shape
-    more = -(-parts // -(-vocabulary // PART)) - rows
-    case.policy, case.reference = (
-        torch.cat([x, x.new_full((more, vocabulary), torch.nan)]) for x in (case.policy, case.reference)
-    )
-    case.labels = torch.cat([case.labels, case.labels.new_full((more,), case.ignore_index)])
-    if case.upstream is not None:
-        case.upstream = [u if u is None else torch.cat([u, u.new_zeros(more)]) for u in case.upstream]
+    assert rows == 1
+    rows = FEW_PARTS // -(-vocabulary // PART) + 1
+    case.policy, case.reference = case.policy.expand(rows, -1), case.reference.expand(rows, -1)
+    case.labels = torch.cat([case.labels, case.labels.new_full((rows - 1,), case.ignore_index)])
+    case.layouts, case.upstream = (Layout(one=True), Layout(one=True)), None
     return case
 
 

@@ -63,6 +63,8 @@ class Layout:
     """entries between one row and the next, which nobody may touch"""
     reversed_dims: bool = False
     """the outermost dimension is the closest in memory"""
+    one: bool = False
+    """all rows lie in one place"""
 
 
 @dataclass
@@ -117,14 +119,17 @@ class _Rows:
         self.strides = [0] * len(self.sizes)
         dims = range(len(self.sizes))
         for i in dims if layout.reversed_dims else reversed(dims):
-            self.strides[i] = step
+            self.strides[i] = 0 if layout.one else step
             step *= max(self.sizes[i], 1)
-        rows = math.prod(self.sizes)
+        rows = 1 if layout.one else math.prod(self.sizes)
         self.entries = (rows - 1) * (self.vocabulary + layout.gap) + self.vocabulary if rows else 0
         self.memory = torch.full((self.entries * logits.element_size(),), 0xFF, dtype=torch.uint8)
         starts = torch.arange(max(self.entries, 1)).as_strided(self.sizes, self.strides).flatten()
         self.starts = starts[allowed.flatten()].sort().values
-        self.of(self.memory)[allowed] = logits[allowed]
+        if layout.one:
+            self.memory.view(self.dtype)[:] = logits[allowed][0]
+        else:
+            self.of(self.memory)[allowed] = logits[allowed]
 
     def of(self, memory: Tensor) -> Tensor:
         """[..., V] view of the rows in a copy of the memory."""

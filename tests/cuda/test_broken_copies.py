@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tests.cuda.comparing import PART, among_many, constant, moved, random_case, run_and_check
+from tests.cuda.comparing import PART, among_many, moved, random_case, run_and_check
 from tests.cuda.emulator import CSRC, EmulationError, TokenCase
 from tests.cuda.test_sanitizers import sequence_cases
 from tests.cuda.test_support import assert_as_specified, rows_of
@@ -26,7 +26,7 @@ def rising():
 
 def many():
     """Blocks that finish their row."""
-    return [among_many(random_case(2, 1000, upstream=None), constant("forward.cuh", "kFewParts") + 1)]
+    return [among_many(random_case(1, 1000))]
 
 
 def long():
@@ -62,12 +62,12 @@ def ignored():
 
 # name: file, what stands there, what the copy has instead, the cases, the build, and what it must say.
 BREAKAGES = {
-    "no barrier before the warps' sums are read": (
-        *("forward.cuh", "  __syncthreads();\n", ""),
+    "no barrier before the parts' sums are read": (
+        *("forward.cuh", "  __syncwarp();\n", ""),
         *(many, "plain", "worse than naive"),
     ),
     "the same, seen by ThreadSanitizer": (
-        *("forward.cuh", "  __syncthreads();\n", ""),
+        *("forward.cuh", "  __syncwarp();\n", ""),
         *(many, "thread", "data race"),
     ),
     "no barrier before the coefficients are read": (
@@ -78,8 +78,8 @@ BREAKAGES = {
         *("sequences.cuh", "  __syncthreads();\n", ""),
         *(sequence_cases, "thread", "data race"),
     ),
-    "warps that leave before the barrier": (
-        *("forward.cuh", "  __syncthreads();\n  if (warp == 0)", "  if (warp != 0) return;\n  __syncthreads();\n "),
+    "lanes that leave before the others need them": (
+        *("forward.cuh", "  __syncwarp();\n", "  if (threadIdx.x != 0) return;\n"),
         *(many, "plain", "divergence: a barrier that not every thread reaches"),
     ),
     "a sum over half the lanes": (
@@ -144,7 +144,7 @@ BREAKAGES = {
 
 
 # One for each of the plain build's checks; each copy is compiled, which takes seconds.
-OFTEN = ("weights that are not checked", "one entry too many written", "warps that leave before the barrier")
+OFTEN = ("weights that are not checked", "one entry too many written", "lanes that leave before the others need them")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda.comparing import PAIRS, SPLIT, among_many, constant, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, SPLIT, among_many, moved, random_case, run_and_check
 from tests.cuda.emulator import SequenceCase
 
 
@@ -33,8 +33,7 @@ def test_no_race(build):
     logprobs = moved(random_case(1, 1000, ("bf16", "bf16"), grads=("in place", "in place")), 3, 2)
     logprobs.upstream[2:] = [None] * 7
     run_and_check(emulator, [two_splits, ignored, both, logprobs, random_case(1, 70, ("f64", "f64"))])
-    few = constant("forward.cuh", "kFewParts")  # blocks that finish their row
-    run_and_check(emulator, [among_many(random_case(1, 1000, upstream=None), few + 1)])
+    run_and_check(emulator, [among_many(random_case(1, 1000))])  # blocks that finish their row
     emulator.run(sequence_cases()[:1])
 
 
@@ -50,7 +49,7 @@ def places(pair, offsets):
     ignored.labels[:2] = -100
     beyond = random_case(2, 33, pair)
     beyond.labels[0] = 33
-    many = among_many(random_case(1, 1100, pair, upstream=None), constant("forward.cuh", "kFewParts") + 1)
+    many = among_many(random_case(1, 1100, pair))
     return [*cases, moved(ignored, 1, 2, gap=16), many], beyond
 
 
