@@ -14,24 +14,52 @@
 
 namespace lit_did::cuda {
 
+// By one thread.
+template <typename P, typename R, typename Real>
+__device__ __forceinline__ void write_partials(const PartialsArguments& a, int64_t row,
+                                               const RowStatistics<Real, double>& sums, const Scaling<Real>& by) {
+  const int64_t label = a.problem.labels[row], entry = label - a.problem.first_entry, size = a.problem.vocabulary;
+  const bool held = label >= a.problem.first_entry && entry < size;
+  double at_policy = 0, at_reference = 0;
+  if (held) {
+    const P* policy = row_of<const P>(a.problem.policy, row) + entry;
+    const R* reference = row_of<const R>(a.problem.reference, row) + entry;
+    at_policy = effective_logit<Real>(load_entry(policy), by.limit) * double(by.scale);
+    at_reference = effective_logit<Real>(load_entry(reference), by.limit) * double(by.scale);
+  }
+  a.partials[row] = partials_of(sums, size, held, at_policy, at_reference);
+}
+
+// Rows that a block takes of a slice of so many parts, so that each of its warps has a part.
+constexpr int rows_a_block(int parts) { return parts < kForwardWarps ? kForwardWarps / parts : 1; }
+
 template <typename P, typename R>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealOf<P>::type>)
     partials_kernel(const PartialsArguments a, const Scaling<typename RealOf<P>::type> by) {
   using Real = typename RealOf<P>::type;
-  const int64_t row = blockIdx.x, label = a.problem.labels[row], size = a.problem.vocabulary;
-  if (label == a.problem.ignore_index) return;
-  const P* policy = row_of<const P>(a.problem.policy, row);
-  const R* reference = row_of<const R>(a.problem.reference, row);
-  const auto sums = split_statistics<P, R, Real>(policy, reference, static_cast<int>(size), by);
-  if (threadIdx.x != 0) return;
-  const int64_t entry = label - a.problem.first_entry;
-  const bool held = label >= a.problem.first_entry && entry < size;
-  double at_policy = 0, at_reference = 0;
-  if (held) {
-    at_policy = effective_logit<Real>(load_entry(policy + entry), by.limit) * double(by.scale);
-    at_reference = effective_logit<Real>(load_entry(reference + entry), by.limit) * double(by.scale);
+  __shared__ PartSums<Real> of_block[kMostPartsABlock];
+  const int size = static_cast<int>(a.problem.vocabulary), count = parts_of(size), rows = rows_a_block(count);
+  const int warps_a_row = kForwardWarps / rows;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, of_row = warp % warps_a_row;
+  const int64_t row = int64_t(blockIdx.x) * rows + warp / warps_a_row;
+  PartSums<Real>* const parts = of_block + warp / warps_a_row * count;
+  const bool counts =
+      warp < rows * warps_a_row && row < a.problem.rows && a.problem.labels[row] != a.problem.ignore_index;
+  if (counts) {
+    const P* policy = row_of<const P>(a.problem.policy, row);
+    const R* reference = row_of<const R>(a.problem.reference, row);
+    const int mine = of_row * count / warps_a_row, past = (of_row + 1) * count / warps_a_row;
+    const int end = smaller_of(past * kPartEntries, size);
+    if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
+      add_parts<P, R, false>(policy, reference, mine * kPartEntries, end, size, by, parts + mine);
+    } else {
+      add_parts<P, R, true>(policy, reference, mine * kPartEntries, end, size, by, parts + mine);
+    }
   }
-  a.partials[row] = partials_of(sums, size, held, at_policy, at_reference);
+  __syncthreads();
+  if (!counts || of_row != 0) return;
+  const auto sums = count == 1 ? to_double(parts[0]) : merge_parts(parts, count);
+  if (threadIdx.x % kWarp == 0) write_partials<P, R, Real>(a, row, sums, by);
 }
 
 // The slices of a row together.

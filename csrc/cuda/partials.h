@@ -6,7 +6,10 @@
 
 namespace lit_did::cuda {
 
-// Of rows whose logits are a slice of the vocabulary that begins at `problem.first_entry`.
+constexpr int kMostSliceEntries = 65536;
+
+// Of rows whose logits are a slice of the vocabulary that begins at `problem.first_entry`, of kMostSliceEntries or
+// less.
 struct PartialsArguments {
   Problem problem;
   RowPartials* partials;  // [rows]; that of a row whose label is ignored is left alone

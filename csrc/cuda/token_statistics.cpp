@@ -145,6 +145,8 @@ void token_partials_cuda(const at::Tensor& policy_logits, const at::Tensor& refe
                          const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
   check_token_arguments(policy_logits, reference_logits, labels_, temperature);
   check_partials(partials, labels_);
+  TORCH_CHECK_VALUE(policy_logits.size(-1) <= cuda::kMostSliceEntries, "torch.ops.lit_did needs slices of ",
+                    cuda::kMostSliceEntries, " entries or less on CUDA.");
   const c10::cuda::CUDAGuard guard(policy_logits.device());
   const at::Tensor labels = labels_.contiguous();
   cuda::PartialsArguments arguments{};

@@ -43,8 +43,8 @@ class Tiling(NamedTuple):
 
 TILING = {
     "cpu": Tiling(extra_bytes=2**28, narrowest=NARROWEST, widest=2**62, tile=2**23, wide_products=False),
-    # A tile of 8,192 tokens by 4,096 entries takes some 0.3 ms a product, and a launch some 5 us. One block of threads
-    # reads a row of a tile: more than 32,768 entries would not keep it any busier.
+    # A tile of 8,192 tokens by 4,096 entries takes some 0.3 ms a product, and a launch some 5 us. Blocks are multiples
+    # of 4,096 entries, which is what a warp sums up at a time (kPartEntries in csrc/cuda/kernels.h).
     "cuda": Tiling(extra_bytes=2**30, narrowest=4096, widest=32_768, tile=2**25, wide_products=True),
 }
 
@@ -160,18 +160,15 @@ def make_plan(
             f"the vocabulary, but got {max_extra_bytes}."
         )
     tile = min(entries, tiling.tile)
-    # A row of less than twice as many entries is one block.
-    wide = tiling.narrowest > NARROWEST and entries >= 2 * tiling.narrowest
+    wide = entries >= tiling.narrowest > NARROWEST
     narrowest = min(vocabulary, tiling.narrowest) if wide else least
+    multiple = tiling.narrowest if wide else _MULTIPLE
     chunk = tokens if chunk_tokens == "auto" else chunk_tokens
     rows = max(1, min(chunk, tokens, tile // narrowest))
-    widest = min(max(narrowest, tile // rows // _MULTIPLE * _MULTIPLE), tiling.widest)
+    widest = min(max(narrowest, tile // rows // multiple * multiple), tiling.widest)
     blocks = -(-vocabulary // widest)
-    if wide:
-        blocks = min(blocks, vocabulary // narrowest)
     columns = -(-vocabulary // blocks)
-    columns = min(vocabulary, columns + -columns % _MULTIPLE)
-    rows = min(rows, entries // columns)
+    columns = min(vocabulary, columns + -columns % multiple)
     tiles = blocks * -(-tokens // rows)
     policy_slots = reference_slots = 1
     if keep:

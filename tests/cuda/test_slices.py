@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_did.ops.extension import EXTENSION
-from tests.cuda.comparing import PAIRS, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, PART, moved, random_case, run_and_check
 from tests.cuda.emulator import TokenCase
 from tests.helpers import DTYPES, FIELDS, random_logits
 
@@ -31,6 +31,16 @@ def test_values_and_gradients(pair, emulator):
         case.upstream = [u if seed < 2 or i < 2 else None for i, u in enumerate(case.upstream)]
         cases.append(case)
     run_and_check(emulator, cases)
+
+
+@pytest.mark.parametrize("pair", [("bf16", "bf16"), ("f32", "f32")], ids="-".join)
+def test_parts_of_a_slice(pair, emulator):
+    """One, two, three and nine parts of 4,096 entries, which one warp or several add up; 5 rows are no whole block."""
+    cuts = [0, PART, 3 * PART - 4, 5 * PART + 3]
+    case = moved(random_case(5, 14 * PART + 9, pair, slices=cuts, upstream=None), 2, 1)
+    case.labels[:4] = torch.tensor(cuts)
+    case.labels[4] = -100
+    run_and_check(emulator, [case])
 
 
 @with_pairs

@@ -27,7 +27,7 @@ WAITS = {
     *(aten._unique2, aten.repeat_interleave, aten.bincount),
 }
 BLOCKS, CHUNKS = 4, 3  # of 4 tokens each
-VOCABULARY, TOKENS = BLOCKS * 4096 + 1000, CHUNKS * 4
+VOCABULARY, TOKENS = BLOCKS * 4096 - 1000, CHUNKS * 4
 
 
 class Recorded(TorchDispatchMode):

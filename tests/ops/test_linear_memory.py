@@ -215,8 +215,9 @@ def test_plans(device, tokens, vocabulary):
             assert 1 <= made.rows <= (tokens if chunk_tokens == "auto" else min(tokens, chunk_tokens))
             assert min(256, vocabulary) <= made.columns <= vocabulary  # blocks of 512, evened out
             assert made.columns % 64 == 0 or made.columns == vocabulary
-            if device == "cuda" and bound >= 2 * 4096 * entry:  # tokens are cut first
-                assert min(4096, vocabulary) <= made.columns <= 32_768
+            if device == "cuda" and bound >= 4096 * entry:  # tokens are cut first
+                assert made.columns % 4096 == 0 or made.columns == vocabulary
+                assert made.columns <= 32_768
             tile = made.rows * made.columns * itemsize
             slots = made.policy_slots + made.reference_slots + (2 if softcap else 0)
             assert slots * tile <= bound
@@ -241,10 +242,10 @@ def test_the_default_keeps_the_policy():
 def test_tiles_on_cuda():
     """A tile of 2^25 entries, and more of the policy's kept where 1 GiB has room for them."""
     made = plan(8192, 128_256, itemsize=2, max_extra_bytes=TILING["cuda"].extra_bytes, device="cuda")
-    assert made == (8192, 4160, 14, 1)
-    assert (made.policy_slots + made.reference_slots + 1) * made.rows * made.columns * 2 > 2**30
-    assert len(made.tiles(8192, 128_256)) == 31
-    assert plan(816, 128_256, itemsize=2, max_extra_bytes=2**30, device="cuda") == (816, 32_064, 4, 4)
+    assert made == (8192, 4096, 15, 1)
+    assert (made.policy_slots + made.reference_slots) * made.rows * made.columns * 2 == 2**30
+    assert len(made.tiles(8192, 128_256)) == 32
+    assert plan(816, 128_256, itemsize=2, max_extra_bytes=2**30, device="cuda") == (816, 32_768, 4, 4)
 
 
 def test_the_default_of_the_device(monkeypatch):
