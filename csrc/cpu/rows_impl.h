@@ -24,6 +24,12 @@ static_assert(kSplit % kBlock<float> == 0 && kSplit % kBlock<double> == 0, "a sp
 // How far, in powers of 2, a block's maxima may exceed the origins of the sums. The logarithms are then as large, and
 // their rounding (2^-24 of 4) is still below what the logits' own rounding does.
 constexpr int kSlack = 4;
+// Where weights that are too large show in their sum, the sum alone is bounded: 64 weights of 1, and those above 1.
+constexpr int kLargestSum = 128;
+// The exponents that exp2_in_range takes end here. No logit that counts as infinite is as near to a usable origin.
+constexpr int kRange = 126;
+// A bound that only overflow passes.
+constexpr double kHuge = 0x1p100;
 
 // effective_logit of every lane.
 template <typename V, typename Real>
@@ -72,12 +78,22 @@ LIT_DID_INLINE bool needs_care(const BlockMaxima<Vector<Real>>& m, Real limit) {
            lane_maximum(m.reference) <= limit);
 }
 
-// Adds the block's entries to `row`, relative to its origins. Without `kCareful`, adds nothing and returns false where
-// the block holds NaN, infinities or a logit below -limit, or exceeds the origins by more than kSlack.
-template <typename Real, bool kCareful, typename P, typename R>
-LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size, Real scale, Real limit,
-                              RowStatistics<Real, double>& row) {
+// Ways to add a block.
+enum class Path {
+  // The weight 2^(z - r) is the quotient of the two others, which is cheaper than a third exponential. Both must be
+  // normal numbers for that.
+  kRatio,
+  kPlain,    // three exponentials
+  kCareful,  // three exponentials; entries may be infinite
+};
+
+// Adds the block's entries to `row`, relative to its origins. Unless `kCareful`, adds nothing and returns false where
+// the block holds NaN, infinities or a logit below -limit, or exceeds the origins; kRatio also where it does not suit.
+template <typename Real, Path kPath, typename P, typename R>
+__attribute__((noinline)) bool add_block(const P* policy, const R* reference, int64_t size, Real scale, Real limit,
+                                         RowStatistics<Real, double>& row) {
   using V = Vector<Real>;
+  constexpr bool kRatio = kPath == Path::kRatio, kCareful = kPath == Path::kCareful;
   const Real z0 = origin(row.policy_max), r0 = origin(row.reference_max), d0 = origin(row.difference_max);
   const Real x0 = row.log_ratio_origin();
   V policy_weight{}, policy_log{}, policy_log_ratio{}, reference_weight{}, reference_log{}, reference_log_ratio{},
@@ -90,14 +106,22 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
       z = effective(z, limit);
       r = effective(r, limit);
     }
-    V d = z - r;
     V log_z = z * scale - z0;
     V log_r = r * scale - r0;
-    V log_d = d * scale - d0;
-    V x = d * scale - x0;
-    V w_z = exp2(log_z);
-    V w_r = exp2(log_r);
-    V w_d = exp2(log_d);
+    V log_d, x, w_z, w_r, w_d;
+    if constexpr (kRatio) {
+      log_d = x = log_z - log_r;
+      w_z = exp2_in_range(log_z);
+      w_r = exp2_in_range(log_r);
+      w_d = w_z / w_r;
+    } else {
+      const V d = z - r;
+      log_d = d * scale - d0;
+      x = d * scale - x0;
+      w_z = exp2(log_z);
+      w_r = exp2(log_r);
+      w_d = exp2(log_d);
+    }
     if constexpr (kCareful) {
       const auto z_hole = z == minus_infinity<Real>();
       const auto r_hole = r == minus_infinity<Real>();
@@ -112,9 +136,12 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
       policy_holes |= z_hole & ~r_hole;
       reference_holes |= r_hole & ~z_hole;
       outside += (z_hole & r_hole) ? broadcast<V>(Real(1)) : V{};
+    } else if constexpr (kRatio) {
+      lowest = minimum(lowest, minimum(log_z, log_r));
+      if constexpr (!kSaturates<Real>) highest = maximum(highest, maximum(log_z, log_r));
     } else {
-      highest = maximum(highest, maximum(maximum(log_z, log_r), log_d));
       lowest = minimum(lowest, minimum(z, r));
+      highest = maximum(highest, maximum(maximum(log_z, log_r), log_d));
     }
     policy_weight += w_z;
     policy_log += w_z * log_z;
@@ -134,24 +161,49 @@ LIT_DID_INLINE bool add_block(const P* policy, const R* reference, int64_t size,
     add(z, r);
     add(next_z, next_r);
   }
+  double w_d = lane_sum(difference_weight), log_d = lane_sum(difference_log), x_rest = 0;
   if constexpr (kCareful) {
     row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
     row.outside += lane_sum(outside);
+  } else if constexpr (kRatio) {
+    if (any((lowest < Real(-kRange)) | (highest > Real(kSlack)) | (policy_weight > Real(kLargestSum)) |
+            (reference_weight > Real(kLargestSum)))) {
+      return false;
+    }
+    // NaN may vanish from `highest` and `lowest`, but not from here. Where an entry has almost all the weight, an
+    // entropy near 0 would show that a quotient has the error of two exponentials.
+    if (!(std::fabs(log_d) < kHuge) || 4 * double(lane_maximum(difference_weight)) > 3 * w_d) return false;
+    const double x_origin = double(z0) - double(r0);
+    const double shift = x_origin - double(d0);
+    if (shift > 2 * kRange) return false;  // the differences so far were those beside infinities
+    const double factor = std::exp2(shift);
+    log_d = factor * (log_d + shift * w_d);
+    w_d *= factor;
+    x_rest = x_origin - double(x0);
   } else {
     // NaN may vanish from `highest` and take what was there along, but shows in the weights as NaN or infinity, or
     // comes of two -inf.
     const V weights = policy_weight + reference_weight;
     if (any((highest > Real(kSlack)) | (lowest < -limit) | (weights - weights != V{}))) return false;
   }
-  row.policy_weight += lane_sum(policy_weight);
+  const double w_z = lane_sum(policy_weight), w_r = lane_sum(reference_weight);
+  row.policy_weight += w_z;
   row.policy_log += lane_sum(policy_log);
-  row.policy_log_ratio += lane_sum(policy_log_ratio);
-  row.reference_weight += lane_sum(reference_weight);
+  row.policy_log_ratio += lane_sum(policy_log_ratio) + x_rest * w_z;
+  row.reference_weight += w_r;
   row.reference_log += lane_sum(reference_log);
-  row.reference_log_ratio += lane_sum(reference_log_ratio);
-  row.difference_weight += lane_sum(difference_weight);
-  row.difference_log += lane_sum(difference_log);
+  row.reference_log_ratio += lane_sum(reference_log_ratio) + x_rest * w_r;
+  row.difference_weight += w_d;
+  row.difference_log += log_d;
   return true;
+}
+
+// Whether blocks can be added relative to the row's origins. Near the limit, logits beyond it would not be noticed.
+template <typename Real>
+LIT_DID_INLINE bool has_origins(const RowStatistics<Real, double>& row, Real scale, Real limit) {
+  const Real largest = limit * scale - (kRange + 2);
+  return row.difference_max > minus_infinity<Real>() && std::fabs(row.policy_max) < largest &&
+         std::fabs(row.reference_max) < largest;
 }
 
 template <typename Real>
@@ -165,38 +217,41 @@ LIT_DID_INLINE void rebase_to_block(const BlockMaxima<Vector<Real>>& m, Real sca
   }
 }
 
-// Adds any block: its maxima first, then its entries relative to them.
+// Adds any block: its maxima first, then its entries relative to them. Returns the path that the next block is to try.
 template <typename Real, typename P, typename R>
-__attribute__((noinline)) void rebase_and_add_block(const P* policy, const R* reference, int64_t size, Real scale,
+__attribute__((noinline)) Path rebase_and_add_block(const P* policy, const R* reference, int64_t size, Real scale,
                                                     Real limit, RowStatistics<Real, double>& row) {
   auto m = block_maxima<Real, false>(policy, reference, size, limit);
-  if (!needs_care(m, limit)) {
-    rebase_to_block(m, scale, row);
-    add_block<Real, false>(policy, reference, size, scale, limit, row);
-  } else {
+  if (needs_care(m, limit)) {
     m = block_maxima<Real, true>(policy, reference, size, limit);
     rebase_to_block(m, scale, row);
-    add_block<Real, true>(policy, reference, size, scale, limit, row);
+    add_block<Real, Path::kCareful>(policy, reference, size, scale, limit, row);
+    return Path::kRatio;
   }
+  rebase_to_block(m, scale, row);
+  if (has_origins(row, scale, limit) && add_block<Real, Path::kRatio>(policy, reference, size, scale, limit, row)) {
+    return Path::kRatio;
+  }
+  add_block<Real, Path::kPlain>(policy, reference, size, scale, limit, row);
+  return Path::kPlain;
 }
 
 // Every block is tried with the origins of those before it, which saves a pass for its maxima; the few that hold a
-// much larger logit, or none but infinities, are done again.
+// much larger logit, infinities, or what the path does not suit are done again.
 template <typename Real, typename P, typename R>
 void accumulate(const void* policy_row, const void* reference_row, int64_t size, double scale_, void* statistics) {
   const P* policy = static_cast<const P*>(policy_row);
   const R* reference = static_cast<const R*>(reference_row);
   const Real scale = static_cast<Real>(scale_);
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale_);
-  const Real highest_origin = limit * scale - 2 * kSlack;  // so that a block within kSlack of it is below the limit
   RowStatistics<Real, double> row;
+  Path path = Path::kRatio;
   const int64_t whole = size - size % kPair<Real>;
   for (int64_t begin = 0; begin < whole; begin += kBlock<Real>) {
     const int64_t n = whole - begin < kBlock<Real> ? whole - begin : kBlock<Real>;
-    const bool has_origins = row.difference_max > minus_infinity<Real>() && row.policy_max < highest_origin &&
-                             row.reference_max < highest_origin;
-    if (has_origins && add_block<Real, false>(policy + begin, reference + begin, n, scale, limit, row)) continue;
-    rebase_and_add_block(policy + begin, reference + begin, n, scale, limit, row);
+    const auto add = path == Path::kRatio ? add_block<Real, Path::kRatio, P, R> : add_block<Real, Path::kPlain, P, R>;
+    if (has_origins(row, scale, limit) && add(policy + begin, reference + begin, n, scale, limit, row)) continue;
+    path = rebase_and_add_block(policy + begin, reference + begin, n, scale, limit, row);
   }
   if (whole < size) {
     // The tail, filled up with entries outside the support.
@@ -211,7 +266,7 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
     const int flags = row.flags;
     const auto m = block_maxima<Real, true>(z, r, kPair<Real>, limit);
     rebase_to_block(m, scale, row);
-    add_block<Real, true>(z, r, kPair<Real>, scale, limit, row);
+    add_block<Real, Path::kCareful>(z, r, kPair<Real>, scale, limit, row);
     if (finite) row.flags = flags;
     row.outside -= whole + kPair<Real> - size;  // entries that are no part of the row
   }

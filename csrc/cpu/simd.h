@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -240,16 +241,49 @@ LIT_DID_INLINE auto lane_minimum(V v) {
 
 template <typename Mask>
 LIT_DID_INLINE bool any(Mask mask) {
-  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i)
-    if (mask[i]) return true;
-  return false;
+  auto found = mask[0];
+  for (size_t i = 1; i < sizeof(mask) / sizeof(mask[0]); ++i) found |= mask[i];
+  return found != 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 2^x for x up to 4; NaN gives NaN, -inf anything. From -126 on the relative error is at most 1.72e-7, 1.95e-7 where a
-// step's product is rounded before its sum; below, AVX-512 goes on (2^-126 times 1.8e-7), the others return 0.
-// tests/ops/exp2_error.cpp measures it.
+// 2^x for x up to 127; NaN gives NaN, -inf anything. From -126 on the relative error is at most 1.72e-7, 1.95e-7 where
+// a step's product is rounded before its sum, 1.78e-7 with AVX-512; below, AVX-512 goes on (2^-126 times 1.8e-7), the
+// others return 0. tests/ops/exp2_error.cpp measures it.
 // ---------------------------------------------------------------------------------------------------------
+
+// Whether exp2_in_range grows with x up to infinity, above its range too.
+template <typename Real>
+constexpr bool kSaturates = std::is_same_v<Real, double>;
+
+#if defined(__AVX512F__)
+
+template <>
+constexpr bool kSaturates<float> = true;
+
+// 2^(j/32), which two registers hold.
+alignas(64) constexpr float kPowers[32] = {
+    0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
+    0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
+    0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+    0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
+    0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+
+LIT_DID_INLINE FloatVector exp2(FloatVector x) {
+  // x = n + j/32 + f, with f in [0, 1/32): rounded down, j is left in the low bits of the significand.
+  const __m512 shifted =
+      _mm512_add_round_ps((__m512)x, _mm512_set1_ps(0x1.8p18f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const FloatVector f = (FloatVector)_mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const FloatVector power =
+      (FloatVector)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)shifted, _mm512_load_ps(kPowers + 16));
+  // Minimax in relative error among those with 2^0 = 1.
+  const FloatVector rest = (f * 0x1.f0f3e6p-3f + 0x1.62e11ep-1f) * f;
+  return (FloatVector)_mm512_scalef_ps((__m512)(power * rest + power), (__m512)x);
+}
+
+LIT_DID_INLINE FloatVector exp2_in_range(FloatVector x) { return exp2(x); }
+
+#else
 
 LIT_DID_INLINE FloatVector exp2_polynomial(FloatVector f) {
   // Minimax in relative error among those with 2^0 = 1: five fused steps over [-1/2, 1/2].
@@ -261,23 +295,38 @@ LIT_DID_INLINE FloatVector exp2_polynomial(FloatVector f) {
   return p * f + 1.0f;
 }
 
-LIT_DID_INLINE FloatVector exp2(FloatVector x) {
-#if defined(__AVX512F__)
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (FloatVector)_mm512_scalef_ps((__m512)exp2_polynomial(x - (FloatVector)n), n);
-#else
-  // The exponent is set by integer arithmetic, which reaches down to 2^-126: what is less is 0.
+// x rounded, as the exponent's bits; the rest's 2^x.
+LIT_DID_INLINE void exp2_parts(FloatVector x, IntVector& exponent, FloatVector& rest) {
   const float magic = 0x1.8p23f;  // adding it leaves round(x) in the low bits of the significand
   const FloatVector shifted = x + magic;
-  const FloatVector p = exp2_polynomial(x - (shifted - magic));
-  const FloatVector power = p * (FloatVector)(((IntVector)shifted << 23) + 0x3f800000);
-  return x < -126.0f ? FloatVector{} : power;
-#endif
+  exponent = (IntVector)shifted << 23;
+  rest = exp2_polynomial(x - (shifted - magic));
 }
+
+LIT_DID_INLINE FloatVector exp2(FloatVector x) {
+  IntVector exponent;
+  FloatVector rest;
+  exp2_parts(x, exponent, rest);
+  // The exponent is set by integer arithmetic, which reaches down to 2^-126: what is less is 0.
+  const FloatVector power = rest * (FloatVector)(exponent + 0x3f800000);
+  return x < -126.0f ? FloatVector{} : power;
+}
+
+// 2^x for x from -126 to 127. Others, and NaN, give anything.
+LIT_DID_INLINE FloatVector exp2_in_range(FloatVector x) {
+  IntVector exponent;
+  FloatVector rest;
+  exp2_parts(x, exponent, rest);
+  return (FloatVector)((IntVector)rest + exponent);
+}
+
+#endif
 
 LIT_DID_INLINE DoubleVector exp2(DoubleVector x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
 }
+
+LIT_DID_INLINE DoubleVector exp2_in_range(DoubleVector x) { return exp2(x); }
 
 }  // namespace

@@ -199,6 +199,17 @@ def test_invalid_row(side, value, place, dtype, backend):
 
 
 @with_backends
+@with_places
+@pytest.mark.parametrize("side", ["policy", "reference"])
+def test_nan_with_a_payload(side, place, backend):
+    """Integer arithmetic on such bits may give those of a number."""
+    policy, reference, labels, support = rows_with(place, "f32", None, None)
+    bits = torch.tensor(-0x3FFFFF, dtype=torch.int32)
+    (policy if side == "policy" else reference).data.view(torch.int32)[1, ~support] = bits
+    assert_only_the_middle_row_is_nan(policy, reference, labels, backend)
+
+
+@with_backends
 @with_dtypes
 @pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("side", ["policy", "reference"])
@@ -298,6 +309,35 @@ def test_large_mask_is_minus_infinity(place, dtype, sides, mask, backend):
         assert torch.equal(masked[name].nan_to_num(nan=7e7), infinite[name].nan_to_num(nan=7e7)), name
     for a, b in zip(masked_grads, infinite_grads, strict=True):
         assert torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7))
+
+
+@with_backends
+@pytest.mark.parametrize("offset", [-999_960, 999_960])
+def test_logits_near_the_limit(offset, backend):
+    """Finite logits that are nearer to infinite ones than their weights can tell."""
+    results = []
+    for value in (-1_000_030, -INF) if offset < 0 else (1_000_030, INF):
+        policy, reference, labels, support = rows_with("a-later-block", "f32", None, None)
+        policy.data[1] += offset
+        policy.data[1, ~support] = value
+        results.append(call(policy, reference, labels, backend, UPSTREAM)[0])
+    for name in FIELDS:
+        assert torch.equal(results[0][name].nan_to_num(nan=7e7), results[1][name].nan_to_num(nan=7e7)), name
+
+
+@with_dtypes
+def test_common_entries_far_below_come_first(dtype):
+    """The largest policy logit stands where the reference has a hole: differences begin far below log-ratios."""
+    policy, reference, labels, _ = rows_with("a-later-block", dtype, None, None)
+    policy.data[1, :1024], reference.data[1, :1024] = -2e5, 20
+    policy.data[1, 0], reference.data[1, 0] = 20, -INF
+    upstream = without(UPSTREAM, *FIELDS[2:5], "kl", "reverse_kl")  # the others are of order 1
+    _, *ours = call(policy, reference, labels, "fused", upstream)
+    exact = tuple(x.detach().double().requires_grad_() for x in (policy, reference))
+    _, *expected = call(*exact, labels, "reference", upstream)
+    for grad, exact_grad in zip(ours, expected, strict=True):
+        rtol = 2**-8 if dtype == "bf16" else 1e-5
+        torch.testing.assert_close(grad[1].double(), exact_grad[1], rtol=rtol, atol=1e-5 * exact_grad.abs().max())
 
 
 @with_backends

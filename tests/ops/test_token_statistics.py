@@ -151,6 +151,16 @@ def test_policy_equal_to_the_reference(dtype, vocabulary, backend):
         check(policy, policy.clone(), labels, backend)
 
 
+@pytest.mark.parametrize("shift", [300, -300])
+def test_policy_a_constant_above_the_reference(shift):
+    """The same distribution: the rounding of the large maxima cancels. (In plain torch z - r has it.)"""
+    reference, _, labels = random_logits(4, 2100, torch.float32, torch.float32)
+    reference = (64 * reference).round() / 64
+    statistics = token_statistics(reference + shift, reference, labels, backend="fused")
+    for value in (statistics.kl, statistics.reverse_kl):
+        torch.testing.assert_close(value, torch.zeros(4), rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("step", [1e-3, 1e-5])
 def test_policy_near_the_reference(step, backend):
@@ -189,6 +199,48 @@ def test_sorted_logits(order, dtype, backend):
         policy, reference = policy[:, by_policy], reference[:, by_policy]
         policy[1], reference[1] = policy[1].sort(descending=order == "falling").values, reference[1]
         policy[2], reference[2] = policy[2], reference[2].sort(descending=order == "falling").values
+    check(policy, reference, labels, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("side", ["policy", "reference", "both"])
+@pytest.mark.parametrize("place", [40, 1500], ids=["first-block", "later-block"])
+def test_weights_near_underflow(place, side, dtype, backend):
+    """Entries e^-85 to e^-104 below the largest: around 2^-126, float32's smallest normal number, and 2^-149, its last.
+
+    With both sides so low, the difference is as large as any.
+    """
+    policy, reference, labels = random_logits(20, 2100, DTYPES[dtype], DTYPES[dtype])
+    depth = torch.arange(85, 105, dtype=torch.float64)[:, None] + torch.rand(20, 5, dtype=torch.float64)
+    for name, logits in (("policy", policy), ("reference", reference)):
+        if side in (name, "both"):
+            logits[:, place : place + 5] = (logits.amax(-1, keepdim=True) - depth).to(logits.dtype)
+    check(policy, reference, labels, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("place", [40, 1500], ids=["first-block", "later-block"])
+def test_differences_above_those_of_the_maxima(place, dtype, backend):
+    """The differences' weights are sums of 1 to e^120."""
+    policy, reference, labels = random_logits(24, 2100, DTYPES[dtype], DTYPES[dtype])
+    reference[:, place] = policy[:, place] - torch.linspace(0, 120, 24).to(policy.dtype)
+    check(policy, reference, labels, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("side", ["policy", "reference", "both"])
+def test_a_later_block_far_above(side, dtype, backend):
+    """By up to 2^1500: exponents that 8 bits do not hold, and that would be in range without the bits above; and by
+    some 2^127, so that a sum is infinite although no weight is."""
+    policy, reference, labels = random_logits(40, 2100, DTYPES[dtype], DTYPES[dtype])
+    for name, logits in (("policy", policy), ("reference", reference)):
+        if side in (name, "both"):
+            logits[:30, 1500] = torch.linspace(5, 1040, 30).to(logits.dtype)
+            above = logits[30:, :1024].amax(-1, keepdim=True) + torch.linspace(86, 89, 10)[:, None]
+            logits[30:, 1440:1800:32] = above.to(logits.dtype)
     check(policy, reference, labels, backend)
 
 
