@@ -10,6 +10,7 @@ Lengths are worked out on the CPU. They are moved to the device once a batch, an
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
@@ -217,10 +218,9 @@ def _dtype(query: Tensor) -> torch.dtype:
 
 def operators() -> list[Any]:
     """The operators of these kernels that the installed libraries have, for selective checkpointing."""
-    with suppress(ImportError):
-        import torch.nn.attention.varlen
-    with suppress(ImportError):
-        import flash_attn  # noqa: F401
+    for module in ("torch.nn.attention.varlen", "flash_attn"):
+        with suppress(ImportError):
+            importlib.import_module(module)
     names = (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward"))
     spaces = [(getattr(torch.ops, space), name) for space, name in names]
     return [getattr(space, name).default for space, name in spaces if hasattr(space, name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 
 import pytest
@@ -337,6 +338,12 @@ def test_which_kernels(monkeypatch):
         assert varlen.kernels(device) == ("flash_attention_2", *of_torch)
         monkeypatch.setattr("transformers.utils.is_flash_attn_3_available", lambda: True)
         assert varlen.kernels(device) == ("flash_attention_3", "flash_attention_2", *of_torch)
+
+
+def test_an_older_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert varlen._of_torch.__wrapped__() is None
+    assert all(isinstance(operator, torch._ops.OpOverload) for operator in varlen.operators())
 
 
 def test_copies_to_cuda_are_queued_from_pinned_memory():

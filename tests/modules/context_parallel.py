@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from lit_did import LitDPO, LitDPOPG, PreferenceDataModule
 from lit_did.callbacks import ScoreWriter
-from lit_did.models import policy_and_reference
+from lit_did.models import policy_and_reference, varlen
 from lit_did.modules.sft import LitSFT
+from tests.models import flash
 from tests.models.architectures import build
 from tests.modules.sharded import LORA, STEP, VOCABULARY, Save, rows
 from tests.modules.tiny import byte_tokenizer, loader, make_pairs, tiny_llama, trainer
@@ -47,7 +49,10 @@ def tiny(**overrides: Any) -> Any:
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """By name: LitDPO's arguments, `trainer`'s, and others of `fit`."""
+    """By name: LitDPO's arguments, `trainer`'s, and others of `fit`.
+
+    "flash": processes that share rows attend to all segments in one call. The one process does not.
+    """
     tied = {"policy": functools.partial(tiny, tie_word_embeddings=True)}
     return {
         "full": {"policy": tiny},
@@ -57,11 +62,12 @@ def cases() -> dict[str, dict[str, Any]]:
             "lora": LORA,
             "gradient_checkpointing": True,
             "micro_batch_tokens": 1,
+            "flash": True,
         },
         "tied": {**tied, "recompute_elementwise": True, "token_did_entropy_weight": 0.1},
         "clipped": {"policy": tiny, "trainer": {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}},
         "eager": {"policy": lambda: tiny(attn_implementation="eager"), "lora": LORA, "reference": tiny},
-        "window": {"policy": tiny_mistral},
+        "window": {"policy": tiny_mistral, "flash": True},
         "projected": {"policy": tiny, "class": LitDPOPG},
         "cached": {"policy": tiny, "cache_reference": True, "cache_kind": "logprobs"},
         "one side": {"policy": tiny, "class": LitSFT},
@@ -96,9 +102,10 @@ class SaveActivations(Save):
 def fit(strategy: str, processes: int, path: Path, case: dict[str, Any], **given: Any) -> None:
     """`given`: `checkpoint`, to go on from; `share`, how many processes share a row."""
     case = {"class": LitDPO, "trainer": {}, "share": 2 if processes > 1 else 1, **case, **given}
-    kind, options, policy, share, checkpoint = (
-        case.pop(name, None) for name in ("class", "trainer", "policy", "share", "checkpoint")
+    kind, options, policy, share, checkpoint, one_call = (
+        case.pop(name, None) for name in ("class", "trainer", "policy", "share", "checkpoint", "flash")
     )
+    one_call = one_call and share > 1 and varlen._of_torch() is not None
     if callable(case.get("reference")):
         case["reference"] = case["reference"](seed=1)
     if "cache_reference" in case:
@@ -121,7 +128,10 @@ def fit(strategy: str, processes: int, path: Path, case: dict[str, Any], **given
     )
     batch_size = STEP // options.get("accumulate_grad_batches", 1) // (processes // share)
     data = PreferenceDataModule(rows(), byte_tokenizer(), val=rows(1)[:7], batch_size=batch_size, max_length=64)
-    run.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    with flash.on_the_cpu() if one_call else nullcontext(flash.calls) as calls:
+        calls.clear()
+        run.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        assert bool(calls) == bool(one_call)
     if path.name.startswith("full."):
         run.predict(module, data)
 
