@@ -26,7 +26,7 @@ DOCS_PACKAGES = $(shell $(PYTHON) -c \
 	"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-all test-long test-slow models demo data bench docs lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-all test-long test-slow models demo data bench docs notebook lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## lists the targets
@@ -75,6 +75,9 @@ bench: install  ## measures the operators beside torch, a few minutes: ARGS="--r
 docs: $(DOCS_VENV)/installed  ## builds the docs site, without network, in site/
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
+
+notebook: install  ## runs examples/demo.ipynb and writes its outputs into it, a few minutes
+	$(BIN)/python -m tools.notebook
 
 # The site is built from the sources: it needs neither torch nor this package.
 $(DOCS_VENV)/installed: pyproject.toml constraints.txt

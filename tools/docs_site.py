@@ -1,7 +1,7 @@
 """What the docs site has beyond docs/*.md: mkdocs calls these functions (`hooks` in mkdocs.yml).
 
-The site takes README as its home page, CHANGELOG and CONTRIBUTING, and a page for the public names of each
-package. Links work on a code host and on the site: a link to a file that the site lacks becomes plain text there.
+The site takes README as its home page, CHANGELOG and CONTRIBUTING, the notebook, and for each package a page with its
+public names. Links work on a code host and on the site: a link to a file that the site lacks becomes plain text there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import griffe
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 WHOLE_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """{file of the repository: page of the site}"""
+
+NOTEBOOKS = {"examples/demo.ipynb": "demo.md"}
 
 PACKAGES = (
     "lit_did.modules",
@@ -48,11 +52,14 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Adds the pages that are not in docs/."""
 
-    def add(path: str, content: str) -> None:
+    def add(path: str, content: str | bytes) -> None:
         files.append(File.generated(config, path, content=content))
 
     for source, page in WHOLE_PAGES.items():
         add(page, (ROOT / source).read_text())
+    for source, page in NOTEBOOKS.items():
+        for path, content in notebook_page(ROOT / source, page).items():
+            add(path, content)
     add("api/index.md", api_overview())
     for package in PACKAGES:
         add(f"api/{package}.md", api_page(package))
@@ -81,13 +88,13 @@ def site_links(markdown: str, page: str) -> str:
         markdown: The text, whose links lead from its file in the repository.
         page: The page of the site, such as "index.md" for README.md.
     """
-    sources = {page: source for source, page in WHOLE_PAGES.items()}
+    sources = {page: source for source, page in (WHOLE_PAGES | NOTEBOOKS).items()}
     folder = (PurePosixPath(sources[page]) if page in sources else PurePosixPath("docs", page)).parent
 
     def link(match: re.Match[str]) -> str:
         text, target, anchor = match.groups()
         path = os.path.normpath(folder / target)
-        on_site = WHOLE_PAGES.get(path)
+        on_site = WHOLE_PAGES.get(path) or NOTEBOOKS.get(path)
         if on_site is None and path.startswith("docs/") and (ROOT / path).is_file():
             on_site = path.removeprefix("docs/")
         if on_site is None:
@@ -95,6 +102,22 @@ def site_links(markdown: str, page: str) -> str:
         return f"[{text}]({os.path.relpath(on_site, PurePosixPath(page).parent)}{anchor or ''})"
 
     return re.sub(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Notebooks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def notebook_page(notebook: Path, page: str) -> dict[str, str | bytes]:
+    """{path: content} of the page of a notebook with its stored outputs, and of its pictures."""
+    folder = page.removesuffix(".md")
+    names = {"unique_key": folder, "output_files_dir": folder}
+    markdown, resources = MarkdownExporter().from_notebook_node(nbformat.read(notebook, as_version=4), names)
+    # pandas gives its tables a style of their own.
+    markdown = re.sub(r"<style scoped>.*?</style>", "", markdown, flags=re.DOTALL)
+    markdown = markdown.replace('<table border="1" class="dataframe">', "<table>")
+    return {page: markdown, **resources["outputs"]}
 
 
 # ----------------------------------------------------------------------------------------------------------
