@@ -29,7 +29,7 @@ TORCH_LIBRARY(lit_did, m) {
       "bool policy_needs_grad, bool reference_needs_grad, int first_entry=0) -> ()");
   m.def(
       "token_partials_(Tensor policy_logits, Tensor reference_logits, Tensor labels, Tensor(a!) partials, "
-      "int first_entry, int ignore_index, float temperature) -> ()");
+      "int slice_entries, int first_entry, int ignore_index, float temperature) -> ()");
   m.def("merge_token_partials_(Tensor(a!) partials, Tensor labels, int ignore_index) -> ()");
   m.def(
       "finish_token_partials(Tensor partials, Tensor labels, int ignore_index, bool float64) -> "

@@ -85,19 +85,21 @@ void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& re
   need(temperature >= 1e-30 && temperature <= 1e30, "`temperature` in [1e-30, 1e30]");
 }
 
-void check_partials(const at::Tensor& partials, const at::Tensor& labels) {
-  auto sizes = labels.sizes().vec();
-  sizes.push_back(kNumPartials);
-  need(partials.sizes() == sizes, "`partials` of shape [..., 16]");
-  need(partials.scalar_type() == at::kDouble && partials.is_contiguous(), "contiguous `partials` of float64");
+void check_partials(const at::Tensor& partials, const at::Tensor& labels, int64_t entries, int64_t slice_entries) {
+  need(labels.dim() == 1 && labels.scalar_type() == at::kLong, "`labels` of shape [rows] and int64");
+  need(partials.dim() == 3 && partials.size(1) == labels.size(0) && partials.size(2) == kNumPartials,
+       "`partials` of shape [slices, rows, 16]");
+  need(partials.scalar_type() == at::kDouble && partials.select(0, 0).is_contiguous(),
+       "`partials` of float64, each slice contiguous");
+  need(partials.stride(0) % kNumPartials == 0, "`partials` that are whole rows apart");
   need(partials.device() == labels.device(), "all tensors on one device");
+  need(slice_entries > 0 && partials.size(0) == (entries - 1) / slice_entries + 1,
+       "`partials` for every slice of `slice_entries`");
 }
 
 void check_slices(const at::Tensor& partials, const at::Tensor& labels) {
-  need(labels.dim() == 1 && labels.scalar_type() == at::kLong, "`labels` of shape [rows] and int64");
-  need(partials.dim() == 3 && partials.size(0) >= 1, "`partials` of shape [slices, rows, 16]");
-  check_partials(partials[0], labels);
-  need(partials.is_contiguous(), "contiguous `partials` of float64");
+  check_partials(partials, labels, partials.size(0), 1);
+  need(partials.is_contiguous(), "contiguous `partials`");
 }
 
 void claim_logits(const at::Tensor& policy_logits, const at::Tensor& reference_logits, bool write_policy,

@@ -43,10 +43,12 @@ void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Ten
                                            const at::Tensor& normalizers, int64_t ignore_index, double temperature,
                                            bool policy_needs_grad, bool reference_needs_grad, int64_t first_entry);
 
-// Writes RowPartials of a slice of the vocabulary that begins at `first_entry` to `partials` [..., 16] float64, but for
-// ignored rows. Labels count from the whole vocabulary's first entry and may lie outside.
+// Writes RowPartials of slices of the vocabulary, of `slice_entries` each, which lie one after the other from
+// `first_entry` on, to `partials` [slices, rows, 16] float64, but for ignored rows. Labels [rows] count from the whole
+// vocabulary's first entry and may lie outside.
 void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
-                        const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature);
+                        const at::Tensor& partials, int64_t slice_entries, int64_t first_entry, int64_t ignore_index,
+                        double temperature);
 
 // Merges the slices of `partials` [slices, rows, 16] into the first.
 void merge_token_partials_cpu(const at::Tensor& partials, const at::Tensor& labels, int64_t ignore_index);
@@ -59,9 +61,11 @@ TokenTensors finish_token_partials_cpu(const at::Tensor& partials, const at::Ten
 void check_token_arguments(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
                            const at::Tensor& labels, double temperature);
 
-// `partials` of shape [..., 16] for labels [...], and of shape [slices, rows, 16] for labels [rows]: float64,
-// contiguous.
-void check_partials(const at::Tensor& partials, const at::Tensor& labels);
+// `partials` of shape [slices, rows, 16] for labels [rows]: float64, contiguous but for the first dimension, and as
+// many as it takes to cover the entries.
+void check_partials(const at::Tensor& partials, const at::Tensor& labels, int64_t entries, int64_t slice_entries);
+
+// The same, contiguous, of one slice or more.
 void check_slices(const at::Tensor& partials, const at::Tensor& labels);
 
 // What the backward reads besides the logits: contiguous; an undefined gradient for a statistic that was not used.

@@ -327,13 +327,20 @@ void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Ten
                   reference_needs_grad ? Gradient{reference_logits} : Gradient{});
 }
 
-void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
-                        const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
-  check_token_arguments(policy_logits, reference_logits, labels, temperature);
-  check_partials(partials, labels);
+void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels_,
+                        const at::Tensor& partials, int64_t slice_entries, int64_t first_entry, int64_t ignore_index,
+                        double temperature) {
+  check_token_arguments(policy_logits, reference_logits, labels_, temperature);
+  const int64_t entries = policy_logits.size(-1);
+  check_partials(partials, labels_, entries, slice_entries);
+  const at::Tensor labels = labels_.contiguous();
   const auto write =
       statistics_dtype(policy_logits) == at::kDouble ? partials_of_rows<double> : partials_of_rows<float>;
-  write(policy_logits, reference_logits, labels.contiguous(), partials, first_entry, ignore_index, temperature);
+  for (int64_t slice = 0; slice < partials.size(0); ++slice) {
+    const int64_t begin = slice * slice_entries, size = std::min(slice_entries, entries - begin);
+    write(policy_logits.narrow(-1, begin, size), reference_logits.narrow(-1, begin, size), labels, partials[slice],
+          first_entry + begin, ignore_index, temperature);
+  }
 }
 
 namespace cpu {

@@ -10,15 +10,16 @@ dim3 a_thread_a_row(int64_t rows) { return dim3(static_cast<unsigned>((rows + kW
 
 cudaError_t partials(const PartialsArguments& a, cudaStream_t stream) {
   const Problem& problem = a.problem;
-  if (problem.rows == 0) return cudaSuccess;
-  static_assert(kMostSliceEntries <= kMostPartsABlock * kPartEntries, "a block holds the parts of its rows");
-  if (problem.rows > 0x7fffffff || problem.vocabulary > kMostSliceEntries) return cudaErrorInvalidValue;
-  const int64_t rows = rows_a_block(parts_of(problem.vocabulary)), blocks = (problem.rows + rows - 1) / rows;
+  if (a.slice_entries <= 0 || a.slice_entries > kPartEntries) return cudaErrorInvalidValue;
+  const int64_t slices = (problem.vocabulary + a.slice_entries - 1) / a.slice_entries, blocks = problem.rows * slices;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return with_types(problem.policy.kind, problem.reference.kind, [&](auto p, auto r) {
     using P = decltype(p);
     using R = decltype(r);
     const Scaling<typename RealOf<P>::type> by(problem.temperature);
-    LIT_DID_LAUNCH((partials_kernel<P, R>), dim3(static_cast<unsigned>(blocks)), dim3(kForwardThreads), stream, a, by);
+    LIT_DID_LAUNCH((partials_kernel<P, R>), dim3(static_cast<unsigned>(blocks)), dim3(kForwardThreads), stream, a, by,
+                   static_cast<int>(slices));
     return cudaGetLastError();
   });
 }

@@ -1,11 +1,10 @@
-// A vocabulary in slices: the partial statistics of one, and what several say together (row_partials.h).
+// A vocabulary in slices: the partial statistics of each, and what several say together (row_partials.h).
 //
 // Reads      every entry of a slice's two rows once, nothing of a row whose label is ignored; then 128 bytes a row and
 //            slice.
 // Writes     128 bytes a row and slice; then nine statistics and five normalizers a row.
-// Threads    one block a row of a slice, as forward.cuh has it for a split; then a thread a row, which merges its
-// slices
-//            in their order.
+// Threads    one warp a slice of a row, which is a part of it as in forward.cuh; then a thread a row, which merges its
+//            slices in their order.
 // Bits       The order of every addition follows from the slices' sizes alone.
 #pragma once
 
@@ -14,52 +13,42 @@
 
 namespace lit_did::cuda {
 
-// By one thread.
+// By one thread: of the `size` entries from `begin` of the row's logits.
 template <typename P, typename R, typename Real>
-__device__ __forceinline__ void write_partials(const PartialsArguments& a, int64_t row,
-                                               const RowStatistics<Real, double>& sums, const Scaling<Real>& by) {
-  const int64_t label = a.problem.labels[row], entry = label - a.problem.first_entry, size = a.problem.vocabulary;
-  const bool held = label >= a.problem.first_entry && entry < size;
+__device__ __forceinline__ void write_partials(const PartialsArguments& a, int64_t row, int slice, const P* policy,
+                                               const R* reference, int size, const PartSums<Real>& sums,
+                                               const Scaling<Real>& by) {
+  const int64_t first = a.problem.first_entry + int64_t(slice) * a.slice_entries, label = a.problem.labels[row];
+  const bool held = label >= first && label < first + size;
   double at_policy = 0, at_reference = 0;
   if (held) {
-    const P* policy = row_of<const P>(a.problem.policy, row) + entry;
-    const R* reference = row_of<const R>(a.problem.reference, row) + entry;
-    at_policy = effective_logit<Real>(load_entry(policy), by.limit) * double(by.scale);
-    at_reference = effective_logit<Real>(load_entry(reference), by.limit) * double(by.scale);
+    at_policy = effective_logit<Real>(load_entry(policy + (label - first)), by.limit) * double(by.scale);
+    at_reference = effective_logit<Real>(load_entry(reference + (label - first)), by.limit) * double(by.scale);
   }
-  a.partials[row] = partials_of(sums, size, held, at_policy, at_reference);
+  a.partials[slice * a.stride + row] = partials_of(to_double(sums), size, held, at_policy, at_reference);
 }
 
-// Rows that a block takes of a slice of so many parts, so that each of its warps has a part.
-constexpr int rows_a_block(int parts) { return parts < kForwardWarps ? kForwardWarps / parts : 1; }
-
+// One block a slice of a row: row * slices + slice.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealOf<P>::type>)
-    partials_kernel(const PartialsArguments a, const Scaling<typename RealOf<P>::type> by) {
+    partials_kernel(const PartialsArguments a, const Scaling<typename RealOf<P>::type> by, int slices) {
   using Real = typename RealOf<P>::type;
-  __shared__ PartSums<Real> of_block[kMostPartsABlock];
-  const int size = static_cast<int>(a.problem.vocabulary), count = parts_of(size), rows = rows_a_block(count);
-  const int warps_a_row = kForwardWarps / rows;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, of_row = warp % warps_a_row;
-  const int64_t row = int64_t(blockIdx.x) * rows + warp / warps_a_row;
-  PartSums<Real>* const parts = of_block + warp / warps_a_row * count;
-  const bool counts =
-      warp < rows * warps_a_row && row < a.problem.rows && a.problem.labels[row] != a.problem.ignore_index;
-  if (counts) {
-    const P* policy = row_of<const P>(a.problem.policy, row);
-    const R* reference = row_of<const R>(a.problem.reference, row);
-    const int mine = of_row * count / warps_a_row, past = (of_row + 1) * count / warps_a_row;
-    const int end = smaller_of(past * kPartEntries, size);
-    if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
-      add_parts<P, R, false>(policy, reference, mine * kPartEntries, end, size, by, parts + mine);
-    } else {
-      add_parts<P, R, true>(policy, reference, mine * kPartEntries, end, size, by, parts + mine);
-    }
+  const int block = static_cast<int>(blockIdx.x), row = block / slices, slice = block - row * slices;
+  if (a.problem.labels[row] == a.problem.ignore_index) [[unlikely]] {
+    return;
   }
-  __syncthreads();
-  if (!counts || of_row != 0) return;
-  const auto sums = count == 1 ? to_double(parts[0]) : merge_parts(parts, count);
-  if (threadIdx.x % kWarp == 0) write_partials<P, R, Real>(a, row, sums, by);
+  __shared__ PartSums<Real> sums;
+  const int64_t begin = int64_t(slice) * a.slice_entries, rest = a.problem.vocabulary - begin;
+  const int size = rest < a.slice_entries ? static_cast<int>(rest) : a.slice_entries;
+  const P* policy = row_of<const P>(a.problem.policy, row) + begin;
+  const R* reference = row_of<const R>(a.problem.reference, row) + begin;
+  if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
+    add_parts<P, R, false>(policy, reference, size, by, &sums);
+  } else {
+    add_parts<P, R, true>(policy, reference, size, by, &sums);
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) write_partials(a, row, slice, policy, reference, size, sums, by);
 }
 
 // The slices of a row together.

@@ -6,13 +6,12 @@
 
 namespace lit_did::cuda {
 
-constexpr int kMostSliceEntries = 65536;
-
-// Of rows whose logits are a slice of the vocabulary that begins at `problem.first_entry`, of kMostSliceEntries or
-// less.
+// Of rows whose logits are slices of the vocabulary, one after the other from `problem.first_entry`.
 struct PartialsArguments {
   Problem problem;
-  RowPartials* partials;  // [rows]; that of a row whose label is ignored is left alone
+  RowPartials* partials;  // [slices, rows]; that of a row whose label is ignored is left alone
+  int64_t stride;         // from the first row of a slice to the first row of the next
+  int slice_entries;      // of each slice but the last, which may have fewer; kPartEntries or less
 };
 
 cudaError_t partials(const PartialsArguments& arguments, cudaStream_t stream);

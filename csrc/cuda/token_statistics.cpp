@@ -142,16 +142,19 @@ void token_statistics_backward_inplace_cuda(const c10::List<std::optional<at::Te
 }
 
 void token_partials_cuda(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels_,
-                         const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
+                         const at::Tensor& partials, int64_t slice_entries, int64_t first_entry, int64_t ignore_index,
+                         double temperature) {
   check_token_arguments(policy_logits, reference_logits, labels_, temperature);
-  check_partials(partials, labels_);
-  TORCH_CHECK_VALUE(policy_logits.size(-1) <= cuda::kMostSliceEntries, "torch.ops.lit_did needs slices of ",
-                    cuda::kMostSliceEntries, " entries or less on CUDA.");
+  check_partials(partials, labels_, policy_logits.size(-1), slice_entries);
+  TORCH_CHECK_VALUE(slice_entries <= cuda::kPartEntries, "torch.ops.lit_did needs slices of ", cuda::kPartEntries,
+                    " entries or less on CUDA.");
   const c10::cuda::CUDAGuard guard(policy_logits.device());
   const at::Tensor labels = labels_.contiguous();
   cuda::PartialsArguments arguments{};
   arguments.problem = problem_of(policy_logits, reference_logits, labels, ignore_index, temperature, first_entry);
   arguments.partials = static_cast<RowPartials*>(partials.mutable_data_ptr());
+  arguments.stride = partials.stride(0) / kNumPartials;
+  arguments.slice_entries = static_cast<int>(slice_entries);
   C10_CUDA_CHECK(cuda::partials(arguments, c10::cuda::getCurrentCUDAStream()));
 }
 

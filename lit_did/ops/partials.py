@@ -18,41 +18,49 @@ _MERGED_AT_ONCE = 8  # slices: what they hold stays far smaller than a tile
 
 
 class Partials:
-    """The partial statistics of some tokens, slice by slice.
+    """The partial statistics of some tokens, block by block of the vocabulary.
 
     Args:
         labels: [N] int64, counted over the whole vocabulary.
         ignore_index: Tokens with this label are not read. Their statistics are 0.
         temperature: Logits are divided by it.
-        slices: How many will come.
+        entries: Of all blocks together.
+        block: Entries of a block.
+        slice_entries: Entries of a slice, of which a block may have several.
     """
 
-    def __init__(self, labels: Tensor, ignore_index: int, temperature: float, slices: int) -> None:
+    def __init__(
+        self, labels: Tensor, ignore_index: int, temperature: float, entries: int, block: int, slice_entries: int
+    ) -> None:
         self.labels, self.ignore_index, self.temperature = labels, ignore_index, temperature
-        shape = min(slices, _MERGED_AT_ONCE), len(labels), NUM_PARTIALS
-        self.memory = labels.new_empty(shape, dtype=torch.float64)
+        self.slice_entries = min(block, slice_entries)
+        most = -(-block // self.slice_entries)
+        slices = min(-(-entries // block) * most, max(_MERGED_AT_ONCE, most + 1))
+        self.memory = labels.new_empty(slices, len(labels), NUM_PARTIALS, dtype=torch.float64)
         self.used = 0
 
-    def begin_slice(self) -> None:
-        """Makes room for a slice."""
-        if self.used == len(self.memory):
+    def begin_block(self, entries: int) -> None:
+        """Makes room for the slices of the next block."""
+        slices = -(-entries // self.slice_entries)
+        if self.used + slices > len(self.memory):
             self.merge()
-        self.used += 1
+        self.block = slice(self.used, self.used + slices)
+        self.used += slices
 
     def add(self, policy_logits: Tensor, reference_logits: Tensor, tokens: slice, first_entry: int) -> None:
-        """Reads the logits [tokens, slice] of some tokens in the slice that was begun last.
+        """Reads the logits [tokens, block] of some tokens in the block that was begun last.
 
         Args:
             policy_logits, reference_logits: As `torch.ops.lit_did.token_statistics` takes them.
             tokens: Whose logits these are.
-            first_entry: Of the slice, in the whole vocabulary.
+            first_entry: Of the block, in the whole vocabulary.
         """
-        partials = self.memory[self.used - 1, tokens]
         torch.ops.lit_did.token_partials_(
             policy_logits,
             reference_logits,
             self.labels[tokens],
-            partials,
+            self.memory[self.block, tokens],
+            self.slice_entries,
             first_entry,
             self.ignore_index,
             self.temperature,

@@ -35,6 +35,8 @@ class Tiling(NamedTuple):
     """Entries of the narrowest block, if the memory allows it. Matrix products are slow in narrower ones."""
     widest: int
     """Entries of the widest block."""
+    slice_entries: int
+    """The kernel sums up at most as many entries of a token together."""
     tile: int
     """Entries of a tile: enough for products at full speed, few enough that the rest of the memory can keep others."""
     wide_products: bool
@@ -42,10 +44,14 @@ class Tiling(NamedTuple):
 
 
 TILING = {
-    "cpu": Tiling(extra_bytes=2**28, narrowest=NARROWEST, widest=2**62, tile=2**23, wide_products=False),
-    # A tile of 8,192 tokens by 4,096 entries takes some 0.3 ms a product, and a launch some 5 us. Blocks are multiples
-    # of 4,096 entries, which is what a warp sums up at a time (kPartEntries in csrc/cuda/kernels.h).
-    "cuda": Tiling(extra_bytes=2**30, narrowest=4096, widest=32_768, tile=2**25, wide_products=True),
+    "cpu": Tiling(
+        extra_bytes=2**28, narrowest=NARROWEST, widest=2**62, slice_entries=2**62, tile=2**23, wide_products=False
+    ),
+    # Calculated for an H200: a product of 8,192 tokens by 4,096 entries takes 0.3 ms, a launch 5 us. A warp sums up one
+    # slice (kPartEntries in csrc/cuda/kernels.h), and blocks are whole slices.
+    "cuda": Tiling(
+        extra_bytes=2**30, narrowest=4096, widest=32_768, slice_entries=4096, tile=2**25, wide_products=True
+    ),
 }
 
 
@@ -162,7 +168,7 @@ def make_plan(
     tile = min(entries, tiling.tile)
     wide = entries >= tiling.narrowest > NARROWEST
     narrowest = min(vocabulary, tiling.narrowest) if wide else least
-    multiple = tiling.narrowest if wide else _MULTIPLE
+    multiple = tiling.slice_entries if wide else _MULTIPLE
     chunk = tokens if chunk_tokens == "auto" else chunk_tokens
     rows = max(1, min(chunk, tokens, tile // narrowest))
     widest = min(max(narrowest, tile // rows // multiple * multiple), tiling.widest)
@@ -327,11 +333,11 @@ class _LinearTokenStatistics(torch.autograd.Function):
 
         # A policy beside itself: what the reference would compute is there already.
         of_reference = policy if _are_one(layers, options) else reference
-        blocks = -(-len(weight) // columns)
-        partials = Partials(labels, options.ignore_index, options.temperature, blocks)
+        slice_entries = tiling_on(hidden.device).slice_entries
+        partials = Partials(labels, options.ignore_index, options.temperature, len(weight), columns, slice_entries)
         for index, (rows, columns) in enumerate(tiles):
             if rows.start == 0:
-                partials.begin_slice()
+                partials.begin_block(columns.stop - columns.start)
             first_entry = options.first_entry + columns.start
             partials.add(policy.logits(index), of_reference.logits(index), rows, first_entry)
         if options.process_group is not None:

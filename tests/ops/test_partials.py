@@ -21,9 +21,10 @@ with_cuts = pytest.mark.parametrize("cuts", CUTS)
 
 def sliced(policy, reference, labels, cuts, temperature=1.0):
     """What the slices say, a few tokens at a time."""
-    partials = Partials(labels, NO_LABEL, temperature, len(cuts) + 1)
+    partials = Partials(labels, NO_LABEL, temperature, len(cuts) + 1, 1, VOCABULARY)
+    partials.slice_entries = VOCABULARY  # the blocks differ
     for begin, end in itertools.pairwise([0, *cuts, policy.shape[-1]]):
-        partials.begin_slice()
+        partials.begin_block(end - begin)
         for tokens in (slice(0, 2), slice(2, len(labels))):
             partials.add(policy[tokens, begin:end], reference[tokens, begin:end], tokens, begin)
     return partials
@@ -167,20 +168,24 @@ def test_a_label_that_no_slice_holds():
         assert torch.equal(ours, value)
 
 
-@pytest.mark.parametrize("slices", [1, 8, 9, 30])
-def test_ignored_tokens_and_many_slices(slices):
-    """Ignored tokens are not read, and return 0. Slices are merged on the way, so that they take little memory."""
+@pytest.mark.parametrize(("slices", "block"), [(1, 1), (8, 1), (9, 1), (30, 1), (30, 4), (30, 7), (30, 12), (5, 9)])
+def test_ignored_tokens_and_many_slices(slices, block):
+    """Ignored tokens are not read, and return 0. Slices are merged on the way, so that they take little memory.
+
+    The bits do not depend on how many slices a block has.
+    """
     policy, reference, labels = random_logits(9, 10 * slices, torch.float32, torch.float32)
     labels %= 10
     expected, _ = finished(sliced(policy, reference, labels, range(10, 10 * slices, 10)), policy)
     kept, ignored = [0, 1, 3, 4, 5, 6, 7], [2, 8]
     labels[ignored], policy[ignored] = -7, NAN
-    partials = Partials(labels, -7, 1.0, slices)
+    partials = Partials(labels, -7, 1.0, 10 * slices, 10 * block, 10)
     partials.memory.fill_(NAN)
-    for first in range(0, 10 * slices, 10):
-        partials.begin_slice()
-        partials.add(policy[:, first : first + 10], reference[:, first : first + 10], slice(0, 9), first)
-    assert partials.memory.shape == (min(slices, 8), 9, NUM_PARTIALS)
+    for first in range(0, 10 * slices, 10 * block):
+        entries = slice(first, min(first + 10 * block, 10 * slices))
+        partials.begin_block(entries.stop - first)
+        partials.add(policy[:, entries], reference[:, entries], slice(0, 9), first)
+    assert len(partials.memory) <= max(8, block + 1)
     assert partials.memory[:, ignored].isnan().all()
     statistics, normalizers = finished(partials, policy)
     assert (normalizers[ignored] == 0).all()
@@ -192,10 +197,13 @@ def test_ignored_tokens_and_many_slices(slices):
 def test_bad_operator_calls():
     policy, reference, labels = random_logits(3, 10, torch.float32, torch.float32)
     operators, memory = torch.ops.lit_did, torch.zeros(2, 3, NUM_PARTIALS, dtype=torch.float64)
-    for bad in (memory, memory[0, :2], memory[0].float(), memory[0].T.contiguous().T):
+    wrong = (memory[0], memory[:, :2], memory.float(), memory.mT.contiguous().mT, memory.repeat(1, 1, 2)[..., ::2])
+    for bad in (*wrong, memory[:1], memory.repeat(2, 1, 1)):
         with pytest.raises(ValueError, match="partials"):
-            operators.token_partials_(policy, reference, labels, bad, 0, -100, 1.0)
-    for bad in (memory[0], memory[:0], memory[:, :2], memory.float(), memory.repeat(1, 1, 2)[..., ::2]):
+            operators.token_partials_(policy, reference, labels, bad, 7, 0, -100, 1.0)
+    with pytest.raises(ValueError, match="partials"):
+        operators.token_partials_(policy, reference, labels, memory, 0, 0, -100, 1.0)
+    for bad in wrong:
         with pytest.raises(ValueError, match="partials"):
             operators.merge_token_partials_(bad, labels, -100)
         with pytest.raises(ValueError, match="partials"):

@@ -136,23 +136,26 @@ cuda::Problem slice_of(cuda::Problem problem, const std::vector<int64_t>& first,
   return problem;
 }
 
-// As the linear operator's forward: two slices at a time are merged into the first.
+// As the linear operator's forward: the slices of a few tiles are merged into the first.
 int64_t forward_in_slices(const cuda::ForwardArguments& forward, const std::vector<int64_t>& first) {
   const cuda::Problem& problem = forward.problem;
-  Buffer memory(3 * problem.rows * sizeof(RowPartials), 0);
+  constexpr int64_t kMost = 8;
+  Buffer memory(kMost * problem.rows * sizeof(RowPartials), 0);
   cuda::SlicesArguments slices{reinterpret_cast<RowPartials*>(memory.data), problem.labels, 0, problem.rows,
                                problem.ignore_index};
   int64_t error = 0;
-  for (size_t slice = 0; slice < first.size(); ++slice) {
-    if (slices.slices == 3) {
+  for (size_t tile = 0; tile < first.size(); ++tile) {
+    const cuda::Problem part = slice_of(problem, first, tile);
+    if (slices.slices + cuda::parts_of(part.vocabulary) > kMost) {
       error |= cuda::merge(slices, nullptr);
       slices.slices = 1;
     }
-    RowPartials* const partials = slices.partials + slices.slices++ * problem.rows;
-    error |= cuda::partials({slice_of(problem, first, slice), partials}, nullptr);
+    RowPartials* const partials = slices.partials + slices.slices * problem.rows;
+    error |= cuda::partials({part, partials, problem.rows, cuda::kPartEntries}, nullptr);
+    slices.slices += cuda::parts_of(part.vocabulary);
   }
-  cuda::FinishArguments finish{
-      slices, forward.problem.policy.kind == ScalarKind::kDouble ? ScalarKind::kDouble : ScalarKind::kFloat};
+  const bool is_double = problem.policy.kind == ScalarKind::kDouble;
+  cuda::FinishArguments finish{slices, is_double ? ScalarKind::kDouble : ScalarKind::kFloat};
   for (int i = 0; i < kNumStatistics; ++i) finish.statistics[i] = forward.statistics[i];
   finish.normalizers = forward.normalizers;
   return error | cuda::finish(finish, nullptr);
