@@ -1,9 +1,9 @@
 """From hidden states to the loss and its gradients: linear_sequence_statistics beside TRL, Liger and eager torch.
 
-python -m benchmarks.linear [--cases 576x49152xfloat32 ...] [--tokens 816] [--threads 2] [--contestants NAME ...]
+python -m benchmarks.linear [--device cuda] [--cases 576x49152xfloat32 ...] [--tokens 816] [--contestants NAME ...]
 
 A DPO loss of the log-ratios of eight sequences, and its gradients in the policy's hidden states and weight. Contestants
-are checked against plain torch, take turns, and have their memory measured in a process of their own.
+are checked against plain torch and take turns. On the CPU their memory is measured in a process of their own.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from lit_did.functional import preference_loss
 SEQUENCES = 8  # the chosen ones first
 TOKENS = 816
 CASES = ["576x49152xfloat32", "640x262144xbfloat16"]
+TOKENS_ON_CUDA = 8192
+CASES_ON_CUDA = ["2048x128256xbfloat16", "4096x128256xbfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BETA = 0.1
 MASKED = 0.6  # Share of the tokens that Liger masks: it takes whole sequences.
-OURS, PRODUCTS = "lit_did", "products"
+OURS, PRODUCTS, LIGER, LIGERS_WAY = "lit_did", "products", "liger", "liger's way"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Case:
     hidden: int
     vocabulary: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -59,10 +62,10 @@ class Inputs:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(case.device).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device=case.device)
 
         hidden, weight = random(case.tokens, case.hidden), random(case.vocabulary, case.hidden)
         weight.mul_(3 / case.hidden**0.5)
@@ -70,8 +73,8 @@ class Inputs:
         self.reference_weight = weight.to(case.dtype)
         self.policy_hidden = hidden.to(case.dtype)
         self.policy_weight = weight.add_(random(*weight.shape), alpha=0.3 / case.hidden**0.5).to(case.dtype)
-        self.labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
-        self.cu_seqlens = torch.arange(0, case.tokens + 1, case.tokens // SEQUENCES)
+        self.labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator, device=case.device)
+        self.cu_seqlens = torch.arange(0, case.tokens + 1, case.tokens // SEQUENCES, device=case.device)
 
     @cached_property
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +97,7 @@ class Inputs:
         for i in rows:
             chosen = slice(i, i + 64)
             grad = (hidden[chosen] @ weight.T).softmax(-1).neg_()
-            grad[torch.arange(len(grad)), self.labels[chosen]] += 1
+            grad[torch.arange(len(grad), device=grad.device), self.labels[chosen]] += 1
             grad *= slope[chosen, None]
             grad_hidden[chosen] = grad @ weight
             grad_weight.addmm_(grad.T, hidden[chosen])
@@ -159,7 +162,7 @@ def _ours(inputs: Inputs) -> Function:
 def _products(inputs: Inputs) -> Function:
     """The four products that every contestant needs, into buffers made before. Their gradients belong to no loss."""
     case = inputs.case
-    logits, other = (torch.empty(case.tokens, case.vocabulary, dtype=case.dtype) for _ in range(2))
+    logits, other = (torch.empty(case.tokens, case.vocabulary, dtype=case.dtype, device=case.device) for _ in range(2))
     grads = torch.empty_like(inputs.policy_hidden), torch.empty_like(inputs.policy_weight)
 
     def function(state: State) -> Sequence[Tensor]:
@@ -218,14 +221,9 @@ def _trl(outputs: tuple[str, ...]) -> Callable[[Inputs], Function]:
     return make
 
 
-def _liger(inputs: Inputs) -> Function:
-    """Whole sequences with their first tokens masked, because Liger's loss takes only these."""
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise RuntimeError(
-            f"contestant liger needs Liger: pip install --no-deps liger-kernel, on a CPU without triton ({error})"
-        ) from error
+def _whole_sequences(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Hidden states of policy and reference and labels, [sequences, length, ...], and how many tokens of each sequence,
+    its first, are masked: Liger's loss takes no less."""
     per_sequence = inputs.case.tokens // SEQUENCES
     masked = round(per_sequence * MASKED / (1 - MASKED))
 
@@ -234,7 +232,18 @@ def _liger(inputs: Inputs) -> Function:
         return torch.cat([parts[:, :1].expand(-1, masked, -1), parts], dim=1)
 
     target = F.pad(inputs.labels.view(SEQUENCES, -1), (masked, 0), value=-100)
-    hidden, reference = whole(inputs.policy_hidden).requires_grad_(), whole(inputs.reference_hidden)
+    return whole(inputs.policy_hidden), whole(inputs.reference_hidden), target, masked
+
+
+def _liger(inputs: Inputs) -> Function:
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise RuntimeError(
+            f"contestant liger needs Liger: pip install --no-deps liger-kernel, on a CPU without triton ({error})"
+        ) from error
+    hidden, reference, target, masked = _whole_sequences(inputs)
+    hidden.requires_grad_()
     function = LigerFusedLinearDPOLoss(beta=BETA)
 
     def run(state: State) -> Sequence[Tensor]:
@@ -248,21 +257,51 @@ def _liger(inputs: Inputs) -> Function:
     return run
 
 
+def _ligers_way(inputs: Inputs) -> Function:
+    """What Liger's loss does, in plain torch: logits, loss and gradients of one pair after another."""
+    hidden, reference, target, masked = _whole_sequences(inputs)
+    pairs = SEQUENCES // 2
+
+    def sums(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        logprobs = F.linear(hidden, weight).float().log_softmax(-1)
+        picked = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return (picked * (labels != -100)).sum(-1)
+
+    def run(state: State) -> Sequence[Tensor]:
+        _, weight = state
+        log_ratios = torch.empty(2, pairs, device=weight.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight.detach())
+        for first in range(pairs):
+            pair = [first, first + pairs]
+            of_pair = hidden[pair].requires_grad_()
+            with torch.no_grad():
+                expected = sums(reference[pair], inputs.reference_weight, target[pair])
+            log_ratio = sums(of_pair, weight, target[pair]) - expected
+            grad_hidden[pair], more = torch.autograd.grad(loss(log_ratio) / pairs, (of_pair, weight))
+            grad_weight += more
+            log_ratios[:, first] = log_ratio.detach()
+        return log_ratios.flatten(), grad_hidden[:, masked:].flatten(0, 1), grad_weight
+
+    return run
+
+
 MAKERS: dict[str, Callable[[Inputs], Function]] = {
     OURS: _ours,
     PRODUCTS: _products,
     "trl": _trl(()),
     "trl, as DPOTrainer": _trl(("entropy", "mean_logits", "is_top1")),
-    "liger": _liger,
+    LIGER: _liger,
+    LIGERS_WAY: _ligers_way,
     "eager": _eager,
     "eager, all statistics": _eager_did,
 }
-NEEDS = {"trl": "trl", "trl, as DPOTrainer": "trl", "liger": "liger_kernel"}
+NEEDS = {"trl": "trl", "trl, as DPOTrainer": "trl", LIGER: "liger_kernel"}
 
 
 def default() -> list[str]:
-    """The default contestants: those that are installed."""
-    return [name for name in MAKERS if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
+    """The default contestants: those that are installed. Where Liger is, nothing stands in for it."""
+    names = [name for name in MAKERS if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
+    return [name for name in names if not (name == LIGERS_WAY and LIGER in names)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,12 +315,23 @@ def runner(name: str, inputs: Inputs) -> Runner:
     moved = sum(x.nbytes for x in weights) + inputs.policy_hidden.nbytes + inputs.policy_weight.nbytes
     return Runner(
         name,
-        Size(case.tokens, case.vocabulary, case.dtype, torch.device("cpu")),
+        Size(case.tokens, case.vocabulary, case.dtype, torch.device(case.device)),
         prepare=lambda: tuple(x.detach().requires_grad_() for x in (inputs.policy_hidden, inputs.policy_weight)),
         steps=(function,),
         directions={"both": (slice(0, 1), moved)},
         verify=lambda returned: name == PRODUCTS or inputs.verify(name, returned),
     )
+
+
+def fits(name: str, inputs: Inputs) -> bool:
+    """Whether a contestant runs without running out of memory."""
+    try:
+        contestant = runner(name, inputs)
+        contestant.steps[0](contestant.prepare())
+    except torch.OutOfMemoryError:
+        print(f"Note: {name} is left out of {inputs.case.name}: there is too little memory.", flush=True)
+        return False
+    return True
 
 
 def alone(name: str, case: Case) -> Result:
@@ -290,10 +340,17 @@ def alone(name: str, case: Case) -> Result:
 
 
 def measure(case: Case, names: Sequence[str], *, repeats: int, seconds: float, threads: int) -> list[Result]:
-    """Measures times in turns, and memory in one process for each contestant."""
+    """Measures times in turns, and memory; on the CPU, where others' leaves traces, in one process for each contestant.
+
+    On CUDA, contestants for which the device has too little memory are left out.
+    """
     inputs = Inputs(case)
-    results = race(case.name, [runner(name, inputs) for name in names], repeats=repeats, seconds=seconds)
-    del inputs
+    on_cuda = case.device == "cuda"
+    runners = [runner(name, inputs) for name in names if not on_cuda or fits(name, inputs)]
+    results = race(case.name, runners, repeats=repeats, seconds=seconds)
+    if on_cuda:
+        return results
+    del inputs, runners
     by_itself = []
     for result in results:
         memory = in_own_process(threads, alone, result.contestant, case)
@@ -302,8 +359,8 @@ def measure(case: Case, names: Sequence[str], *, repeats: int, seconds: float, t
 
 
 def judge(results: Sequence[Result]) -> list[Verdict]:
-    """The targets, for the default cases with 816 tokens and two threads."""
-    bounds = {"trl": 1.7, "trl, as DPOTrainer": 1.7, "liger": 2.5, "eager": 1.4, "eager, all statistics": 1.4}
+    """The targets, for the CPU's default cases with 816 tokens and two threads."""
+    bounds = {"trl": 1.7, "trl, as DPOTrainer": 1.7, LIGER: 2.5, "eager": 1.4, "eager, all statistics": 1.4}
     verdicts = []
     judged = {_case(text, TOKENS).name for text in CASES}
     for name in [case for case in dict.fromkeys(result.race for result in results) if case in judged]:
@@ -349,14 +406,19 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
     add(
         "--cases",
         nargs="+",
         metavar="HIDDENxVOCABULARYxDTYPE",
-        default=CASES,
-        help="sizes (default: %(default)s, SmolLM2-135M's and Gemma 3 270M's)",
+        help=f"sizes (default: {' '.join(CASES)}, SmolLM2-135M's and Gemma 3 270M's; on CUDA "
+        f"{' '.join(CASES_ON_CUDA)}, those of Llama 3.2 1B and Llama 3.1 8B)",
     )
-    add("--tokens", type=int, default=TOKENS, help=f"tokens of all {SEQUENCES} completions (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        help=f"tokens of all {SEQUENCES} completions (default: {TOKENS}, on CUDA {TOKENS_ON_CUDA})",
+    )
     add(
         "--contestants",
         nargs="+",
@@ -369,12 +431,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="the targets are for 2")
     add("--output", type=Path, default=Path("bench_output"), help="folder for linear.csv")
     options = parser.parse_args(arguments)
+    on_cuda = options.device == "cuda"
+    options.tokens = options.tokens if options.tokens is not None else TOKENS_ON_CUDA if on_cuda else TOKENS
+    options.cases = options.cases or (CASES_ON_CUDA if on_cuda else CASES)
+    if on_cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, but got {options.repeats}")
     if options.tokens <= 0 or options.tokens % SEQUENCES:
         parser.error(f"--tokens must be a multiple of {SEQUENCES}, the sequences")
     try:
-        cases = [_case(text, options.tokens) for text in options.cases]
+        cases = [_case(text, options.tokens, options.device) for text in options.cases]
     except (ValueError, KeyError):
         parser.error(
             f"--cases must look like 576x49152xfloat32, with one of {', '.join(DTYPES)}, but got "
@@ -384,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     if OURS not in names:
         parser.error(f"--contestants must hold {OURS}: the others are compared with it")
     torch.set_num_threads(options.threads)
-    title = report.machine(torch.device("cpu"))
+    title = report.machine(torch.device(options.device))
     print(title, flush=True)
     results: list[Result] = []
     try:
@@ -393,19 +460,19 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     except RuntimeError as error:
         parser.error(str(error))
     show(results)
-    verdicts = judge(results)
+    verdicts = [] if on_cuda else judge(results)
     if verdicts:
         report.show_verdicts(verdicts, title)
     report.write_csv(results, options.output / "linear.csv")
-    for name in MAKERS.keys() - set(default()):
+    for name in NEEDS.keys() - set(default()):
         package = NEEDS[name].replace("_", "-")
         print(f"Note: {name} is left out because it is not installed: pip install --no-deps {package}")
     return results
 
 
-def _case(text: str, tokens: int) -> Case:
+def _case(text: str, tokens: int, device: str = "cpu") -> Case:
     hidden, vocabulary, dtype = text.split("x")
-    return Case(tokens, int(hidden), int(vocabulary), DTYPES[dtype])
+    return Case(tokens, int(hidden), int(vocabulary), DTYPES[dtype], device)
 
 
 if __name__ == "__main__":

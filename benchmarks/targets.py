@@ -49,7 +49,7 @@ def judge(results: Sequence[Result]) -> list[Verdict]:
 
 def _table(results: Sequence[Result]) -> Iterator[Verdict]:
     bounds = {  # (float32, bfloat16)
-        ("forward", LIMIT): (2.0, 3.8),
+        ("forward", LIMIT): (2.0, 1.8),
         ("forward", "eager"): (45, 45),
         ("forward", "compile"): (4, 3.5),
         ("both", "eager"): (20, 20),

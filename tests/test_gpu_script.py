@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools/gpu.sh"
-STEPS = ["build", "speed", "llama", "tests"]
+STEPS = ["build", "speed", "linear", "llama", "tests"]
 
 pytestmark = pytest.mark.skipif(
     not SCRIPT.is_file() or shutil.which("timeout") is None, reason="needs a clone and the command `timeout`"
@@ -51,6 +51,8 @@ def test_dry_run(tmp_path):
         directions = {(line["contestant"], line["direction"]) for line in csv.DictReader(file)}
     backwards = ("both gradients", "policy's gradient", "log-probability's gradient")
     assert directions == {("limit", "limit"), ("statistics", "forward")} | {(name, "backward") for name in backwards}
+    with (tmp_path / "out/linear.csv").open() as file:
+        assert [line["contestant"] for line in csv.DictReader(file)] == ["lit_did", "liger's way"]
     runs = json.loads((tmp_path / "out/llama_step.json").read_text())
     first = [run["losses"][0] for run in runs.values()]
     assert len(first) == 4
@@ -69,7 +71,7 @@ def test_the_steps_on_a_gpu(tmp_path):
     command(tmp_path / "compute-sanitizer", "case $2 in racecheck) exit 9 ;; esac")
     path = f"{tmp_path}:{os.environ['PATH']}"
     code, steps, _ = run(tmp_path, stand_in(tmp_path, "nothing"), PATH=path)
-    sanitizers = {"streams": 0, "models": 0, "memcheck": 0, "racecheck": 9}
+    sanitizers = {"streams": 0, "memcheck": 0, "racecheck": 9}
     assert (code, steps) == (1, dict.fromkeys(STEPS, 0) | sanitizers)
 
 

@@ -65,9 +65,10 @@ if [ $DEVICE = cuda ]; then
     exit 2
   fi
   export TORCH_CUDA_ARCH_LIST
-  SPEED=() LLAMA=()
+  SPEED=() LINEAR=() LLAMA=()
 else
   SPEED=(--vocabulary 129 --gib 1e-5 --repeats 1) LLAMA=(--size tiny --pairs 1 --length 16 --steps 1)
+  LINEAR=(--cases 32x512xfloat32 --tokens 64 --repeats 1 --contestants lit_did "liger's way")
 fi
 if [ -n "$BESIDE" ]; then
   (build "$BESIDE" "$RUN/beside") > "$OUT/build_beside.log" 2>&1 &
@@ -85,25 +86,29 @@ if [ -n "$BESIDE" ]; then
   speed speed_again "$RUN/clone"
   speed beside_again "$RUN/beside"
 fi
+step linear 90 "$PYTHON" -m benchmarks.linear --device $DEVICE "${LINEAR[@]}" --output "$OUT"
 "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("lightning") and f("transformers")))' &&
   step llama 120 "$PYTHON" -m benchmarks.llama_step --device $DEVICE "${LLAMA[@]}" --output "$OUT"
 
-TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py)
+# Tests that need a GPU are in a file test_cuda*.py of the folder of what they test.
+TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider)
+ON_GPU=(tests/*/test_cuda*.py)
+"$PYTHON" -c 'import transformers' 2> /dev/null || ON_GPU=(tests/ops/test_cuda*.py)
 if [ $DEVICE = cuda ]; then
   PARALLEL=()
   "$PYTHON" -c 'import xdist' 2> /dev/null && PARALLEL=(-n 4)
-  OMP_NUM_THREADS=2 step tests 180 "${TESTS[@]}" "${PARALLEL[@]}" -k "not stream_of_the_caller"
-  step streams 40 "${TESTS[@]}" -k "stream_of_the_caller"  # alone: it is judged by when the device is idle
-  "$PYTHON" -c 'import transformers' 2> /dev/null &&
-    step models 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/models/test_cuda.py
+  OMP_NUM_THREADS=2 step tests 180 "${TESTS[@]}" "${ON_GPU[@]}" "${PARALLEL[@]}" -k "not stream_of_the_caller"
+  # Alone: it is judged by when the device is idle.
+  step streams 40 "${TESTS[@]}" tests/ops/test_cuda.py -k "stream_of_the_caller"
   # Small cases: the sanitizer runs kernels a hundred times slower. Without torch's cache every tensor is an allocation
   # of its own, whose end the sanitizer sees.
   command -v compute-sanitizer > /dev/null && for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 80 compute-sanitizer --tool $tool --error-exitcode 9 \
-      "${TESTS[@]}" -k "test_backward_in_place or test_two_dtypes_of"
+      "${TESTS[@]}" tests/ops/test_cuda.py \
+      -k "test_backward_in_place or test_two_dtypes_of or (test_linear_statistics and bf16-all)"
   done
 else
-  step tests 60 "${TESTS[@]}" tests/ops/test_sequence_reduction.py -k test_packed_values
+  step tests 60 "${TESTS[@]}" "${ON_GPU[@]}" tests/ops/test_sequence_reduction.py -k test_packed_values
 fi
 cat "$OUT/summary.txt"
 exit $FAILED

@@ -53,6 +53,26 @@ def test_a_wrong_contestant_is_refused(inputs, wrong, words):
         inputs.verify("eager", returned)
 
 
+def test_a_contestant_that_does_not_fit_is_left_out(inputs, monkeypatch, capsys):
+    def too_large(inputs):
+        def function(state):
+            raise torch.OutOfMemoryError
+
+        return function
+
+    monkeypatch.setitem(linear.MAKERS, "eager", too_large)
+    assert [name for name in ("lit_did", "eager") if linear.fits(name, inputs)] == ["lit_did"]
+    assert "eager is left out of hidden 32, 64 x 512 float32" in capsys.readouterr().out
+
+
+def test_nothing_stands_in_for_liger_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: None)
+    assert linear.LIGERS_WAY in linear.default()
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name == "liger_kernel")
+    assert linear.LIGERS_WAY not in linear.default()
+    assert linear.LIGER in linear.default()
+
+
 @pytest.mark.long
 def test_from_the_command_line_to_the_csv(tmp_path, capsys, monkeypatch):
     # The start of a process takes seconds.
@@ -75,6 +95,11 @@ def test_from_the_command_line_to_the_csv(tmp_path, capsys, monkeypatch):
         (["--cases", "32x512"], "but got 32x512"),
         (["--cases", "32x512xfloat31"], "must look like 576x49152xfloat32"),
         (["--contestants", "eager"], "must hold lit_did"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="There is one."),
+        ),
     ],
 )
 def test_a_bad_option_gets_one_clear_error(arguments, words, capsys):
