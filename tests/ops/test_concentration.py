@@ -11,7 +11,7 @@ import torch
 from lit_did import linear_token_statistics, sequence_statistics, token_statistics
 from lit_did.functional import token_did_concentration
 from lit_did.metrics import TokenDIDConcentration
-from lit_did.ops.partials import finish_partials, merge_partials, slice_partials
+from lit_did.ops.partials import NO_LABEL, Partials
 from tests.helpers import DTYPES, random_logits
 
 INF = torch.inf
@@ -59,12 +59,14 @@ def in_tiles(policy, reference, labels):
 
 def in_slices(policy, reference, labels):
     """As ranks with a slice of the vocabulary each merge them."""
-    slices = [
-        slice_partials(policy[:, begin:end], reference[:, begin:end], labels - begin, 1.0)
-        for begin, end in itertools.pairwise([0, 8, 3000, 16000, VOCABULARY])
-    ]
+    cuts = [0, 8, 3000, 16000, VOCABULARY]
+    partials = Partials(labels, NO_LABEL, 1.0, entries=len(cuts), block=1, slice_entries=1)
+    partials.slice_entries = VOCABULARY  # the blocks differ
+    for begin, end in itertools.pairwise(cuts):
+        partials.begin_block(end - begin)
+        partials.add(policy[:, begin:end], reference[:, begin:end], slice(None), begin)
     dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    return finish_partials(merge_partials(torch.stack(slices)), dtype)[0].token_did_concentration
+    return partials.finish(dtype)[0].token_did_concentration
 
 
 PATHS = {
