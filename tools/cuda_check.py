@@ -51,7 +51,7 @@ UNIT = 32
 
 # An unknown kernel is refused. sm_75 has no instruction that rounds to bfloat16.
 KERNELS = {
-    "forward_kernel": Work(2, False, 3, {"bf16": 700, "f32": 700}),
+    "forward_kernel": Work(2, False, 3, {"bf16": 680, "f32": 680}),
     "finish_kernel": Work(0, False),
     "backward_kernel": Work(2, True, 3, {"bf16": 960, "bf16 sm_75": 1440, "f32": 1190}),
     "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 380}),

@@ -10,10 +10,18 @@ Cut cut_of(const Problem& problem) {
   return {(parts + blocks_a_row - 1) / blocks_a_row, blocks_a_row};
 }
 
-// With `parts`, or without where a block takes all parts of a row.
-cudaError_t launch(const ForwardArguments& a, const Cut& cut, void* parts, int64_t stride, bool finishes,
-                   cudaStream_t stream) {
+}  // namespace
+
+int64_t forward_workspace_bytes(const Problem& problem) {
+  if (cut_of(problem).blocks_a_row <= 1) return 0;
+  const bool is_double = problem.policy.kind == ScalarKind::kDouble;
+  const size_t bytes = is_double ? sizeof(PartSums<double>) : sizeof(PartSums<float>);
+  return problem.rows * parts_of(problem.vocabulary) * static_cast<int64_t>(bytes);
+}
+
+cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
   const Problem& problem = a.problem;
+  const Cut cut = cut_of(problem);
   const int64_t blocks = problem.rows * cut.blocks_a_row;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
@@ -22,37 +30,14 @@ cudaError_t launch(const ForwardArguments& a, const Cut& cut, void* parts, int64
     using R = decltype(r);
     using Real = typename RealOf<P>::type;
     const Scaling<Real> by(problem.temperature);
-    auto* to = static_cast<PartSums<Real>*>(parts);
+    auto* parts = cut.blocks_a_row > 1 ? static_cast<PartSums<Real>*>(a.workspace) : nullptr;
     LIT_DID_LAUNCH((forward_kernel<P, R>), dim3(static_cast<unsigned>(blocks)), dim3(kForwardThreads), stream, a, by,
-                   cut, to, stride);
-    if (finishes)
+                   cut, parts);
+    if (parts)
       LIT_DID_LAUNCH((finish_kernel<P, R>), dim3(static_cast<unsigned>(problem.rows)), dim3(kForwardThreads), stream, a,
-                     by, to, stride);
+                     by, parts);
     return cudaGetLastError();
   });
-}
-
-}  // namespace
-
-int64_t part_bytes(ScalarKind kind) {
-  return kind == ScalarKind::kDouble ? sizeof(PartSums<double>) : sizeof(PartSums<float>);
-}
-
-int64_t forward_workspace_bytes(const Problem& problem) {
-  if (cut_of(problem).blocks_a_row <= 1) return 0;
-  return problem.rows * parts_of(problem.vocabulary) * part_bytes(problem.policy.kind);
-}
-
-cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
-  const Cut cut = cut_of(a.problem);
-  const bool inside = cut.blocks_a_row == 1;
-  return launch(a, cut, inside ? nullptr : a.workspace, parts_of(a.problem.vocabulary), !inside, stream);
-}
-
-cudaError_t forward_parts(const PartsArguments& a, cudaStream_t stream) {
-  ForwardArguments arguments{};
-  arguments.problem = a.problem;
-  return launch(arguments, cut_of(a.problem), a.parts, a.stride, false, stream);
 }
 
 }  // namespace lit_did::cuda

@@ -20,7 +20,7 @@ template <typename Real>
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870)
 constexpr int kForwardBlocks = sizeof(Real) == 4 ? 16 : 8;
 #else
-constexpr int kForwardBlocks = sizeof(Real) == 4 ? 20 : 8;
+constexpr int kForwardBlocks = sizeof(Real) == 4 ? 24 : 8;
 #endif
 // Chunks of each side that a lane takes in one turn: its loads in flight.
 constexpr int kTurnChunks = 2;
@@ -388,12 +388,12 @@ struct Cut {
   int parts_a_block, blocks_a_row;
 };
 
-// The sums of the parts go to `parts`, [rows, stride]. Where that is null, one block takes all parts of a row and
+// The sums of the parts go to `parts`, [rows, parts]. Where that is null, one block takes all parts of a row and
 // finishes it.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealOf<P>::type>)
     forward_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by, const Cut cut,
-                   PartSums<typename RealOf<P>::type>* parts, int64_t stride) {
+                   PartSums<typename RealOf<P>::type>* parts) {
   using Real = typename RealOf<P>::type;
   const int block = static_cast<int>(blockIdx.x), row = block / cut.blocks_a_row;
   const int first = (block - row * cut.blocks_a_row) * cut.parts_a_block;
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealO
   const int most = cut.parts_a_block * kPartEntries, size = rest < most ? static_cast<int>(rest) : most;
   const P* policy = row_of<const P>(a.problem.policy, row) + begin;
   const R* reference = row_of<const R>(a.problem.reference, row) + begin;
-  PartSums<Real>* to = parts ? parts + row * stride + first : of_block;
+  PartSums<Real>* to = parts ? parts + int64_t(row) * parts_of(a.problem.vocabulary) + first : of_block;
   if (bytes_past_boundary(policy) != 0 || bytes_past_boundary(reference) != 0) [[unlikely]] {
     add_parts<P, R, false>(policy, reference, size, by, to);
   } else {
@@ -421,14 +421,15 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<typename RealO
 template <typename P, typename R>
 __global__ void __launch_bounds__(kForwardThreads)
     finish_kernel(const ForwardArguments a, const Scaling<typename RealOf<P>::type> by,
-                  const PartSums<typename RealOf<P>::type>* parts, int64_t stride) {
+                  const PartSums<typename RealOf<P>::type>* parts) {
   using Real = typename RealOf<P>::type;
   const int64_t row = blockIdx.x;
   if (a.problem.labels[row] == a.problem.ignore_index) [[unlikely]] {
     if (threadIdx.x == 0) write_ignored<Real>(a, row);
     return;
   }
-  finish_row<P, R, Real>(a, row, parts + row * stride, parts_of(a.problem.vocabulary), by);
+  const int count = parts_of(a.problem.vocabulary);
+  finish_row<P, R, Real>(a, row, parts + row * count, count, by);
 }
 
 }  // namespace lit_did::cuda

@@ -55,23 +55,11 @@ struct ForwardArguments {
   void* workspace;              // forward_workspace_bytes(problem), aligned to 8 bytes; null where that is 0
 };
 
-// Bytes that `forward` needs besides its outputs: those of the parts of every row; 0 where one block finishes a row.
+// Bytes that `forward` needs besides its outputs: 52 (float64: 104) for each part of every row; 0 where one block
+// finishes a row.
 int64_t forward_workspace_bytes(const Problem& problem);
 
 cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream);
-
-// The sums (PartSums of forward.cuh) of the parts of each row, [rows, parts_of(vocabulary)], for who merges them later:
-// the parts of a vocabulary that comes in tiles. Nothing is written for a row whose label is ignored.
-struct PartsArguments {
-  Problem problem;
-  void* parts;     // aligned to 8 bytes
-  int64_t stride;  // parts from the first of a row to the first of the next
-};
-
-// Bytes of one part: 52, or 104 where the logits are float64.
-int64_t part_bytes(ScalarKind kind);
-
-cudaError_t forward_parts(const PartsArguments& arguments, cudaStream_t stream);
 
 // Writes the gradient of every row: 0 where the label is ignored. The gradient may lie where its logits lie.
 struct BackwardArguments {

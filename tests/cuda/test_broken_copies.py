@@ -116,7 +116,7 @@ BREAKAGES = {
         *(masked, "plain", "Tensor-likes are not close"),
     ),
     "the next turn's loads past the row": (
-        *("forward.cuh", "at + 2 * S::kTurn <= end", "at + S::kTurn <= end"),
+        *("forward.cuh", "at + 2 * S::kTurn <= size", "at + S::kTurn <= size"),
         *(aligned, "address", "heap-buffer-overflow"),
     ),
     "one entry too many in the tail": (
