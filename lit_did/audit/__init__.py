@@ -1,7 +1,7 @@
 """Audits preference data: what a data set holds, what a reference says of it, and what a policy learned from it.
 
 `audit` runs the parts, each in a module of its own. Every part returns findings, which make the verdict, figures,
-columns of the table of pairs, and blocks, which the page shows. docs/audit.md describes what is measured.
+columns of the table of pairs, and blocks, which the page shows. `lit-did docs audit` describes what is measured.
 """
 
 from __future__ import annotations

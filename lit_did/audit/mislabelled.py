@@ -1,7 +1,7 @@
 """Pairs whose sides seem to be swapped: what the parts have measured speaks against their label.
 
 `label_features` collects what may predict a label, `label_model` predicts labels from it, and `label_noise` estimates
-which share of the labels is swapped. docs/audit.md has the formulas.
+which share of the labels is swapped. `lit-did docs audit` has the formulas.
 """
 
 from __future__ import annotations

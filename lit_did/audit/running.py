@@ -149,7 +149,7 @@ class Audit:
         )
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> list[Path]:
-        """Writes audit.html, pairs.csv, audit.json and the rows of each flag. docs/audit.md describes the files.
+        """Writes audit.html, pairs.csv, audit.json and the rows of each flag. `lit-did docs audit` describes the files.
 
         Args:
             folder: The folder, which appears whole or not at all.
@@ -196,10 +196,11 @@ def audit(
     """Audits preference pairs: what they hold, what a reference says of them, and what a policy learned from them.
 
     How much is measured depends on what is given. The pairs alone need no model. A tokenizer shows what `max_length`
-    cuts and what is scored. A reference, a policy and `sides` add a part each. docs/audit.md describes them.
+    cuts and what is scored. A reference, a policy and `sides` add a part each. `lit-did docs audit` describes them.
 
     Args:
-        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see
+            `lit-did docs data`.
         val: Validation pairs, which training must not see.
         tokenizer: A transformers tokenizer, or its name or path. None: that of the policy or the reference.
         reference: The model that training starts from: a causal language model of transformers, or its name or path.

@@ -24,7 +24,8 @@ class AuditData:
     """Preference pairs to audit. Reads what `PreferenceDataModule` reads.
 
     Args:
-        source: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        source: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see
+            `lit-did docs data`.
         name: What messages call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}.
         warn: Called with the text of each warning about the source.

@@ -22,7 +22,7 @@ from lit_did.scoring.table import Row, check_table_path, rows_of, with_columns, 
 
 
 class ScoreWriter(BasePredictionWriter):
-    """Writes what `trainer.predict` says about preference pairs as a table, see docs/scoring.md.
+    """Writes what `trainer.predict` says about preference pairs as a table, see `lit-did docs scoring`.
 
     The rows are in the order of the source, each once, also with several processes. `reward_margin` is that of
     the module's loss. The first process writes the table at the end of the prediction.

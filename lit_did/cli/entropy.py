@@ -66,8 +66,8 @@ def entropy(
 ) -> int:
     """Estimates the entropy of the DID of whole completions for each prompt, and its mean over the prompts.
 
-    It writes a JSON file and a picture beside it. docs/theory.md explains the method and how to read the numbers. A run
-    that was killed goes on when the same command is run again, and ends with the same numbers.
+    It writes a JSON file and a picture beside it. `lit-did docs theory` explains the method and the numbers.
+    A run that was killed goes on when the same command is run again, and ends with the same numbers.
 
     Args:
         policy: The policy: a folder, a name of the Hugging Face hub, or smollm2. The folder of an adapter is loaded on

@@ -51,6 +51,7 @@ COMMANDS = {
     "More": {
         "plan": Command("works out the memory of a GPU: plan llama3-8b --gpus 8", "lit_did.cli.plan:main"),
         "demo": Command("trains SmolLM2 on 128 pairs and shows what it learned", "lit_did.demo.__main__:main"),
+        "docs": Command("shows a page of the documentation: lit-did docs losses", "lit_did.cli.docs:main"),
         "doctor": Command("prints what is installed and which backend runs where", "lit_did.doctor:main"),
         "bench": Command("times the kernels beside torch (in a clone)", "lit_did.cli.bench:main"),
     },

@@ -37,8 +37,8 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         train: Pairs to train on: files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts.
-            docs/data.md says what is read, mapped, skipped and refused. A dict {"a.jsonl": 0.7, "b.jsonl": 0.3} mixes
-            sources with weights: the shares of the pairs of an epoch. None if you only evaluate.
+            `lit-did docs data` says what is read, mapped, skipped and refused. A dict {"a.jsonl": 0.7, "b.jsonl": 0.3}
+            mixes sources with weights: the shares of the pairs of an epoch. None if you only evaluate.
         tokenizer: A transformers tokenizer, or the name or path of one, which is loaded on first use. None: the
             tokenizer of the policy that the Trainer runs.
         val: Pairs to validate on.

@@ -1,6 +1,6 @@
 """Finds which column of a row holds which field: the names of well-known data sets, and those that users give.
 
-docs/data.md lists the names. A column that may hold a prompt is used or refused, never ignored.
+`lit-did docs data` lists the names. A column that may hold a prompt is used or refused, never ignored.
 """
 
 from __future__ import annotations

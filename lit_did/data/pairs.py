@@ -1,4 +1,4 @@
-"""Turns one raw row into a checked `PreferencePair`. docs/data.md lists the formats of rows."""
+"""Turns one raw row into a checked `PreferencePair`. `lit-did docs data` lists the formats of rows."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def parse_pair(
     see `split_text`. A prompt that both completions repeat is removed from them; see `strip_text` and `strip_chat`.
 
     Args:
-        row: A mapping in one of the formats that docs/data.md lists, such as one with strings `prompt`, `chosen` and
-            `rejected`.
+        row: A mapping in one of the formats that `lit-did docs data` lists, such as one with strings `prompt`, `chosen`
+            and `rejected`.
         where: What errors call this row, such as "train.jsonl, line 3".
         columns: Names of the row's columns by field, such as {"prompt": "question"}. None leaves a field out.
 

@@ -1,6 +1,6 @@
 """Reads prompts to answer, without completions, and tokenises them as the prompts of pairs are tokenised.
 
-docs/data.md lists the sources.
+`lit-did docs data` lists the sources.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads preference pairs from files, tables, data sets of the hub or lists, each with its place for errors.
 
-docs/data.md lists the sources, the formats of rows and the names of columns.
+`lit-did docs data` lists the sources, the formats of rows and the names of columns.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_pairs(
 
     Args:
         source: A path, a folder, a pattern such as "data/*.jsonl", a list of these, a name of the Hugging Face hub such
-            as "org/name:train", a table or a list of dicts; see docs/data.md.
+            as "org/name:train", a table or a list of dicts; see `lit-did docs data`.
         name: What errors call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
             {"prompt": None} says that the prompt is in both completions.
@@ -91,7 +91,7 @@ def read_rows(
 
     Args:
         source: A path, a folder, a pattern such as "data/*.jsonl", a list of these, a name of the Hugging Face hub such
-            as "org/name:train", a table or a list of dicts; see docs/data.md.
+            as "org/name:train", a table or a list of dicts; see `lit-did docs data`.
         name: What errors call a source that is not a file.
         columns: Names of the source's columns by field, such as {"prompt": "question"}. None leaves a field out;
             {"prompt": None} says that the prompt is in both completions.

@@ -66,7 +66,7 @@ def tokenize_pair(
     truncation: Truncation = "completion",
     min_completion_tokens: int | None = None,
 ) -> TokenizedPair:
-    """Tokenises one pair. docs/data.md says which tokens count as a completion's.
+    """Tokenises one pair. `lit-did docs data` says which tokens count as a completion's.
 
     Args:
         row: A raw row in any of the formats of `parse_pair`, or its result.

@@ -88,7 +88,7 @@ def run(options: Options) -> Report:
         f"DPO, {STEPS} steps of Adam: {sum(error < 0.01 for error in errors)} of {len(errors)} runs end within 0.01 "
         f"nats of these changes, the farthest within {max(errors):.2g} (where pi* needs completions that rho "
         f"almost never draws). The highest chosen change of any run at any step was {highest:.2g}.",
-        f"DPO-PG here takes a projection of our own (docs/losses.md), on DIDs with entropy log N - "
+        f"DPO-PG here takes a projection of our own (`lit-did docs losses`), on DIDs with entropy log N - "
         f"{CONCENTRATIONS[1]:g}. With a tenth of the step size its margin is {slower['rho']:.2f} times as large where "
         "chosen completions come from rho: a tenth would mean that it learns only by overshooting. Where chosen "
         f"completions carry half the law it is {slower['between']:.2f} times as large.",

@@ -267,7 +267,7 @@ def report(name: str, rows: list[dict], did: list[dict], size: Size) -> Report:
         "of each kind for token DIDs. Prompts of each seed for candidates (drawn from the reference), SMC and samples: "
         f"{size.prompts} ({size.samples} samples of each). Diversity: the share of different bigrams. Half width: half "
         f"of SMC's own 95% interval. {sum(reliable)} of {len(reliable)} SMC estimates are called reliable. DPO-PG "
-        "takes a projection of our own (docs/losses.md).",
+        "takes a projection of our own (`lit-did docs losses`).",
     ]
     return Report(tables, lambda figure: _draw(figure, rows, smc, size), (15, 5.5), notes, _found(name, claims))
 

@@ -94,7 +94,7 @@ def preference_loss(
     gamma: float | None = None,
     nll_weight: float | None = None,
 ) -> Tensor:
-    """The loss of every pair. docs/losses.md lists the losses with their formulas, options and sources.
+    """The loss of every pair. `lit-did docs losses` lists the losses with their formulas, options and sources.
 
     The SFT term is the negative log-likelihood of the chosen completions, a mean over all their tokens. A pair's share
     of it is -log pi(y_w) / m, where m is the mean of `chosen_num_tokens`: the mean over the pairs that are passed

@@ -223,7 +223,7 @@ class RewardCalibration(StatisticsMetric):
     """Expected calibration error (arXiv 1706.04599) of sigmoid(margin), the probability that `chosen` is preferred.
 
     It compares the confidence in the preferred completion with how often `chosen` is the preferred one, in bins of
-    equal width on [1/2, 1]. docs/metrics.md has the formula.
+    equal width on [1/2, 1]. `lit-did docs metrics` has the formula.
 
     `update` takes logits [2 pairs, T, V] of policy and reference with labels [2 pairs, T], or `TokenStatistics` with
     labels, or `SequenceStatistics`: the chosen completions first, then the rejected ones in the same order. A pair does
@@ -287,7 +287,7 @@ class RewardCalibration(StatisticsMetric):
 
 
 class PreferenceLoss(StatisticsMetric):
-    """The mean over pairs of a preference loss: what DPO's training minimises. docs/losses.md lists the losses.
+    """The mean over pairs of a preference loss: what DPO's training minimises. `lit-did docs losses` lists the losses.
 
     The SFT term, if the loss has one, is a mean over all chosen tokens. A loss without a reference reads nothing of the
     reference.

@@ -395,7 +395,8 @@ def _try(
                 "body",
                 f"{name} does not expose last hidden states followed by a plain nn.Linear, so the logits of all "
                 "completion tokens are kept in memory. Results are right, but training takes more memory. If memory "
-                "runs out, use smaller batches. docs/performance.md lists the causes, such as LoRA on `lm_head`.",
+                "runs out, use smaller batches. `lit-did docs performance` lists the causes, such as LoRA on "
+                "`lm_head`.",
             )
 
     def right(values: list[Layout], of_gradients: Layout) -> bool:

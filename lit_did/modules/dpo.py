@@ -63,7 +63,7 @@ class LitDPO(PairModule):
 
     Logs `train/` every `log_every_n_steps` optimiser steps and at the end of an epoch, over the micro-batches of that
     step and all processes, and `val/` and `test/` at each epoch: `loss`, a mean over pairs, and the metrics of
-    `lit_did.metrics.DIDMetrics`, which docs/metrics.md describes.
+    `lit_did.metrics.DIDMetrics`, which `lit-did docs metrics` describes.
     A loss without a reference (`lit_did.functional.REFERENCE_FREE_LOSSES`) loads and runs no reference. It logs `loss`,
     `reward_margin`, `reward_accuracy`, `policy_entropy`, `chosen_logprob` and `rejected_logprob`. The last two are
     means over pairs of log pi, in nats a completion.
@@ -80,7 +80,7 @@ class LitDPO(PairModule):
         beta: DPO's inverse temperature.
         loss: One of `lit_did.functional.LOSSES`. Or a weighted sum, such as `{"sigmoid": 0.8, "sft": 0.2}`. Or a
             function of the statistics [pairs] of the chosen and of the rejected completions, two
-            `SequenceStatistics`, that returns the loss [pairs]. docs/losses.md has the formulas.
+            `SequenceStatistics`, that returns the loss [pairs]. `lit-did docs losses` has the formulas.
         label_smoothing: Of some losses, see `lit_did.functional.preference_loss`.
         gamma: Of some losses, see `lit_did.functional.preference_loss`.
         nll_weight: The weight of the SFT term, the negative log-likelihood of the chosen completions. The term is a
@@ -119,7 +119,7 @@ class LitDPO(PairModule):
             itself and logs them, unless models are sharded: then the reference is freed, or not even loaded.
         context_parallel_size: How many processes share each batch: each runs the models on its part of every row of
             tokens. For completions that take too much memory on one device. It divides the number of data-parallel
-            processes. 1: each process has its own batches. docs/scale.md says what it needs.
+            processes. 1: each process has its own batches. `lit-did docs scale` says what it needs.
         model_kwargs: Arguments of `from_pretrained` for models that are given by name.
         backend: The operators' implementation, see `lit_did.token_statistics`.
 

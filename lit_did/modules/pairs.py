@@ -43,7 +43,7 @@ class PairStatistics(NamedTuple):
     share of a mean over the batch's chosen tokens. The auxiliary loss of a mixture of experts, which belongs to all
     tokens of a forward pass, is added to every pair."""
     reward_margin: Tensor
-    """beta (chosen.log_ratio - rejected.log_ratio). Losses without a reference have their own, see docs/losses.md."""
+    """beta (chosen.log_ratio - rejected.log_ratio). Losses without a reference have others: `lit-did docs losses`."""
     preference_loss: Tensor
     """`loss` without the SFT term."""
 

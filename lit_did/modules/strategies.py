@@ -32,8 +32,8 @@ def check_backward_is_run(trainer: lightning.Trainer) -> None:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise ValueError(
             "Expected a `strategy` that calls the module's own `backward`, but got DeepSpeed, which calls its "
-            "engine's. Use 'ddp'. If the model does not fit on one device, use ModelParallelStrategy. docs/scale.md "
-            "has an example."
+            "engine's. Use 'ddp'. If the model does not fit on one device, use ModelParallelStrategy. "
+            "`lit-did docs scale` has an example."
         )
 
 
@@ -171,7 +171,7 @@ def check_gradients_are_exchanged(module: PolicyModule) -> None:
         alone = [n for n, p in trained.items() if not (_exchanged(p, group, id(p) in by_fsdp) or by_hooks)]
         remedy = (
             "Use ModelParallelStrategy, and do not shard models yourself, or shard all of them. Or use strategy='ddp' "
-            "with models that are not sharded. docs/scale.md has an example."
+            "with models that are not sharded. `lit-did docs scale` has an example."
         )
     if alone:
         raise ValueError(

@@ -161,7 +161,7 @@ class Watch:
             f"{fall:.3g} nats over {steps} optimiser steps to about {end:.3g}: the policy has become less likely to "
             "write them. This is normal for DPO if the chosen completions come from the reference or from a similar "
             "model. If they do not, or if `val/reward_accuracy` does not rise, add an SFT term (`nll_weight=0.2`), use "
-            "`LitDPOPG` or another `loss`, lower the learning rate, or raise `beta`. docs/losses.md says more.",
+            "`LitDPOPG` or another `loss`, lower the learning rate, or raise `beta`. `lit-did docs losses` says more.",
             stacklevel=2,
         )
 

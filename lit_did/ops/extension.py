@@ -135,7 +135,7 @@ def choose_backend(
         _announced.add(device.type)
         if device.type == "cuda":
             cause = "was built without CUDA kernels"
-            remedy = "To build them, install nvcc and then lit_did again, see docs/install.md."
+            remedy = "To build them, install nvcc and then lit_did again, see `lit-did docs install`."
         else:
             cause = f"has no kernels for {device.type} tensors"
             remedy = "Nothing needs to be done. `backend='reference'` silences this warning."

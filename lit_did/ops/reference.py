@@ -1,7 +1,7 @@
 """The specification in plain torch: slow, short, differentiable, on any device. The fused code is tested against it.
 
 z and r are the two rows of logits divided by the temperature, pi = softmax(z), rho = softmax(r) and q = softmax(z - r).
-docs/theory.md has the formulas, and the rules for infinite and NaN logits.
+`lit-did docs theory` has the formulas, and the rules for infinite and NaN logits.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class SequenceStatistics(NamedTuple):
     log_ratio: Tensor
     """sum_t log pi(y_t) - log rho(y_t): DPO's reward divided by beta"""
     token_did_entropy: Tensor
-    """mean over t of the token DID's entropy. Not the entropy of the sequence's DID: see docs/theory.md"""
+    """mean over t of the token DID's entropy. Not the entropy of the sequence's DID: see `lit-did docs theory`"""
     token_did_concentration: Tensor
     """mean over t of the token DID's concentration"""
     policy_entropy: Tensor

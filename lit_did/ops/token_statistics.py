@@ -49,7 +49,7 @@ def token_statistics(
 
     Returns:
         TokenStatistics: nine tensors [...], in nats, float32 (float64 if either input is), differentiable once (any
-        number of times with the reference) in both logits. No rows give empty tensors. docs/theory.md says what
+        number of times with the reference) in both logits. No rows give empty tensors. `lit-did docs theory` says what
         infinite and NaN logits give.
 
     With `inplace_backward=True` the backward allocates nothing of size [..., V]: one such tensor less for each side

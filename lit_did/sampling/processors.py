@@ -246,7 +246,7 @@ class TargetLogitsProcessor(_SecondModelProcessor):
     **This processor does not draw from pi*.** It normalises after every prefix, and pi* is normalised only once, over
     whole completions. The two are equal for completions of one token and differ for longer ones. On random bigram
     models of 5 tokens with beta 0.5, the KL divergence of the draws from pi* is 0.15 nats for completions of up to 3
-    tokens and 0.6 nats for up to 6 (`lit-did experiment target`; docs/theory.md has the table). Use the
+    tokens and 0.6 nats for up to 6 (`lit-did experiment target`; `lit-did docs theory` has the table). Use the
     draws as an approximation of pi*.
 
     Args:

@@ -104,8 +104,8 @@ def sample_did(
     `ess_threshold` of their number. Completions that have ended keep their weight. The expectation of each log-ratio
     under the proposal is known, so its distance from what was drawn is a control variate for the entropy. The interval
     is a jackknife over the islands, which are independent, with a t quantile.
-    `lit_did.functional.did_entropy.estimate_from_islands` has the rules of the verdict. docs/theory.md has the measured
-    errors.
+    `lit_did.functional.did_entropy.estimate_from_islands` has the rules of the verdict. `lit-did docs theory` has the
+    measured errors.
 
     All weights are logarithms, so any length and vocabulary works. Two runs with one seed on one machine agree.
 
@@ -128,7 +128,7 @@ def sample_did(
             independent, as `lit_did.functional.estimate_did_entropy` needs them.
         confidence: The level of the interval, in (0, 1).
         exponent: a of q(y) proportional to (pi(y) / rho(y))^a, finite. With 1 / beta and the models of the chosen and
-            of the rejected completions, q is the DID of DPO's optimum (docs/theory.md, "Two sides").
+            of the rejected completions, q is the DID of DPO's optimum (`lit-did docs theory`, "Two sides").
         prior: A model with the same vocabulary, to draw from q(y) proportional to prior(y) (pi(y) / rho(y))^a. A DID
             has the uniform prior. With the reference of DPO as the prior, `exponent=1 / beta` and the two sides'
             models, q is DPO's optimum, over whole completions, and Z = E_prior[(pi / rho)^a].

@@ -42,12 +42,13 @@ def score_pairs(
     progress: bool = True,
     **options: Any,
 ) -> Any:
-    """Scores preference pairs. docs/scoring.md describes the columns.
+    """Scores preference pairs. `lit-did docs scoring` describes the columns.
 
     A warning says how many rows of the source are not in the table, because they cannot be read or are too long.
 
     Args:
-        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see docs/data.md.
+        pairs: Files, folders, patterns, a name of the Hugging Face hub, a table or a list of dicts; see
+            `lit-did docs data`.
         policy: A causal language model of transformers, or its name or path.
         reference: The model that the policy is compared with, or its name or path. None: a `PeftModel` is compared with
             its base model.

@@ -73,7 +73,7 @@ def _table(found: DIDEntropyOfPrompts, settings: Settings) -> Table:
         ["", "DID entropy (nats)", "concentration (nats)", "reliable"],
         rows,
         note=f"By sample_did with {NUM_PARTICLES} particles a prompt and at most {settings.max_new_tokens} new tokens. "
-        f"{found.reason} This is another quantity than the token DID entropy (docs/theory.md).",
+        f"{found.reason} This is another quantity than the token DID entropy (`lit-did docs theory`).",
     )
 
 

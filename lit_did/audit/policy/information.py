@@ -19,7 +19,7 @@ LABELS = {
 CLAIM = (
     "The paper claims that a policy with a low-entropy DID reinforces (it concentrates), and that one with a "
     "high-entropy DID explores (it spreads). Our experiments agree only in part: the change of the policy's entropy "
-    "depends on where the DID lies, not on how wide it is (docs/paper.md)."
+    "depends on where the DID lies, not on how wide it is (`lit-did docs paper`)."
 )
 
 

@@ -1,4 +1,4 @@
-"""What DPO would learn of pairs whose sides have the log-ratio log pi_w - log pi_l, by docs/theory.md, "Two sides".
+"""What DPO would learn of pairs whose sides have the log-ratio log pi_w - log pi_l. `lit-did docs theory` derives it.
 
 The predicted optimum is rho (pi_w / pi_l)^(k / beta) / Z over whole completions. k is 1 for independent sides. For
 judged pairs, k (log pi_w - log pi_l) stands in for the judge's reward.
