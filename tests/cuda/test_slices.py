@@ -44,6 +44,15 @@ def test_parts_of_a_slice(pair, emulator):
     run_and_check(emulator, [case])
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_one_slice_is_the_whole(dtype, emulator):
+    """To float64's digits, though the log-ratios' origin, some hundreds, is rounded to the logits' dtype."""
+    case = random_case(5, 1000, (dtype, dtype), upstream=None)
+    case.policy = case.reference + torch.tensor([0.0, 300.37, -77.7, 900.1, 1234.5])[:, None]
+    whole, sliced = emulator.run([case, replace(case, slices=[0])])
+    torch.testing.assert_close(sliced.statistics, whole.statistics, rtol=2e-7 if dtype == "f32" else 1e-14, atol=2e-12)
+
+
 @with_pairs
 def test_large_logits_and_slices_far_apart(pair, emulator):
     """Origins that differ by hundreds between the slices, and so do those of the ratio."""
