@@ -207,57 +207,89 @@ LIT_DID_INLINE double rounding(double exact, Real rounded) {
   return exact == minus_infinity<double>() ? 0.0 : exact - double(rounded);
 }
 
-// From the gradients `g` of the statistics (0 where a statistic was not used). A statistic that is
-// not finite because the supports differ passes no gradient.
+// 2^-rest of what `rounding` returns, with a relative error below 2^-29: a logit that counts is below 2^21 in base 2,
+// so that float takes 2^-4 at most. In few instructions, because on many GPUs one thread computes doubles slowly.
+LIT_DID_INLINE double exp2_of_rounding(double rest) {
+  const double x = -kLn2 * rest;
+  return 1 + x * (1 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24))));
+}
+
+// The coefficients from the gradients `g` of the statistics (0 where a statistic was not used) and their values, in
+// three parts that share nothing: see gradient_coefficients.
 template <typename Real>
-LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(TokenStatistics<Real> g, TokenStatistics<Real> value,
-                                                                const RowNormalizers& n, double temperature) {
-  const int flags = static_cast<int>(n.flags);
-  g.token_did_entropy -= g.token_did_concentration;  // their sum is the logarithm of the support's size
-  if (flags & kReferenceHole) {
-    g.token_did_entropy = g.token_did_log_partition = g.kl = 0;
-    value.token_did_entropy = value.kl = 0;
+struct CoefficientParts {
+  TokenStatistics<Real> g, value;
+  RowNormalizers n;
+  double inverse_temperature;
+
+  // A statistic that is not finite because the supports differ passes no gradient.
+  LIT_DID_INLINE CoefficientParts(const TokenStatistics<Real>& grads, const TokenStatistics<Real>& values,
+                                  const RowNormalizers& normalizers, double inverse_temperature)
+      : g(grads), value(values), n(normalizers), inverse_temperature(inverse_temperature) {
+    const int flags = static_cast<int>(n.flags);
+    g.token_did_entropy -= g.token_did_concentration;  // their sum is the logarithm of the support's size
+    if (flags & kReferenceHole) {
+      g.token_did_entropy = g.token_did_log_partition = g.kl = 0;
+      value.token_did_entropy = value.kl = 0;
+    }
+    if (flags & kPolicyHole) g.reverse_kl = value.reverse_kl = 0;
   }
-  if (flags & kPolicyHole) g.reverse_kl = value.reverse_kl = 0;
 
-  GradientCoefficients<Real> c;
-  c.policy_origin = Real(n.policy);
-  c.reference_origin = Real(n.reference);
-  c.difference_origin = Real(n.difference);
-  c.log_ratio_origin = Real(n.policy - n.reference);
   // 2^(scale z - policy_origin) is pi times 2^(n.policy - policy_origin), and its logarithm is off by as much.
-  const double policy_rest = rounding(n.policy, c.policy_origin);
-  const double reference_rest = rounding(n.reference, c.reference_origin);
-  const double log_ratio_rest = rounding(n.policy - n.reference, c.log_ratio_origin);
-  const double difference_rest = rounding(n.difference, c.difference_origin);
+  LIT_DID_INLINE void policy(GradientCoefficients<Real>& c) const {
+    c.policy_origin = Real(n.policy);
+    c.log_ratio_origin = Real(n.policy - n.reference);
+    const double rest = rounding(n.policy, c.policy_origin);
+    const double log_ratio_rest = rounding(n.policy - n.reference, c.log_ratio_origin);
+    const double to_pi = inverse_temperature * exp2_of_rounding(rest);
+    const double pi_1 = -kLn2 * g.policy_entropy, pi_x = kLn2 * g.kl;
+    const double pi_0 = double(g.reverse_kl) - double(g.policy_logprob) - double(g.token_did_log_partition) -
+                        double(g.policy_entropy) * double(value.policy_entropy) - double(g.kl) * double(value.kl);
+    c.pi_0 = Real(to_pi * (pi_0 - pi_1 * rest - pi_x * log_ratio_rest));
+    c.pi_1 = Real(to_pi * pi_1);
+    c.pi_x = Real(to_pi * pi_x);
+    c.pi_for_reference = Real(-to_pi * g.kl);
+    c.policy_label = Real(inverse_temperature * g.policy_logprob);
+  }
 
-  const double t = 1 / temperature;
-  const double to_pi = t * std::exp2(-policy_rest);
-  const double to_rho = t * std::exp2(-reference_rest);
-  const double to_q = t * std::exp2(-difference_rest);
-  const double pi_1 = -kLn2 * g.policy_entropy, pi_x = kLn2 * g.kl;
-  const double rho_1 = -kLn2 * g.reference_entropy, rho_x = kLn2 * g.reverse_kl;
-  const double q_1 = -kLn2 * g.token_did_entropy;
-  const double pi_0 = double(g.reverse_kl) - double(g.policy_logprob) - double(g.token_did_log_partition) -
-                      double(g.policy_entropy) * double(value.policy_entropy) - double(g.kl) * double(value.kl);
-  const double rho_0 = double(g.kl) - double(g.reference_logprob) + double(g.token_did_log_partition) -
-                       double(g.reference_entropy) * double(value.reference_entropy) -
-                       double(g.reverse_kl) * double(value.reverse_kl);
-  const double q_0 = double(g.token_did_log_partition) - double(g.token_did_entropy) * double(value.token_did_entropy);
+  LIT_DID_INLINE void reference(GradientCoefficients<Real>& c) const {
+    c.reference_origin = Real(n.reference);
+    const double rest = rounding(n.reference, c.reference_origin);
+    const double log_ratio_rest = rounding(n.policy - n.reference, Real(n.policy - n.reference));
+    const double to_rho = inverse_temperature * exp2_of_rounding(rest);
+    const double rho_1 = -kLn2 * g.reference_entropy, rho_x = kLn2 * g.reverse_kl;
+    const double rho_0 = double(g.kl) - double(g.reference_logprob) + double(g.token_did_log_partition) -
+                         double(g.reference_entropy) * double(value.reference_entropy) -
+                         double(g.reverse_kl) * double(value.reverse_kl);
+    c.rho_0 = Real(to_rho * (rho_0 - rho_1 * rest + rho_x * log_ratio_rest));
+    c.rho_1 = Real(to_rho * rho_1);
+    c.rho_x = Real(to_rho * rho_x);
+    c.rho_for_policy = Real(-to_rho * g.reverse_kl);
+    c.reference_label = Real(inverse_temperature * g.reference_logprob);
+  }
 
-  c.pi_0 = Real(to_pi * (pi_0 - pi_1 * policy_rest - pi_x * log_ratio_rest));
-  c.pi_1 = Real(to_pi * pi_1);
-  c.pi_x = Real(to_pi * pi_x);
-  c.rho_0 = Real(to_rho * (rho_0 - rho_1 * reference_rest + rho_x * log_ratio_rest));
-  c.rho_1 = Real(to_rho * rho_1);
-  c.rho_x = Real(to_rho * rho_x);
-  c.q_0 = Real(to_q * (q_0 - q_1 * difference_rest));
-  c.q_1 = Real(to_q * q_1);
-  c.rho_for_policy = Real(-to_rho * g.reverse_kl);
-  c.pi_for_reference = Real(-to_pi * g.kl);
-  c.policy_label = Real(t * g.policy_logprob);
-  c.reference_label = Real(t * g.reference_logprob);
-  c.careful = flags != 0;
+  LIT_DID_INLINE void difference(GradientCoefficients<Real>& c) const {
+    c.difference_origin = Real(n.difference);
+    const double rest = rounding(n.difference, c.difference_origin);
+    const double to_q = inverse_temperature * exp2_of_rounding(rest);
+    const double q_1 = -kLn2 * g.token_did_entropy;
+    const double q_0 =
+        double(g.token_did_log_partition) - double(g.token_did_entropy) * double(value.token_did_entropy);
+    c.q_0 = Real(to_q * (q_0 - q_1 * rest));
+    c.q_1 = Real(to_q * q_1);
+    c.careful = n.flags != 0;
+  }
+};
+
+template <typename Real>
+LIT_DID_INLINE GradientCoefficients<Real> gradient_coefficients(const TokenStatistics<Real>& g,
+                                                                const TokenStatistics<Real>& value,
+                                                                const RowNormalizers& n, double inverse_temperature) {
+  const CoefficientParts<Real> parts(g, value, n, inverse_temperature);
+  GradientCoefficients<Real> c;
+  parts.policy(c);
+  parts.reference(c);
+  parts.difference(c);
   return c;
 }
 

@@ -314,11 +314,17 @@ def test_lines():
 \t//## File "b.cu", line 10
         /*0020*/                   BRA `(.L_x_0) ;
 .L_x_0:
-        /*0030*/                   EXIT ;
+        /*0030*/                   NOP ;
+\t//## File "b.cu", line 11
+        /*0040*/                   BSYNC B0 ;
+.L_x_1:
+        /*0050*/                   EXIT ;
 """
     )
     inlined = (("a.cuh", 7), ("b.cu", 9))
-    assert found == {"kernel": {0: inlined, 1: inlined, 2: (("b.cu", 10),), 3: ()}}
+    assert found == {
+        "kernel": {0: inlined, 1: inlined, 2: (("b.cu", 10),), 3: (), 4: (("b.cu", 11),), 5: (("b.cu", 11),)}
+    }
 
 
 def test_loops():

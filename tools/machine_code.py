@@ -128,24 +128,26 @@ def functions(listing: str, lines: str = "") -> dict[str, list[Instruction]]:
 
 
 def source_lines(text: str) -> dict[str, dict[int, tuple[Line, ...]]]:
-    """{mangled name: {instruction: its lines}}. A comment with lines holds until the next one, or a label."""
+    """{mangled name: {instruction: its lines}}. A comment with lines holds until the next one, or a label to which
+    other code may jump; only BSYNC leads to the label behind it."""
     found: dict[str, dict[int, tuple[Line, ...]]] = {}
     lines: tuple[Line, ...] = ()
-    collecting = False
+    collecting = behind_bsync = False
     of_function: dict[int, tuple[Line, ...]] = {}
     for row in text.splitlines():
         if row.startswith(".text."):
             of_function = found.setdefault(row.removeprefix(".text.").removesuffix(":"), {})
             lines, collecting = (), False
         elif row.startswith(".L"):
-            lines, collecting = (), False
+            lines = lines if behind_bsync else ()
+            collecting = False
         elif row.lstrip().startswith("//## File"):
             here = tuple(Line(file, int(number)) for file, number in re.findall(r'"([^"]+)", line (\d+)', row))
             lines = tuple(dict.fromkeys(lines + here)) if collecting else here
             collecting = True
         elif offset := re.match(r"\s*/\*([0-9a-f]{4,})\*/", row):
             of_function[int(offset.group(1), 16) // INSTRUCTION_BYTES] = lines
-            collecting = False
+            collecting, behind_bsync = False, " BSYNC" in row
     return found
 
 

@@ -267,7 +267,7 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
       return;
     }
     const GradientCoefficients<Real> coefficients =
-        gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], temperature);
+        gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], 1 / temperature);
     gradient(policy.at(row, begin), reference.at(row, begin), size, label[row] - first_entry - begin, scale,
              &coefficients, logprobs_only, large, policy_at, reference_at);
   });

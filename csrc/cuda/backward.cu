@@ -18,7 +18,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
       using P = decltype(p);
       using R = decltype(r);
       const Scaling<typename RealOf<P>::type> by(problem.temperature);
-      LIT_DID_LAUNCH((backward_kernel<P, R>), grid, threads, stream, a, by, count);
+      LIT_DID_LAUNCH((backward_kernel<P, R>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });
   }
@@ -27,7 +27,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
     error = with_type(problem.policy.kind, [&](auto p) {
       using P = decltype(p);
       const Scaling<typename RealOf<P>::type> by(problem.temperature);
-      LIT_DID_LAUNCH((logprob_backward_kernel<P, true>), grid, threads, stream, a, by, count);
+      LIT_DID_LAUNCH((logprob_backward_kernel<P, true>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });
   }
@@ -35,7 +35,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
     error = with_type(problem.reference.kind, [&](auto r) {
       using R = decltype(r);
       const Scaling<typename RealOf<R>::type> by(problem.temperature);
-      LIT_DID_LAUNCH((logprob_backward_kernel<R, false>), grid, threads, stream, a, by, count);
+      LIT_DID_LAUNCH((logprob_backward_kernel<R, false>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });
   }

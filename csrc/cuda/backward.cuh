@@ -4,7 +4,8 @@
 // Reads      the rows once (of the log-probabilities' gradient alone: one side's row for that side's gradient).
 // Writes     the gradient once, where the logits lie if the caller gave them up; 0 for a row whose label is ignored.
 // Threads    one block a stretch of a row, a chunk a thread at a time; chunks begin where the gradient's memory lies on
-//            a 16-byte boundary. No entry depends on another, so neither do the bits on any of this.
+//            a 16-byte boundary. No entry depends on another, so neither do the bits on any of this. The first chunks
+//            are on their way while the first thread works out the row's coefficients.
 #pragma once
 
 #include "entries.cuh"
@@ -15,6 +16,8 @@ constexpr int kBackwardThreads = 256;
 // Blocks that the registers of a multiprocessor hold.
 template <typename Real>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 ? 3 : 2;
+template <typename Real>
+constexpr int kLogprobBackwardBlocks = sizeof(Real) == 4 ? 4 : 2;
 // Entries that a block takes: enough to pay for the coefficients, which its first thread works out.
 constexpr int kBackwardStretch = kEntriesABlock;
 
@@ -55,6 +58,20 @@ __device__ __forceinline__ Chunk<T, kEntries> load_chunk(const Stretch<T>& s, in
   return load_chunk<T, kEntries, false, false>(s.logits, begin, size, s.logits_past);
 }
 
+// The chunks that a thread loads at a time: one after another, kBackwardThreads chunks apart.
+template <typename T, int kEntries, int kUnroll>
+struct Chunks {
+  static constexpr int kStep = kBackwardThreads * kEntries;
+  Chunk<T, kEntries> chunks[kUnroll];
+
+  __device__ __forceinline__ const Chunk<T, kEntries>& operator[](int u) const { return chunks[u]; }
+
+  __device__ __forceinline__ void load(const Stretch<T>& s, int first, int size) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) chunks[u] = load_chunk<T, kEntries>(s, first + u * kStep, size);
+  }
+};
+
 template <typename Real, bool kCareful, typename P, typename R, int kEntries>
 __device__ __forceinline__ void chunk_gradient(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
                                                const GradientCoefficients<Real>& c, const Scaling<Real>& by,
@@ -91,22 +108,15 @@ __device__ __forceinline__ void add_at_label(Real (&grad)[kEntries], int label, 
     if (i == label) grad[i] += value;
 }
 
-template <typename Real, bool kCareful, typename P, typename R>
-__device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const Stretch<R>& reference, int offset,
-                                                 int size, int label, const GradientCoefficients<Real>& c,
+// `z` and `r` hold what the thread has at `first`.
+template <typename Real, bool kCareful, typename P, typename R, int kEntries, int kUnroll>
+__device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const Stretch<R>& reference,
+                                                 Chunks<P, kEntries, kUnroll>& z, Chunks<R, kEntries, kUnroll>& r,
+                                                 int first, int size, int label, const GradientCoefficients<Real>& c,
                                                  const Scaling<Real>& by) {
-  constexpr int kEntries = kChunk<P, R>;
   constexpr int kStep = kBackwardThreads * kEntries;
-  constexpr int kUnroll = sizeof(P) == sizeof(R) ? 2 : 1;  // a wider side takes two loads a chunk already
 #pragma unroll 1
-  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < size; first += kUnroll * kStep) {
-    Chunk<P, kEntries> z[kUnroll];
-    Chunk<R, kEntries> r[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      z[u] = load_chunk<P, kEntries>(policy, first + u * kStep, size);
-      r[u] = load_chunk<R, kEntries>(reference, first + u * kStep, size);
-    }
+  while (first < size) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = first + u * kStep;
@@ -120,6 +130,10 @@ __device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const
       if (policy.grad) store_chunk(policy.grad, at, size, Chunk<P, kEntries>::of(grad_policy));
       if (reference.grad) store_chunk(reference.grad, at, size, Chunk<R, kEntries>::of(grad_reference));
     }
+    first += kUnroll * kStep;
+    if (first >= size) break;
+    z.load(policy, first, size);
+    r.load(reference, first, size);
   }
 }
 
@@ -136,32 +150,56 @@ __device__ __forceinline__ void fill(T* grad, int offset, int size, Real value) 
 }
 
 template <typename Real>
-__device__ __forceinline__ TokenStatistics<Real> statistics_at(const void* const (&from)[kNumStatistics], int64_t row) {
-  const auto at = [&](int i) { return from[i] ? static_cast<const Real*>(from[i])[row] : Real(0); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
-}
+struct RowCoefficients : GradientCoefficients<Real> {
+  bool invalid;  // the row's gradient is NaN
+};
 
-// The coefficients of a row. By the first thread; the barrier lets the others see them.
-template <typename Real>
-__device__ __forceinline__ const GradientCoefficients<Real>& coefficients_of(const BackwardArguments& a, int64_t row) {
-  __shared__ GradientCoefficients<Real> shared;
-  if (threadIdx.x == 0) {
-    shared = gradient_coefficients(statistics_at<Real>(a.grads, row), statistics_at<Real>(a.statistics, row),
-                                   a.normalizers[row], a.problem.temperature);
+// The coefficients of a row. The first warp loads what they need, a lane a number. Then one thread of each of three
+// warps works out a part. kLogprobsOnly: of the log-probabilities, whose gradients alone are given.
+template <typename Real, bool kLogprobsOnly>
+__device__ __forceinline__ const RowCoefficients<Real>& coefficients_of(const BackwardArguments& a, int64_t row,
+                                                                        double inverse_temperature) {
+  constexpr int kGrads = kLogprobsOnly ? 2 : kNumStatistics, kValues = kLogprobsOnly ? 1 : kNumStatistics;
+  __shared__ Real grads[kNumStatistics], values[kNumStatistics];
+  __shared__ RowNormalizers normalizers;
+  __shared__ RowCoefficients<Real> shared;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < kGrads) grads[i] = a.grads[i] ? static_cast<const Real*>(a.grads[i])[row] : Real(0);
+  if (i < kValues) values[i] = static_cast<const Real*>(a.statistics[i])[row];
+  if (i < kNumNormalizers)
+    reinterpret_cast<double*>(&normalizers)[i] = reinterpret_cast<const double*>(a.normalizers + row)[i];
+  __syncthreads();
+  if (i % kWarp == 0 && i < 3 * kWarp) {
+    const auto statistics = [](const Real* from, int given) {
+      const auto at = [&](int i) { return i < given ? from[i] : Real(0); };
+      return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+    };
+    const CoefficientParts<Real> parts(statistics(grads, kGrads), statistics(values, kLogprobsOnly ? 0 : kValues),
+                                       normalizers, inverse_temperature);
+    if (i == 0) {
+      parts.policy(shared);
+      // A label out of range made the log-probabilities NaN: so is their gradient. Not by the label itself: where the
+      // logits are a slice of the vocabulary, it may lie in another.
+      const bool label_counts = a.grads[0] || a.grads[1];
+      shared.invalid = normalizers.policy != normalizers.policy || (label_counts && values[0] != values[0]);
+    } else if (i == kWarp) {
+      parts.reference(shared);
+    } else {
+      parts.difference(shared);
+    }
   }
   __syncthreads();
   return shared;
 }
 
-// The stretch of a row that a block works on, and whether its gradient is the same everywhere.
+// The stretch of a row that a block works on.
 struct Task {
   int64_t row, begin;
-  int size;   // entries
-  int label;  // counted from `begin`; may lie outside
-  bool ignored, invalid;
+  int size;      // entries
+  int label;     // counted from `begin`; may lie outside
+  bool ignored;  // the gradient is 0, and the logits may not be read
 };
 
-template <typename Real>
 __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretches) {
   Task t;
   t.row = blockIdx.x / stretches;
@@ -171,52 +209,58 @@ __device__ __forceinline__ Task task_of(const BackwardArguments& a, int stretche
   const int64_t first = a.problem.first_entry + t.begin;
   t.label = label >= first && label < first + t.size ? static_cast<int>(label - first) : -kBackwardStretch;
   t.ignored = label == a.problem.ignore_index;
-  const double normalizer = t.ignored ? 0 : a.normalizers[t.row].policy;
-  // A label out of range made the log-probabilities NaN: so is their gradient. Not by the label itself: where the
-  // logits are a slice of the vocabulary, it may lie in another.
-  const bool label_counts = a.grads[0] || a.grads[1];
-  const Real logprob = t.ignored ? Real(0) : static_cast<const Real*>(a.statistics[0])[t.row];
-  t.invalid = normalizer != normalizer || (label_counts && logprob != logprob);
   return t;
+}
+
+template <typename Real, typename P, typename R>
+__device__ __forceinline__ void fill_both(const Stretch<P>& policy, const Stretch<R>& reference, int size, Real value) {
+  if (policy.grad) fill(policy.grad, chunk_offset<P, 16 / sizeof(P)>(policy.grad), size, value);
+  if (reference.grad) fill(reference.grad, chunk_offset<R, 16 / sizeof(R)>(reference.grad), size, value);
 }
 
 // The gradient of all statistics, in one side's logits or both's. One block a stretch: row * stretches + stretch.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<P>::type>)
-    backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, int stretches) {
+    backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, double inverse_temperature,
+                    int stretches) {
   using Real = typename RealOf<P>::type;
   constexpr int kEntries = kChunk<P, R>;
-  const Task t = task_of<Real>(a, stretches);
+  constexpr int kUnroll = sizeof(P) == sizeof(R) ? 2 : 1;  // a wider side takes two loads a chunk already
+  const Task t = task_of(a, stretches);
   const int offset = a.grad_policy.data ? chunk_offset<P, kEntries>(row_of<P>(a.grad_policy, t.row) + t.begin)
                                         : chunk_offset<R, kEntries>(row_of<R>(a.grad_reference, t.row) + t.begin);
   const auto policy = stretch_of<P>(a.problem.policy, a.grad_policy, t.row, t.begin, offset);
   const auto reference = stretch_of<R>(a.problem.reference, a.grad_reference, t.row, t.begin, offset);
-  if (t.ignored || t.invalid) [[unlikely]] {
-    const Real value = t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
-    if (policy.grad) fill(policy.grad, chunk_offset<P, 16 / sizeof(P)>(policy.grad), t.size, value);
-    if (reference.grad) fill(reference.grad, chunk_offset<R, 16 / sizeof(R)>(reference.grad), t.size, value);
+  if (t.ignored) [[unlikely]] {
+    fill_both(policy, reference, t.size, Real(0));
     return;
   }
-  const GradientCoefficients<Real>& c = coefficients_of<Real>(a, t.row);
+  const int first = offset + static_cast<int>(threadIdx.x) * kEntries;
+  Chunks<P, kEntries, kUnroll> z;
+  Chunks<R, kEntries, kUnroll> r;
+  z.load(policy, first, t.size);
+  r.load(reference, first, t.size);
+  const RowCoefficients<Real>& c = coefficients_of<Real, false>(a, t.row, inverse_temperature);
+  if (c.invalid) [[unlikely]] {
+    fill_both(policy, reference, t.size, std::numeric_limits<Real>::quiet_NaN());
+    return;
+  }
   if (c.careful) [[unlikely]] {
-    stretch_gradient<Real, true>(policy, reference, offset, t.size, t.label, c, by);
+    stretch_gradient<Real, true>(policy, reference, z, r, first, t.size, t.label, c, by);
   } else {
-    stretch_gradient<Real, false>(policy, reference, offset, t.size, t.label, c, by);
+    stretch_gradient<Real, false>(policy, reference, z, r, first, t.size, t.label, c, by);
   }
 }
 
 // coefficient * 2^(scale z - normalizer), and `at_label` besides at the label. kCareful: the row holds infinities.
-template <typename Real, bool kCareful, typename T>
-__device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, int offset, int size, int label,
-                                                 Real normalizer, Real coefficient, Real at_label,
-                                                 const Scaling<Real>& by) {
-  constexpr int kEntries = 16 / sizeof(T);
-  constexpr int kStep = kBackwardThreads * kEntries, kUnroll = 4;
+// `chunks` holds what the thread has at `first`.
+template <typename Real, bool kCareful, typename T, int kEntries, int kUnroll>
+__device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, Chunks<T, kEntries, kUnroll>& chunks,
+                                                 int first, int size, int label, Real normalizer, Real coefficient,
+                                                 Real at_label, const Scaling<Real>& by) {
+  constexpr int kStep = kBackwardThreads * kEntries;
 #pragma unroll 1
-  for (int first = offset + static_cast<int>(threadIdx.x) * kEntries; first < size; first += kUnroll * kStep) {
-    Chunk<T, kEntries> chunk[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) chunk[u] = load_chunk<T, kEntries>(side, first + u * kStep, size);
+  while (first < size) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = first + u * kStep;
@@ -224,7 +268,7 @@ __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, int off
       Real values[kEntries];
 #pragma unroll
       for (int i = 0; i < kEntries; ++i) {
-        const Real z = kCareful ? effective_logit<Real>(chunk[u][i], by.limit) : chunk[u][i];
+        const Real z = kCareful ? effective_logit<Real>(chunks[u][i], by.limit) : chunks[u][i];
         const bool outside = kCareful && z == minus_infinity<Real>();
         values[i] = outside ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
       }
@@ -233,32 +277,43 @@ __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, int off
       }
       store_chunk(side.grad, at, size, Chunk<T, kEntries>::of(values));
     }
+    first += kUnroll * kStep;
+    if (first >= size) break;
+    chunks.load(side, first, size);
   }
 }
 
 // The gradient of one side's log-probabilities alone, in that side's logits: nothing of the other side is read.
 template <typename T, bool kPolicy>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<T>::type>)
-    logprob_backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<T>::type> by, int stretches) {
+__global__ void __launch_bounds__(kBackwardThreads, kLogprobBackwardBlocks<typename RealOf<T>::type>)
+    logprob_backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<T>::type> by,
+                            double inverse_temperature, int stretches) {
   using Real = typename RealOf<T>::type;
-  constexpr int kEntries = 16 / sizeof(T);
-  const Task t = task_of<Real>(a, stretches);
+  constexpr int kEntries = 16 / sizeof(T), kUnroll = 4;
+  const Task t = task_of(a, stretches);
   const Logits& logits = kPolicy ? a.problem.policy : a.problem.reference;
   const Logits& grad = kPolicy ? a.grad_policy : a.grad_reference;
   const int offset = chunk_offset<T, kEntries>(row_of<T>(grad, t.row) + t.begin);
   const auto side = stretch_of<T>(logits, grad, t.row, t.begin, offset);
-  if (t.ignored || t.invalid) [[unlikely]] {
-    fill(side.grad, offset, t.size, t.ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN());
+  if (t.ignored) [[unlikely]] {
+    fill(side.grad, offset, t.size, Real(0));
     return;
   }
-  const GradientCoefficients<Real>& c = coefficients_of<Real>(a, t.row);
+  const int first = offset + static_cast<int>(threadIdx.x) * kEntries;
+  Chunks<T, kEntries, kUnroll> chunks;
+  chunks.load(side, first, t.size);
+  const RowCoefficients<Real>& c = coefficients_of<Real, true>(a, t.row, inverse_temperature);
+  if (c.invalid) [[unlikely]] {
+    fill(side.grad, offset, t.size, std::numeric_limits<Real>::quiet_NaN());
+    return;
+  }
   const Real normalizer = kPolicy ? c.policy_origin : c.reference_origin;
   const Real coefficient = kPolicy ? c.pi_0 : c.rho_0;
   const Real at_label = kPolicy ? c.policy_label : c.reference_label;
   if (c.careful) [[unlikely]] {
-    logprob_gradient<Real, true>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
+    logprob_gradient<Real, true>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label, by);
   } else {
-    logprob_gradient<Real, false>(side, offset, t.size, t.label, normalizer, coefficient, at_label, by);
+    logprob_gradient<Real, false>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label, by);
   }
 }
 

@@ -2,7 +2,13 @@
 //
 // Reads      nine numbers and the label of every token once.
 // Writes     ten numbers and a count a sequence.
-// Threads    one block a sequence; sums in double, added in an order that follows from the sequence's length alone.
+// Threads    one block a sequence. Its tokens are dealt to kSequenceLanes lanes in turn; a lane adds what it gets,
+// several
+//            loads under way at a time, then its warp adds the lanes, then a thread a sum adds the warps. Sums in
+//            double.
+// Bits       The order of every addition follows from the sequence's length alone: where sequences are many, a block
+// has
+//            fewer threads, which play one lane after another.
 #pragma once
 
 #include "device.cuh"
@@ -10,57 +16,80 @@
 
 namespace lit_did::cuda {
 
-constexpr int kSequenceThreads = 128;
+constexpr int kSequenceLanes = 512;
+// A block's threads. A multiprocessor holds few large blocks, so that they are for few sequences.
+constexpr int kThreadsForFew = kSequenceLanes, kThreadsForMany = 128;
+constexpr int kManySequences = 256;
+// The statistics in their order, then the log-ratio and the number of tokens.
+constexpr int kLogRatio = kNumStatistics, kCount = kNumStatistics + 1, kSequenceSums = kNumStatistics + 2;
 
-template <typename Real>
-__global__ void __launch_bounds__(kSequenceThreads) sequence_kernel(const SequenceArguments a) {
-  constexpr int kWarps = kSequenceThreads / kWarp;
+// Adds every kSequenceLanes-th token from `first` on. kUnroll tokens' numbers are loaded at a time.
+template <typename Real, int kUnroll>
+__device__ __forceinline__ void add_tokens(const SequenceArguments& a, int64_t first, int64_t end,
+                                           double (&sums)[kSequenceSums]) {
+#pragma unroll 1
+  for (; first < end; first += kUnroll * kSequenceLanes) {
+    Real values[kUnroll][kNumStatistics];
+    int64_t labels[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t token = first + u * kSequenceLanes;
+      labels[u] = a.ignore_index;
+      if (token < end) {
+        labels[u] = a.labels[token];
+#pragma unroll
+        for (int i = 0; i < kNumStatistics; ++i) values[u][i] = static_cast<const Real*>(a.statistics[i])[token];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (labels[u] == a.ignore_index) continue;
+#pragma unroll
+      for (int i = 0; i < kNumStatistics; ++i) sums[i] += double(values[u][i]);
+      sums[kLogRatio] += double(values[u][0]) - double(values[u][1]);
+      sums[kCount] += 1;
+    }
+  }
+}
+
+template <typename Real, int kThreads>
+__global__ void __launch_bounds__(kThreads) sequence_kernel(const SequenceArguments a) {
+  constexpr int kUnroll = sizeof(Real) == 4 && kThreads == kThreadsForFew ? 4 : 2;
   const int64_t sequence = blockIdx.x;
   // The host does not read the offsets: what lies beyond the tokens is cut off.
   const auto clamped = [&](int64_t offset) { return offset < 0 ? 0 : offset > a.tokens ? a.tokens : offset; };
   const int64_t begin = a.cu_seqlens ? clamped(a.cu_seqlens[sequence]) : sequence * a.length;
   const int64_t end = a.cu_seqlens ? clamped(a.cu_seqlens[sequence + 1]) : begin + a.length;
 
-  double sums[kNumStatistics] = {}, log_ratio = 0, count = 0;
-  for (int64_t token = begin + threadIdx.x; token < end; token += kSequenceThreads) {
-    if (a.labels[token] == a.ignore_index) continue;
-    double values[kNumStatistics];
+  __shared__ double of_warps[kSequenceSums][kSequenceLanes / kWarp], totals[kSequenceSums];
+  const int thread = static_cast<int>(threadIdx.x), lane_of_warp = thread % kWarp;
+  int warps = 0;  // that have tokens
+#pragma unroll 1
+  for (int lanes = 0; lanes < kSequenceLanes && begin + lanes < end; lanes += kWarp, ++warps) {
+    if (lanes % kThreads != thread - lane_of_warp) continue;
+    double sums[kSequenceSums] = {};
+    add_tokens<Real, kUnroll>(a, begin + lanes + lane_of_warp, end, sums);
 #pragma unroll
-    for (int i = 0; i < kNumStatistics; ++i) values[i] = static_cast<const Real*>(a.statistics[i])[token];
-#pragma unroll
-    for (int i = 0; i < kNumStatistics; ++i) sums[i] += values[i];
-    log_ratio += values[0] - values[1];
-    count += 1;
-  }
-
-  __shared__ double of_warps[kNumStatistics + 2][kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int i = 0; i < kNumStatistics + 2; ++i) {
-    const double sum = warp_sum(i < kNumStatistics ? sums[i] : i == kNumStatistics ? log_ratio : count);
-    if (threadIdx.x % kWarp == 0) of_warps[i][warp] = sum;
+    for (int i = 0; i < kSequenceSums; ++i) {
+      const double sum = warp_sum(sums[i]);
+      if (lane_of_warp == 0) of_warps[i][warps] = sum;
+    }
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  const auto total = [&](int i) {
-    double sum = of_warps[i][0];
-    for (int w = 1; w < kWarps; ++w) sum += of_warps[i][w];
-    return sum;
-  };
-  const double tokens = total(kNumStatistics + 1), divisor = tokens > 0 ? tokens : 1;
-  const auto write = [&](int i, double value) { static_cast<Real*>(a.outputs[i])[sequence] = Real(value); };
-  // From the order of TokenStatistics to that of SequenceStatistics.
-  write(0, total(0));
-  write(1, total(1));
-  write(2, total(kNumStatistics));
-  write(3, total(2) / divisor);
-  write(4, total(3) / divisor);
-  write(5, total(5) / divisor);
-  write(6, total(6) / divisor);
-  write(7, total(7) / divisor);
-  write(8, total(8) / divisor);
-  write(9, total(4));
-  a.num_tokens[sequence] = static_cast<int64_t>(tokens);
+  if (thread >= kWarp) return;
+  if (thread < kSequenceSums) {
+    double sum = 0;
+    for (int w = 0; w < warps; ++w) sum += of_warps[thread][w];
+    totals[thread] = sum;
+  }
+  __syncwarp();
+  // A thread a number of SequenceStatistics, whose order is another; means from the fourth to the ninth.
+  if (thread < kNumSequenceStatistics) {
+    const int of = thread < 2 ? thread : thread == 2 ? kLogRatio : thread < 5 ? thread - 1 : thread < 9 ? thread : 4;
+    const double divisor = thread >= 3 && thread < 9 && totals[kCount] > 0 ? totals[kCount] : 1;
+    static_cast<Real*>(a.outputs[thread])[sequence] = Real(totals[of] / divisor);
+  }
+  if (thread == 0) a.num_tokens[sequence] = static_cast<int64_t>(totals[kCount]);
 }
 
 }  // namespace lit_did::cuda

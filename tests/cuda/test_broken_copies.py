@@ -45,6 +45,13 @@ def with_gradients():
     return [random_case(2, 1000)]
 
 
+def two_turns():
+    """Of the log-probabilities' backward; the second is short."""
+    case = random_case(1, 4200)
+    case.upstream[2:] = [None] * 7
+    return [case]
+
+
 def misaligned():
     return [moved(random_case(2, 1000), 1, 3, gap=16)]
 
@@ -71,11 +78,23 @@ BREAKAGES = {
         *(many, "thread", "data race"),
     ),
     "no barrier before the coefficients are read": (
-        *("backward.cuh", "  __syncthreads();\n", ""),
+        *("backward.cuh", "  __syncthreads();\n  return shared;", "  return shared;"),
         *(with_gradients, "plain", "worse than naive"),
+    ),
+    "no barrier before the coefficients are worked out": (
+        *("backward.cuh", "  __syncthreads();\n  if (i % kWarp == 0", "  if (i % kWarp == 0"),
+        *(with_gradients, "plain", "worse than naive"),
+    ),
+    "the first chunks taken for the next ones": (
+        *("backward.cuh", "    chunks.load(side, first, size);\n", ""),
+        *(two_turns, "plain", "worse than naive"),
     ),
     "no barrier in the sequences' sums": (
         *("sequences.cuh", "  __syncthreads();\n", ""),
+        *(sequence_cases, "thread", "data race"),
+    ),
+    "no barrier before a warp reads the totals": (
+        *("sequences.cuh", "  __syncwarp();\n", ""),
         *(sequence_cases, "thread", "data race"),
     ),
     "lanes that leave before the others need them": (

@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
+from tests.cuda.comparing import constant
 from tests.cuda.emulator import SequenceCase
 from tests.helpers import FIELDS
 
-THREADS = 128
+LANES, MANY = constant("sequences.cuh", "kSequenceLanes"), constant("sequences.cuh", "kManySequences")
 # The fields of lit_did.SequenceStatistics; all but the first three and the last are means.
 SUMS = ("policy_logprob", "reference_logprob", "log_ratio")
 MEANS = ("token_did_entropy", "token_did_concentration", "policy_entropy", "reference_entropy", "kl", "reverse_kl")
@@ -48,13 +49,13 @@ def assert_right(case, result, offsets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_packed(dtype, emulator):
-    """Empty sequences, one token, threads with one token, with several, and a warp's worth and one."""
-    case = packed_case([0, 1, 2, 31, 33, 0, THREADS, THREADS + 1, 1000, 0], dtype)
+    """Empty sequences, one token, a warp's worth and one, threads with one token, with several, with two turns."""
+    case = packed_case([0, 1, 2, 31, 33, 0, LANES, LANES + 1, 3 * LANES - 7, 8 * LANES + 40, 0], dtype)
     (result,) = emulator.run([case])
     assert_right(case, result, case.cu_seqlens.tolist())
 
 
-@pytest.mark.parametrize("length", [1, 7, THREADS, 300])
+@pytest.mark.parametrize("length", [1, 7, LANES, 2 * LANES + 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_length(dtype, length, emulator):
     case = packed_case([length] * 3, dtype, ignore_index=2**40)
@@ -89,7 +90,12 @@ def test_offsets_beyond_the_tokens(emulator):
 
 def test_same_bits_alone_or_in_a_batch(emulator):
     """Wherever the sequence lies, packed or not, in whatever order threads run."""
-    batch = packed_case([17, 300, 5])
-    alone = SequenceCase(batch.statistics[:, 17:317], batch.labels[17:317], None, length=300, seed=9)
-    in_batch, result = emulator.run([batch, alone])
+    length = 5 * LANES + 300
+    batch = packed_case([17, length, 5])
+    rows = slice(17, 17 + length)
+    alone = SequenceCase(batch.statistics[:, rows], batch.labels[rows], None, length=length, seed=9)
+    among_many = packed_case([length] + [0] * MANY)
+    among_many.statistics, among_many.labels = alone.statistics, alone.labels
+    in_batch, result, first = emulator.run([batch, alone, among_many])
     assert torch.equal(result.statistics[:, 0], in_batch.statistics[:, 1])
+    assert torch.equal(result.statistics[:, 0], first.statistics[:, 0])
