@@ -69,8 +69,13 @@ __global__ void __launch_bounds__(kThreads) sequence_kernel(const SequenceArgume
     if (lanes % kThreads != thread - lane_of_warp) continue;
     double sums[kSequenceSums] = {};
     add_tokens<Real, kUnroll>(a, begin + lanes + lane_of_warp, end, sums);
+    double eight[8];
 #pragma unroll
-    for (int i = 0; i < kSequenceSums; ++i) {
+    for (int i = 0; i < 8; ++i) eight[i] = sums[i];
+    const double of_eight = warp_sums(eight);
+    if (lane_of_warp % 4 == 0) of_warps[lane_of_warp / 4][warps] = of_eight;
+#pragma unroll
+    for (int i = 8; i < kSequenceSums; ++i) {
       const double sum = warp_sum(sums[i]);
       if (lane_of_warp == 0) of_warps[i][warps] = sum;
     }
