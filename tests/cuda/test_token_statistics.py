@@ -174,7 +174,7 @@ def test_policy_near_the_reference(emulator):
     run_and_check(emulator, cases)
 
 
-@pytest.mark.parametrize(("policy_offset", "reference_offset"), [(1e4, 1e4), (-1e4, -1e4), (300, -300)])
+@pytest.mark.parametrize(("policy_offset", "reference_offset"), [(1e4, 1e4), (-1e4, -1e4), (300, -300), (9e5, -9e5)])
 def test_large_logits(policy_offset, reference_offset, emulator):
     case = random_case(3, 530)
     case.policy, case.reference = case.policy + policy_offset, case.reference + reference_offset
