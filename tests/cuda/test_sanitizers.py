@@ -41,7 +41,7 @@ def places(pair, offsets):
     """Rows with other memory, or none, close by on both sides, in every dtype's tails, apart and in place."""
     cases = []
     for by in offsets:
-        for size, grads in ((1, "apart"), (9, "in place"), (131, "apart"), (2061, "in place")):
+        for size, grads in ((1, "apart"), (9, "in place"), (131, "apart"), (1024, "apart"), (2061, "in place")):
             case = moved(random_case(1, size, pair, by, grads=(grads, grads)), by, (5 * by + size) % 8)
             case.upstream = [u if size != 131 or i < 2 else None for i, u in enumerate(case.upstream)]
             cases.append(case)
