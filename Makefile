@@ -73,7 +73,7 @@ bench: install  ## measures the operators beside torch, a few minutes: ARGS="--r
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(DOCS_VENV)/installed  ## builds the docs site, without network, in site/
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
 notebook: install  ## runs examples/demo.ipynb and writes its outputs into it, a few minutes
