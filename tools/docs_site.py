@@ -144,6 +144,12 @@ def public_names(package: str) -> list[str]:
     return [name for name in definitions if not name.startswith("_")]
 
 
+def identifier(package: str, name: str) -> str:
+    """The path of a public name. A function hides a module of the same name, such as `lit_did.ops.token_statistics`."""
+    module = ROOT / package.replace(".", "/") / f"{name}.py"
+    return f"{package}.{name}.{name}" if module.exists() else f"{package}.{name}"
+
+
 class Examples(griffe.Extension):
     """Our docstrings have the section "Example:"; griffe formats one that is named "Examples:"."""
 
@@ -155,11 +161,11 @@ class Examples(griffe.Extension):
 def api_overview() -> str:
     """The page about all packages."""
     shown = {name: package for package in reversed(PACKAGES) for name in public_names(package)}
-    top = ", ".join(f"[`{name}`][{shown[name]}.{name}]" for name in public_names("lit_did"))
+    top = ", ".join(f"[`{name}`][{identifier(shown[name], name)}]" for name in public_names("lit_did"))
     lines = ["# API reference", "", "Everything that these pages do not list may change at any time.", ""]
     lines += ["## lit_did", "", f"{top}. These names are also in the packages below.", ""]
     for package in PACKAGES:
-        names = ", ".join(f"[`{name}`][{package}.{name}]" for name in public_names(package))
+        names = ", ".join(f"[`{name}`][{identifier(package, name)}]" for name in public_names(package))
         lines += [f"## [{package}]({package}.md)", "", names, ""]
     return "\n".join(lines)
 
@@ -169,5 +175,5 @@ def api_page(package: str) -> str:
     only_its_text = "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}"
     lines = [f"# {package}", "", f"::: {package}", only_its_text, ""]
     for name in public_names(package):
-        lines += [f"::: {package}.{name}", ""]
+        lines += [f"::: {identifier(package, name)}", f"    options: {{heading: {package}.{name}}}", ""]
     return "\n".join(lines)
