@@ -54,7 +54,7 @@ KERNELS = {
     "forward_kernel": Work(2, False, 3, {"bf16": 680, "f32": 680}),
     "finish_kernel": Work(0, False),
     "backward_kernel": Work(2, True, 3, {"bf16": 960, "bf16 sm_75": 1440, "f32": 1190}),
-    "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 380}),
+    "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 395}),
     "partials_kernel": Work(2, False, 3, {"bf16": 900, "f32": 1000}),  # the same loop as the forward's
     "merge_slices_kernel": Work(0, False),
     "finish_slices_kernel": Work(0, False),
