@@ -44,7 +44,7 @@ $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)):
 
 $(VENV)/installed: $(VENV)/torch-$(subst /,-,$(or $(TORCH),pinned)) $(SOURCES)
 	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
-	$(PIP) install -qq --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	LIT_DID_EXTENSION=1 $(PIP) install -qq --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	$(BIN)/lit-did doctor | grep -E '^(extension|CPU|CUDA) '
 	touch $@
 
@@ -122,7 +122,7 @@ $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)):
 		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich
 	touch $@
 
-# A wheel, built and tested outside the clone, whose own build/ and lit_did/_C*.so belong to another torch.
+# A wheel, built and tested outside the clone, whose own build/ and libraries are without CUDA.
 $(CUDA_VENV)/installed: $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)) $(SOURCES) $(PACKAGE)
 	rm -rf $(CUDA_VENV)/wheels $(CUDA_VENV)/build/lib*
 	printf '[build]\nbuild_base = $(CUDA_VENV)/build\n' > $(CUDA_VENV)/build.cfg
@@ -145,6 +145,6 @@ format: install  ## rewrites the code in the style that lint checks
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## removes everything that was built or written
-	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) $(DOCS_VENV) site build dist *.egg-info lit_did/_C*.so lit_did/_build.json \
+	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) $(DOCS_VENV) site build dist *.egg-info lit_did/_C*.so lit_did/lib \
 		demo_output bench_output experiment_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

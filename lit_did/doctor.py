@@ -35,10 +35,9 @@ def report() -> str:
         lines += [f"extension     none: {EXTENSION.problem}"]
     else:
         lines += [
-            f"extension     built for torch {built.torch_version}",
-            f"CPU           SIMD levels {', '.join(built.simd_levels)}; {_simd_level(built)}; "
-            + ("torch's threads" if built.parallel else "one thread: built without OpenMP"),
-            f"CUDA          {_cuda(built)}",
+            f"extension     for torch {built.oldest_torch} and newer",
+            f"CPU           SIMD levels {', '.join(built.simd_levels)}; {_simd_level(built)}",
+            f"CUDA          {_cuda(EXTENSION)}",
         ]
     lines += ["", f"cpu tensors   {_operators('cpu')}"]
     if torch.cuda.is_available():
@@ -67,10 +66,11 @@ def _simd_level(built: Any) -> str:
         return str(error)
 
 
-def _cuda(built: Any) -> str:
-    if built.cuda_version is None:
-        return "not in this build"
-    return f"{built.cuda_version}, architectures {', '.join(built.cuda_architectures)}"
+def _cuda(extension: Any) -> str:
+    if extension.cuda is None:
+        return f"none: {extension.cuda_problem}"
+    version, *architectures = extension.cuda.split()
+    return f"{version}, architectures {', '.join(architectures)}"
 
 
 def _fused_devices() -> Collection[str]:

@@ -1,9 +1,11 @@
-"""Installs that are not as they should be: no extension, one for another torch, and builds that cannot work."""
+"""Installs that are not as they should be: no extension, an older torch, libraries that do not load, and builds that
+cannot work."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,12 +21,14 @@ ROOT = Path(__file__).parents[1]
 
 needs_setup = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a clone: there is no setup.py")
 
-# Prints what a user meets, as JSON: warnings at import, which backends serve, what "fused" says.
+# Prints what a user meets, as JSON: warnings at import, which backends serve, what "fused" says, what CUDA tensors get.
 REPORT = """
 import json, sys, warnings
+import torch
+{before}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import torch, lit_did
+    import lit_did
     logits, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([1])
     log_ratio = lit_did.token_statistics(logits, torch.zeros(1, 2), labels).log_ratio.item()
 ours = [[w.category.__name__, str(w.message)] for w in caught if "lit_did" in str(w.message)]
@@ -32,23 +36,38 @@ try:
     lit_did.token_statistics(logits, logits, labels, backend="fused")
     fused = "served"
 except Exception as error:
-    fused = f"{type(error).__name__}: {error}"
-print(json.dumps({"file": lit_did.__file__, "warnings": ours, "log_ratio": log_ratio, "fused": fused}))
+    fused = f"{{type(error).__name__}}: {{error}}"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    lit_did.ops.extension.choose_backend("auto", torch.device("cuda"), ())
+on_cuda = [str(w.message) for w in caught]
+print(json.dumps(
+    {{"file": lit_did.__file__, "warnings": ours, "log_ratio": log_ratio, "fused": fused, "on_cuda": on_cuda}}
+))
 """
 
 
-def import_copy(folder, record=None, extension=False, broken_extension=False):
-    """The report on a copy of the package in `folder`, with the given _build.json and the compiled library or none."""
+def import_copy(folder, without=(), broken=(), before=""):
+    """The report on a copy of the package in `folder`.
+
+    Args:
+        without: Patterns of files that are not copied.
+        broken: Names of files that take the place of libraries, and are none.
+        before: What Python runs before `import lit_did`.
+    """
     package = folder / "lit_did"
-    ignored = ["__pycache__", "_build.json", *([] if extension else ["*.so", "*.pyd"])]
-    shutil.copytree(Path(lit_did.__file__).parent, package, ignore=shutil.ignore_patterns(*ignored))
-    if record is not None:
-        (package / "_build.json").write_text(json.dumps(record))
-    if broken_extension:
-        (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    ignored = shutil.ignore_patterns("__pycache__", *without)
+    shutil.copytree(Path(lit_did.__file__).parent, package, ignore=ignored)
+    for name in broken:
+        (package / name).write_bytes(b"no library")
     environment = os.environ | {"PYTHONPATH": str(folder)}
     result = subprocess.run(
-        [sys.executable, "-c", REPORT], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", REPORT.format(before=before)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -61,37 +80,56 @@ def assert_the_reference_serves(report, *words):
     assert len(report["warnings"]) == 1, report["warnings"]
     category, message = report["warnings"][0]
     assert category == "RuntimeWarning"
-    for word in (torch.__version__, "pip install", *words):
+    for word in ("this is torch", "pip install", *words):
         assert word in message
     assert report["log_ratio"] == pytest.approx(0.37989, abs=1e-4)  # log(2 / (1 + 1/e))
     assert report["fused"].startswith(
         "RuntimeError: Expected a fused operator for `backend='fused'` on cpu, but this install has: reference."
     )
     assert "pip install" in report["fused"]
+    assert report["on_cuda"] == []
 
 
 def test_without_the_extension(tmp_path):
-    assert_the_reference_serves(import_copy(tmp_path), "is not built")
+    assert_the_reference_serves(import_copy(tmp_path, without=["*.so"]), "is not built", torch.__version__)
 
 
-def test_extension_for_another_torch(tmp_path):
-    """The library is there but is not loaded: against another torch it could crash."""
-    report = import_copy(tmp_path, {"torch": "1.0.0", "cuda": None}, extension=True)
-    assert list((tmp_path / "lit_did").glob("_C*")), "the premise: the library was copied"
-    assert_the_reference_serves(report, "built for torch 1.0.0")
+@pytest.mark.parametrize("version", ["2.9.0", "2.10.1+cu128"])
+def test_older_torch(version, tmp_path):
+    """The library is there but is not loaded: an older torch lacks what it needs."""
+    report = import_copy(tmp_path, before=f"torch.__version__ = {version!r}")
+    assert (tmp_path / "lit_did/lib/lit_did_cpu.so").is_file(), "the premise: the library was copied"
+    assert_the_reference_serves(report, "needs torch 2.11 or newer", f"this is torch {version}", "torch>=2.11")
 
 
-def test_extension_that_does_not_load(tmp_path):
-    """A library that the loader refuses: here no library at all, but in its place."""
-    report = import_copy(tmp_path, {"torch": torch.__version__, "cuda": None}, broken_extension=True)
-    assert_the_reference_serves(report, "does not load", "_C")
-
-
-def test_the_copy_as_it_should_be(tmp_path):
-    """The control: with the right record and the library, no word and the fused operators."""
-    report = import_copy(tmp_path, {"torch": torch.__version__, "cuda": None}, extension=True)
+@pytest.mark.parametrize("version", ["2.11.0+cpu", "2.100.0", "3.0.1"])
+def test_another_torch(version, tmp_path):
+    report = import_copy(tmp_path, before=f"torch.__version__ = {version!r}")
     assert report["warnings"] == []
     assert report["fused"] == "served"
+
+
+@pytest.mark.parametrize("name", [f"_C{EXTENSION_SUFFIXES[0]}", "lib/lit_did_cpu.so"])
+def test_extension_that_does_not_load(name, tmp_path):
+    """A file that the loader refuses: here no library at all, but in its place."""
+    assert_the_reference_serves(import_copy(tmp_path, broken=[name]), "does not load", Path(name).name)
+
+
+def test_cuda_library_that_does_not_load(tmp_path):
+    """`import lit_did` says nothing: it is the first CUDA tensor that gets a warning."""
+    report = import_copy(tmp_path, broken=["lib/lit_did_cuda99.so"], before="torch.version.cuda = '99.1'")
+    assert report["warnings"] == []
+    assert report["fused"] == "served"
+    (warning,) = report["on_cuda"]
+    assert "for cuda tensors, because the kernels for CUDA 99 do not load (" in warning
+    assert "lit_did_cuda99.so" in warning
+
+
+def test_cuda_library_for_another_version(tmp_path):
+    report = import_copy(tmp_path, broken=["lib/lit_did_cuda98.so"], before="torch.version.cuda = '99.1'")
+    assert report["warnings"] == []
+    (warning,) = report["on_cuda"]
+    assert "for cuda tensors, because no kernels for CUDA 99 were built." in warning
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -129,16 +167,35 @@ def test_setup():
     result = setup_py(LIT_DID_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == "lit-did"
-    assert f"building without CUDA for torch {torch.__version__}" in result.stderr
+    assert "lit-did: building without CUDA (LIT_DID_CUDA=0)\n" in result.stderr
 
 
 @needs_setup
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build here")
-def test_cuda_required_but_missing():
-    message = last_line(setup_py(LIT_DID_CUDA="1"))
-    assert message.startswith("LIT_DID_CUDA=1 requires the CUDA kernels. They need nvcc and a CUDA build of torch")
-    assert f"torch {torch.__version__}: a build without CUDA" in message
-    assert "nvcc: found" in message or "nvcc: missing (set CUDA_HOME)" in message
+def test_pure_python():
+    assert lines_of(setup_py(LIT_DID_EXTENSION="0")) == [
+        "building pure Python, without compiled operators (LIT_DID_EXTENSION=0)"
+    ]
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("lacks", "name"),
+    [
+        ({"blocked": "pybind11"}, "pybind11"),
+        ({"blocked": "ninja", "PATH": "/nowhere"}, "ninja, a C++ compiler (c++)"),
+        ({"CXX": "no-compiler -m64"}, "a C++ compiler (no-compiler)"),
+    ],
+    ids=["pybind11", "ninja", "compiler"],
+)
+def test_something_is_missing(lacks, name):
+    """Pure Python, with a line that says why. An error if the extension is required."""
+    (line,) = lines_of(setup_py(**lacks))
+    assert line.startswith(
+        f"building pure Python, without compiled operators, because these are missing: {name}. To build"
+    )
+    assert last_line(setup_py(LIT_DID_EXTENSION="1", **lacks)).startswith(
+        f"LIT_DID_EXTENSION=1 requires the compiled operators, but these are missing: {name}. To build"
+    )
 
 
 # Stands for nvcc: what setup.py asks of it, as CUDA {version} answers.
@@ -151,36 +208,16 @@ esac
 """
 
 
-# Stands for torch, so that it may be any build: setup.py asks for its version and hands it the extension to build.
-TORCH = """
-class version:
-    cuda = {cuda!r}
-__version__ = "9.9"
-"""
-CPP_EXTENSION = """
-import os, sys
-from setuptools import Extension
-BuildExtension = object
-def CUDAExtension(**arguments):
-    print("CUDA_HOME", os.environ["CUDA_HOME"])
-    print("TORCH_CUDA_ARCH_LIST", os.environ["TORCH_CUDA_ARCH_LIST"])
-    print("cxx", *arguments["extra_compile_args"]["cxx"])
-    return CppExtension(**arguments)
-def CppExtension(extra_compile_args, **arguments):
-    return Extension(**arguments)
-"""
-
-
-def cuda_setup(folder, nvcc="13.0", torch_cuda="13.0", architectures="sm_80 sm_90 sm_120", **environment):
+def cuda_setup(folder, nvcc="13.0", torch_cuda="13.0", version="9.9", **environment):
     """setup.py with a toolkit of version `nvcc` (None: no nvcc) and a torch that was built for `torch_cuda`."""
-    home, torch_utils = folder / "toolkit", folder / "torch/utils"
+    home = folder / "toolkit"
     (home / "bin").mkdir(parents=True)
-    torch_utils.mkdir(parents=True)
+    (folder / "torch").mkdir()
     if nvcc:
-        script(home / "bin/nvcc", NVCC.format(home=home, version=nvcc, architectures=architectures))
-    (folder / "torch/__init__.py").write_text(TORCH.format(cuda=torch_cuda))
-    (torch_utils / "__init__.py").touch()
-    (torch_utils / "cpp_extension.py").write_text(CPP_EXTENSION)
+        text = NVCC.format(home=home, version=nvcc, architectures="sm_80 sm_90 sm_120")
+        script(home / "bin/nvcc", text)
+    (folder / "torch/__init__.py").write_text("raise ImportError('setup.py needs no more than the files of torch')")
+    (folder / "torch/version.py").write_text(f"__version__ = {version!r}\ncuda = {torch_cuda!r}\n")
     environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "", "PYTHONPATH": str(folder)} | environment
     return setup_py(**environment)
 
@@ -190,32 +227,55 @@ def script(path, text):
     path.chmod(0o755)
 
 
-def cuda_lines(result):
-    """What the build says of CUDA."""
+def lines_of(result):
+    """What the build says."""
     assert result.returncode == 0, result.stderr
     return [line.removeprefix("lit-did: ") for line in result.stderr.splitlines() if line.startswith("lit-did: ")]
 
 
 @needs_setup
-@pytest.mark.parametrize("switch", [{}, {"LIT_DID_CUDA": "1"}], ids=["unset", "demanded"])
 @pytest.mark.parametrize("nvcc", ["13.0", "13.2"])
-def test_cuda_where_it_can_be(nvcc, switch, tmp_path):
+def test_cuda_where_it_can_be(nvcc, tmp_path):
     """Another minor version will do. Of our architectures, those that this nvcc knows."""
-    result = cuda_setup(tmp_path, nvcc, "13.0", **switch)
-    assert cuda_lines(result) == [
-        f"building with CUDA for torch 9.9 (nvcc: found (CUDA {nvcc}), torch 9.9: CUDA 13.0)",
-        "CUDA architectures 8.0 9.0 12.0+PTX",
+    why = f"nvcc: found (CUDA {nvcc}), torch 9.9: CUDA 13.0"
+    assert lines_of(cuda_setup(tmp_path, nvcc, "13.0")) == [
+        f"building with CUDA {nvcc} for 8.0 9.0 12.0+PTX ({why}): some minutes"
     ]
-    assert "TORCH_CUDA_ARCH_LIST 8.0 9.0 12.0+PTX" in result.stdout
-    assert f'-DLIT_DID_CUDA_VERSION="{nvcc}"' in result.stdout
-    assert '-DLIT_DID_CUDA_ARCHITECTURES="8.0 9.0 12.0+PTX"' in result.stdout
+
+
+@needs_setup
+@pytest.mark.parametrize("torch_cuda", ["13.0", "12.8", None])
+def test_cuda_on_demand(torch_cuda, tmp_path):
+    """It needs nvcc alone, so that a library for another torch can be built."""
+    assert lines_of(cuda_setup(tmp_path, "13.0", torch_cuda, LIT_DID_CUDA="1")) == [
+        "building with CUDA 13.0 for 8.0 9.0 12.0+PTX (LIT_DID_CUDA=1): some minutes"
+    ]
+
+
+@needs_setup
+def test_cuda_on_demand_without_nvcc(tmp_path):
+    assert last_line(cuda_setup(tmp_path, None, LIT_DID_CUDA="1")) == (
+        "LIT_DID_CUDA=1 requires the CUDA library, which needs nvcc, but got nvcc: missing (set CUDA_HOME)."
+    )
 
 
 @needs_setup
 def test_named_architectures(tmp_path):
-    result = cuda_setup(tmp_path, TORCH_CUDA_ARCH_LIST="8.6;9.0+PTX")
-    assert cuda_lines(result)[1] == "CUDA architectures 8.6 9.0+PTX"
-    assert "TORCH_CUDA_ARCH_LIST 8.6 9.0+PTX" in result.stdout
+    (line,) = lines_of(cuda_setup(tmp_path, TORCH_CUDA_ARCH_LIST="8.6;9.0+PTX"))
+    assert line.startswith("building with CUDA 13.0 for 8.6 9.0+PTX (")
+
+
+@needs_setup
+def test_flags_of_architectures():
+    gencode_flags = runpy.run_path(str(ROOT / "setup.py"))["gencode_flags"]
+    assert gencode_flags(["7.5", "9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    with pytest.raises(SystemExit, match=r"to hold numbers such as .* but got 'Hopper'"):
+        gencode_flags(["Hopper"])
 
 
 @needs_setup
@@ -228,41 +288,22 @@ def test_named_architectures(tmp_path):
     ],
     ids=["no-nvcc", "another-version", "no-cuda-in-torch"],
 )
-def test_cuda_where_it_cannot_be(nvcc, torch_cuda, why, tmp_path):
-    """Left out with a reason printed. An error if it is required."""
-    expected = [f"building without CUDA for torch 9.9 ({why})"]
-    assert cuda_lines(cuda_setup(tmp_path / "unset", nvcc, torch_cuda)) == expected
-    assert last_line(cuda_setup(tmp_path / "demanded", nvcc, torch_cuda, LIT_DID_CUDA="1")) == (
-        "LIT_DID_CUDA=1 requires the CUDA kernels. They need nvcc and a CUDA build of torch of the same major version, "
-        f"but got {why}. Install these, or unset LIT_DID_CUDA."
-    )
+def test_cuda_left_out(nvcc, torch_cuda, why, tmp_path):
+    assert lines_of(cuda_setup(tmp_path, nvcc, torch_cuda)) == [f"building without CUDA ({why})"]
 
 
 @needs_setup
-def test_cuda_left_out(tmp_path):
-    lines = cuda_lines(cuda_setup(tmp_path, LIT_DID_CUDA="0"))
-    assert lines == ["building without CUDA for torch 9.9 (LIT_DID_CUDA=0)"]
+@pytest.mark.parametrize(("version", "fits"), [("2.10.1+cpu", False), ("2.11.0a0+git1234", True), ("3.0.0", True)])
+def test_headers_of_an_older_torch(version, fits, tmp_path):
+    (line,) = lines_of(cuda_setup(tmp_path, version=version, LIT_DID_CUDA="0"))
+    assert ("these are missing: torch>=2.11." in line) is not fits
 
 
 @needs_setup
 def test_nvcc_that_calls_another(tmp_path):
     """A script on PATH that stands for nvcc: the toolkit is where the real one says, not beside the script."""
+    (tmp_path / "toolkit/bin").mkdir(parents=True)
+    script(tmp_path / "toolkit/bin/nvcc", NVCC.format(home=tmp_path / "toolkit", version="13.0", architectures="sm_90"))
     (tmp_path / "path").mkdir()
     script(tmp_path / "path/nvcc", f'#!/bin/sh\nexec {tmp_path}/toolkit/bin/nvcc "$@"\n')
-    path = f"{tmp_path}/path{os.pathsep}{os.environ['PATH']}"
-    result = cuda_setup(tmp_path, CUDA_HOME="", CUDA_PATH="", PATH=path)
-    assert cuda_lines(result)[0].startswith("building with CUDA")
-    assert f"CUDA_HOME {tmp_path}/toolkit\n" in result.stdout
-
-
-@needs_setup
-@pytest.mark.parametrize("toolkit_has_them", [False, True])
-def test_headers_that_torch_brings(toolkit_has_them, tmp_path):
-    """torch's headers include cuSPARSE's: of torch's own packages where the toolkit is without, after the toolkit's."""
-    (tmp_path / "nvidia/cu13/include").mkdir(parents=True)
-    if toolkit_has_them:
-        (tmp_path / "toolkit/include").mkdir(parents=True)
-        (tmp_path / "toolkit/include/cusparse.h").touch()
-    result = cuda_setup(tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (f"-idirafter {tmp_path}/nvidia/cu13/include" in result.stdout) is not toolkit_has_them
+    assert runpy.run_path(str(ROOT / "setup.py"))["Toolkit"](str(tmp_path / "path/nvcc")).home == tmp_path / "toolkit"

@@ -31,13 +31,14 @@ def test_report():
     if EXTENSION.module is None:
         assert EXTENSION.problem in lines["extension"]
     else:
-        assert lines["extension"] == f"built for torch {torch.__version__}"
         built = EXTENSION.module
-        threads = "torch's threads" if built.parallel else "one thread: built without OpenMP"
-        assert lines["CPU"].endswith(f"; this processor uses {built.simd_level()}; {threads}")
-        architectures = ", ".join(built.cuda_architectures)
-        expected = f"{built.cuda_version}, architectures {architectures}" if built.cuda_version else "not in this build"
-        assert lines["CUDA"] == expected
+        assert lines["extension"] == f"for torch {built.oldest_torch} and newer"
+        assert lines["CPU"].endswith(f"; this processor uses {built.simd_level()}")
+        if EXTENSION.cuda is None:
+            assert lines["CUDA"] == f"none: {EXTENSION.cuda_problem}"
+        else:
+            cuda_version, *architectures = EXTENSION.cuda.split()
+            assert lines["CUDA"] == f"{cuda_version}, architectures {', '.join(architectures)}"
 
 
 def test_an_unknown_simd_level_is_reported():

@@ -22,8 +22,10 @@ def problems() -> list[str]:
     if EXTENSION.module is None:
         return [str(EXTENSION.problem)]
     found = []
-    if not EXTENSION.module.cuda_version or not EXTENSION.module.cuda_architectures:
-        found.append("the extension names no CUDA version or no architectures")
+    if EXTENSION.cuda is None:
+        found.append(str(EXTENSION.cuda_problem))
+    elif len(EXTENSION.cuda.split()) < 2:
+        found.append(f"the CUDA library names no CUDA version or no architectures: {EXTENSION.cuda!r}")
     if fused_devices() != ("cpu", "cuda"):
         found.append(f"the fused operators serve {fused_devices()}")
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lit_did::"))

@@ -49,7 +49,7 @@ step() { # name, limit in seconds, command
 build() { # clone, folder to copy it to; the benchmarks and tests are this clone's
   mkdir "$2" && cp -r "$1"/{csrc,lit_did,setup.py,pyproject.toml,README.md} benchmarks tests "$2" && cd "$2" || return
   if [ $DEVICE = cuda ]; then
-    rm -f lit_did/_C*.so lit_did/_build.json
+    rm -rf lit_did/_C*.so lit_did/lib
     "$PYTHON" setup.py build_ext --inplace || return
   fi
   "$PYTHON" -m lit_did.doctor

@@ -1,20 +1,26 @@
 // What both forwards on the CPU return: nine statistics and the normalizers of every row.
 #pragma once
 
+#include <cstring>
+
 #include "../token_statistics.h"
 
 namespace lit_did {
 
+inline Tensor zeros(Sizes sizes, ScalarType dtype, const Tensor& on_device_of) {
+  const Tensor tensor = empty(sizes, dtype, on_device_of);
+  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
 struct Outputs {
-  std::array<at::Tensor, kNumStatistics> statistics;
-  at::Tensor normalizers;
+  TensorList statistics;
+  Tensor normalizers;
 
   // Zeros, which is what ignored rows keep. `dtype`: float32 or float64.
-  Outputs(at::IntArrayRef sizes, at::ScalarType dtype) {
-    for (auto& tensor : statistics) tensor = at::zeros(sizes, dtype);
-    auto normalizer_sizes = sizes.vec();
-    normalizer_sizes.push_back(kNumNormalizers);
-    normalizers = at::zeros(normalizer_sizes, at::kDouble);
+  Outputs(const Tensor& labels, ScalarType dtype)
+      : normalizers(zeros(normalizer_sizes(labels.sizes()), ScalarType::Double, labels)) {
+    for (int i = 0; i < kNumStatistics; ++i) statistics.push_back(zeros(labels.sizes(), dtype, labels));
   }
 
   TokenTensors tensors() const {
@@ -28,8 +34,8 @@ template <typename Real>
 class RowWriter {
  public:
   explicit RowWriter(const Outputs& outputs)
-      : normalizers_(reinterpret_cast<RowNormalizers*>(outputs.normalizers.data_ptr<double>())) {
-    for (int i = 0; i < kNumStatistics; ++i) statistics_[i] = outputs.statistics[i].data_ptr<Real>();
+      : normalizers_(reinterpret_cast<RowNormalizers*>(outputs.normalizers.mutable_data_ptr<double>())) {
+    for (int i = 0; i < kNumStatistics; ++i) statistics_[i] = outputs.statistics[i].mutable_data_ptr<Real>();
   }
 
   template <typename Computed>

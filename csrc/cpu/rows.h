@@ -24,7 +24,6 @@ using GradientFn = void (*)(const void* policy, const void* reference, int64_t s
                             void* grad_reference);
 
 struct RowKernels {
-  const char* level;
   // [policy kind][reference kind]; doubles only with doubles, null otherwise.
   AccumulateFn accumulate[4][4];
   GradientFn gradient[4][4];

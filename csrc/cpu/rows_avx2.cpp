@@ -1,4 +1,4 @@
 // The row kernels for -mavx2 -mfma -mf16c.
 #include "rows_impl.h"
 
-LIT_DID_ROW_TABLE("avx2", avx2_rows)
+LIT_DID_ROW_TABLE(avx2_rows)

@@ -463,8 +463,8 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
     }                                                                                                                  \
   }
 
-#define LIT_DID_ROW_TABLE(level, function)                                                \
-  const lit_did::RowKernels& lit_did::function() {                                        \
-    static const RowKernels table{level, LIT_DID_ROW(accumulate), LIT_DID_ROW(gradient)}; \
-    return table;                                                                         \
+#define LIT_DID_ROW_TABLE(function)                                                \
+  const lit_did::RowKernels& lit_did::function() {                                 \
+    static const RowKernels table{LIT_DID_ROW(accumulate), LIT_DID_ROW(gradient)}; \
+    return table;                                                                  \
   }

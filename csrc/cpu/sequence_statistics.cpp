@@ -11,26 +11,25 @@
 namespace lit_did {
 namespace {
 
-void check_offsets(const at::Tensor& cu_seqlens, int64_t tokens) {
+void check_offsets(const Tensor& cu_seqlens, int64_t tokens) {
   const int64_t* offset = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t* end = offset + cu_seqlens.numel();
-  TORCH_CHECK_VALUE(offset[0] == 0 && end[-1] == tokens && std::is_sorted(offset, end),
-                    "torch.ops.lit_did needs `cu_seqlens` that rise from 0 to the number of tokens.");
+  need(offset[0] == 0 && end[-1] == tokens && std::is_sorted(offset, end),
+       "`cu_seqlens` that rise from 0 to the number of tokens");
 }
 
 // `first(s)` is sequence s's first token and the end of the one before it.
 template <typename Real, typename First>
-void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const at::Tensor& labels,
-            int64_t ignore_index, int64_t num_sequences, const First& first,
-            const std::array<at::Tensor, kNumSequenceStatistics>& outputs, const at::Tensor& num_tokens) {
+void reduce(const TensorList& statistics, const Tensor& labels, int64_t ignore_index, int64_t num_sequences,
+            const First& first, const TensorList& outputs, const Tensor& num_tokens) {
   std::array<const Real*, kNumTokenStatistics> at;
   for (int i = 0; i < kNumTokenStatistics; ++i) at[i] = statistics[i].const_data_ptr<Real>();
   const auto& [policy_logprob, reference_logprob, token_did_entropy, token_did_concentration, token_did_log_partition,
                policy_entropy, reference_entropy, kl, reverse_kl] = at;
   std::array<Real*, kNumSequenceStatistics> output;
-  for (int i = 0; i < kNumSequenceStatistics; ++i) output[i] = outputs[i].data_ptr<Real>();
+  for (int i = 0; i < kNumSequenceStatistics; ++i) output[i] = outputs[i].mutable_data_ptr<Real>();
   const int64_t* label = labels.const_data_ptr<int64_t>();
-  int64_t* counts = num_tokens.data_ptr<int64_t>();
+  int64_t* counts = num_tokens.mutable_data_ptr<int64_t>();
 
   for (int64_t s = 0; s < num_sequences; ++s) {
     std::array<double, kNumSequenceStatistics> sum{};
@@ -61,29 +60,28 @@ void reduce(const std::array<at::Tensor, kNumTokenStatistics>& statistics, const
 
 }  // namespace
 
-SequenceTensors sequence_reduction_cpu(at::TensorList statistics_, const at::Tensor& labels_,
-                                       const std::optional<at::Tensor>& cu_seqlens_, int64_t ignore_index) {
+SequenceTensors sequence_reduction_cpu(const TensorList& statistics_, const Tensor& labels_,
+                                       const std::optional<Tensor>& cu_seqlens_, int64_t ignore_index) {
   check_sequence_arguments(statistics_, labels_, cu_seqlens_);
-  const at::Tensor labels = labels_.contiguous();
-  std::array<at::Tensor, kNumTokenStatistics> statistics;
-  for (int i = 0; i < kNumTokenStatistics; ++i) statistics[i] = statistics_[i].contiguous();
+  const Tensor labels = as_contiguous(labels_);
+  TensorList statistics;
+  for (const Tensor& statistic : statistics_) statistics.push_back(as_contiguous(statistic));
 
-  const int64_t length = labels.size(-1);
-  at::Tensor cu_seqlens;
-  if (cu_seqlens_.has_value()) {
-    cu_seqlens = cu_seqlens_->contiguous();
-    check_offsets(cu_seqlens, length);
+  const int64_t length = labels.sizes().back();
+  std::optional<Tensor> cu_seqlens;
+  if (cu_seqlens_) {
+    cu_seqlens = as_contiguous(*cu_seqlens_);
+    check_offsets(*cu_seqlens, length);
   }
-  const auto sizes = cu_seqlens.defined() ? std::vector<int64_t>{cu_seqlens.numel() - 1}
-                                          : labels.sizes().slice(0, labels.dim() - 1).vec();
-  const int64_t* offset = cu_seqlens.defined() ? cu_seqlens.const_data_ptr<int64_t>() : nullptr;
+  const int64_t* offset = cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr;
   const auto first = [&](int64_t s) { return offset ? offset[s] : s * length; };
 
-  const auto options = statistics[0].options();
-  const at::Tensor num_tokens = at::empty(sizes, options.dtype(at::kLong));
-  std::array<at::Tensor, kNumSequenceStatistics> out;
-  for (auto& tensor : out) tensor = at::empty(sizes, options);
-  const auto run = options.dtype() == at::kDouble ? reduce<double, decltype(first)> : reduce<float, decltype(first)>;
+  const auto sizes = sequence_sizes(labels, cu_seqlens);
+  const auto dtype = statistics[0].scalar_type();
+  const Tensor num_tokens = empty(sizes, ScalarType::Long, labels);
+  TensorList out;
+  for (int i = 0; i < kNumSequenceStatistics; ++i) out.push_back(empty(sizes, dtype, labels));
+  const auto run = dtype == ScalarType::Double ? reduce<double, decltype(first)> : reduce<float, decltype(first)>;
   run(statistics, labels, ignore_index, num_tokens.numel(), first, out, num_tokens);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9], num_tokens};
 }

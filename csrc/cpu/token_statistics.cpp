@@ -5,8 +5,6 @@
 // Keeps      five numbers a row; never anything of size [rows, V] but the gradient itself.
 // Threads    take a row at a time (backward: a split of a row) until none is left, so that ignored rows, wherever they
 //            lie, leave no thread idle; with few rows they share the splits of each. A row's bits depend on V alone.
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,14 +17,20 @@
 namespace lit_did {
 namespace {
 
-// Address of each row of [..., V], whatever the strides of the leading dimensions.
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+size_t bytes_of(const Tensor& tensor) { return tensor.numel() * tensor.element_size(); }
+
+// Address of each row of [..., V] from its entry `begin` on, whatever the strides of the leading dimensions.
 class Rows {
  public:
-  explicit Rows(const at::Tensor& logits)
+  explicit Rows(const Tensor& logits, int64_t begin = 0)
       : base_(static_cast<char*>(const_cast<void*>(logits.const_data_ptr()))),
         itemsize_(static_cast<int64_t>(logits.element_size())),
         sizes_(logits.sizes().slice(0, logits.dim() - 1).vec()),
-        strides_(logits.strides().slice(0, logits.dim() - 1).vec()) {}
+        strides_(logits.strides().slice(0, logits.dim() - 1).vec()) {
+    base_ += begin * itemsize_;
+  }
 
   char* row(int64_t index) const {
     int64_t offset = 0;
@@ -57,21 +61,16 @@ double value_at(const void* row, int64_t index, ScalarKind kind) {
   }
 }
 
-void check_label(int64_t label, int64_t vocabulary, int64_t row, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(label >= 0 && label < vocabulary, "Expected `labels` to be in [0, ", vocabulary,
-                    ") or `ignore_index` (", ignore_index, "), but got ", label, " at row ", row, ".");
-}
-
 // Calls `work(task)` for each of [0, count), once each, from every thread; whoever is free takes the next.
 template <typename Work>
 void share(int64_t count, const Work& work) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, std::min<int64_t>(count, num_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task);
   });
 }
 
-// The two sides of a forward, and what their rows have in common.
+// The two sides of a forward, `vocabulary` entries from `begin` on, and what their rows have in common.
 template <typename Real>
 struct Sides {
   Rows policy, reference;
@@ -80,12 +79,12 @@ struct Sides {
   Real scale;
   double limit;  // as the row kernels have it
 
-  Sides(const at::Tensor& policy_logits, const at::Tensor& reference_logits, double temperature)
-      : policy(policy_logits),
-        reference(reference_logits),
+  Sides(const Tensor& policy_logits, const Tensor& reference_logits, double temperature, int64_t begin, int64_t entries)
+      : policy(policy_logits, begin),
+        reference(reference_logits, begin),
         policy_kind(kind_of(policy_logits)),
         reference_kind(kind_of(reference_logits)),
-        vocabulary(policy_logits.size(-1)),
+        vocabulary(entries),
         scale(static_cast<Real>(kLog2e / temperature)),
         limit(static_cast<Real>(kLargestLogit * kLog2e / scale)) {}
 
@@ -100,7 +99,7 @@ struct Sides {
 
 // Calls `finish(row, statistics)` for every row whose label counts, from any thread.
 template <typename Real, typename Finish>
-void each_row(const Sides<Real>& sides, const at::Tensor& labels, int64_t ignore_index, const Finish& finish) {
+void each_row(const Sides<Real>& sides, const Tensor& labels, int64_t ignore_index, const Finish& finish) {
   const AccumulateFn accumulate =
       cpu::rows().accumulate[static_cast<int>(sides.policy_kind)][static_cast<int>(sides.reference_kind)];
   const int64_t num_rows = labels.numel();
@@ -115,7 +114,7 @@ void each_row(const Sides<Real>& sides, const at::Tensor& labels, int64_t ignore
   };
 
   constexpr size_t kLargestPartial = 1 << 18;  // bytes, so that memory does not grow with the number of threads
-  const bool few_rows = num_rows < 4 * at::get_num_threads();
+  const bool few_rows = num_rows < 4 * num_threads();
   if (num_splits == 1 || !few_rows || num_rows * num_splits * sizeof(RowStatistics<Real, double>) > kLargestPartial) {
     share(num_rows, [&](int64_t row) {
       if (label[row] == ignore_index) return;
@@ -139,12 +138,13 @@ void each_row(const Sides<Real>& sides, const at::Tensor& labels, int64_t ignore
 }
 
 template <typename Real>
-void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
-             int64_t ignore_index, double temperature, const Outputs& outputs) {
-  const Sides<Real> sides(policy_logits, reference_logits, temperature);
+void forward(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels, int64_t ignore_index,
+             double temperature, const Outputs& outputs) {
+  const Sides<Real> sides(policy_logits, reference_logits, temperature, 0, policy_logits.sizes().back());
   const int64_t* label = labels.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < labels.numel(); ++row)
-    if (label[row] != ignore_index) check_label(label[row], sides.vocabulary, row, ignore_index);
+    need(label[row] == ignore_index || (label[row] >= 0 && label[row] < sides.vocabulary),
+         "`labels` in [0, V) or equal to `ignore_index`");
   const RowWriter<Real> write(outputs);
   each_row(sides, labels, ignore_index, [&](int64_t row, const RowStatistics<Real, double>& sums) {
     const int64_t y = label[row];
@@ -155,16 +155,17 @@ void forward(const at::Tensor& policy_logits, const at::Tensor& reference_logits
   });
 }
 
+// `begin` and `entries`: of the slice, in the logits. `first_entry`: of the logits, in the whole vocabulary.
 template <typename Real>
-void partials_of_rows(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels,
-                      const at::Tensor& partials, int64_t first_entry, int64_t ignore_index, double temperature) {
-  const Sides<Real> sides(policy_logits, reference_logits, temperature);
+void partials_of_rows(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels, int64_t begin,
+                      int64_t entries, int64_t first_entry, int64_t ignore_index, double temperature,
+                      RowPartials* partial) {
+  const Sides<Real> sides(policy_logits, reference_logits, temperature, begin, entries);
   const int64_t* label = labels.const_data_ptr<int64_t>();
-  RowPartials* partial = reinterpret_cast<RowPartials*>(partials.data_ptr<double>());
   each_row(sides, labels, ignore_index, [&](int64_t row, const RowStatistics<Real, double>& statistics) {
-    const int64_t entry = label[row] - first_entry;
-    const bool held = label[row] >= first_entry && entry < sides.vocabulary;
-    partial[row] = partials_of(statistics, sides.vocabulary, held, held ? sides.policy_at(row, entry) : 0,
+    const int64_t entry = label[row] - first_entry - begin;
+    const bool held = label[row] >= first_entry + begin && entry < entries;
+    partial[row] = partials_of(statistics, entries, held, held ? sides.policy_at(row, entry) : 0,
                                held ? sides.reference_at(row, entry) : 0);
   });
 }
@@ -188,55 +189,50 @@ void fill_row(char* row, int64_t size, ScalarKind kind, bool nan) {
 
 constexpr size_t kLargeGradient = 1 << 25;  // bytes: more than caches hold
 
-// Where one side's gradient goes: an undefined tensor if that side needs none.
+// Where one side's gradient goes.
 struct Gradient {
-  at::Tensor tensor;
+  Tensor tensor;
   bool is_zero = false;  // already, everywhere
 };
 
 // Memory for a gradient. First touching large new memory in small pages takes as long as the gradient itself. On Linux
 // it is therefore mapped here, in huge pages where the system grants them; it comes as zeros, so that the rows of
 // ignored labels are neither written nor ever touched.
-Gradient new_gradient(const at::Tensor& logits) {
+Gradient new_gradient(const Tensor& logits) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 1 << 21;
-  if (logits.nbytes() >= kLargeGradient) {
-    const size_t bytes = logits.nbytes() + kHugePage;
+  if (bytes_of(logits) >= kLargeGradient) {
+    const size_t bytes = bytes_of(logits) + kHugePage;
     void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory != MAP_FAILED) {
       const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-      madvise(reinterpret_cast<void*>(begin), logits.nbytes(), MADV_HUGEPAGE);  // a hint
-      return {at::for_blob(reinterpret_cast<void*>(begin), logits.sizes())
-                  .deleter([=](void*) { munmap(memory, bytes); })
-                  .options(logits.options())
-                  .resizeable_storage()
-                  .allocator(c10::GetCPUAllocator())
-                  .make_tensor(),
-              true};
+      madvise(reinterpret_cast<void*>(begin), bytes_of(logits), MADV_HUGEPAGE);  // a hint
+      return {
+          torch::stable::from_blob(reinterpret_cast<void*>(begin), logits.sizes(), contiguous_strides(logits.sizes()),
+                                   logits.device(), logits.scalar_type(), [=](void*) { munmap(memory, bytes); }),
+          true};
     }
   }
 #endif
-  return {at::empty(logits.sizes(), logits.options(), at::MemoryFormat::Contiguous)};
+  return {empty(logits.sizes(), logits.scalar_type(), logits)};
 }
 
 template <typename Real>
-void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Tensor& policy_logits,
-              const at::Tensor& reference_logits, const at::Tensor& labels,
-              const std::array<at::Tensor, kNumStatistics>& statistics, const at::Tensor& normalizers,
-              int64_t first_entry, int64_t ignore_index, double temperature, const Gradient& grad_policy,
-              const Gradient& grad_reference) {
+void backward(const OptionalTensorList& grads, const Tensor& policy_logits, const Tensor& reference_logits,
+              const Tensor& labels, const TensorList& statistics, const Tensor& normalizers, int64_t first_entry,
+              int64_t ignore_index, double temperature, const Gradient* grad_policy, const Gradient* grad_reference) {
   const Rows policy(policy_logits), reference(reference_logits);
   const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
   const GradientFn gradient = cpu::rows().gradient[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
-  const int64_t vocabulary = policy_logits.size(-1);
+  const int64_t vocabulary = policy_logits.sizes().back();
   const Real scale = static_cast<Real>(kLog2e / temperature);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const RowNormalizers* normalizer = reinterpret_cast<const RowNormalizers*>(normalizers.const_data_ptr<double>());
   std::array<const Real*, kNumStatistics> grad{}, value{};
   bool logprobs_only = true;
   for (int i = 0; i < kNumStatistics; ++i) {
-    if (grads[i].defined()) {
-      grad[i] = grads[i].const_data_ptr<Real>();
+    if (grads[i]) {
+      grad[i] = grads[i]->const_data_ptr<Real>();
       if (i >= 2) logprobs_only = false;
     }
     value[i] = statistics[i].const_data_ptr<Real>();
@@ -246,24 +242,24 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
     return TokenStatistics<Real>{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
   };
 
-  const bool to_policy = grad_policy.tensor.defined(), to_reference = grad_reference.tensor.defined();
-  const Rows policy_grad(to_policy ? grad_policy.tensor : policy_logits);
-  const Rows reference_grad(to_reference ? grad_reference.tensor : reference_logits);
+  const Rows policy_grad(grad_policy ? grad_policy->tensor : policy_logits);
+  const Rows reference_grad(grad_reference ? grad_reference->tensor : reference_logits);
   const int64_t num_splits = (vocabulary + kSplit - 1) / kSplit;
-  const auto in_new_memory = [](const at::Tensor& to, const at::Tensor& from) {
-    return to.const_data_ptr() != from.const_data_ptr() && to.nbytes() >= kLargeGradient;
+  const auto in_new_memory = [](const Tensor& to, const Tensor& from) {
+    return to.const_data_ptr() != from.const_data_ptr() && bytes_of(to) >= kLargeGradient;
   };
-  const bool large = to_policy ? in_new_memory(grad_policy.tensor, policy_logits)
-                               : in_new_memory(grad_reference.tensor, reference_logits);
+  const bool large = grad_policy ? in_new_memory(grad_policy->tensor, policy_logits)
+                                 : in_new_memory(grad_reference->tensor, reference_logits);
   share(labels.numel() * num_splits, [&](int64_t task) {
     const int64_t row = task / num_splits, begin = task % num_splits * kSplit;
     const int64_t size = std::min(kSplit, vocabulary - begin);
-    char* policy_at = to_policy ? policy_grad.at(row, begin) : nullptr;
-    char* reference_at = to_reference ? reference_grad.at(row, begin) : nullptr;
+    char* policy_at = grad_policy ? policy_grad.at(row, begin) : nullptr;
+    char* reference_at = grad_reference ? reference_grad.at(row, begin) : nullptr;
     const bool ignored = label[row] == ignore_index;
     if (ignored || std::isnan(normalizer[row].policy)) {
-      if (to_policy && !(ignored && grad_policy.is_zero)) fill_row(policy_at, size, policy_kind, !ignored);
-      if (to_reference && !(ignored && grad_reference.is_zero)) fill_row(reference_at, size, reference_kind, !ignored);
+      if (grad_policy && !(ignored && grad_policy->is_zero)) fill_row(policy_at, size, policy_kind, !ignored);
+      if (grad_reference && !(ignored && grad_reference->is_zero))
+        fill_row(reference_at, size, reference_kind, !ignored);
       return;
     }
     const GradientCoefficients<Real> coefficients =
@@ -275,76 +271,75 @@ void backward(const std::array<at::Tensor, kNumStatistics>& grads, const at::Ten
 
 // Checks what both backwards take, and writes the gradients. A gradient may be its side's logits: an entry is read
 // before it is written.
-void write_gradients(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& policy_logits,
-                     const at::Tensor& reference_logits, const at::Tensor& labels, at::TensorList statistics,
-                     const at::Tensor& normalizers, int64_t first_entry, int64_t ignore_index, double temperature,
-                     const Gradient& grad_policy, const Gradient& grad_reference) {
+void write_gradients(const OptionalTensorList& grads, const Tensor& policy_logits, const Tensor& reference_logits,
+                     const Tensor& labels, const TensorList& statistics, const Tensor& normalizers, int64_t first_entry,
+                     int64_t ignore_index, double temperature, const Gradient* grad_policy,
+                     const Gradient* grad_reference) {
   const BackwardTensors t = check_backward_arguments(grads, labels, statistics, normalizers);
-  if (!grad_policy.tensor.defined() && !grad_reference.tensor.defined()) return;
-  const auto write = statistics_dtype(policy_logits) == at::kDouble ? backward<double> : backward<float>;
+  if (!grad_policy && !grad_reference) return;
+  const auto write = statistics_dtype(policy_logits) == ScalarType::Double ? backward<double> : backward<float>;
   write(t.grads, policy_logits, reference_logits, t.labels, t.statistics, t.normalizers, first_entry, ignore_index,
         temperature, grad_policy, grad_reference);
 }
 
 }  // namespace
 
-TokenTensors token_statistics_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits,
-                                  const at::Tensor& labels, int64_t ignore_index, double temperature,
-                                  bool /*inplace_backward*/) {
+TokenTensors token_statistics_cpu(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels,
+                                  int64_t ignore_index, double temperature, bool /*inplace_backward*/) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
   const auto dtype = statistics_dtype(policy_logits);
-  const Outputs outputs(labels.sizes(), dtype);
-  (dtype == at::kDouble ? forward<double> : forward<float>)(policy_logits, reference_logits, labels.contiguous(),
-                                                            ignore_index, temperature, outputs);
+  const Outputs outputs(labels, dtype);
+  (dtype == ScalarType::Double ? forward<double> : forward<float>)(policy_logits, reference_logits,
+                                                                   as_contiguous(labels), ignore_index, temperature,
+                                                                   outputs);
   return outputs.tensors();
 }
 
-std::tuple<at::Tensor, at::Tensor> token_statistics_backward_cpu(const c10::List<std::optional<at::Tensor>>& grads,
-                                                                 const at::Tensor& policy_logits,
-                                                                 const at::Tensor& reference_logits,
-                                                                 const at::Tensor& labels, at::TensorList statistics,
-                                                                 const at::Tensor& normalizers, int64_t ignore_index,
-                                                                 double temperature, bool policy_needs_grad,
-                                                                 bool reference_needs_grad) {
+std::tuple<Tensor, Tensor> token_statistics_backward_cpu(const OptionalTensorList& grads, const Tensor& policy_logits,
+                                                         const Tensor& reference_logits, const Tensor& labels,
+                                                         const TensorList& statistics, const Tensor& normalizers,
+                                                         int64_t ignore_index, double temperature,
+                                                         bool policy_needs_grad, bool reference_needs_grad) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
-  const Gradient grad_policy = policy_needs_grad ? new_gradient(policy_logits) : Gradient{};
-  const Gradient grad_reference = reference_needs_grad ? new_gradient(reference_logits) : Gradient{};
+  const auto new_or_empty = [](const Tensor& logits, bool needed) {
+    return needed ? new_gradient(logits) : Gradient{empty({0}, logits.scalar_type(), logits)};
+  };
+  const Gradient grad_policy = new_or_empty(policy_logits, policy_needs_grad);
+  const Gradient grad_reference = new_or_empty(reference_logits, reference_needs_grad);
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, 0, ignore_index, temperature,
-                  grad_policy, grad_reference);
-  return {policy_needs_grad ? grad_policy.tensor : at::empty({0}, policy_logits.options()),
-          reference_needs_grad ? grad_reference.tensor : at::empty({0}, reference_logits.options())};
+                  policy_needs_grad ? &grad_policy : nullptr, reference_needs_grad ? &grad_reference : nullptr);
+  return {grad_policy.tensor, grad_reference.tensor};
 }
 
-void token_statistics_backward_inplace_cpu(const c10::List<std::optional<at::Tensor>>& grads,
-                                           const at::Tensor& policy_logits, const at::Tensor& reference_logits,
-                                           const at::Tensor& labels, at::TensorList statistics,
-                                           const at::Tensor& normalizers, int64_t ignore_index, double temperature,
-                                           bool policy_needs_grad, bool reference_needs_grad, int64_t first_entry) {
+void token_statistics_backward_inplace_cpu(const OptionalTensorList& grads, const Tensor& policy_logits,
+                                           const Tensor& reference_logits, const Tensor& labels,
+                                           const TensorList& statistics, const Tensor& normalizers,
+                                           int64_t ignore_index, double temperature, bool policy_needs_grad,
+                                           bool reference_needs_grad, int64_t first_entry) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
-  claim_logits(policy_logits, reference_logits, policy_needs_grad, reference_needs_grad);
+  if (policy_needs_grad) own_memory(policy_logits);
+  if (reference_needs_grad) own_memory(reference_logits);
+  const Gradient over_policy{policy_logits}, over_reference{reference_logits};
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, first_entry, ignore_index,
-                  temperature, policy_needs_grad ? Gradient{policy_logits} : Gradient{},
-                  reference_needs_grad ? Gradient{reference_logits} : Gradient{});
+                  temperature, policy_needs_grad ? &over_policy : nullptr,
+                  reference_needs_grad ? &over_reference : nullptr);
 }
 
-void token_partials_cpu(const at::Tensor& policy_logits, const at::Tensor& reference_logits, const at::Tensor& labels_,
-                        const at::Tensor& partials, int64_t slice_entries, int64_t first_entry, int64_t ignore_index,
+void token_partials_cpu(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels_,
+                        const Tensor& partials, int64_t slice_entries, int64_t first_entry, int64_t ignore_index,
                         double temperature) {
   check_token_arguments(policy_logits, reference_logits, labels_, temperature);
-  const int64_t entries = policy_logits.size(-1);
+  const int64_t entries = policy_logits.sizes().back();
   check_partials(partials, labels_, entries, slice_entries);
-  const at::Tensor labels = labels_.contiguous();
+  const Tensor labels = as_contiguous(labels_);
   const auto write =
-      statistics_dtype(policy_logits) == at::kDouble ? partials_of_rows<double> : partials_of_rows<float>;
+      statistics_dtype(policy_logits) == ScalarType::Double ? partials_of_rows<double> : partials_of_rows<float>;
+  RowPartials* partial = reinterpret_cast<RowPartials*>(partials.mutable_data_ptr<double>());
   for (int64_t slice = 0; slice < partials.size(0); ++slice) {
-    const int64_t begin = slice * slice_entries, size = std::min(slice_entries, entries - begin);
-    write(policy_logits.narrow(-1, begin, size), reference_logits.narrow(-1, begin, size), labels, partials[slice],
-          first_entry + begin, ignore_index, temperature);
+    const int64_t begin = slice * slice_entries;
+    write(policy_logits, reference_logits, labels, begin, std::min(slice_entries, entries - begin), first_entry,
+          ignore_index, temperature, partial + slice * (partials.stride(0) / kNumPartials));
   }
 }
-
-namespace cpu {
-std::string simd_level() { return rows().level; }
-}  // namespace cpu
 
 }  // namespace lit_did

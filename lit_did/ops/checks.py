@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from lit_did.arguments import check_bools, check_number
 from lit_did.ops.statistics import TokenStatistics
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_LEADING_DIMENSIONS = 8  # kMaxLeadingDims in csrc/cuda/kernels.h
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -168,6 +169,91 @@ def check_not_leaves(policy_logits: Tensor, reference_logits: Tensor) -> None:
                 f"Expected `{name}` not to be a leaf that requires a gradient, nor a view of one, with "
                 "`inplace_backward=True`: its values would be overwritten by its gradient. "
                 f"Pass `{name}.clone()`, or `inplace_backward=False`."
+            )
+
+
+def check_own_memory(
+    policy_logits: Tensor, reference_logits: Tensor, policy_needs_grad: bool, reference_needs_grad: bool
+) -> None:
+    """Checks that each logit which a backward in place overwrites is the only one at its address.
+
+    Raises:
+        ValueError: Such logits have rows that overlap, or share memory with the other side.
+    """
+    for name, logits, needed in (
+        ("policy_logits", policy_logits, policy_needs_grad),
+        ("reference_logits", reference_logits, reference_needs_grad),
+    ):
+        if needed and not (logits.is_contiguous() or _have_own_addresses(logits.shape, logits.stride())):
+            raise ValueError(
+                f"Expected `{name}` to have memory of its own for every row with `inplace_backward=True`, but got rows "
+                f"that overlap: sizes {list(logits.shape)}, strides {list(logits.stride())}. "
+                f"Pass `{name}.contiguous()`."
+            )
+    if (policy_needs_grad or reference_needs_grad) and _share_memory(policy_logits, reference_logits):
+        name, other = ("policy_logits", "reference_logits")[:: 1 if policy_needs_grad else -1]
+        raise ValueError(
+            f"Expected `{name}` to have memory of its own with `inplace_backward=True`, but it shares memory with "
+            f"`{other}`. Pass `{name}.clone()`."
+        )
+
+
+def _have_own_addresses(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether every entry has an address of its own: each dimension steps beyond the reach of the finer ones.
+
+    Strides that interleave dimensions in other ways count as overlapping.
+    """
+    if 0 in sizes:
+        return True
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, sizes, strict=True) if size > 1):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = _addresses(a), _addresses(b)
+    if a_end <= b_begin or b_end <= a_begin:
+        return False
+    if a.dtype != b.dtype or a.stride() != b.stride():
+        return True
+    # Interleaved halves of one tensor: together they are a tensor with one dimension more.
+    apart = abs(a_begin - b_begin) // a.element_size()
+    return not _have_own_addresses((*a.shape, 2), (*a.stride(), apart))
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor that is not empty, and the one behind its last."""
+    if tensor.is_contiguous():
+        entries = tensor.numel()
+    else:
+        entries = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + entries * tensor.element_size()
+
+
+def check_leading_dimensions(**named_logits: Tensor) -> None:
+    """Checks what the CUDA kernels can address: logits whose rows lie in memory like a few dimensions.
+
+    Raises:
+        ValueError: More than `MAX_LEADING_DIMENSIONS` dimensions before the last do not lie in memory like one.
+    """
+    for name, logits in named_logits.items():
+        if logits.dim() <= MAX_LEADING_DIMENSIONS + 1:
+            continue
+        apart, end = 0, None
+        for size, stride in zip(logits.shape[:-1], logits.stride(), strict=False):
+            if size != 1:
+                apart += end != size * stride
+                end = stride
+        if apart > MAX_LEADING_DIMENSIONS:
+            raise ValueError(
+                f"Expected `{name}` to have at most {MAX_LEADING_DIMENSIONS} leading dimensions apart in memory, but "
+                f"got sizes {list(logits.shape)} and strides {list(logits.stride())}. Pass `{name}.contiguous()`."
             )
 
 

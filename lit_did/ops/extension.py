@@ -1,9 +1,9 @@
-"""Loads the compiled extension, and chooses between the fused operators and the plain PyTorch implementation."""
+"""Loads the compiled operators, and chooses between the fused operators and the plain PyTorch implementation."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,52 +13,70 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 from lit_did.arguments import check_choice
 
+LIBRARIES = Path(__file__).parents[1] / "lib"
 _CLONE = Path(__file__).parents[2]
 # In a clone Python takes the package from the current folder, so that only an editable install is seen there.
 REBUILD = (
-    f"pip install --no-build-isolation --no-deps --editable '{_CLONE}'"
+    f"pip install --no-deps --editable '{_CLONE}'"
     if (_CLONE / "setup.py").is_file()
-    else "pip install --no-build-isolation --no-deps --force-reinstall . (in a clone of lit-did)"
+    else "pip install --no-deps --force-reinstall . (in a clone of lit-did)"
 )
 Backend = Literal["auto", "fused", "reference"]
 BACKENDS = get_args(Backend)
 
 
 class Extension(NamedTuple):
-    """The extension as found: its module, or why there is none."""
+    """The compiled operators as found. Without a CUDA library, `cuda` is None, and `cuda_problem` says why."""
 
-    module: ModuleType | None
-    problem: str | None
+    module: ModuleType | None  # lit_did._C: what was built; None where the operators cannot be used
+    problem: str | None = None  # why they cannot
+    cuda: str | None = None  # the CUDA version and the architectures that the CUDA library was built for
+    cuda_problem: str | None = None
 
 
 def _load() -> Extension:
-    record = Path(__file__).parents[1] / "_build.json"
-    if not record.is_file():
-        return Extension(
-            None, f"lit_did's extension is not built (this is torch {torch.__version__}). To build it: {REBUILD}"
-        )
+    this_torch = f"this is torch {torch.__version__}"
+    library = LIBRARIES / "lit_did_cpu.so"
+    if not library.is_file():
+        return Extension(None, f"lit_did's extension is not built ({this_torch}). To build it: {REBUILD}")
     try:
-        built_for = json.loads(record.read_text())["torch"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return Extension(None, f"lit_did's build record {record} cannot be read ({error!r}). To rebuild: {REBUILD}")
-    # Compared before the library is loaded: against another torch it may load and then crash.
-    if built_for != torch.__version__:
+        module = importlib.import_module("lit_did._C")
+    except ImportError as error:  # among others, where it was built for another version of Python
+        return Extension(None, f"lit_did's extension does not load ({error}; {this_torch}). To rebuild it: {REBUILD}")
+    # Compared before the library is loaded, which needs symbols that an older torch lacks.
+    if TorchVersion(torch.__version__) < module.oldest_torch:
         return Extension(
             None,
-            f"lit_did's extension was built for torch {built_for}, but this is torch {torch.__version__}. "
-            f"To rebuild it: {REBUILD}",
+            f"lit_did's extension needs torch {module.oldest_torch} or newer, but {this_torch}. "
+            f"To use it: pip install 'torch>={module.oldest_torch}'",
         )
     try:
-        return Extension(importlib.import_module("lit_did._C"), None)
-    except ImportError as error:
-        return Extension(
-            None,
-            f"lit_did's extension, built for torch {built_for}, does not load under torch {torch.__version__} "
-            f"({error}). To rebuild it: {REBUILD}",
-        )
+        torch.ops.load_library(library)
+    except OSError as error:
+        why = f"{error.__cause__ or error}; {this_torch}"
+        return Extension(None, f"lit_did's extension does not load ({why}). To rebuild it: {REBUILD}")
+    return Extension(module, None, *_load_cuda())
+
+
+def _load_cuda() -> tuple[str | None, str | None]:
+    """Loads the library for the CUDA version of this torch. Returns what it was built with, or why there is none."""
+    if torch.version.cuda is None:
+        return None, "this torch is a build without CUDA"
+    major = torch.version.cuda.split(".")[0]
+    path = LIBRARIES / f"lit_did_cuda{major}.so"
+    if not path.is_file():
+        return None, f"no kernels for CUDA {major} were built"
+    try:
+        torch.ops.load_library(path)
+        describe = ctypes.CDLL(str(path)).lit_did_cuda_build
+    except (OSError, AttributeError) as error:
+        return None, f"the kernels for CUDA {major} do not load ({error.__cause__ or error})"
+    describe.restype = ctypes.c_char_p
+    return describe().decode(), None
 
 
 EXTENSION = _load()
@@ -76,7 +94,7 @@ def fused_devices() -> tuple[str, ...]:
     """Device types that the fused operators of this install support."""
     if EXTENSION.module is None:
         return ()
-    return ("cpu", "cuda") if EXTENSION.module.cuda_version else ("cpu",)
+    return ("cpu", "cuda") if EXTENSION.cuda else ("cpu",)
 
 
 def check_backend(backend: Backend) -> None:
@@ -134,13 +152,14 @@ def choose_backend(
     if EXTENSION.problem is None and device.type not in _announced:
         _announced.add(device.type)
         if device.type == "cuda":
-            cause = "was built without CUDA kernels"
+            cause = str(EXTENSION.cuda_problem)
             remedy = "To build them, install nvcc and then lit_did again, see `lit-did docs install`."
         else:
-            cause = f"has no kernels for {device.type} tensors"
+            cause = "there are no other kernels"
             remedy = "Nothing needs to be done. `backend='reference'` silences this warning."
         warnings.warn(
-            f"lit_did {cause}, so it uses its plain PyTorch implementation. Results are the same, but slower. {remedy}",
+            f"lit_did uses its plain PyTorch implementation for {device.type} tensors, because {cause}. "
+            f"Results are the same, but slower. {remedy}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,6 +1,6 @@
 """The compiled operators to PyTorch: fake kernels, from which torch.compile learns shapes, and gradients.
 
-Imported only where the extension loaded. Schemas and kernels: csrc/bindings.cpp.
+Imported only where the extension loaded. Schemas and kernels: csrc/operators.cpp.
 """
 
 from __future__ import annotations
@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_did.ops.checks import check_not_leaves
-from lit_did.ops.extension import check_gradients
+from lit_did.ops.checks import (
+    check_labels,
+    check_leading_dimensions,
+    check_not_leaves,
+    check_own_memory,
+    on_host,
+)
+from lit_did.ops.extension import EXTENSION, check_gradients
 from lit_did.ops.statistics import SequenceStatistics, TokenStatistics
 
 NUM_NORMALIZERS = 5  # log2-sum-exp2 of the three rows, flags, size of the support: csrc/row_statistics.h
@@ -29,9 +35,19 @@ def token_statistics(
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
         check_not_leaves(policy_logits, reference_logits)
-    outputs = torch.ops.lit_did.token_statistics(
-        policy_logits, reference_logits, labels, ignore_index, float(temperature), inplace_backward
-    )
+    if labels.is_cuda:
+        check_leading_dimensions(policy_logits=policy_logits, reference_logits=reference_logits)
+    arguments = (policy_logits, reference_logits, labels, ignore_index, float(temperature), inplace_backward)
+    try:
+        outputs = torch.ops.lit_did.token_statistics(*arguments)
+    except Exception:
+        # An exception may lose its type and its words on its way through torch's stable ABI. What may be wrong raises
+        # here, in full: the environment, the labels, too little memory.
+        EXTENSION.module.simd_level()  # type: ignore[union-attr]
+        if on_host(labels):
+            check_labels(labels, policy_logits.shape[-1], ignore_index)
+        _new_statistics(*arguments)
+        raise
     return TokenStatistics(*outputs[: len(TokenStatistics._fields)])
 
 
@@ -52,14 +68,14 @@ def _row_contiguous(logits: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lit_did::token_statistics")
-def _(policy_logits, reference_logits, labels, ignore_index, temperature, inplace_backward=False):
+def _new_statistics(policy_logits, reference_logits, labels, ignore_index, temperature, inplace_backward=False):
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     values = [policy_logits.new_empty(labels.shape, dtype=dtype) for _ in TokenStatistics._fields]
     return (*values, policy_logits.new_empty((*labels.shape, NUM_NORMALIZERS), dtype=torch.float64))
 
 
 @torch.library.register_fake("lit_did::token_statistics_backward")
-def _(
+def _new_gradients(
     grads,
     policy_logits,
     reference_logits,
@@ -126,12 +142,25 @@ def _backward(ctx, *grads):
         needs_policy,
         needs_reference,
     )
-    # With create_graph the graph lives on and keeps its logits. Compiled autograd does not compare versions.
-    if ctx.inplace_backward and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # With create_graph the graph lives on and keeps its logits. Compiled autograd does not compare versions. Tensors of
+    # a graph that is being traced, which are of types of their own, have no addresses.
+    if (
+        ctx.inplace_backward
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(normalizers) is Tensor
+    ):
+        check_own_memory(policy_logits, reference_logits, needs_policy, needs_reference)
+        # Autograd refuses other uses of the values that are overwritten.
+        torch.autograd.graph.increment_version([*needs_policy * [policy_logits], *needs_reference * [reference_logits]])
         torch.ops.lit_did.token_statistics_backward_(*arguments)
         grad_policy, grad_reference = policy_logits.detach(), reference_logits.detach()
     else:
-        grad_policy, grad_reference = torch.ops.lit_did.token_statistics_backward(*arguments)
+        try:
+            grad_policy, grad_reference = torch.ops.lit_did.token_statistics_backward(*arguments)
+        except Exception:
+            _new_gradients(*arguments)  # raises torch's own error where memory is short
+            raise
     return (grad_policy if needs_policy else None, grad_reference if needs_reference else None, *(None,) * 4)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lit_did import sequence_statistics, token_statistics
+from lit_did.ops.checks import MAX_LEADING_DIMENSIONS, check_leading_dimensions
 
 BACKENDS = ("fused", "reference", "auto")
 LOGITS = torch.zeros(2, 3, 5)
@@ -167,8 +171,8 @@ def raw(policy=LOGITS, reference=LOGITS, labels=LABELS, ignore_index=-100, tempe
         ({"reference": LOGITS[..., :4]}, ValueError, "`reference_logits` of the shape of `policy_logits`"),
         ({"labels": LABELS[:1]}, ValueError, "`labels` of shape"),
         ({"labels": LABELS.int()}, ValueError, "`labels` of int64"),
-        ({"labels": LABELS + 5}, ValueError, r"`labels` to be in \[0, 5\)"),
-        ({"labels": LABELS - 1}, ValueError, r"but got -1 at row 0"),
+        ({"labels": LABELS + 5}, ValueError, r"`labels` in \[0, V\) or equal to `ignore_index`"),
+        ({"labels": LABELS - 1}, ValueError, r"`labels` in \[0, V\)"),
         ({"policy": LOGITS.double()}, ValueError, "both logits or neither of float64"),
         ({"policy": LOGITS.long(), "reference": LOGITS.long()}, ValueError, "logits of float32"),
         ({"policy": LOGITS.repeat(1, 1, 2)[..., ::2]}, ValueError, "contiguous in the vocabulary"),
@@ -233,3 +237,42 @@ def test_backward_with_a_label_out_of_range(label):
     """The forward refuses such labels; the backward, which trusts it, at least writes nowhere else."""
     for grad in raw_backward({"labels": LABELS + label}):
         assert grad.isfinite().all()
+
+
+def test_leading_dimensions_on_cuda():
+    """Dimensions that lie in memory like one count once, and those of size 1 not at all."""
+    logits = torch.zeros(*[2] * 9, 4)
+    backwards = logits.permute(*reversed(range(9)), 9)
+    check_leading_dimensions(policy_logits=logits, reference_logits=backwards[0][None])
+    with pytest.raises(
+        ValueError,
+        match=r"`reference_logits` to have at most 8 leading dimensions apart in memory, but got sizes \[2, 2, .* and "
+        r"strides \[4, 8, .*\]. Pass `reference_logits.contiguous\(\)`.",
+    ):
+        check_leading_dimensions(policy_logits=logits, reference_logits=backwards)
+    header = Path(__file__).parents[2] / "csrc/cuda/kernels.h"
+    if header.is_file():
+        assert f"kMaxLeadingDims = {MAX_LEADING_DIMENSIONS};" in header.read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What fails inside an operator is explained in the words of the one who knows
+# ----------------------------------------------------------------------------------------------------------
+
+SHORT_OF_MEMORY = """
+import resource, torch, lit_did
+logits = torch.zeros(16, 2**20, requires_grad=True)
+value = lit_did.token_statistics(logits, logits.detach()[:1].expand(16, -1), torch.zeros(16).long(), backend="fused")
+used = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, -1))  # the gradient takes 2**26 bytes
+value.log_ratio.sum().backward()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_memory_for_a_gradient():
+    result = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True)
+    assert result.returncode == 1
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("RuntimeError")
+    assert "can't allocate memory: you tried to allocate 67108864 bytes" in last_line
