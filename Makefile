@@ -119,7 +119,7 @@ $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)):
 	$(PYTHON) -m venv --clear $(CUDA_VENV)
 	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
 	$(CUDA_PIP) install -qq --constraint $(CUDA_VENV)/constraints.txt \
-		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich
+		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich torchmetrics
 	touch $@
 
 # A wheel, built and tested outside the clone, whose own build/ and libraries are without CUDA.
