@@ -9,13 +9,19 @@ from lit_did.batches.moving import to_device
 
 
 class Placed:
-    """A tensor that is on any device, and answers with whether the CPU does not wait."""
+    """A tensor that is on any device, and answers with whether the CPU does not wait for a copy.
 
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+    CUDA may wait where memory is not pinned.
+    """
+
+    def __init__(self, device: str, pinned: bool = False) -> None:
+        self.device, self.pinned = torch.device(device), pinned
+
+    def pin_memory(self) -> Placed:
+        return Placed(str(self.device), pinned=True)
 
     def to(self, device: torch.device, *, non_blocking: bool) -> bool:
-        return non_blocking
+        return non_blocking and (self.pinned or device.type != "cuda")
 
 
 @pytest.mark.parametrize(
