@@ -18,6 +18,10 @@ DOCS_VENV := .venv-docs
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
+# The first of these that is there, unless PYTHON is given.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword \
+	$(shell for python in $(CUDA_BIN)/python $(BIN)/python; do [ ! -x $$python ] || echo $$python; done) \
+	$(PYTHON)),$(PYTHON))
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 PACKAGE := $(shell find lit_did -name '*.py')
 # Tests of one file stay in one process, because they share what they build.
@@ -72,7 +76,7 @@ data: install  ## downloads the preference data of some tests and benchmarks (2 
 bench: install  ## measures the operators beside torch, a few minutes: ARGS="--races table", ARGS=--help
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: $(DOCS_VENV)/installed  ## builds the docs site, without network, in site/
+docs: $(DOCS_VENV)/installed  ## builds the docs site in site/, without network once its packages are installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
@@ -87,7 +91,7 @@ $(DOCS_VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # ---------------------------------------------------------------------------------------------------------
-# CUDA. The first two need nvcc and no GPU; the third takes PYTHON=.venv-cuda/bin/python after the second.
+# CUDA. The first two need nvcc and no GPU. Without PYTHON, the third takes what the second made, or else .venv.
 # ---------------------------------------------------------------------------------------------------------
 
 cuda-check: $(CHECK_VENV)/installed  ## compiles the kernels for every architecture and reads their machine code
@@ -105,7 +109,7 @@ cuda-build: cuda-folder  ## builds the extension with CUDA against a CUDA build 
 	cd $(CUDA_VENV)/run && $(CUDA_BIN)/python -m pytest -q tests/ops tests/test_doctor.py
 
 gpu:  ## runs what needs a GPU, with PYTHON's torch, in ten minutes: speed, tests, memcheck: ARGS=--dry-run
-	PYTHON="$(PYTHON)" tools/gpu.sh $(ARGS)
+	PYTHON="$(GPU_PYTHON)" tools/gpu.sh $(ARGS)
 
 # Tests run in a folder without lit_did/, so that `import lit_did` finds what was installed.
 cuda-folder: $(CUDA_VENV)/installed
@@ -119,7 +123,8 @@ $(CUDA_VENV)/torch-$(subst /,-,$(CUDA_TORCH)):
 	$(PYTHON) -m venv --clear $(CUDA_VENV)
 	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
 	$(CUDA_PIP) install -qq --constraint $(CUDA_VENV)/constraints.txt \
-		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich torchmetrics
+		"$(CUDA_TORCH)" setuptools wheel pybind11 ninja numpy pytest rich torchmetrics \
+		lightning transformers peft
 	touch $@
 
 # A wheel, built and tested outside the clone, whose own build/ and libraries are without CUDA.

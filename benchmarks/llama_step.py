@@ -171,7 +171,7 @@ def run(name: str, options: argparse.Namespace, batches: Sequence[Mapping[str, T
     switches = CONTESTANTS[name]
     train: Callable = plain if switches is None else ours
     attention = train(*models, batches, clock, **(switches or {}))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {"seconds": clock.seconds, "losses": clock.losses, "peak_gib": peak, "attention": attention}
 
 
@@ -205,9 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]
             print(f"FAILED {wrong[-1]}", flush=True)
             continue
         seconds, losses = runs[name]["seconds"], runs[name]["losses"]
+        peak = "" if runs[name]["peak_gib"] is None else f"peak {runs[name]['peak_gib']:5.1f} GiB, "
         print(
-            f"{name:28} {statistics.median(seconds):7.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), peak "
-            f"{runs[name]['peak_gib']:5.1f} GiB, losses {', '.join(f'{loss:.4f}' for loss in losses[:4])}; "
+            f"{name:28} {statistics.median(seconds):7.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
+            f"{peak}losses {', '.join(f'{loss:.4f}' for loss in losses[:4])}; "
             f"{runs[name]['attention']}",
             flush=True,
         )
@@ -218,9 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, object]]
     (options.output / "llama_step.json").write_text(json.dumps(runs, indent=1) + "\n")
     if wrong:
         raise SystemExit("\n".join(wrong))
+    if {PLAIN, "lit_did"} <= runs.keys():
+        medians = {name: statistics.median(runs[name]["seconds"]) for name in (PLAIN, "lit_did")}
+        print(", ".join(f"{name}: {seconds:.3f} s a step" for name, seconds in medians.items()))
     return runs
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # It is another model on purpose.
+    warnings.filterwarnings("ignore", "At the first step the policy should equal its reference")
     main()

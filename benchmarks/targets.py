@@ -107,7 +107,7 @@ def _cuda(results: Sequence[Result]) -> Iterator[Verdict]:
     for ours in _of(results, "table"):
         if ours.contestant != BASELINE or ours.dtype != "bfloat16" or ours.vocabulary < 32768:
             continue
-        bound = {"forward": 85, "backward": 80}.get(ours.direction)
+        bound = {"forward": 90, "backward": 80}.get(ours.direction)
         if bound is not None:
             text = f"{ours.direction}: bandwidth over that of a copy"
             yield Verdict(text, ours.dtype, ours.vocabulary, ours.percent_of_limit, bound, " %")

@@ -91,6 +91,21 @@ def test_no_gpu(tmp_path):
     code, steps, said = run(tmp_path, python)
     assert (code, steps) == (2, {})
     assert "finds no CUDA device" in said
+    assert "make cuda-build" in said
+
+
+def test_without_torch(tmp_path):
+    code, steps, said = run(tmp_path, stand_in(tmp_path, "torch"), "--dry-run")
+    assert (code, steps) == (2, {})
+    assert re.fullmatch(r"tools/gpu.sh: \S+ has no torch. Pass PYTHON=.*\n", said)
+
+
+def test_what_is_skipped_is_said(tmp_path):
+    python = command(tmp_path / "python", 'case "$*" in *transformers*) echo transformers ;; esac')
+    code, steps, said = run(tmp_path, python, "--dry-run")
+    assert (code, steps) == (0, dict.fromkeys([step for step in STEPS if step != "llama"], 0))
+    skipped = re.findall(r"^(\S+) +skipped: transformers is not installed$", said, re.MULTILINE)
+    assert set(skipped) == {"llama", "tests/models"}
 
 
 def test_a_bad_argument_gets_the_usage(tmp_path):

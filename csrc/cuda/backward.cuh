@@ -5,7 +5,7 @@
 // Writes     the gradient once, where the logits lie if the caller gave them up; 0 for a row whose label is ignored.
 // Threads    one block a stretch of a row, a chunk a thread at a time; chunks begin where the gradient's memory lies on
 //            a 16-byte boundary. No entry depends on another, so neither do the bits on any of this. The first chunks
-//            are on their way while the first thread works out the row's coefficients.
+//            are on their way while a thread of each of three warps works out a part of the row's coefficients.
 #pragma once
 
 #include "entries.cuh"
@@ -18,7 +18,7 @@ template <typename Real>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 ? 3 : 2;
 template <typename Real>
 constexpr int kLogprobBackwardBlocks = sizeof(Real) == 4 ? 4 : 2;
-// Entries that a block takes: enough to pay for the coefficients, which its first thread works out.
+// Entries that a block takes: enough to pay for the coefficients, for which most of its threads wait.
 constexpr int kBackwardStretch = kEntriesABlock;
 
 // A side's row in one block's stretch: `size` entries from here, chunks counted from the first.

@@ -17,7 +17,7 @@
 
 namespace lit_did::cuda {
 
-// Entries of a row that one block of the backward takes, and of the forward where rows are many. A multiple of a part.
+// Entries of a row that one block of the backward takes. A block of the forward takes up to four parts.
 constexpr int kEntriesABlock = 32768;
 // The forward's sums are cut here, wherever the row is cut into blocks. A multiple of what a warp takes in one turn.
 constexpr int kPartEntries = 4096;

@@ -2,13 +2,11 @@
 //
 // Reads      nine numbers and the label of every token once.
 // Writes     ten numbers and a count a sequence.
-// Threads    one block a sequence. Its tokens are dealt to kSequenceLanes lanes in turn; a lane adds what it gets,
-// several
-//            loads under way at a time, then its warp adds the lanes, then a thread a sum adds the warps. Sums in
-//            double.
+// Threads    one block a sequence. Its tokens are dealt to kSequenceLanes lanes in turn. A lane adds what it gets, with
+//            several loads under way at a time. Then its warp adds the lanes, and a thread a sum adds the warps. Sums
+//            are in double.
 // Bits       The order of every addition follows from the sequence's length alone: where sequences are many, a block
-// has
-//            fewer threads, which play one lane after another.
+//            has fewer threads, which play one lane after another.
 #pragma once
 
 #include "device.cuh"

@@ -136,6 +136,35 @@ def test_launches_of_a_tile(dtype, name):
     assert max(of_forward, of_backward) <= 5
 
 
+@pytest.mark.parametrize(
+    ("options", "used", "of_backward"),
+    [
+        ({}, FIELDS, 1),
+        ({"softcap": (None, 3.0)}, FIELDS, 5),
+        ({"softcap": (None, 3.0)}, LOGPROBS, 6),
+        ({"softcap": (5.0, 3.0)}, FIELDS, 9),
+        ({"softcap": (5.0, 3.0)}, LOGPROBS, 10),
+    ],
+    ids=str,
+)
+def test_launches_of_a_tile_that_is_computed_again(options, used, of_backward):
+    """Softcaps are computed again too. docs/kernels.md lists these."""
+    more_blocks = 6
+    counts = []
+    for vocabulary in (VOCABULARY, VOCABULARY + more_blocks * 4096):
+        case = case_of(torch.float32, vocabulary, **options)
+        case.upstream = {field: case.upstream[field] for field in used}
+        softcaps = options.get("softcap", (None, None))
+        logits = 2 + sum(softcap is not None for softcap in softcaps)
+        counts.append(recorded(case, max_extra_bytes=4 * 4096 * 4 * logits))
+    forward, backward = (more - fewer for fewer, more in zip(*counts, strict=True))
+    more_tiles = more_blocks * CHUNKS
+    assert forward["products"] == 2 * more_tiles
+    products = backward.pop("products")
+    assert products == 6 * more_tiles  # the logits again, and two gradients of each
+    assert sum(backward.values()) == of_backward * more_tiles, backward
+
+
 def test_launches_of_a_call():
     """A few besides those of its tiles."""
     forward, backward = recorded(case_of(torch.float32), ignore_index=None)
