@@ -204,6 +204,45 @@ def test_bounds(tmp_path, monkeypatch):
     assert len(failures({"f32": needed, "f32 sm_80": needed - 1})) == 1
 
 
+def measured(name, architecture="sm_90", instructions=100):
+    figures = dict.fromkeys(cuda_check.Kernel._fields, 0)
+    figures |= {"kernel": name, "architecture": architecture, "instructions": instructions, "entries": 16}
+    return cuda_check.Kernel(**figures | {"registers": 80, "occupancy": 0.375})
+
+
+def test_bounds_of_two_dtypes():
+    work = cuda_check.Work(2, False, 3, {"bf16": 100, "bf16 sm_75": 200, "f32": 300})
+    assert cuda_check.most_instructions(measured("kernel<bf16, bf16, f64>"), work) == 100
+    assert cuda_check.most_instructions(measured("kernel<bf16, f32>"), work) == 200
+    assert cuda_check.most_instructions(measured("kernel<bf16, f32>", "sm_75"), work) == 250
+    with pytest.raises(cuda_check.Refused, match="no bound on its instructions"):
+        cuda_check.most_instructions(measured("kernel<bf16, f16>"), work)
+
+
+@pytest.mark.parametrize("name", [name for name, work in cuda_check.KERNELS.items() if work.sides])
+def test_every_dtype_has_a_bound(name):
+    types = ("bf16", "f16", "f32", "f64")
+    for pair in ((policy, reference) for policy in types for reference in types):
+        kernel = measured(f"{name}<{', '.join(pair[: cuda_check.KERNELS[name].sides])}>")
+        assert cuda_check.most_instructions(kernel, cuda_check.KERNELS[name]) > 200
+
+
+def test_table_of_docs():
+    """The page has a cell for every architecture. A row that differs from what is counted is stale."""
+    architectures = [f"sm_{a}" for a in cuda_check.MULTIPROCESSORS]
+    kernels = [measured(name, a, 332) for name in cuda_check.IN_DOCS.values() for a in architectures]
+    rows = cuda_check.docs_table(kernels)
+    assert rows[0] == "| forward, bfloat16 |" + " 80, 38%, 664 |" * len(architectures)
+    docs = "\n".join(rows)
+    assert cuda_check.stale_rows(kernels, docs) == []
+    assert cuda_check.stale_rows(kernels, docs.replace("664", "670", 1)) == rows[:1]
+    page = cuda_check.DOCS.read_text()
+    assert "| kernel | " + " | ".join(architectures) + " |" in page
+    cell = r" \d+, \d+%, \d+ \|"
+    for label in cuda_check.IN_DOCS:
+        assert re.search(rf"^\| {label} \|({cell}){{{len(architectures)}}}$", page, re.MULTILINE), label
+
+
 @needs_nvcc
 def test_command_line(tmp_path):
     """Exit codes, the table, and the figures as CSV."""
@@ -418,6 +457,41 @@ EXIT""",
     (detour,) = anatomy.detours
     assert (detour.more.instructions, detour.more.exp2) == (7, 1)
     assert (anatomy.rare_blocks, anatomy.rare_instructions) == (1, 3)
+
+
+def test_a_rare_way_around(source):
+    """It leaves the main loop and comes back through the loop around it, as the common way around does."""
+    code = program(
+        """MOV
+FADD | 12
+LDG.E.128 | 12
+@P0 BRA 6
+@P1 BRA 2
+BRA 8
+FMUL | 4
+BRA 8
+@P2 BRA 1
+EXIT""",
+        source,
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.prologue) == "MOV"
+    assert opcodes(anatomy.turn) == "LDG.E.128 BRA BRA"
+    assert opcodes(anatomy.around) == "BRA BRA FADD"
+    (detour,) = anatomy.detours
+    assert (detour.mark.number, detour.places) == (3, 1)
+    # FMUL BRA BRA FADD in place of the turn's last branch.
+    assert detour.more.instructions == 3
+    assert machine_code.behind_loads(anatomy.turn) == 2
+
+
+def test_rare_instructions_around(source):
+    code = program(
+        "MOV\nFADD | 12\n@P0 BRA 5\nFMUL | 4\nFMUL | 4\nFADD | 12\nLDG.E.128 | 12\n@P1 BRA 6\n@P2 BRA 1\nEXIT", source
+    )
+    anatomy = machine_code.anatomy(code)
+    assert opcodes(anatomy.around) == "BRA FADD BRA FADD"
+    assert [(d.mark.number, d.more.instructions) for d in anatomy.detours_around] == [(3, 2)]
 
 
 def test_lanes_apart():

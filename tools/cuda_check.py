@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools import machine_code
-from tools.machine_code import Anatomy, Count
+from tools.machine_code import Anatomy, Count, Detour
 from tools.occupancy import MULTIPROCESSORS, occupancy
 
 ROOT = Path(__file__).parents[1]
@@ -43,25 +44,40 @@ class Work(NamedTuple):
     writes: bool  # gradients
     exp2: int = 0  # instructions an entry, float64 aside: a path that leaves work out shows here
     most: Mapping[str, int] = {}
-    """Most instructions for UNIT entries of each side, by the dtype of all sides, or by that and an architecture. Some
-    percent above what nvcc 13.0 makes of them."""
+    """Most instructions for UNIT entries of each side, by dtype, or by dtype and architecture. If the sides differ in
+    dtype, their mean. Some percent above what nvcc 13.0 makes of them."""
 
 
 UNIT = 32
 
 # An unknown kernel is refused. sm_75 has no instruction that rounds to bfloat16.
+OF_THE_FORWARD = {"bf16": 680, "f16": 680, "f32": 680, "f64": 4800, "f64 sm_120": 13400}
+OF_THE_BACKWARD = {"bf16": 960, "bf16 sm_75": 1440, "f16": 1060, "f32": 1190, "f64": 5700, "f64 sm_120": 14000}
+OF_LOGPROBS = {"bf16": 290, "bf16 sm_75": 540, "f16": 325, "f32": 395, "f64": 1980, "f64 sm_120": 4220}
 KERNELS = {
-    "forward_kernel": Work(2, False, 3, {"bf16": 680, "f32": 680}),
+    "forward_kernel": Work(2, False, 3, OF_THE_FORWARD),
     "finish_kernel": Work(0, False),
-    "backward_kernel": Work(2, True, 3, {"bf16": 960, "bf16 sm_75": 1440, "f32": 1190}),
-    "logprob_backward_kernel": Work(1, True, 1, {"bf16": 290, "bf16 sm_75": 540, "f32": 395}),
-    "partials_kernel": Work(2, False, 3, {"bf16": 900, "f32": 1000}),  # the same loop as the forward's
+    "backward_kernel": Work(2, True, 3, OF_THE_BACKWARD),
+    "logprob_backward_kernel": Work(1, True, 1, OF_LOGPROBS),
+    "partials_kernel": Work(2, False, 3, OF_THE_FORWARD),  # the same loop as the forward's
     "merge_slices_kernel": Work(0, False),
     "finish_slices_kernel": Work(0, False),
     "sequence_kernel": Work(0, False),
 }
 ENTRY_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
 SHORT_NAMES = {"lit_did::BFloat16": "bf16", "lit_did::Float16": "f16", "float": "f32", "double": "f64"}
+
+
+# What docs/kernels.md has of them, with this release of nvcc.
+DOCS, DOCS_NVCC = ROOT / "docs/kernels.md", "release 13.0"
+IN_DOCS = {
+    "forward, bfloat16": "forward_kernel<bf16, bf16>",
+    "forward, float32": "forward_kernel<f32, f32>",
+    "backward, bfloat16": "backward_kernel<bf16, bf16>",
+    "backward, float32": "backward_kernel<f32, f32>",
+    "log-probabilities' backward, bfloat16": "logprob_backward_kernel<bf16, true>",
+    "log-probabilities' backward, float32": "logprob_backward_kernel<f32, true>",
+}
 
 
 class Kernel(NamedTuple):
@@ -79,11 +95,14 @@ class Kernel(NamedTuple):
     exp2: float | None  # exp2 instructions an entry in the main loop
     instructions: int  # of a turn of the main loop
     prologue: int  # instructions before the main loop
+    around: int  # from the main loop back to it, where a loop is around it (in the forward, for each part of a row)
     epilogue: int  # after it
+    behind_loads: int  # instructions of a turn behind its last global load
     rare: str  # what a turn takes besides where it leaves the common path
+    rare_around: str  # and the way around
 
 
-NO_LOOP = Anatomy([], [], [], [], 0, 0)
+NO_LOOP = Anatomy([], [], [], [], [], [], 0, 0)
 
 
 class Refused(Exception):
@@ -165,8 +184,11 @@ def check_source(source: Path, architecture: str) -> tuple[list[Kernel], list[st
                 exp2=turn.exp2 / entries if entries and turn.exp2 else None,
                 instructions=turn.instructions,
                 prologue=len(anatomy.prologue),
+                around=len(anatomy.around),
                 epilogue=len(anatomy.epilogue),
-                rare=rare_paths(anatomy),
+                behind_loads=machine_code.behind_loads(anatomy.turn),
+                rare=rare_paths(anatomy.detours),
+                rare_around=rare_paths(anatomy.detours_around),
             )
             kernels.append(kernel)
             failures += [f"{where} {name}: {reason}" for reason in wrongs(kernel, work, turn)]
@@ -192,27 +214,31 @@ def wrongs(kernel: Kernel, work: Work, turn: Count) -> list[str]:
         found.append("no 128-bit global stores in the main loop, or narrow ones too")
     if kernel.entries and "f64" not in types_of(kernel.kernel) and turn.exp2 != work.exp2 * kernel.entries:
         found.append(f"{turn.exp2} exp2 instructions for {kernel.entries} entries, {work.exp2} each expected")
-    most = most_instructions(kernel, work)
-    if most is not None and (for_a_unit := instructions_for_a_unit(kernel)) > most:
-        found.append(f"{for_a_unit:.0f} instructions for {UNIT} entries in the main loop, above the bound of {most}")
+    if work.sides:
+        most = most_instructions(kernel, work)
+        if (for_a_unit := instructions_for_a_unit(kernel)) > most:
+            of = f"for {UNIT} entries in the main loop, above the bound of {most:.0f}"
+            found.append(f"{for_a_unit:.0f} instructions {of}")
     return found
 
 
-def most_instructions(kernel: Kernel, work: Work) -> int | None:
+def most_instructions(kernel: Kernel, work: Work) -> float:
     """The bound of `work` for the kernel's dtypes and architecture."""
     types = types_of(kernel.kernel)[: work.sides]
-    if not types or len(set(types)) > 1:
-        return None
-    return work.most.get(f"{types[0]} {kernel.architecture}", work.most.get(types[0]))
+    bounds = [work.most.get(f"{word} {kernel.architecture}", work.most.get(word)) for word in types]
+    if not bounds or None in bounds:
+        raise Refused(f"no bound on its instructions: add one to KERNELS of {Path(__file__).name}")
+    return statistics.mean(bounds)
 
 
 def instructions_for_a_unit(kernel: Kernel) -> float:
     return kernel.instructions * UNIT / kernel.entries if kernel.entries else math.inf
 
 
-def rare_paths(anatomy: Anatomy) -> str:
-    """`forward.cuh:63 +105 x2`: behind the mark on that line are 105 instructions more, at two places of the turn."""
-    paths = [detour for detour in anatomy.detours if detour.more.instructions > 0]
+def rare_paths(detours: list[Detour]) -> str:
+    """`forward.cuh:63 +105 x2`: behind the mark on that line are 105 instructions more, at two places of the path. A
+    loop there counts as one turn of it."""
+    paths = [detour for detour in detours if detour.more.instructions > 0]
     return ", ".join(f"{detour.mark} +{detour.more.instructions} x{detour.places}" for detour in paths)
 
 
@@ -333,10 +359,26 @@ def _cell(kernel: Kernel) -> str:
 
 def show_paths(kernels: list[Kernel]) -> None:
     for k in kernels:
+        around = f"{k.around} around it (rare: {k.rare_around or 'none'}), " if k.around else ""
         print(
-            f"{k.kernel} {k.architecture}: {k.prologue} instructions, {k.instructions} a turn of the main loop, "
-            f"{k.epilogue} behind it; rare: {k.rare or 'none'}"
+            f"{k.kernel} {k.architecture}: {k.prologue} instructions, {k.instructions} a turn of the main loop "
+            f"({k.behind_loads} behind its last load; rare: {k.rare or 'none'}), {around}{k.epilogue} behind it"
         )
+
+
+def docs_table(kernels: list[Kernel]) -> list[str]:
+    """The rows of the table in docs/kernels.md, in Markdown."""
+    found = []
+    for label, name in IN_DOCS.items():
+        row = sorted((k for k in kernels if k.kernel == name), key=lambda k: int(k.architecture[3:]))
+        cells = [f"{k.registers}, {k.occupancy:.0%}, {instructions_for_a_unit(k):.0f}" for k in row]
+        found.append(f"| {label} | {' | '.join(cells)} |")
+    return found
+
+
+def stale_rows(kernels: list[Kernel], docs: str) -> list[str]:
+    """The rows of `docs_table` that the page lacks."""
+    return [row for row in docs_table(kernels) if row not in docs.splitlines()]
 
 
 def write_csv(kernels: list[Kernel], path: Path) -> None:
@@ -352,6 +394,7 @@ def main() -> int:
     parser.add_argument("sources", nargs="*", type=Path, default=sorted((ROOT / "csrc/cuda").glob("*.cu")))
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS))
     parser.add_argument("--paths", action="store_true", help="prints the common path of every kernel, and what is rare")
+    parser.add_argument("--table", action="store_true", help="prints the rows of docs/kernels.md's table in Markdown")
     parser.add_argument("--csv", type=Path, help="where the table goes too")
     options = parser.parse_args()
     if find_nvcc() is None:
@@ -370,8 +413,15 @@ def main() -> int:
         show(kernels)
         if options.paths:
             show_paths(kernels)
+    if options.table:
+        print("\n".join(docs_table(kernels)))
     if options.csv:
         write_csv(kernels, options.csv)
+    complete = {k.architecture for k in kernels} == {f"sm_{a}" for a in MULTIPROCESSORS}
+    if complete and set(IN_DOCS.values()) <= {k.kernel for k in kernels} and DOCS_NVCC in output_of(find_nvcc(), "-V"):
+        failures += [
+            f"{DOCS.name} lacks this row of its table (--table): {r}" for r in stale_rows(kernels, DOCS.read_text())
+        ]
     for failure in failures:
         print(f"FAILED {failure}")
     architectures = ", ".join(f"sm_{a}" for a in options.arch)

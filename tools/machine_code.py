@@ -1,5 +1,5 @@
 """A kernel's machine code as nvdisasm prints it: what one turn of its main loop costs on the common path, what comes
-before and after the loop, and what the rare branches cost besides.
+before, around and after the loop, and what the rare branches cost besides.
 
 Machine code does not say which way of a branch is rare. The sources do, by `[[unlikely]] {`: what stands in those
 braces is rare, with everything that is inlined there. With -lineinfo, which changes no instruction, an instruction
@@ -24,6 +24,7 @@ INSTRUCTION_BYTES = 16  # since Volta
 LEAVES = ("EXIT", "RET", "KILL")
 BRANCHES = ("BRA", "BRX", "JMP", "JMX")
 MARK = "[[unlikely]]"
+MOST_BLOCKS_AROUND = 40  # rare ways through more are not looked for, which would take minutes (float64)
 # Compilers share these between paths, or write them without a line: they say nothing about the block in which they are.
 WITHOUT_EVIDENCE = re.compile(
     r"U?MOV|IMAD\.U?MOV|C?S2U?R|U?LDC|[A-Z]SETP|UISETP|U?PLOP3|HFMA2\S*|BRA|BSSY|BSYNC|WARPSYNC|NOP"
@@ -100,8 +101,10 @@ class Anatomy:
 
     prologue: list[Instruction]
     turn: list[Instruction]  # of the main loop
+    around: list[Instruction]  # from the main loop back to it, through the outermost loop around it
     epilogue: list[Instruction]
     detours: list[Detour]  # from the turn; the longest first
+    detours_around: list[Detour]  # from `around`
     rare_blocks: int  # of the main loop
     rare_instructions: int
 
@@ -330,7 +333,8 @@ def longest(blocks: Blocks, start: int, end: int | None, counted: Container[int]
     try:
         order = list(TopologicalSorter({block: onward(block) for block in blocks}).static_order())
     except CycleError:
-        inside = {loop.header: loop.blocks for loop in loops(blocks)}
+        inner = part_of(blocks, [block for block in blocks if block != end])
+        inside = {loop.header: loop.blocks for loop in loops(inner)}
         order = list(TopologicalSorter({block: onward(block) for block in blocks}).static_order())
     best: dict[int, tuple[int, int]] = {}
     for block in order:
@@ -393,11 +397,19 @@ def anatomy(code: list[Instruction]) -> Anatomy | None:
     behind = common_path(blocks, loop.header, None) or []
     common = common_blocks(part_of(blocks, loop.blocks), loop.header, loop.header)
     rare = loop.blocks - set(common)
+    outer = [o for o in loops(blocks) if o.blocks > loop.blocks]  # the outermost first
+    around = path_around(blocks, loop, turn, outer[0].blocks) if outer else []
+    rare_around = outer[0].blocks - loop.blocks - set(around) if outer else frozenset()
+    if len(rare_around) > MOST_BLOCKS_AROUND:
+        rare_around = frozenset()
+    detours = [*detours_from(blocks, turn, rare), *detours_out(blocks, loop, turn, outer[::-1])]
     return Anatomy(
         code_of(blocks, before),
         code_of(blocks, turn),
+        code_of(blocks, around),
         code_of(blocks, [block for block in behind if block not in loop.blocks]),
-        sorted(detours_from(blocks, turn, rare), key=lambda detour: -detour.more.instructions),
+        sorted(detours, key=lambda detour: -detour.more.instructions),
+        sorted(detours_from(blocks, around, rare_around), key=lambda detour: -detour.more.instructions),
         len(rare),
         len(code_of(blocks, rare)),
     )
@@ -432,6 +444,41 @@ def detours_from(blocks: Blocks, turn: list[int], rare: frozenset[int]) -> Itera
                 found[leaving] = max(found.get(leaving, more), more)
         if found:
             yield Detour(mark, max(found.values()), len(found))
+
+
+def path_around(blocks: Blocks, loop: Loop, exits: Iterable[int], within: frozenset[int]) -> list[int]:
+    """The common path from `exits`, which are blocks or lead to blocks outside `loop`, back to its header."""
+    after = [t for block in exits for t in blocks[block].after if t in within - loop.blocks]
+    outside = part_of(blocks, within - loop.blocks) | {loop.header: Block([], after, frozenset())}
+    return (common_path(outside, loop.header, loop.header) or [loop.header])[1:]
+
+
+def detours_out(blocks: Blocks, loop: Loop, turn: list[int], outer: list[Loop]) -> Iterator[Detour]:
+    """Ways out of the loop that are rare and lead back to its header, through the innermost loop around it that has
+    such a way. What they leave out of the turn is subtracted."""
+    found: dict[Line, dict[int, Count]] = {}
+    for leaving, block in enumerate(turn):
+        left_out = sum((count(blocks[b].code) for b in turn[leaving + 1 :]), Count())
+        for first in set(blocks[block].after) - loop.blocks:
+            for around in outer:
+                outside = part_of(blocks, around.blocks - loop.blocks) | {loop.header: Block([], [first], frozenset())}
+                if not blocks[first].marks or first not in leading_to(outside, loop.header):
+                    continue
+                # The way's first block is common here: it is the only one.
+                outside[first] = blocks[first]._replace(marks=frozenset())
+                path = common_path(outside, loop.header, loop.header)
+                if path:
+                    more = count(code_of(blocks, path[1:])) - left_out
+                    for mark in blocks[first].marks:
+                        found.setdefault(mark, {})[leaving] = more
+                    break
+    for mark in sorted(found):
+        yield Detour(mark, max(found[mark].values()), len(found[mark]))
+
+
+def behind_loads(code: list[Instruction]) -> int:
+    """Instructions behind the last global load; all where there is none."""
+    return next((i for i, instruction in enumerate(reversed(code)) if instruction.opcode.startswith("LDG")), len(code))
 
 
 def count(code: list[Instruction]) -> Count:

@@ -5,7 +5,8 @@
 Nothing here is measured. Warps issue instructions, wait for memory and meet at the end of their block. A scheduler
 issues one instruction per clock and shares its slots among the warps that compute. Memory serves requests in order, at
 the multiprocessor's share of the bandwidth, and answers after a latency. The kernels' counts come from their machine
-code, the GPUs' peaks and clocks from their makers. A copy's bandwidth and latencies are what others measured.
+code, the GPUs' peaks and clocks from their makers. A copy's bandwidth and latencies are what others measured. The
+other constants are assumptions.
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ BEFORE = {
 }
 _NOW = {"blocks": 24, "warps": 1, "turns": 32, "load": 2048, "exp2": 48, "float32": 215, "alone": 620}
 _NOW |= {"part_turns": 8, "moves": 0.005, "end": 0, "finish": 0}
-# A move costs what it takes at a part's start, and the turn that is thrown away.
+# Of forward_kernel<bf16, bf16>, as `python -m tools.cuda_check csrc/cuda/forward.cu --arch 80 90 100 --paths` prints
+# it. `part` is what comes around the main loop. `ahead` is the share of a turn behind its last load. A move is the
+# rare branch of a turn, and the turn that is thrown away.
 NOW = {
-    "sm_80": Kernel(turn=332, prologue=130, part=319, move=582, ahead=0.18, **_NOW),
-    "sm_90": Kernel(turn=332, prologue=149, part=326, move=588, ahead=0.14, **_NOW),
-    "sm_100": Kernel(turn=324, prologue=142, part=277, move=538, ahead=0.37, **_NOW),
+    "sm_80": Kernel(turn=332, prologue=138, part=347, move=239 + 332, ahead=58 / 332, **_NOW),
+    "sm_90": Kernel(turn=332, prologue=156, part=351, move=246 + 332, ahead=47 / 332, **_NOW),
+    "sm_100": Kernel(turn=324, prologue=149, part=305, move=207 + 324, ahead=117 / 324, **_NOW),
 }
 
 
