@@ -24,7 +24,6 @@ INSTRUCTION_BYTES = 16  # since Volta
 LEAVES = ("EXIT", "RET", "KILL")
 BRANCHES = ("BRA", "BRX", "JMP", "JMX")
 MARK = "[[unlikely]]"
-MOST_BLOCKS_AROUND = 40  # rare ways through more are not looked for, which would take minutes (float64)
 # Compilers share these between paths, or write them without a line: they say nothing about the block in which they are.
 WITHOUT_EVIDENCE = re.compile(
     r"U?MOV|IMAD\.U?MOV|C?S2U?R|U?LDC|[A-Z]SETP|UISETP|U?PLOP3|HFMA2\S*|BRA|BSSY|BSYNC|WARPSYNC|NOP"
@@ -400,8 +399,6 @@ def anatomy(code: list[Instruction]) -> Anatomy | None:
     outer = [o for o in loops(blocks) if o.blocks > loop.blocks]  # the outermost first
     around = path_around(blocks, loop, turn, outer[0].blocks) if outer else []
     rare_around = outer[0].blocks - loop.blocks - set(around) if outer else frozenset()
-    if len(rare_around) > MOST_BLOCKS_AROUND:
-        rare_around = frozenset()
     detours = [*detours_from(blocks, turn, rare), *detours_out(blocks, loop, turn, outer[::-1])]
     return Anatomy(
         code_of(blocks, before),
