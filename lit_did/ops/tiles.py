@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from lit_did.ops.checks import is_fake
 from lit_did.ops.extension import check_gradients
@@ -22,8 +21,6 @@ from lit_did.ops.statistics import TokenStatistics
 
 NARROWEST = 512  # entries of the narrowest block of the vocabulary, on any device
 _MULTIPLE = 64  # Blocks are a multiple of this many entries wide, because matrix products are slow in others.
-# torch 2.9 has products of half precision with a float32 result, but adds none to float32.
-_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
 
 
 class Tiling(NamedTuple):
@@ -304,17 +301,14 @@ class _Gradients:
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, scale: float, *, add: bool) -> None:
     """out = scale a b, added to what is there with `add`. A wider `out` holds a sum of several products."""
-    wide = tiling_on(a.device).wide_products
     if out.dtype == a.dtype:
         out.addmm_(a, b, beta=int(add), alpha=scale)
-    elif wide and _ADDS_TO_FLOAT32:
+    elif tiling_on(a.device).wide_products:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), alpha=scale, out=out)
+    elif add:
+        out.add_(a @ b, alpha=scale)
     else:
-        product = torch.mm(a, b, out_dtype=out.dtype) if wide else a @ b
-        if add:
-            out.add_(product, alpha=scale)
-        else:
-            torch.mul(product, scale, out=out)
+        torch.mul(a @ b, scale, out=out)
 
 
 class _LinearTokenStatistics(torch.autograd.Function):

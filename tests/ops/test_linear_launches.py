@@ -42,9 +42,9 @@ class Recorded(TorchDispatchMode):
         assert packet not in WAITS, f"{function} waits for the device"
         devices = {kwargs.get("device"), *(a for a in args if isinstance(a, torch.device))}
         assert packet is not aten._to_copy or not devices - {None}, f"{function} copies to the host"
-        if function in (aten.addmm.dtype_out, aten.mm.dtype):
+        if function == aten.addmm.dtype_out:
             self.launches["products"] += 1
-            return self._wide_product(function, *args, **kwargs)
+            return self._wide_product(*args, **kwargs)
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
         if packet in PRODUCTS:
             self.launches["products"] += 1
@@ -57,9 +57,7 @@ class Recorded(TorchDispatchMode):
         return function(*args, **kwargs)
 
     @staticmethod
-    def _wide_product(function, *args, beta=1, alpha=1, out=None):
-        if function == aten.mm.dtype:
-            return args[0].to(args[2]) @ args[1].to(args[2])
+    def _wide_product(*args, beta=1, alpha=1, out=None):
         added, a, b, dtype = args
         product = alpha * (a.to(dtype) @ b.to(dtype))
         assert out is added  # in place
@@ -72,12 +70,6 @@ def _imitate_cuda(monkeypatch):
     monkeypatch.setitem(tiles.TILING, "cpu", tiling)
     for module in (linear, agreement):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
-    monkeypatch.setattr(tiles, "_ADDS_TO_FLOAT32", True)
-
-
-@pytest.fixture(params=[True, False], ids=["torch 2.10", "torch 2.9"])
-def either_torch(request, monkeypatch):
-    monkeypatch.setattr(tiles, "_ADDS_TO_FLOAT32", request.param)
 
 
 def case_of(dtype, vocabulary=VOCABULARY, **options) -> Case:
@@ -177,7 +169,7 @@ def test_launches_of_a_call():
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": (None, 3.0), "scale": (0.5, 2.0)}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_values_and_gradients(dtype, options, either_torch):
+def test_values_and_gradients(dtype, options):
     with WideProducts():
         assert_as_good_as_logits(case_of(dtype, **options))
 
@@ -186,13 +178,13 @@ class WideProducts(Recorded):
     """The products alone, in tests that look at values themselves."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (aten.addmm.dtype_out, aten.mm.dtype):
-            return self._wide_product(function, *args, **(kwargs or {}))
+        if function == aten.addmm.dtype_out:
+            return self._wide_product(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ignored_tokens(dtype, either_torch):
+def test_ignored_tokens(dtype):
     """0, and a gradient of 0, without that the host knows how many there are. NaN in them reaches nothing."""
     case = case_of(dtype, bias=True)
     ignored, kept = [0, 4, 5, 11], [1, 2, 3, 6, 7, 8, 9, 10]
