@@ -62,10 +62,13 @@ class _SecondStep(lightning.Callback):
 
 
 def _alive(without: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """Tensors with a storage of their own, apart from those that share one with `without`."""
     gc.collect()
-    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    found = [value for value in gc.get_objects() if isinstance(value, torch.Tensor) and not value.is_meta]
+    # An earlier test of the same process may have left tensors of torch.func, which have no storage.
+    without_storage = torch._C._functorch.is_functorch_wrapped_tensor
+    plain = [tensor for tensor in found if not isinstance(tensor, DTensor) and not without_storage(tensor)]
     left_out = {tensor.untyped_storage()._cdata for tensor in without}
-    plain = [tensor for tensor in tensors if not tensor.is_meta and not isinstance(tensor, DTensor)]
     return [tensor for tensor in plain if tensor.untyped_storage()._cdata not in left_out]
 
 
