@@ -101,7 +101,10 @@ __attribute__((noinline)) bool add_block(const P* policy, const R* reference, in
   V highest{}, lowest{};
   decltype(V{} == V{}) policy_holes{}, reference_holes{};
   V outside{};
-  const auto add = [&](V z, V r) __attribute__((always_inline)) {
+  struct Weighed {
+    V log_z, log_r, log_d, x, w_z, w_r, w_d;
+  };
+  const auto weigh = [&](V z, V r) __attribute__((always_inline)) {
     if constexpr (kCareful) {
       z = effective(z, limit);
       r = effective(r, limit);
@@ -143,25 +146,39 @@ __attribute__((noinline)) bool add_block(const P* policy, const R* reference, in
       lowest = minimum(lowest, minimum(z, r));
       highest = maximum(highest, maximum(maximum(log_z, log_r), log_d));
     }
-    policy_weight += w_z;
-    policy_log += w_z * log_z;
-    policy_log_ratio += w_z * x;
-    reference_weight += w_r;
-    reference_log += w_r * log_r;
-    reference_log_ratio += w_r * x;
-    difference_weight += w_d;
-    difference_log += w_d * log_d;
+    return Weighed{log_z, log_r, log_d, x, w_z, w_r, w_d};
   };
+  const auto add = [&](const Weighed& e) __attribute__((always_inline)) {
+    policy_weight += e.w_z;
+    policy_log += e.w_z * e.log_z;
+    policy_log_ratio += e.w_z * e.x;
+    reference_weight += e.w_r;
+    reference_log += e.w_r * e.log_r;
+    reference_log_ratio += e.w_r * e.x;
+    difference_weight += e.w_d;
+    difference_log += e.w_d * e.log_d;
+  };
+  // With registers to spare, a vector is added while the next one's exponentials are on their way.
+  constexpr bool kLate = LIT_DID_VECTOR_BYTES == 64;
+  Weighed last{};
   for (int64_t i = 0; i < size; i += kPair<Real>) {
     V z, r, next_z, next_r;
     prefetch<kPair<Real> * sizeof(P)>(policy + i);
     prefetch<kPair<Real> * sizeof(R)>(reference + i);
     load_pair<kInterleaved<P, R>>(policy + i, z, next_z);
     load_pair<kInterleaved<P, R>>(reference + i, r, next_r);
-    add(z, r);
-    add(next_z, next_r);
+    const Weighed first = weigh(z, r);
+    add(kLate ? last : first);
+    const Weighed second = weigh(next_z, next_r);
+    add(kLate ? first : second);
+    last = second;
   }
-  double w_d = lane_sum(difference_weight), log_d = lane_sum(difference_log), x_rest = 0;
+  if constexpr (kLate) add(last);
+  double sums[8];
+  lane_sums({policy_weight, policy_log, policy_log_ratio, reference_weight, reference_log, reference_log_ratio,
+             difference_weight, difference_log},
+            sums);
+  double w_d = sums[6], log_d = sums[7], x_rest = 0;
   if constexpr (kCareful) {
     row.flags |= kInfinite | (any(policy_holes) ? kPolicyHole : 0) | (any(reference_holes) ? kReferenceHole : 0);
     row.outside += lane_sum(outside);
@@ -186,13 +203,12 @@ __attribute__((noinline)) bool add_block(const P* policy, const R* reference, in
     const V weights = policy_weight + reference_weight;
     if (any((highest > Real(kSlack)) | (lowest < -limit) | (weights - weights != V{}))) return false;
   }
-  const double w_z = lane_sum(policy_weight), w_r = lane_sum(reference_weight);
-  row.policy_weight += w_z;
-  row.policy_log += lane_sum(policy_log);
-  row.policy_log_ratio += lane_sum(policy_log_ratio) + x_rest * w_z;
-  row.reference_weight += w_r;
-  row.reference_log += lane_sum(reference_log);
-  row.reference_log_ratio += lane_sum(reference_log_ratio) + x_rest * w_r;
+  row.policy_weight += sums[0];
+  row.policy_log += sums[1];
+  row.policy_log_ratio += sums[2] + x_rest * sums[0];
+  row.reference_weight += sums[3];
+  row.reference_log += sums[4];
+  row.reference_log_ratio += sums[5] + x_rest * sums[3];
   row.difference_weight += w_d;
   row.difference_log += log_d;
   return true;
