@@ -36,11 +36,11 @@ STABLE_TORCH_LIBRARY(lit_did, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lit_did, CPU, m) {
-  m.impl("token_statistics", TORCH_BOX(&lit_did::token_statistics_cpu));
-  m.impl("token_statistics_backward", TORCH_BOX(&lit_did::token_statistics_backward_cpu));
-  m.impl("token_statistics_backward_", TORCH_BOX(&lit_did::token_statistics_backward_inplace_cpu));
-  m.impl("token_partials_", TORCH_BOX(&lit_did::token_partials_cpu));
-  m.impl("merge_token_partials_", TORCH_BOX(&lit_did::merge_token_partials_cpu));
-  m.impl("finish_token_partials", TORCH_BOX(&lit_did::finish_token_partials_cpu));
-  m.impl("sequence_reduction", TORCH_BOX(&lit_did::sequence_reduction_cpu));
+  m.impl("token_statistics", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_cpu)>);
+  m.impl("token_statistics_backward", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_backward_cpu)>);
+  m.impl("token_statistics_backward_", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_backward_inplace_cpu)>);
+  m.impl("token_partials_", lit_did::boxed<TORCH_BOX(&lit_did::token_partials_cpu)>);
+  m.impl("merge_token_partials_", lit_did::boxed<TORCH_BOX(&lit_did::merge_token_partials_cpu)>);
+  m.impl("finish_token_partials", lit_did::boxed<TORCH_BOX(&lit_did::finish_token_partials_cpu)>);
+  m.impl("sequence_reduction", lit_did::boxed<TORCH_BOX(&lit_did::sequence_reduction_cpu)>);
 }

@@ -2,12 +2,15 @@
 // library runs under every torch from TORCH_TARGET_VERSION (setup.py) on. Nothing of at:: or c10:: may be used here.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,9 +28,34 @@ using OptionalTensorList = std::vector<std::optional<Tensor>>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Keeps an operator within its tensors' memory. The Python functions check first and explain what is wrong with which
-// value (lit_did/ops/checks.py): what becomes of an exception on its way through torch is not part of its stable ABI.
+// value (lit_did/ops/checks.py).
 inline void need(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("torch.ops.lit_did needs ") + what + ".");
+}
+
+// Whether `op` raises no exception. If it raises one, `message` is what it says.
+using Boxed = void(StableIValue*, uint64_t, uint64_t);
+template <size_t size>
+[[gnu::noinline]] bool succeeds(Boxed* op, StableIValue* stack, uint64_t inputs, uint64_t outputs,
+                                char (&message)[size]) noexcept {
+  try {
+    op(stack, inputs, outputs);
+    return true;
+  } catch (const std::exception& error) {
+    std::snprintf(message, size, "%s", error.what());
+  } catch (...) {
+    std::snprintf(message, size, "an exception without a message");
+  }
+  return false;
+}
+
+// `op`, a TORCH_BOX(...), whose exceptions become torch's own: RuntimeError in Python. torch and this library may come
+// with different C++ runtimes, so none of ours may leave it. torch throws through this function, which therefore has
+// nothing to destroy or to catch.
+template <Boxed* op>
+void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  char message[1024];
+  if (!succeeds(op, stack, inputs, outputs, message)) aoti_torch_check(false, "lit_did", "", 0, message);
 }
 
 inline std::vector<int64_t> contiguous_strides(Sizes sizes) {

@@ -47,5 +47,5 @@ SequenceTensors sequence_reduction_cuda(const TensorList& statistics_, const Ten
 }  // namespace lit_did
 
 STABLE_TORCH_LIBRARY_IMPL(lit_did, CUDA, m) {
-  m.impl("sequence_reduction", TORCH_BOX(&lit_did::sequence_reduction_cuda));
+  m.impl("sequence_reduction", lit_did::boxed<TORCH_BOX(&lit_did::sequence_reduction_cuda)>);
 }

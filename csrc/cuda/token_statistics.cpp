@@ -176,10 +176,10 @@ TokenTensors finish_token_partials_cuda(const Tensor& partials, const Tensor& la
 }  // namespace lit_did
 
 STABLE_TORCH_LIBRARY_IMPL(lit_did, CUDA, m) {
-  m.impl("token_statistics", TORCH_BOX(&lit_did::token_statistics_cuda));
-  m.impl("token_statistics_backward", TORCH_BOX(&lit_did::token_statistics_backward_cuda));
-  m.impl("token_statistics_backward_", TORCH_BOX(&lit_did::token_statistics_backward_inplace_cuda));
-  m.impl("token_partials_", TORCH_BOX(&lit_did::token_partials_cuda));
-  m.impl("merge_token_partials_", TORCH_BOX(&lit_did::merge_token_partials_cuda));
-  m.impl("finish_token_partials", TORCH_BOX(&lit_did::finish_token_partials_cuda));
+  m.impl("token_statistics", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_cuda)>);
+  m.impl("token_statistics_backward", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_backward_cuda)>);
+  m.impl("token_statistics_backward_", lit_did::boxed<TORCH_BOX(&lit_did::token_statistics_backward_inplace_cuda)>);
+  m.impl("token_partials_", lit_did::boxed<TORCH_BOX(&lit_did::token_partials_cuda)>);
+  m.impl("merge_token_partials_", lit_did::boxed<TORCH_BOX(&lit_did::merge_token_partials_cuda)>);
+  m.impl("finish_token_partials", lit_did::boxed<TORCH_BOX(&lit_did::finish_token_partials_cuda)>);
 }

@@ -200,14 +200,14 @@ def test_bad_operator_calls():
     operators, memory = torch.ops.lit_did, torch.zeros(2, 3, NUM_PARTIALS, dtype=torch.float64)
     wrong = (memory[0], memory[:, :2], memory.float(), memory.mT.contiguous().mT, memory.repeat(1, 1, 2)[..., ::2])
     for bad in (*wrong, memory[:1], memory.repeat(2, 1, 1)):
-        with pytest.raises(ValueError, match="partials"):
+        with pytest.raises(RuntimeError, match="partials"):
             operators.token_partials_(policy, reference, labels, bad, 7, 0, -100, 1.0)
-    with pytest.raises(ValueError, match="partials"):
+    with pytest.raises(RuntimeError, match="partials"):
         operators.token_partials_(policy, reference, labels, memory, 0, 0, -100, 1.0)
     for bad in wrong:
-        with pytest.raises(ValueError, match="partials"):
+        with pytest.raises(RuntimeError, match="partials"):
             operators.merge_token_partials_(bad, labels, -100)
-        with pytest.raises(ValueError, match="partials"):
+        with pytest.raises(RuntimeError, match="partials"):
             operators.finish_token_partials(bad, labels, -100, False)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(RuntimeError, match="labels"):
         operators.finish_token_partials(memory, labels.int(), -100, False)

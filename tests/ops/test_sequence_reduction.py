@@ -192,25 +192,25 @@ VALUES = [torch.zeros(6)] * 9
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"statistics": VALUES[1:]}, ValueError, "nine `statistics`"),
-        ({"statistics": [x.bfloat16() for x in VALUES]}, ValueError, "`statistics` of float32 or float64"),
-        ({"statistics": [*VALUES[1:], VALUES[0].double()]}, ValueError, "`statistics` of one dtype"),
-        ({"statistics": [*VALUES[1:], VALUES[0][:5]]}, ValueError, "`statistics` of the shape of `labels`"),
-        ({"labels": LABELS.int()}, ValueError, "`labels` of int64"),
-        ({"labels": LABELS[0], "statistics": [x[0] for x in VALUES]}, ValueError, r"`labels` of shape \[..., T\]"),
+        ({"statistics": VALUES[1:]}, RuntimeError, "nine `statistics`"),
+        ({"statistics": [x.bfloat16() for x in VALUES]}, RuntimeError, "`statistics` of float32 or float64"),
+        ({"statistics": [*VALUES[1:], VALUES[0].double()]}, RuntimeError, "`statistics` of one dtype"),
+        ({"statistics": [*VALUES[1:], VALUES[0][:5]]}, RuntimeError, "`statistics` of the shape of `labels`"),
+        ({"labels": LABELS.int()}, RuntimeError, "`labels` of int64"),
+        ({"labels": LABELS[0], "statistics": [x[0] for x in VALUES]}, RuntimeError, r"`labels` of shape \[..., T\]"),
         (
             {"labels": LABELS.view(2, 3), "statistics": [x.view(2, 3) for x in VALUES]},
-            ValueError,
+            RuntimeError,
             r"`labels` of shape \[tokens\]",
         ),
-        ({"cu_seqlens": torch.tensor([0, 6]).int()}, ValueError, "`cu_seqlens` of int64"),
-        ({"cu_seqlens": torch.tensor(6)}, ValueError, r"`cu_seqlens` of shape \[sequences \+ 1\]"),
-        ({"cu_seqlens": torch.tensor([], dtype=torch.long)}, ValueError, "`cu_seqlens` of shape"),
-        ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "`cu_seqlens` that rise from 0"),
-        ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "`cu_seqlens` that rise"),
-        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "`cu_seqlens` that rise"),
-        ({"cu_seqlens": torch.tensor([0, -3, 6])}, ValueError, "`cu_seqlens` that rise"),
-        ({"cu_seqlens": torch.tensor([0])}, ValueError, "`cu_seqlens` that rise"),
+        ({"cu_seqlens": torch.tensor([0, 6]).int()}, RuntimeError, "`cu_seqlens` of int64"),
+        ({"cu_seqlens": torch.tensor(6)}, RuntimeError, r"`cu_seqlens` of shape \[sequences \+ 1\]"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.long)}, RuntimeError, "`cu_seqlens` of shape"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, RuntimeError, "`cu_seqlens` that rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, RuntimeError, "`cu_seqlens` that rise"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, RuntimeError, "`cu_seqlens` that rise"),
+        ({"cu_seqlens": torch.tensor([0, -3, 6])}, RuntimeError, "`cu_seqlens` that rise"),
+        ({"cu_seqlens": torch.tensor([0])}, RuntimeError, "`cu_seqlens` that rise"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
 )
@@ -236,12 +236,12 @@ def test_opcheck(layout, dtype, needs):
 
 
 def test_bad_offsets_in_a_compiled_function():
-    """Values that Python does not look at while compiling are checked by the kernel."""
+    """Values that Python does not look at while compiling are checked by the kernel, whose errors are RuntimeErrors."""
     torch.compiler.reset()
     policy, reference, labels = random_logits(6, 20, DTYPES["f32"], DTYPES["f32"])
     compiled = torch.compile(sequence_statistics, fullgraph=True, backend="aot_eager")
     compiled(policy, reference, labels, cu_seqlens=torch.tensor([0, 4, 6]))
-    with pytest.raises(ValueError, match="`cu_seqlens` that rise from 0"):
+    with pytest.raises(RuntimeError, match="`cu_seqlens` that rise from 0"):
         compiled(policy, reference, labels, cu_seqlens=torch.tensor([0, 7, 6]))
     torch.compiler.reset()
 
