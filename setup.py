@@ -45,6 +45,7 @@ def main() -> None:
     build = plan()
     libraries = [] if build is None else build.libraries
     setup(
+        license="Apache-2.0",
         ext_modules=[Extension(name, inputs) for name, inputs in libraries],
         cmdclass={"build_ext": type("BuildLibraries", (BuildLibraries,), {"build": build})},
     )
@@ -110,6 +111,12 @@ def plan() -> "Build | None":
     wanted, cuda_wanted = switch("LIT_DID_EXTENSION"), switch("LIT_DID_CUDA")
     if wanted is False:
         say("building pure Python, without compiled operators (LIT_DID_EXTENSION=0)")
+        return None
+    if sys.platform == "win32":
+        why = "the compiled operators are for Linux and macOS"
+        if wanted or cuda_wanted:
+            sys.exit(f"{'LIT_DID_EXTENSION' if wanted else 'LIT_DID_CUDA'}=1 is not possible on Windows: {why}.")
+        say(f"building pure Python, without compiled operators: {why}")
         return None
     torch = find_torch()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -272,14 +279,14 @@ class Build:
 
     def link(self, name: str, folder: Path) -> tuple[list[str], list[str]]:
         """The command that links a library: what stands before its objects, and what stands behind them."""
-        own_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        exported = [] if ON_MACOS else ["-Wl,--version-script=csrc/exported.map"]
+        command = [*self.compiler, "-shared", *exported, *shlex.split(os.environ.get("LDFLAGS", ""))]
         if name == "lit_did._C":
-            as_module = ["-Wl,-undefined,dynamic_lookup"] if ON_MACOS else []
-            return [*self.compiler, "-shared", *own_flags], as_module
+            return command, ["-Wl,-undefined,dynamic_lookup"] if ON_MACOS else []
         if "cuda" in name:
             runtime = [*(f"-L{self.toolkit.home / lib}" for lib in ("lib64", "lib")), "-lcudart"]
-            return [*self.compiler, "-shared", *own_flags], [*self.needed(folder, "torch_cpu", "torch_cuda"), *runtime]
-        return [*self.compiler, "-shared", *own_flags], self.needed(folder, "torch_cpu")
+            return command, [*self.needed(folder, "torch_cpu", "torch_cuda"), *runtime]
+        return command, self.needed(folder, "torch_cpu")
 
     def needed(self, folder: Path, *libraries: str) -> list[str]:
         """What makes a library need torch's, which `import torch` has loaded.
