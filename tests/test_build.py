@@ -307,3 +307,22 @@ def test_nvcc_that_calls_another(tmp_path):
     (tmp_path / "path").mkdir()
     script(tmp_path / "path/nvcc", f'#!/bin/sh\nexec {tmp_path}/toolkit/bin/nvcc "$@"\n')
     assert runpy.run_path(str(ROOT / "setup.py"))["Toolkit"](str(tmp_path / "path/nvcc")).home == tmp_path / "toolkit"
+
+
+@needs_setup
+def test_commands_on_macos(monkeypatch, tmp_path):
+    """The library finds torch's symbols in torch's own library, and threads there too: nothing asks for OpenMP."""
+    script(tmp_path / "clang++", "#!/bin/sh\necho arm64-apple-darwin23.6.0\n")
+    (tmp_path / "version.py").write_text("__version__, cuda = '2.13.0', None\n")
+    monkeypatch.chdir(ROOT)
+    for name in ("CXXFLAGS", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    setup, compiler = runpy.run_path("setup.py"), [str(tmp_path / "clang++")]
+    monkeypatch.setitem(setup["Build"].link.__globals__, "ON_MACOS", True)
+    build = setup["Build"](setup["Torch"](tmp_path), compiler, None)
+    (module, of_module), (library, of_library) = build.libraries
+    assert [path for path in of_library if "rows_" in path] == ["csrc/cpu/rows_baseline.cpp"]
+    assert build.link(module, tmp_path) == ([*compiler, "-shared"], ["-Wl,-undefined,dynamic_lookup"])
+    assert build.link(library, tmp_path) == ([*compiler, "-shared"], [f"-L{tmp_path}/lib", "-ltorch_cpu"])
+    for source in {*of_module, *of_library}:
+        assert not [word for word in build.compile(source) if "openmp" in word or word.startswith("-m")]

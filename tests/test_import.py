@@ -19,6 +19,30 @@ def test_no_heavy_imports():
     assert run_program(sys.executable, "-c", code).strip() == "[]"
 
 
+# Imports the whole package, for which these modules do not exist. Other packages may have them.
+AS_ON_WINDOWS = """
+import builtins, importlib, pkgutil
+import lit_did
+found = builtins.__import__
+
+def find(name, importer=None, *rest, **named):
+    of_unix = name in ("fcntl", "grp", "posix", "pwd", "resource", "termios")
+    if of_unix and (importer or {}).get("__name__", "").startswith("lit_did"):
+        raise ModuleNotFoundError(name)
+    return found(name, importer, *rest, **named)
+
+builtins.__import__ = find
+names = [module.name for module in pkgutil.walk_packages(lit_did.__path__, "lit_did.") if "__main__" not in module.name]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_no_module_of_unix_is_needed():
+    assert int(run_program(sys.executable, "-W", "ignore", "-c", AS_ON_WINDOWS)) > 100
+
+
 def test_all_names():
     assert lit_did.__all__ == sorted(lit_did.__all__)
     for name in lit_did.__all__:

@@ -50,6 +50,7 @@ def test_symbols_of_torch(library):
     assert set(of_torch) - stable_symbols() == set()
     assert not [name for name in of_c if re.search(r"2at|3c10|5torch", name)]
     assert {"aoti_torch_get_sizes", "torch_library_impl"} <= set(of_torch)  # the search finds something
+    assert not [name for name in of_c if name.startswith(("GOMP_", "omp_", "__kmpc_"))]  # torch starts the threads
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="needs `nm` on Linux")

@@ -61,7 +61,9 @@ double value_at(const void* row, int64_t index, ScalarKind kind) {
   }
 }
 
-// Calls `work(task)` for each of [0, count), once each, from every thread; whoever is free takes the next.
+// Calls `work(task)` for each of [0, count), once each, from every thread; whoever is free takes the next. The threads
+// are torch's: it starts them inside its own library, with the OpenMP that it brings along (libgomp on Linux, libomp on
+// macOS). Nothing here is compiled with OpenMP.
 template <typename Work>
 void share(int64_t count, const Work& work) {
   std::atomic<int64_t> next{0};

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -13,6 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from lit_did.cli.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def make_parent(path: Path, option: str = "--output", what: str = "folder") -> None:
@@ -72,7 +76,7 @@ class Finished:
             and its results are dropped.
 
     Raises:
-        InputError: The file holds results of something else, or another run is writing it.
+        InputError: The file holds results of something else, or another run is writing it (not noticed on Windows).
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], output: Path | None = None) -> None:
@@ -81,7 +85,8 @@ class Finished:
         """the results so far, those of an earlier run first"""
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise InputError(f"Expected no other run to write {path}, but one does. Wait until it has ended.") from None
