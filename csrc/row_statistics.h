@@ -36,6 +36,21 @@ struct TokenStatistics {
 
 constexpr int kNumStatistics = 9;
 
+// Writes them to element `row` of nine arrays of To.
+template <typename To, typename Real>
+LIT_DID_INLINE void write_statistics(const TokenStatistics<Real>& s, void* const* arrays, int64_t row) {
+  const Real values[kNumStatistics] = {s.policy_logprob,
+                                       s.reference_logprob,
+                                       s.token_did_entropy,
+                                       s.token_did_concentration,
+                                       s.token_did_log_partition,
+                                       s.policy_entropy,
+                                       s.reference_entropy,
+                                       s.kl,
+                                       s.reverse_kl};
+  for (int i = 0; i < kNumStatistics; ++i) static_cast<To*>(arrays[i])[row] = To(values[i]);
+}
+
 // What the backward needs of the forward besides the statistics: log2-sum-exp2 of the three rows, and whether the row
 // holds infinities (RowFlag). Doubles, because their rounding would scale a whole row's gradient. `support` is the
 // number of entries in the support, which slices of a vocabulary need to merge.

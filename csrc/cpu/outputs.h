@@ -35,26 +35,17 @@ class RowWriter {
  public:
   explicit RowWriter(const Outputs& outputs)
       : normalizers_(reinterpret_cast<RowNormalizers*>(outputs.normalizers.mutable_data_ptr<double>())) {
-    for (int i = 0; i < kNumStatistics; ++i) statistics_[i] = outputs.statistics[i].mutable_data_ptr<Real>();
+    for (int i = 0; i < kNumStatistics; ++i) statistics_[i] = outputs.statistics[i].mutable_data_ptr();
   }
 
   template <typename Computed>
   void operator()(int64_t row, const TokenStatistics<Computed>& s, const RowNormalizers& normalizers) const {
-    const Computed values[] = {s.policy_logprob,
-                               s.reference_logprob,
-                               s.token_did_entropy,
-                               s.token_did_concentration,
-                               s.token_did_log_partition,
-                               s.policy_entropy,
-                               s.reference_entropy,
-                               s.kl,
-                               s.reverse_kl};
-    for (int i = 0; i < kNumStatistics; ++i) statistics_[i][row] = static_cast<Real>(values[i]);
+    write_statistics<Real>(s, statistics_.data(), row);
     normalizers_[row] = normalizers;
   }
 
  private:
-  std::array<Real*, kNumStatistics> statistics_;
+  std::array<void*, kNumStatistics> statistics_;
   RowNormalizers* normalizers_;
 };
 

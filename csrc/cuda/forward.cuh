@@ -24,8 +24,6 @@ constexpr int kForwardBlocks = sizeof(Real) == 4 ? 24 : 8;
 #endif
 // Chunks of each side that a lane takes in one turn: its loads in flight.
 constexpr int kTurnChunks = 2;
-// Parts that a block takes, one after the other: enough to pay for its start and its end.
-constexpr int kPartsABlock = 4;
 // Up to so many parts in all rows, a block takes one, so that every multiprocessor has work.
 constexpr int kFewParts = 8192;
 
@@ -336,22 +334,6 @@ __device__ __forceinline__ RowStatistics<Real, double> merge_parts(const PartSum
   return sums;
 }
 
-template <typename Real>
-__device__ __forceinline__ void write_statistics(const ForwardArguments& a, int64_t row,
-                                                 const TokenStatistics<Real>& s) {
-  const Real values[kNumStatistics] = {s.policy_logprob,
-                                       s.reference_logprob,
-                                       s.token_did_entropy,
-                                       s.token_did_concentration,
-                                       s.token_did_log_partition,
-                                       s.policy_entropy,
-                                       s.reference_entropy,
-                                       s.kl,
-                                       s.reverse_kl};
-#pragma unroll
-  for (int i = 0; i < kNumStatistics; ++i) static_cast<Real*>(a.statistics[i])[row] = values[i];
-}
-
 // By one thread. A label out of range has log-probabilities NaN: raising would need a synchronisation.
 template <typename P, typename R, typename Real>
 __device__ __forceinline__ void write_row(const ForwardArguments& a, int64_t row, const P* policy, const R* reference,
@@ -363,7 +345,8 @@ __device__ __forceinline__ void write_row(const ForwardArguments& a, int64_t row
     at_reference = effective_logit<Real>(load_entry(reference + label), by.limit) * double(by.scale);
   }
   RowNormalizers normalizers;
-  write_statistics<Real>(a, row, sums.finish(a.problem.vocabulary, at_policy, at_reference, &normalizers));
+  const auto statistics = sums.finish(a.problem.vocabulary, at_policy, at_reference, &normalizers);
+  write_statistics<Real>(statistics, a.statistics, row);
   a.normalizers[row] = normalizers;
 }
 
@@ -379,7 +362,7 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int64_t ro
 
 template <typename Real>
 __device__ __forceinline__ void write_ignored(const ForwardArguments& a, int64_t row) {
-  write_statistics<Real>(a, row, {});
+  write_statistics<Real>(TokenStatistics<Real>{}, a.statistics, row);
   a.normalizers[row] = {};
 }
 

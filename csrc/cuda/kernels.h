@@ -17,10 +17,12 @@
 
 namespace lit_did::cuda {
 
-// Entries of a row that one block of the backward takes. A block of the forward takes up to four parts.
+// Entries of a row that one block of the backward takes.
 constexpr int kEntriesABlock = 32768;
 // The forward's sums are cut here, wherever the row is cut into blocks. A multiple of what a warp takes in one turn.
 constexpr int kPartEntries = 4096;
+// Parts that a block of the forward takes, one after the other: enough to pay for its start and its end.
+constexpr int kPartsABlock = 4;
 
 constexpr int parts_of(int64_t vocabulary) { return static_cast<int>((vocabulary + kPartEntries - 1) / kPartEntries); }
 

@@ -71,17 +71,7 @@ __global__ void __launch_bounds__(kWarp) finish_slices_kernel(const FinishArgume
   TokenStatistics<double> s{};
   RowNormalizers normalizers{};
   if (a.slices.labels[row] != a.slices.ignore_index) s = merged_row(a.slices, row).finish(&normalizers);
-  const double values[kNumStatistics] = {s.policy_logprob,
-                                         s.reference_logprob,
-                                         s.token_did_entropy,
-                                         s.token_did_concentration,
-                                         s.token_did_log_partition,
-                                         s.policy_entropy,
-                                         s.reference_entropy,
-                                         s.kl,
-                                         s.reverse_kl};
-#pragma unroll
-  for (int i = 0; i < kNumStatistics; ++i) static_cast<Real*>(a.statistics[i])[row] = Real(values[i]);
+  write_statistics<Real>(s, a.statistics, row);
   a.normalizers[row] = normalizers;
 }
 

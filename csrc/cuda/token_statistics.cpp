@@ -30,9 +30,10 @@ cuda::Logits logits_of(const Tensor& logits) {
   return result;
 }
 
+// `entries_a_block`: of a row, the most that a block of the kernel takes.
 cuda::Problem problem_of(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels,
-                         int64_t ignore_index, double temperature, int64_t first_entry = 0) {
-  const int64_t blocks_a_row = (policy_logits.sizes().back() + cuda::kEntriesABlock - 1) / cuda::kEntriesABlock;
+                         int64_t ignore_index, double temperature, int64_t first_entry, int64_t entries_a_block) {
+  const int64_t blocks_a_row = (policy_logits.sizes().back() + entries_a_block - 1) / entries_a_block;
   need(labels.numel() <= 0x7fffffff / blocks_a_row, "fewer rows: they take more than 2147483647 blocks");
   return {logits_of(policy_logits),
           logits_of(reference_logits),
@@ -50,7 +51,8 @@ TokenTensors token_statistics_cuda(const Tensor& policy_logits, const Tensor& re
   const cuda::DeviceGuard guard(policy_logits.get_device_index());
   const Tensor labels = as_contiguous(labels_);
   cuda::ForwardArguments arguments{};
-  arguments.problem = problem_of(policy_logits, reference_logits, labels, ignore_index, temperature);
+  arguments.problem = problem_of(policy_logits, reference_logits, labels, ignore_index, temperature, 0,
+                                 cuda::kPartsABlock * cuda::kPartEntries);
   TensorList out;
   for (int i = 0; i < kNumStatistics; ++i) {
     out.push_back(empty(labels.sizes(), statistics_dtype(policy_logits), labels));
@@ -81,7 +83,8 @@ void write_gradients(const OptionalTensorList& grads, const Tensor& policy_logit
     return tensor.const_data_ptr();
   };
   cuda::BackwardArguments arguments{};
-  arguments.problem = problem_of(policy_logits, reference_logits, t.labels, ignore_index, temperature, first_entry);
+  arguments.problem = problem_of(policy_logits, reference_logits, t.labels, ignore_index, temperature, first_entry,
+                                 cuda::kEntriesABlock);
   for (int i = 0; i < kNumStatistics; ++i) {
     arguments.grads[i] = t.grads[i] ? address(*t.grads[i]) : nullptr;
     arguments.statistics[i] = address(t.statistics[i]);
@@ -133,7 +136,8 @@ void token_partials_cuda(const Tensor& policy_logits, const Tensor& reference_lo
   const cuda::DeviceGuard guard(policy_logits.get_device_index());
   const Tensor labels = as_contiguous(labels_);
   cuda::PartialsArguments arguments{};
-  arguments.problem = problem_of(policy_logits, reference_logits, labels, ignore_index, temperature, first_entry);
+  arguments.problem =
+      problem_of(policy_logits, reference_logits, labels, ignore_index, temperature, first_entry, slice_entries);
   arguments.partials = static_cast<RowPartials*>(partials.mutable_data_ptr());
   arguments.stride = partials.stride(0) / kNumPartials;
   arguments.slice_entries = static_cast<int>(slice_entries);

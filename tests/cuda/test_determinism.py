@@ -52,7 +52,7 @@ def test_alone_or_in_a_batch(vocabulary, pair, emulator):
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("f32", "bf16"), ("f64", "f64")], ids="-".join)
 def test_any_number_of_rows(pair, parts, emulator):
     """Blocks take one part of a row, or several; of a short row all, and finish it."""
-    assert 3 <= constant("forward.cuh", "kPartsABlock") < 6
+    assert 3 <= constant("kernels.h", "kPartsABlock") < 6
     case = random_case(1, parts * PART - 21, pair, upstream=None)
     expected, result = emulator.run([case, among_many(copy.copy(case))])
     assert torch.equal(result.statistics[:, :1], expected.statistics)
