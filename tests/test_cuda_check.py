@@ -227,6 +227,20 @@ def test_every_dtype_has_a_bound(name):
         assert cuda_check.most_instructions(kernel, cuda_check.KERNELS[name]) > 200
 
 
+def test_pairs():
+    """Two half-precision sides are added in pairs on sm_100, and need fewer exponentials there."""
+    work = cuda_check.KERNELS["forward_kernel"]
+    in_pairs = machine_code.Count(wide_bytes=64, exp2=38, packed=100)
+    one_by_one = machine_code.Count(wide_bytes=64, exp2=48)
+    kernel = measured("forward_kernel<bf16, f16>", "sm_100")
+    assert cuda_check.wrongs(kernel, work, in_pairs) == []
+    assert cuda_check.wrongs(kernel, work, in_pairs._replace(packed=0)) == ["no arithmetic on pairs in the main loop"]
+    assert cuda_check.wrongs(kernel, work, one_by_one)[0].endswith("for 16 entries, 2.375 each expected")
+    for other in (measured("forward_kernel<bf16, bf16>"), measured("forward_kernel<bf16, f32>", "sm_100")):
+        assert cuda_check.wrongs(other, work, one_by_one) == []
+        assert len(cuda_check.wrongs(other, work, in_pairs)) == 1
+
+
 def test_table_of_docs():
     """The page has a cell for every architecture. A row that differs from what is counted is stale."""
     architectures = [f"sm_{a}" for a in cuda_check.MULTIPROCESSORS]
@@ -515,12 +529,13 @@ EXIT"""
 def test_widths():
     count = machine_code.count(
         program(
-            "LDG.E.ENL2.256\nLDG.E.128.CONSTANT\nLDG.E.64\nLDG.E.U16\nLDG.E\nSTG.E.ENL2.256\nSTG.E.64\nMUFU.RCP\nDFMA"
+            "LDG.E.ENL2.256\nLDG.E.128.CONSTANT\nLDG.E.64\nLDG.E.U16\nLDG.E\nSTG.E.ENL2.256\nSTG.E.64\nMUFU.RCP\nDFMA\n"
+            "FFMA2.RN\nFADD2\nFADD"
         )
     )
     assert (count.wide_bytes, count.narrow_bytes) == (48, 14)
     assert (count.wide_stores, count.narrow_stores) == (1, 1)
-    assert (count.exp2, count.mufu, count.double) == (0, 1, 1)
+    assert (count.exp2, count.mufu, count.double, count.packed) == (0, 1, 1, 2)
 
 
 def test_names():

@@ -78,6 +78,7 @@ class Count(NamedTuple):
     exp2: int = 0  # MUFU.EX2 instructions
     mufu: int = 0  # MUFU instructions of any kind
     double: int = 0  # float64 arithmetic
+    packed: int = 0  # float32 arithmetic on pairs
 
     def __add__(self, other: Count) -> Count:  # type: ignore[override]
         return Count(*(a + b for a, b in zip(self, other, strict=True)))
@@ -479,7 +480,7 @@ def behind_loads(code: list[Instruction]) -> int:
 
 
 def count(code: list[Instruction]) -> Count:
-    wide_bytes = narrow_bytes = wide_stores = narrow_stores = exp2 = mufu = double = 0
+    wide_bytes = narrow_bytes = wide_stores = narrow_stores = exp2 = mufu = double = packed = 0
     for opcode, *_ in code:
         name, *modifiers = opcode.split(".")
         bits = next((int(m) for m in modifiers if m in ("64", "128", "256")), 32)
@@ -495,4 +496,6 @@ def count(code: list[Instruction]) -> Count:
             exp2 += "EX2" in modifiers
         elif name in ("DADD", "DMUL", "DFMA", "DSETP"):
             double += 1
-    return Count(len(code), wide_bytes, narrow_bytes, wide_stores, narrow_stores, exp2, mufu, double)
+        elif name in ("FADD2", "FMUL2", "FFMA2"):
+            packed += 1
+    return Count(len(code), wide_bytes, narrow_bytes, wide_stores, narrow_stores, exp2, mufu, double, packed)

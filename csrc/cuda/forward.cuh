@@ -10,6 +10,7 @@
 #pragma once
 
 #include "entries.cuh"
+#include "pairs.cuh"
 
 namespace lit_did::cuda {
 
@@ -136,25 +137,30 @@ struct Accumulator {
   }
 };
 
-// The sums of one turn of a lane, apart from those before it: whether they fit is checked afterwards.
-template <typename Real>
+// The sums of one turn of a lane, apart from those before it: whether they fit is checked afterwards. Entries is what
+// is added at a time: Real, or Pair.
+template <typename Real, typename Entries>
 struct Turn {
-  Real policy_weight, policy_log, policy_log_ratio, reference_weight, reference_log, reference_log_ratio;
-  Real difference_weight, difference_log, lowest;
+  Entries policy_weight, policy_log, policy_log_ratio, reference_weight, reference_log, reference_log_ratio;
+  Entries difference_weight, difference_log;
+  Real lowest;
 
-  // kFirst: the turn's first chunk.
-  template <bool kFirst, typename P, typename R, int kEntries>
-  __device__ __forceinline__ void add(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
+  // The turn's chunks, in their order.
+  template <typename P, typename R, int kEntries>
+  __device__ __forceinline__ void add(int chunk, const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
                                       const RowStatistics<Real, Real>& origins, const Scaling<Real>& by) {
     const Real z0 = origins.policy_max, r0 = origins.reference_max, d0 = origins.difference_max, x0 = z0 - r0;
+    const Entries scale = each<Entries>(by.scale), minus_z0 = each<Entries>(-z0), minus_r0 = each<Entries>(-r0),
+                  minus_d0 = each<Entries>(-d0), minus_x0 = each<Entries>(-x0);
+    constexpr int kSteps = kEntries * int(sizeof(Real)) / int(sizeof(Entries));
 #pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      const Real z = policy[i], r = reference[i], d = z - r;
-      const Real log_z = multiply_add(z, by.scale, -z0), log_r = multiply_add(r, by.scale, -r0),
-                 log_d = multiply_add(d, by.scale, -d0), x = multiply_add(d, by.scale, -x0);
-      const Real w_z = fast_exp2(log_z), w_r = fast_exp2(log_r), w_d = fast_exp2(log_d);
-      if (kFirst && i == 0) {
-        lowest = z;
+    for (int i = 0; i < kSteps; ++i) {
+      const Entries z = entries_of<Entries>(policy, i), r = entries_of<Entries>(reference, i), d = z - r;
+      const Entries log_z = multiply_add(z, scale, minus_z0), log_r = multiply_add(r, scale, minus_r0),
+                    log_d = multiply_add(d, scale, minus_d0), x = multiply_add(d, scale, minus_x0);
+      const Entries w_z = fast_exp2(log_z), w_r = fast_exp2(log_r), w_d = balanced_exp2(log_d, chunk * kSteps + i);
+      if (chunk == 0 && i == 0) {
+        lowest = least(z);
         policy_weight = w_z;
         policy_log = w_z * log_z;
         policy_log_ratio = w_z * x;
@@ -164,34 +170,34 @@ struct Turn {
         difference_weight = w_d;
         difference_log = w_d * log_d;
       } else {
-        lowest = smaller(lowest, z);
-        policy_weight += w_z;
+        lowest = smaller(lowest, least(z));
+        policy_weight = policy_weight + w_z;
         policy_log = multiply_add(w_z, log_z, policy_log);
         policy_log_ratio = multiply_add(w_z, x, policy_log_ratio);
-        reference_weight += w_r;
+        reference_weight = reference_weight + w_r;
         reference_log = multiply_add(w_r, log_r, reference_log);
         reference_log_ratio = multiply_add(w_r, x, reference_log_ratio);
-        difference_weight += w_d;
+        difference_weight = difference_weight + w_d;
         difference_log = multiply_add(w_d, log_d, difference_log);
       }
     }
   }
 
   // Whether no weight is too large and no entry infinite or NaN. The reference's lowest logits need no look: where the
-  // policy's logit is above half the limit, one below it makes the weight of the difference infinite.
+  // policy's logit is above half the limit, one below it makes the weight of the difference too large.
   __device__ __forceinline__ bool fits(Real most, const Scaling<Real>& by) const {
-    return policy_weight + reference_weight + difference_weight <= most && lowest >= -by.half_limit;
+    return total(policy_weight + reference_weight + difference_weight) <= most && lowest >= -by.half_limit;
   }
 
   __device__ __forceinline__ void add_to(RowStatistics<Real, Real>& sums) const {
-    sums.policy_weight += policy_weight;
-    sums.policy_log += policy_log;
-    sums.policy_log_ratio += policy_log_ratio;
-    sums.reference_weight += reference_weight;
-    sums.reference_log += reference_log;
-    sums.reference_log_ratio += reference_log_ratio;
-    sums.difference_weight += difference_weight;
-    sums.difference_log += difference_log;
+    sums.policy_weight += total(policy_weight);
+    sums.policy_log += total(policy_log);
+    sums.policy_log_ratio += total(policy_log_ratio);
+    sums.reference_weight += total(reference_weight);
+    sums.reference_log += total(reference_log);
+    sums.reference_log_ratio += total(reference_log_ratio);
+    sums.difference_weight += total(difference_weight);
+    sums.difference_log += total(difference_log);
   }
 };
 
@@ -250,12 +256,10 @@ __device__ __forceinline__ void add_parts(const P* policy, const R* reference, i
   // Each chunk makes room for the next turn's, whose loads are under way while the rest is computed.
   const auto add_turn = [&](const RowStatistics<Real, Real>& origins) {
     const bool more = at + 2 * S::kTurn <= size;
-    Turn<Real> turn;
-    turn.template add<true>(share.z[0], share.r[0], origins, by);
-    if (kAligned && more) load(0, 1);
+    Turn<Real, EntriesOf<P, R>> turn;
 #pragma unroll
-    for (int u = 1; u < kTurnChunks; ++u) {
-      turn.template add<false>(share.z[u], share.r[u], origins, by);
+    for (int u = 0; u < kTurnChunks; ++u) {
+      turn.add(u, share.z[u], share.r[u], origins, by);
       if (kAligned && more) load(u, 1);
     }
     return turn;
@@ -280,7 +284,7 @@ __device__ __forceinline__ void add_parts(const P* policy, const R* reference, i
 #pragma unroll 1
       do {
         if (!kAligned && !moved) load_turn(0);
-        const Turn<Real> turn = add_turn(accumulator.sums);
+        const auto turn = add_turn(accumulator.sums);
         // A branch that one lane takes costs the whole warp, so that all lanes take it together.
         if (!__all_sync(kWholeWarp, moved || turn.fits(accumulator.most, by))) [[unlikely]] {
           if (kAligned) load_turn(0);

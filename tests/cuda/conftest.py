@@ -22,17 +22,17 @@ def _accuracy(monkeypatch):
 
 @pytest.fixture(scope="session")
 def build(request, tmp_path_factory) -> Callable[..., Emulator]:
-    """build(sanitizer, csrc) -> Emulator; skips where there is no such compiler."""
+    """build(variant, csrc) -> Emulator; skips where there is no such compiler."""
     store = getattr(request.config, "cache", None)
     folder = store.mkdir("cuda-emulation") if store else tmp_path_factory.mktemp("cuda-emulation")
 
     @cache
-    def built(sanitizer: str, csrc: Path = CSRC) -> Emulator:
-        if reason := reason_against(sanitizer):
+    def built(variant: str, csrc: Path = CSRC) -> Emulator:
+        if reason := reason_against(variant):
             pytest.skip(reason)
-        with (folder / f"{sanitizer}.lock").open("w") as lock:
+        with (folder / f"{variant}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # what one process of the test run has compiled, another need not
-            return Emulator(sanitizer, folder, csrc)
+            return Emulator(variant, folder, csrc)
 
     return built
 

@@ -32,8 +32,9 @@ FLAGS = [
     *("-ffp-contract=fast", "-fexpensive-optimizations"),
     *("-Wall", "-Wno-unknown-pragmas", "-pthread", "-DLIT_DID_CUDA_EMULATION", f"-I{EMULATION}"),
 ]
-SANITIZERS = {
+BUILDS = {
     "plain": [],
+    "pairs": ["-DLIT_DID_CUDA_PAIRS"],  # the forward as on sm_100, in csrc/cuda/pairs.cuh
     "thread": ["-fsanitize=thread"],
     "address": [
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=lit_did_shared"),
@@ -285,16 +286,16 @@ class _Sequences:
 
 
 class Emulator:
-    """A driver built from `csrc` under a sanitizer, or none ("plain"). `cache` keeps objects by their source."""
+    """A driver built from `csrc` as `BUILDS` says. `cache` keeps objects by their source."""
 
     exchanges: list[int]
     """of each `TokenCase` of the last run: how often a lane gave the others of its warp a value in the forward"""
 
-    def __init__(self, sanitizer: str, cache: Path, csrc: Path = CSRC):
-        self.flags = [*FLAGS, f"-I{csrc / 'cuda'}", *SANITIZERS[sanitizer]]
+    def __init__(self, variant: str, cache: Path, csrc: Path = CSRC):
+        self.flags = [*FLAGS, f"-I{csrc / 'cuda'}", *BUILDS[variant]]
         self.cache = cache
         # Shadow memory wants its place in the address space.
-        self.prefix = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
+        self.prefix = ["setarch", "-R"] if variant == "thread" and shutil.which("setarch") else []
         sources = [*sorted((csrc / "cuda").glob("*.cu")), EMULATION / "driver.cpp"]
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(self._object, sources))
@@ -355,20 +356,20 @@ class Emulator:
         return found
 
 
-def why_not(sanitizer: str) -> str | None:
+def why_not(variant: str) -> str | None:
     """What is missing for an Emulator here, or None."""
     if shutil.which("g++") is None:
         return "no g++"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
         built = subprocess.run(
-            ["g++", *FLAGS, *SANITIZERS[sanitizer], "-x", "c++", "-", "-o", str(program)],
+            ["g++", *FLAGS, *BUILDS[variant], "-x", "c++", "-", "-o", str(program)],
             input="#include <ucontext.h>\n#include <source_location>\nint main() { return 0; }",
             capture_output=True,
             text=True,
         )
         if built.returncode != 0 or subprocess.run([str(program)], capture_output=True).returncode != 0:
-            return f"g++ cannot build and run programs for the emulation ({sanitizer})"
+            return f"g++ cannot build and run programs for the emulation ({variant})"
     return None
 
 

@@ -41,6 +41,25 @@ def masked():
     return [TokenCase(policy, reference, labels, upstream=[torch.zeros(len(labels))] * 9)]
 
 
+def in_pairs():
+    return [random_case(2, 1000, ("bf16", "bf16"), upstream=None)]
+
+
+def above():
+    """Differences in the second turn for which polynomials have no exponent."""
+    case = random_case(16, 1024, ("bf16", "bf16"), upstream=None)
+    rows = torch.arange(16)
+    far = (-1000 - 37 * rows).to(case.reference)
+    case.reference[rows, 512 + rows % 8 + 256 * (rows // 8)] = far
+    return [case]
+
+
+def below():
+    case = random_case(2, 1024, ("bf16", "bf16"), upstream=None)
+    case.policy[:, 3] = 110
+    return [case]
+
+
 def with_gradients():
     return [random_case(2, 1000)]
 
@@ -132,8 +151,20 @@ BREAKAGES = {
         *(rising, "plain", "worse than naive"),
     ),
     "a sum of a turn that is left out": (
-        *("forward.cuh", "    sums.difference_log += difference_log;\n  }", "  }"),
+        *("forward.cuh", "    sums.difference_log += total(difference_log);\n  }", "  }"),
         *(aligned, "plain", "worse than naive"),
+    ),
+    "half of the pairs left out": (
+        *("pairs.cuh", "return pair.first + pair.second;", "return 2 * pair.first;"),
+        *(in_pairs, "pairs", "worse than naive"),
+    ),
+    "exponents above what a polynomial takes": (
+        *("pairs.cuh", "larger(smaller(x, 127.0f), -126.0f)", "larger(x, -126.0f)"),
+        *(above, "pairs", "worse than naive"),
+    ),
+    "exponents below what a polynomial takes": (
+        *("pairs.cuh", "larger(smaller(x, 127.0f), -126.0f)", "smaller(x, 127.0f)"),
+        *(below, "pairs", "worse than naive"),
     ),
     "low entries that nobody sees": (
         *("forward.cuh", " && lowest >= -by.half_limit", ""),
@@ -175,13 +206,14 @@ OFTEN = ("weights that are not checked", "one entry too many written", "lanes th
     "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in BREAKAGES]
 )
 def test_caught(name, build, tmp_path):
-    header, right, wrong, cases, sanitizer, report = BREAKAGES[name]
+    header, right, wrong, cases, variant, report = BREAKAGES[name]
     copy = tmp_path / "csrc"
     shutil.copytree(CSRC, copy)
     replace(copy / "cuda" / header, right, wrong)
     # One dtype is enough, and compiles faster.
-    replace(copy / "cuda" / "entries.cuh", OTHER_DTYPES, "    default:\n      return function(float{});\n")
-    emulator = build(sanitizer, copy)
+    dtype = "BFloat16" if variant == "pairs" else "float"
+    replace(copy / "cuda" / "entries.cuh", OTHER_DTYPES, f"    default:\n      return function({dtype}{{}});\n")
+    emulator = build(variant, copy)
     check = check_support if cases is masked else run_and_check
     with pytest.raises((EmulationError, AssertionError)) as error:
         check(emulator, cases())
