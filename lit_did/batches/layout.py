@@ -16,7 +16,7 @@ from lit_did.batches.sequences import Sequences
 SHORTEST_SHARED = 8  # tokens: encoding fewer twice costs less than attending to a shared beginning
 
 Kind = Literal["packed", "padded", "alone"]
-Packing = Literal["segments", "blocks", "positions"]
+Packing = Literal["segments", "positions"]
 
 
 class Layout(NamedTuple):

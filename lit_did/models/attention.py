@@ -1,11 +1,11 @@
-"""Attention within the segments of a packed row: in one call of flash attention, or one segment at a time.
+"""Attention within the segments of a packed row: in one call of a kernel, or one segment at a time.
 
 transformers' own masks for packed rows are [tokens, tokens], and masked entries cost as much as others. Here each
 segment (see `lit_did.batches.layout`) attends to itself and to the segment that it continues, so the cost is that of
-the sequences. `lit_did.models.varlen` does this in one call, where it can. Otherwise torch's or the model's own
-attention takes one segment at a time. The functions are registered with transformers' `AttentionInterface` under their
-own names, and `model.set_attn_implementation` selects them. Without segments they do what the model's own attention
-does.
+the sequences. `lit_did.models.varlen` (flash attention) or `lit_did.models.flex` (flex attention) does this in one
+call, where it can. Otherwise torch's or the model's own attention takes one segment at a time. The functions are
+registered with transformers' `AttentionInterface` under their own names, and `model.set_attn_implementation` selects
+them. Without segments they do what the model's own attention does.
 
 `lit_did.models.trial` decides whether a model may use them: it compares the results with the unchanged model's.
 """
@@ -25,17 +25,19 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_did.batches.layout import Packing
-from lit_did.models import varlen
+from lit_did.models import flex, varlen
 from lit_did.models.context_parallel import context_group, exchange
 
-SUPPORTED = ("sdpa", "eager", *varlen.FLASH)
+OF_MODELS = (*varlen.FLASH, flex.FLEX)  # kernels that a model may have itself
+SUPPORTED = ("sdpa", "eager", *OF_MODELS)
 PREFIX = "lit_did_"
 BLOCK = 1024  # queries that attend with one mask, so that masks grow with the number of tokens, not with its square
 ALIGNED = 16  # kernels on GPUs copy masks that begin elsewhere
-FLEX_BLOCK = 128  # flex attention's own
 _OF_FEW_MODELS = ("softcap", "position_bias", "is_causal", "cache")  # other arguments of transformers' sdpa
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the segments of a batch: the masks that all layers share. They are freed with the batch."""
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the segments of a batch: what a kernel needs to know, `varlen.Lengths` or `flex.BlockMasks`."""
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the segments of a batch: their lengths and what they continue."""
 _copied: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -49,19 +51,25 @@ def implementation(model: nn.Module) -> str | None:
     return name if name is None else _own(name)
 
 
-def flash(model: nn.Module) -> str | None:
-    """The version of flash attention that `model` has itself. It needs half precision, and has no other way."""
+def own_kernel(model: nn.Module) -> str | None:
+    """The kernel that `model` has itself: a version of flash attention, which has no other way, or flex attention."""
     name = implementation(model)
-    return name if name in varlen.FLASH else None
+    return name if name in OF_MODELS else None
 
 
 def kernels(model: nn.Module, device: torch.device) -> tuple[str, ...]:
-    """The kernels that may attend to all segments of a row in one call in place of the attention of `model`."""
-    return varlen.kernels(device) if implementation(model) == "sdpa" else ()
+    """The kernels that may attend to all segments of a row in one call in place of the attention of `model`.
+
+    The fastest comes first. A trial may find that it fails.
+    """
+    name = implementation(model)
+    if device.type not in varlen.DEVICES or name not in ("sdpa", "eager"):
+        return ()
+    return (*(varlen.kernels(device) if name == "sdpa" else ()), flex.FLEX)
 
 
-def without_kernels(model: nn.Module, device: torch.device) -> str:
-    """Why `kernels` is empty, and what to do."""
+def without_flash(model: nn.Module, device: torch.device) -> str:
+    """Why flash attention is not among `kernels`, and what to do."""
     name = implementation(model)
     if name != "sdpa":
         return (
@@ -71,61 +79,32 @@ def without_kernels(model: nn.Module, device: torch.device) -> str:
     return varlen.without_kernels(device)
 
 
+def prepare(segments: Tensor, device: torch.device, kernel: str) -> None:
+    """Makes layers attend to all of these segments in one call of `kernel`.
+
+    Args:
+        segments: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`.
+        device: Where the model is.
+        kernel: One of `kernels`, or the `own_kernel` of the model.
+    """
+    of_flex = kernel == flex.FLEX
+    _prepared[segments] = flex.BlockMasks(segments, device) if of_flex else varlen.lengths(segments, device, kernel)
+
+
 def refused(segments: Tensor) -> str | None:
     """Why a layer did not attend to all of these segments in one call, as it should have. None: it did."""
-    lengths = varlen.lengths_of(segments)
-    return None if lengths is None else lengths.refused
+    prepared = _prepared.get(segments)
+    return None if prepared is None else prepared.refused
 
 
 def packings(model: nn.Module) -> tuple[Packing, ...]:
     """The ways in which a model of transformers may keep the sequences of a packed row apart, the fastest first.
 
-    "segments": its `attention_mask` holds the segments. "blocks": its `attention_mask` is the `block_mask` of the
-    segments. "positions": `position_ids` restart with every sequence, as flash attention needs it.
+    "segments": its `attention_mask` holds the segments. "positions": `position_ids` restart with every sequence, as
+    flash attention needs it.
     """
-    if not getattr(model, "_supports_attention_backend", False):
-        return ("positions",)
-    if implementation(model) == "flex_attention":
-        return ("blocks", "positions")
-    return ("segments", "positions") if implementation(model) in SUPPORTED else ("positions",)
-
-
-def block_mask(segments: Tensor, device: torch.device) -> Any:
-    """The `BlockMask` of flex attention for some segments. It skips the blocks between them.
-
-    Args:
-        segments: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`.
-        device: Where the model is.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    lengths, continues = segments[0, 0].T
-    of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    # The blocks of tokens by tokens in which some, or all, attend. torch would make a [tokens, tokens] mask for them.
-    blocks = -(-len(of_token) // FLEX_BLOCK)
-    some, every = torch.zeros(2, blocks, blocks, dtype=torch.bool).unbind()
-    stops = lengths.cumsum(0)
-    bounds = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
-    for own, before in zip(bounds, continues.tolist(), strict=True):
-        for known in (own, bounds[before])[: 1 + (before >= 0)]:
-            some[tuple(slice(start // FLEX_BLOCK, -(-stop // FLEX_BLOCK)) for start, stop in (own, known))] = True
-            every[tuple(slice(-(-start // FLEX_BLOCK), stop // FLEX_BLOCK) for start, stop in (own, known))] = True
-    every = every.tril(-1)
-
-    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks of each row are chosen, and the columns, those of the chosen ones first."""
-        columns = chosen.int().argsort(dim=-1, descending=True, stable=True)
-        return chosen.sum(-1).int()[None, None].to(device), columns.int()[None, None].to(device)
-
-    before = continues[of_token].to(device)
-    of_token = of_token.to(device)
-
-    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & ((of_token[query] == of_token[key]) | (before[query] == of_token[key]))
-
-    partial, full = ordered(some.tril() & ~every), ordered(every)
-    sizes = (len(of_token), len(of_token))
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=attends, seq_lengths=sizes)
+    takes = getattr(model, "_supports_attention_backend", False) and implementation(model) in SUPPORTED
+    return ("segments", "positions") if takes else ("positions",)
 
 
 def use_packed_attention(model: nn.Module) -> None:
@@ -238,7 +217,7 @@ def _by_segments(name: str) -> Callable:
     ) -> tuple[Tensor, Any]:
         kind: Any = type(module)
         inner = _eager(kind) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        if attention_mask is None or attention_mask.dtype != torch.int64:
+        if not isinstance(attention_mask, Tensor) or attention_mask.dtype != torch.int64:
             return inner(module, query, key, value, attention_mask, **kwargs)
         # On other devices some sdpa kernels do not take expanded views.
         if name == "sdpa" and query.device.type == "cpu" and all(kwargs.get(x) is None for x in _OF_FEW_MODELS):
@@ -279,16 +258,22 @@ def _attend(
     processes = sum(_read[segments][0]) // query.shape[2]
     if processes > 1:  # they share the row, see `lit_did.models.context_parallel`
         query, key, value = exchange(context_group(processes), True, query, key, value)
-    lengths = varlen.lengths_of(segments)
-    refused = None
-    if lengths is not None and name not in varlen.FLASH:
+    prepared, refused = _prepared.get(segments), None
+    if prepared is not None and name not in OF_MODELS:
         others = [argument for argument in (*_OF_FEW_MODELS, "s_aux") if kwargs.get(argument) is not None]
-        refused = varlen.refusal(lengths.kernel, query, value, kwargs.get("dropout", 0.0), others)
-        lengths.refused = lengths.refused or refused
-    if lengths is not None and refused is None:
-        output = varlen.attend(query, key, value, lengths, **kwargs)
-    else:
+        dropout = kwargs.get("dropout", 0.0)
+        if prepared.kernel == flex.FLEX:
+            refused = flex.refusal(dropout, others)
+        else:
+            refused = varlen.refusal(prepared.kernel, query, value, dropout, others)
+        prepared.refused = prepared.refused or refused
+    if prepared is None or refused is not None:
         output = _by_turns(inner, name == "eager", module, query, key, value, segments, **kwargs)
+    elif prepared.kernel == flex.FLEX:
+        query, key, value = (x.to(varlen.dtype_of(query)) for x in (query, key, value))
+        output = flex.attend(query, key, value, prepared, **kwargs)
+    else:
+        output = varlen.attend(query, key, value, prepared, **kwargs)
     if processes > 1:
         (own,) = exchange(context_group(processes), False, output.transpose(1, 2))
         output = own.transpose(1, 2)

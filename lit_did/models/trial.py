@@ -10,8 +10,8 @@ with the truth is used, in this order:
     padded
     alone: one sequence at a time
 
-Where a device has flash attention, a model with `sdpa` gets it for packed rows, in one call a layer, if that agrees too
-(see `lit_did.models.varlen`).
+On CUDA, packed rows need a kernel that attends to all sequences in one call, and agrees too: flash attention
+(`lit_did.models.varlen`), or else flex attention (`lit_did.models.flex`). Without one, sequences are padded.
 
 One warning reports that a slower layout is used than was asked for. A model in which a later token changes an earlier
 logit is refused.
@@ -35,7 +35,7 @@ from torch.distributed import ProcessGroup
 from lit_did.batches import IGNORE_INDEX
 from lit_did.batches.layout import SHORTEST_SHARED, Kind, Layout, Packing, packed_layout, padded_layout
 from lit_did.batches.sequences import Sequences
-from lit_did.models import attention, varlen
+from lit_did.models import attention, flex, varlen
 from lit_did.models.context_parallel import own_tokens
 from lit_did.models.forward import (
     Outputs,
@@ -71,7 +71,8 @@ class Found(NamedTuple):
     """The fastest layout in which a model was right, for sequences of up to `length` and rows of up to `row` tokens."""
 
     key: tuple
-    """What else it depends on: whether packing was tried, the weights' dtype, autocast's dtype, the attention."""
+    """What else it depends on: whether packing was tried, the weights' dtype, autocast's dtype, the attention, whether
+    processes share rows."""
     length: int
     row: int
     gradients: bool
@@ -83,7 +84,7 @@ class Found(NamedTuple):
     forgets: bool
     """Whether the model keeps state from one forward pass to the next, until it is given one token."""
     kernel: str | None = None
-    """What attends to all segments of a packed row in one call, see `lit_did.models.varlen`. None: nothing."""
+    """What attends to all segments of a packed row in one call, see `lit_did.models.attention`. None: nothing."""
 
 
 class _Model:
@@ -191,11 +192,12 @@ def assume_right(model: nn.Module) -> bool:
     packs = _takes_positions(model) and not adds_auxiliary_loss(model)
     packing = attention.packings(base)[0] if packs else None
     kind: Kind = "packed" if packs else "padded"
-    share = packing in ("segments", "blocks")
+    share = packing == "segments"
     kernel = next(iter(_kernels(model)), None) if packing == "segments" else None
     known.found = [
-        Found(_key(model, packs, autocast), sys.maxsize, sys.maxsize, True, kind, packing, share, False, kernel)
+        Found(_key(model, packs, autocast, shared), sys.maxsize, sys.maxsize, True, kind, packing, share, False, kernel)
         for autocast in (None, torch.bfloat16, torch.float16)
+        for shared in (False, True)
     ]
     return packs
 
@@ -212,7 +214,7 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True, p
     _check_positions(model, int(lengths.max(initial=1)))
     length, row = (-(-int(number) // processes) for number in (lengths.max(initial=1), lengths.sum()))
     autocast = _autocast(device_of(model).type)
-    key = _key(model, padding_free, autocast)
+    key = _key(model, padding_free, autocast, processes > 1)
     tried = [found for found in known.found if found.key == key and found.gradients >= gradients]
     # A layout that is right for longer sequences is right for these. One that is wrong for longer ones may be right.
     for found in tried:
@@ -240,18 +242,18 @@ def find(model: nn.Module, sequences: Sequences, *, padding_free: bool = True, p
     with _untouched(model):
         found = _try(model, known, sequences, *wanted, gradients=gradients, padding_free=padding_free and not failed)
         if found.packing == "segments" and found.kernel is None and device_of(model).type in varlen.DEVICES:
-            found = found._replace(kernel=_try_kernels(model, known, sequences, found, autocast))
+            found = _with_kernel(model, known, sequences, found, autocast, pads=processes == 1)
     found = found._replace(key=key)
     _warn_of(model, known, found, padding_free)
     known.found.append(found)
     return found
 
 
-def _key(model: nn.Module, padding_free: bool, autocast: torch.dtype | None) -> tuple:
-    """What a layout depends on beside lengths. `autocast`: its dtype, if it is on."""
+def _key(model: nn.Module, padding_free: bool, autocast: torch.dtype | None, shared: bool) -> tuple:
+    """What a layout depends on beside lengths. `autocast`: its dtype, if it is on. `shared`: by several processes."""
     counts = _keeps_autocast(model) or device_of(model).type in varlen.DEVICES
     name = attention.implementation(inner(model))
-    return (padding_free, next(model.parameters()).dtype, autocast if counts else None, name)
+    return (padding_free, next(model.parameters()).dtype, autocast if counts else None, name, shared)
 
 
 def _autocast(device: str) -> torch.dtype | None:
@@ -311,8 +313,8 @@ def _check_sharing(model: nn.Module, batch: Sequences, found: Found, share: bool
     if found.packing != "segments":
         raise ValueError(
             "Expected `context_parallel_size` to be 1 with a model that does not take packed batches with attention "
-            f"'sdpa', 'eager' or flash attention, or that has an auxiliary loss, {but}. With another attention, pass "
-            '`model_kwargs={"attn_implementation": "sdpa"}`.'
+            f"'sdpa', 'eager', flash or flex attention, or that has an auxiliary loss, {but}. With another attention, "
+            'pass `model_kwargs={"attn_implementation": "sdpa"}`.'
         )
     if size in known.shares:
         return
@@ -407,7 +409,7 @@ def _try(
         return found
     tried = attention.packings(inner(model)) if padding_free and not forgets and not adds_auxiliary_loss(model) else ()
     for packing in tried:
-        kernel = attention.flash(inner(model)) if packing == "segments" else None
+        kernel = attention.own_kernel(inner(model)) if packing == "segments" else None
         for share in (True, False) if packing != "positions" else (False,):
             if _takes_positions(model) and right(*_to_try(deep, shallow, device, packing, share, kernel)):
                 return found._replace(kind="packed", packing=packing, share=share, kernel=kernel)
@@ -445,38 +447,75 @@ def _is_right(
     return _all_agree(model, agrees)
 
 
+def _with_kernel(
+    model: nn.Module, known: _Model, batch: Sequences, found: Found, autocast: torch.dtype | None, pads: bool
+) -> Found:
+    """`found` with the first kernel that gives right results. Without one, padded rows, if they are right.
+
+    One warning names the reason if the kernel is not flash attention.
+
+    Args:
+        pads: Whether rows may be padded. Processes cannot share padded rows.
+    """
+    kernel, reason = _try_kernels(model, known, batch, found, autocast)
+    if kernel == flex.FLEX:
+        _warn(
+            known,
+            "flex",
+            f"{_name(model)} uses flex attention, which takes all sequences of a batch in one call a layer. Its "
+            "kernels are compiled in the first step, which takes longer therefore. Flash attention, which needs no "
+            f"compilation, is not used: {reason}",
+        )
+    if kernel is not None:
+        return found._replace(kernel=kernel)
+    if pads:
+        padded = _try(model, known, batch, found.length, found.row, gradients=found.gradients, padding_free=False)
+        if padded.kind == "padded":
+            _warn(
+                known,
+                "padded",
+                f"{_name(model)} gets padded batches, because no kernel takes all sequences of a row without padding "
+                f"in one call: {reason} Results are right, but training is slower. `padding_free=False` silences this "
+                "warning.",
+            )
+            return padded
+    _warn_of_turns(model, known, reason)
+    return found
+
+
 def _try_kernels(
     model: nn.Module, known: _Model, batch: Sequences, found: Found, autocast: torch.dtype | None
-) -> str | None:
+) -> tuple[str | None, str]:
     """The first kernel that gives right results in place of the attention of `model`, in the precision of a step.
 
-    One warning names the reason if there is none.
+    Also why the kernels before it are not used, and what to do.
     """
     device = device_of(model)
     deep, shallow = _deep_and_shallow(model, batch, found.length, found.row)
     parameters = _some_parameters(model) if found.gradients else None
     alone = padded_layout(shallow.select([1, 3]).whole(), device)._replace(kind="alone", forgets=found.forgets)
-    reason = attention.without_kernels(inner(model), device)
+    reason, kernels = attention.without_flash(inner(model), device), _kernels(model)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         truth = _answer(model, known.body, alone, parameters)
-        for kernel in _kernels(model):
+        for kernel in kernels:
             known.raised = ""
             values, of_gradients = _to_try(deep, shallow, device, "segments", found.share, kernel)
             right = _is_right(model, known, truth, values, of_gradients, parameters)
             refused = next(filter(None, (attention.refused(v.inputs["attention_mask"]) for v in values)), None)
             if right and refused is None:
-                return kernel
+                return kernel, reason
             but = f" ({known.raised})" if known.raised else ""
-            reason = refused or (
-                f"a check found other results with {kernel}{but}. Another version of torch or flash-attn may help."
-            )
-    _warn_of_turns(model, known, reason)
-    return None
+            failed = refused or f"a check found other results with {kernel}{but}."
+            if kernel == flex.FLEX:
+                reason += f" And {failed}"
+            else:
+                reason = refused or f"{failed} Another version of torch or flash-attn may help."
+    return None, reason
 
 
 def _kernels(model: nn.Module) -> tuple[str, ...]:
     """The kernels that attend to all segments of a row in one call, the fastest first."""
-    own = attention.flash(inner(model))
+    own = attention.own_kernel(inner(model))
     return attention.kernels(inner(model), device_of(model)) if own is None else (own,)
 
 
@@ -486,8 +525,7 @@ def _warn_of_turns(model: nn.Module, known: _Model, reason: str) -> None:
         known,
         "turns",
         f"{_name(model)} attends to one sequence of a batch at a time, with a call or more for each in every layer. "
-        f"Flash attention, which takes all sequences in one call, is not used: {reason} Results are right, but "
-        "training is slower.",
+        f"No kernel takes all sequences in one call: {reason} Results are right, but training is slower.",
     )
 
 
@@ -681,7 +719,7 @@ def _is_wrapped(model: nn.Module) -> bool:
 
 def _keeps_autocast(model: nn.Module) -> bool:
     """Whether a trial of `model` runs under autocast, if training does."""
-    return _is_wrapped(model) or attention.flash(inner(model)) is not None
+    return _is_wrapped(model) or attention.own_kernel(inner(model)) in varlen.FLASH
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -729,11 +767,8 @@ def _packed(
         layout = own_tokens(packed_layout(sequences, torch.device("cpu"), share=share), group, device)
     segments = layout.inputs["attention_mask"]
     if kernel is not None:
-        varlen.prepare(segments, device, kernel)
-    if packing == "segments":
-        return layout
-    mask = attention.block_mask(segments, device) if packing == "blocks" else None
-    return layout._replace(inputs={**layout.inputs, "attention_mask": mask})
+        attention.prepare(segments, device, kernel)
+    return layout if packing == "segments" else layout._replace(inputs={**layout.inputs, "attention_mask": None})
 
 
 def _takes_positions(model: nn.Module) -> bool:

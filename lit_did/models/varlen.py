@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_did.batches.moving import to_device
 
@@ -52,17 +51,8 @@ class Lengths:
     """Why a layer did not use the kernel, and what to do. None: all layers used it so far."""
 
 
-_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the segments of a batch: their `Lengths`. They are freed with the batch."""
-
-
-def lengths_of(segments: Tensor) -> Lengths | None:
-    """What `prepare` has worked out for these segments."""
-    return _lengths.get(segments)
-
-
-def prepare(segments: Tensor, device: torch.device, kernel: str) -> None:
-    """Makes layers attend to all of these segments in one call of `kernel`.
+def lengths(segments: Tensor, device: torch.device, kernel: str) -> Lengths:
+    """What one call of `kernel` needs to know about these segments.
 
     Args:
         segments: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`.
@@ -82,7 +72,7 @@ def prepare(segments: Tensor, device: torch.device, kernel: str) -> None:
     bounds[:, 1:] = own.cumsum(), (own + before).cumsum()
     cu_queries, cu_keys = to_device(torch.from_numpy(bounds), device).unbind()
     most = int(own.max(initial=0)), int((own + before).max(initial=0))
-    _lengths[segments] = Lengths(kernel, cu_queries, cu_keys, *most, keys)
+    return Lengths(kernel, cu_queries, cu_keys, *most, keys)
 
 
 def kernels(device: torch.device) -> tuple[str, ...]:
@@ -124,13 +114,13 @@ def refusal(kernel: str, query: Tensor, value: Tensor, dropout: float, others: l
         dropout: Of the attention's weights.
         others: Names of other arguments of the attention that are not None.
     """
-    dim, dtype = query.shape[-1], _dtype(query)
+    dim, dtype = query.shape[-1], dtype_of(query)
     if dtype not in HALF:
         return f"its numbers are {str(dtype)[6:]}, and flash attention needs bfloat16. Use precision='bf16-mixed'."
     if dim % 8 or dim > MOST_DIM or value.shape[-1] > dim:
         return (
             f"its heads have {dim} and {value.shape[-1]} entries, and flash attention needs multiples of 8 up to "
-            f"{MOST_DIM}. Try model_kwargs={{'attn_implementation': 'flex_attention'}}."
+            f"{MOST_DIM}."
         )
     if dropout and kernel == TORCH:
         return (
@@ -140,7 +130,7 @@ def refusal(kernel: str, query: Tensor, value: Tensor, dropout: float, others: l
     if others:
         return (
             f"the model passes {', '.join(others)} to its attention, which is not the same in every kernel. Try "
-            "model_kwargs={'attn_implementation': 'flash_attention_2'} or 'flex_attention'."
+            "model_kwargs={'attn_implementation': 'flash_attention_2'}."
         )
     return None
 
@@ -170,7 +160,7 @@ def attend(
         is_causal: Must not be False.
         others: Arguments that transformers' flash attention knows.
     """
-    dtype, width = _dtype(query), value.shape[-1]
+    dtype, width = dtype_of(query), value.shape[-1]
     queries, keys, values = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     if lengths.keys is not None:
         keys, values = (x.index_select(0, lengths.keys) for x in (keys, values))
@@ -210,7 +200,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, lengths: Lengths, opti
     )
 
 
-def _dtype(query: Tensor) -> torch.dtype:
+def dtype_of(query: Tensor) -> torch.dtype:
     """What attention computes in: autocast casts `sdpa`, but none of these kernels."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype

@@ -8,17 +8,19 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from lit_did.batches.sequences import read_sequences
-from lit_did.models import varlen
+from lit_did.models import attention, flex, varlen
 from lit_did.models.loading import checkpoint_activations
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.trial import attention_used, layout_of
 from tests.models import flash  # noqa: F401  its kernels for the CPU are the truth
 from tests.models.architectures import build, logits_alone, logits_in, make_batch
 from tests.models.test_attention import SEGMENTS
+from tests.models.test_flex import attends
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -49,12 +51,55 @@ def test_a_kernel(kernel, sliding_window, heads, dtype, dim):
     results = []
     for inputs, chosen in ((given, varlen.TORCH), (there, kernel)):
         own = segments.clone()
-        varlen.prepare(own, inputs[0].device, chosen)
-        output = varlen.attend(*inputs, varlen.lengths_of(own), sliding_window=sliding_window, scaling=0.1)
+        attention.prepare(own, inputs[0].device, chosen)
+        output = varlen.attend(*inputs, attention._prepared[own], sliding_window=sliding_window, scaling=0.1)
         gradients = torch.autograd.grad(output, inputs, upstream.to(inputs[0].device))
         results.append([x.detach().cpu().float() for x in (output, *gradients)])
     for truth, result in zip(*results, strict=True):
         torch.testing.assert_close(result, truth, rtol=0.02, atol=0.02 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_attention(dtype, softcap):
+    """Of any number of tokens and window, with sinks if there is no softcap."""
+    torch.manual_seed(0)
+    for pairs, window in ((1, None), (12, None), (12, 100), (9, 3)):
+        parts = [np.array(SEGMENTS) * (7, 1) + (0, 6 * pair) * (np.array(SEGMENTS) >= 0) for pair in range(pairs)]
+        segments = np.concatenate(parts)
+        tokens = int(segments[:, 0].sum())
+        given = [torch.randn(1, n, tokens, 64, dtype=dtype, device=DEVICE, requires_grad=True) for n in (4, 2, 2)]
+        sinks = None if softcap else torch.randn(4, device=DEVICE, requires_grad=True)
+        masks = flex.BlockMasks(torch.from_numpy(segments)[None, None], DEVICE)
+        output = flex.attend(*given, masks, scaling=0.1, sliding_window=window, softcap=softcap, s_aux=sinks)
+        inputs = [*given, *([] if sinks is None else [sinks])]
+        query, key, value = (x.double().repeat_interleave(4 // x.shape[1], dim=1) for x in given)
+        scores = query @ key.mT * 0.1
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        scores = scores.masked_fill(~attends(segments, window).to(DEVICE), -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(1, -1, tokens, 1)], dim=-1)
+        truth = (scores.softmax(-1)[..., :tokens] @ value).transpose(1, 2)
+        upstream = torch.randn_like(output)
+        results = [output, *torch.autograd.grad(output, inputs, upstream)]
+        truths = [truth, *torch.autograd.grad(truth, inputs, upstream.double())]
+        tolerance = 1e-4 if dtype == torch.float32 else 0.02
+        for result, expected in zip(results, truths, strict=True):
+            assert (result.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "implementation"), [("Mistral", "sdpa"), ("Gemma2", "eager")])
+def test_models_in_float32(name, implementation):
+    """Flex attention in one call a layer, shared prompts and windows too. The trial compares gradients."""
+    model = build(name, implementation, **SIZES)
+    sequences = read_sequences(make_batch())
+    with torch.no_grad():
+        expected = torch.cat(logits_alone(model, sequences))
+    with pytest.warns(UserWarning, match="uses flex attention"):
+        logits = logits_in(model.to(DEVICE), sequences)
+    layout_of(model, sequences)
+    assert attention_used(model) == "flex_attention, one call a layer"
+    torch.testing.assert_close(logits.double().cpu(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.skipif(not KERNELS, reason="has no kernel that takes all sequences in one call")
@@ -74,11 +119,12 @@ def test_models(name, mixed):
     assert (logits.double().cpu() - expected).norm() < 0.2 * (expected - expected.mean(-1, keepdim=True)).norm()
 
 
-@pytest.mark.skipif(not KERNELS, reason="has no kernel that takes all sequences in one call")
+@pytest.mark.parametrize("dtype", [torch.float32, *[torch.bfloat16] * bool(KERNELS)])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_host_does_not_wait(checkpointed):
-    """For statistics of a batch, their gradients, and a step of AdamW."""
-    policy = build("Llama", "sdpa", **SIZES).to(DEVICE, torch.bfloat16)
+@pytest.mark.filterwarnings("ignore:.*uses flex attention")
+def test_the_host_does_not_wait(checkpointed, dtype):
+    """For statistics of a batch, their gradients, and a step of AdamW: by flash attention, or flex attention."""
+    policy = build("Llama", "sdpa", **SIZES).to(DEVICE, dtype)
     reference = copy.deepcopy(policy)
     if checkpointed:
         checkpoint_activations(policy)

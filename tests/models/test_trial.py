@@ -356,21 +356,6 @@ def _bert(**overrides):
     return transformers.BertConfig(**sizes, num_attention_heads=2, initializer_range=0.3, **overrides)
 
 
-@pytest.mark.parametrize(("name", "packing"), [("Llama", "blocks"), ("Mistral", "positions")])
-def test_flex_attention(name, packing):
-    model = build(name, head_dim=16)  # flex attention takes no smaller heads; Mistral has a window
-    flex = copy.deepcopy(model)
-    flex.set_attn_implementation("flex_attention")
-    # Forward only, and not compiled: the CPU has no backward.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*are padded.*")
-        assert_right(flex, model)
-        batch = read_sequences(make_batch())
-        assert layout_of(flex, batch).packing == packing
-        sizes = [layout_of(flex, batch, share=share).inputs["input_ids"].numel() for share in (False, True)]
-    assert (sizes[1] < sizes[0]) == (packing == "blocks")
-
-
 def test_positions_that_do_not_restart_are_padded():
     model = build("Llama4Text")
     batch = make_batch()

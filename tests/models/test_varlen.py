@@ -20,7 +20,7 @@ from lit_did.models import attention, trial, varlen
 from lit_did.models.loading import checkpoint_activations
 from lit_did.models.policy_and_reference import PolicyAndReference
 from lit_did.models.trial import attention_used, layout_of, outputs_of
-from tests.models import flash
+from tests.models import flash, flex
 from tests.models.architectures import assert_right, build, logits_in, make_batch
 from tests.models.test_attention import DIM, HEADS, KEY_HEADS, SEGMENTS, dense
 
@@ -48,7 +48,7 @@ def attend(given: list[Tensor], kernel: str | None, segments: Tensor | None = No
     attention.use_packed_attention(model)
     own = torch.tensor(SEGMENTS)[None, None]
     if kernel is not None:
-        varlen.prepare(own, torch.device("cpu"), kernel)
+        attention.prepare(own, torch.device("cpu"), kernel)
     function = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     layer = model.model.layers[0].self_attn
     with attention.running(own):
@@ -247,45 +247,6 @@ def test_processes_that_share_a_row(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def text_of(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(w.message) for w in caught if "one sequence of a batch at a time" in str(w.message)]
-
-
-@needs_torch
-def test_float32_warns_once_and_autocast_does_not():
-    model, sequences = build("Llama", "sdpa"), read_sequences(make_batch())
-    with flash.on_the_cpu(varlen.HALF) as calls, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_right(model)
-        assert_right(model)
-        (text,) = text_of(caught)
-        assert "its numbers are float32, and flash attention needs bfloat16. Use precision='bf16-mixed'." in text
-        assert not calls
-        assert attention_used(model) == "attention 'sdpa', one segment at a time"
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            layout = layout_of(model, sequences)
-            assert calls  # the trial
-            calls.clear()
-            outputs_of(model, layout)
-        assert len(calls) == model.config.num_hidden_layers
-        assert len(text_of(caught)) == 1
-
-
-@needs_torch
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"attn_implementation": "eager"}, "attention 'eager' is the model's own."),
-        ({"hidden_size": 24}, "its heads have 6 and 6 entries"),
-    ],
-)
-def test_what_takes_one_segment_at_a_time(given, text):
-    model = build("Llama", given.pop("attn_implementation", "sdpa"), **given)
-    with flash.on_the_cpu() as calls, pytest.warns(UserWarning, match=text):
-        assert_right(model)
-    assert not calls
-
-
 @needs_torch
 def test_dropout_appears_in_training():
     model = build("Llama", "sdpa", attention_dropout=0.5)
@@ -303,13 +264,6 @@ def test_dropout_appears_in_training():
         assert len(calls) == model.config.num_hidden_layers
 
 
-def test_no_kernel(monkeypatch):
-    monkeypatch.setattr(varlen, "kernels", lambda device: ())
-    model = build("Llama", "sdpa")
-    with flash.on_the_cpu(), pytest.warns(UserWarning, match=r"has no kernel that suits. Install torch 2.11 or later"):
-        assert_right(model)
-
-
 @needs_torch
 @pytest.mark.parametrize("fault", ["aligned at the top left", "raises"])
 def test_a_wrong_kernel_is_found(fault, monkeypatch):
@@ -324,8 +278,10 @@ def test_a_wrong_kernel_is_found(fault, monkeypatch):
     monkeypatch.setattr(flash, "attention", wrong)
     monkeypatch.setattr(varlen, "kernels", lambda device: (varlen.TORCH,))
     model = build("Llama", "sdpa")
-    with flash.on_the_cpu(), pytest.warns(UserWarning, match="a check found other results with varlen_attn"):
+    warns = pytest.warns(UserWarning, match="a check found other results with varlen_attn")
+    with flash.on_the_cpu(), flex.on_the_cpu(), warns:
         assert_right(model)
+    assert attention_used(model) == "flex_attention, one call a layer"
 
 
 def test_which_kernels(monkeypatch):

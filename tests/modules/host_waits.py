@@ -29,9 +29,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from lit_did import LitDPO, LitDPOPG
 from lit_did.batches import moving
 from lit_did.models import trial, varlen
+from lit_did.models.flex import FLEX
 from lit_did.modules import optimizer
 from lit_did.ops import extension
-from tests.models import flash
+from tests.models import flash, flex
 from tests.modules.steps import loader
 from tests.modules.tiny import tiny_llama
 
@@ -68,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cached": {"cache_reference": True},
     "checkpointed": {"gradient_checkpointing": True},
     "elementwise recomputed": {"recompute_elementwise": True},
+    "flex attention": {"kernel": FLEX},
     "one segment at a time": {"kernel": None},
     "reads": {"class": Reads},
 }
@@ -218,6 +220,7 @@ def main() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else they would keep the class of a CPU's
     moving.ASYNCHRONOUS = varlen.DEVICES = (DEVICE.type,)  # it has flash attention, and takes float32
     varlen.HALF = (torch.float32,)
+    flex.replaced_by(flex.dense).start()
     optimizer.FUSED = ("cpu", DEVICE.type)
     extension.fused_devices = lambda: ("cpu", DEVICE.type)
     results: dict[str, dict[str, Any]] = {}
@@ -225,9 +228,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, case in CASES.items():
             flash.calls.clear()
+            flex.calls.clear()
             Device.fused_steps = 0
             waits, loss = fit(case, DEVICE, folder)
-            results[name] = {"waits": waits, "calls": len(flash.calls), "fused_steps": Device.fused_steps}
+            results[name] = {"waits": waits, "calls": len(flash.calls + flex.calls), "fused_steps": Device.fused_steps}
             same = repr({key: value for key, value in case.items() if key not in ONLY_HOW})
             if same not in expected:
                 expected[same] = fit(case, torch.device("cpu"), folder)[1]

@@ -25,7 +25,7 @@ def results() -> dict:
 CASES = ["full", "lora", "other terms", "projected", "cached", "checkpointed", "elementwise recomputed"]
 
 
-@pytest.mark.parametrize("case", [*CASES, "one segment at a time"])
+@pytest.mark.parametrize("case", [*CASES, "flex attention", "one segment at a time"])
 def test_the_host_waits_only_to_log(results, case):
     of_batches, (loss, expected) = results[case]["waits"], results[case]["loss"]
     assert loss == pytest.approx(expected, rel=1e-4)  # the premise: it trains as on a CPU
@@ -42,7 +42,7 @@ def test_attention_is_one_call_a_layer(results):
     layers, models = 2, 2
     micro_batches, rest = divmod(calls["full"], layers * models)
     assert (micro_batches >= 8, rest) == (True, 0)
-    for case in ("lora", "other terms", "elementwise recomputed"):
+    for case in ("lora", "other terms", "elementwise recomputed", "flex attention"):
         assert calls[case] == layers * models * micro_batches
     assert calls["checkpointed"] == layers * (models + 1) * micro_batches
     assert calls["one segment at a time"] == 0
