@@ -109,14 +109,14 @@ class Toolkit:
 def plan() -> "Build | None":
     """Returns what to build, or None for pure Python, and says why. Exits if what is required cannot be built."""
     wanted, cuda_wanted = switch("LIT_DID_EXTENSION"), switch("LIT_DID_CUDA")
+    required = "LIT_DID_EXTENSION" if wanted else "LIT_DID_CUDA" if cuda_wanted else None
     if wanted is False:
         say("building pure Python, without compiled operators (LIT_DID_EXTENSION=0)")
         return None
     if sys.platform == "win32":
-        why = "the compiled operators are for Linux and macOS"
-        if wanted or cuda_wanted:
-            sys.exit(f"{'LIT_DID_EXTENSION' if wanted else 'LIT_DID_CUDA'}=1 is not possible on Windows: {why}.")
-        say(f"building pure Python, without compiled operators: {why}")
+        if required:
+            sys.exit(f"{required}=1 requires the compiled operators, but they are for Linux and macOS.")
+        say("building pure Python, without compiled operators: they are for Linux and macOS")
         return None
     torch = find_torch()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -130,9 +130,8 @@ def plan() -> "Build | None":
     missing = ", ".join(name for name, is_there in found.items() if not is_there)
     if missing:
         remedy = "To build them, install what is missing, then lit-did again."
-        if wanted or cuda_wanted:
-            name = "LIT_DID_EXTENSION" if wanted else "LIT_DID_CUDA"
-            sys.exit(f"{name}=1 requires the compiled operators, but these are missing: {missing}. {remedy}")
+        if required:
+            sys.exit(f"{required}=1 requires the compiled operators, but these are missing: {missing}. {remedy}")
         say(f"building pure Python, without compiled operators, because these are missing: {missing}. {remedy}")
         return None
     return Build(torch, compiler, find_toolkit(torch, cuda_wanted))

@@ -7,6 +7,8 @@ transformers.
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 import importlib
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from lit_did.models import PolicyAndReference
     from lit_did.modules import LitDPO, LitDPOPG, LitSFT
 
-__version__ = "0.1.0"
 __all__ = [
     "DIDMetrics",
     "DIDMonitor",

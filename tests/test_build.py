@@ -129,7 +129,32 @@ def test_cuda_library_for_another_version(tmp_path):
     report = import_copy(tmp_path, broken=["lib/lit_did_cuda98.so"], before="torch.version.cuda = '99.1'")
     assert report["warnings"] == []
     (warning,) = report["on_cuda"]
-    assert "for cuda tensors, because no kernels for CUDA 99 were built." in warning
+    assert "for cuda tensors, because no kernels for CUDA 99 are installed." in warning
+
+
+@pytest.mark.parametrize("of", [lit_did.__version__, "0.0.7"])
+def test_cuda_library_of_its_own_wheel(of, tmp_path):
+    """It is looked for, if it has the version of lit_did. Here it is no library."""
+    package = tmp_path / "lit_did_cuda99"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"__version__ = {of!r}\n")
+    (package / "lit_did_cuda99.so").write_bytes(b"no library")
+    report = import_copy(tmp_path, before="torch.version.cuda = '99.1'")
+    assert report["warnings"] == []
+    (warning,) = report["on_cuda"]
+    if of == lit_did.__version__:
+        assert "the kernels for CUDA 99 do not load (" in warning
+        assert str(package / "lit_did_cuda99.so") in warning
+    else:
+        assert f"lit-did-cuda99 has version 0.0.7, but lit-did has {lit_did.__version__}." in warning
+
+
+def test_windows(tmp_path):
+    report = import_copy(tmp_path, before="sys.platform = 'win32'")
+    (warning,) = report["warnings"]
+    assert f"lit_did has no extension for Windows (this is torch {torch.__version__})" in warning[1]
+    assert report["fused"].startswith("RuntimeError: Expected a fused operator")
+    assert report["log_ratio"] == pytest.approx(0.37989, abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,6 +200,19 @@ def test_pure_python():
     assert lines_of(setup_py(LIT_DID_EXTENSION="0")) == [
         "building pure Python, without compiled operators (LIT_DID_EXTENSION=0)"
     ]
+
+
+@needs_setup
+def test_pure_python_on_windows(monkeypatch, capsys):
+    plan = runpy.run_path(str(ROOT / "setup.py"))["plan"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delenv("LIT_DID_EXTENSION", raising=False)
+    assert plan() is None
+    why = "they are for Linux and macOS"
+    assert capsys.readouterr().err == f"lit-did: building pure Python, without compiled operators: {why}\n"
+    monkeypatch.setenv("LIT_DID_EXTENSION", "1")
+    with pytest.raises(SystemExit, match=rf"^LIT_DID_EXTENSION=1 requires the compiled operators, but {why}\.$"):
+        plan()
 
 
 @needs_setup

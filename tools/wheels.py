@@ -144,9 +144,8 @@ def pack(library: Path) -> None:
     folder = WORK / "raw" / package
     (folder / package).mkdir(parents=True)
     shutil.copy(library, folder / package)
-    (folder / package / "__init__.py").write_text(
-        f'"""The kernels of lit_did for CUDA {package[-2:]}: it loads them."""\n'
-    )
+    text = f'"""The kernels of lit_did for CUDA {package[-2:]}."""\n\n__version__ = "{version}"\n'
+    (folder / package / "__init__.py").write_text(text)
     info = folder / f"{package}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(

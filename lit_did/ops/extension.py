@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
+from lit_did import __version__
 from lit_did.arguments import check_choice
 
 LIBRARIES = Path(__file__).parents[1] / "lib"
@@ -41,6 +43,8 @@ class Extension(NamedTuple):
 def _load() -> Extension:
     this_torch = f"this is torch {torch.__version__}"
     library = LIBRARIES / "lit_did_cpu.so"
+    if sys.platform == "win32":
+        return Extension(None, f"lit_did has no extension for Windows ({this_torch})")
     if not library.is_file():
         return Extension(None, f"lit_did's extension is not built ({this_torch}). To build it: {REBUILD}")
     try:
@@ -69,7 +73,13 @@ def _load_cuda() -> tuple[str | None, str | None]:
     major = torch.version.cuda.split(".")[0]
     path = LIBRARIES / f"lit_did_cuda{major}.so"
     if not path.is_file():
-        return None, f"no kernels for CUDA {major} were built"
+        try:
+            package = importlib.import_module(f"lit_did_cuda{major}")  # which a wheel of its own installs
+        except ImportError:
+            return None, f"no kernels for CUDA {major} are installed"
+        if package.__version__ != __version__:
+            return None, f"lit-did-cuda{major} has version {package.__version__}, but lit-did has {__version__}"
+        path = Path(str(package.__file__)).with_name(path.name)
     try:
         torch.ops.load_library(path)
         describe = ctypes.CDLL(str(path)).lit_did_cuda_build
@@ -153,7 +163,7 @@ def choose_backend(
         _announced.add(device.type)
         if device.type == "cuda":
             cause = str(EXTENSION.cuda_problem)
-            remedy = "To build them, install nvcc and then lit_did again, see `lit-did docs install`."
+            remedy = "How to install them: `lit-did docs install`."
         else:
             cause = "there are no other kernels"
             remedy = "Nothing needs to be done. `backend='reference'` silences this warning."
