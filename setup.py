@@ -264,7 +264,10 @@ class Build:
         if source == "csrc/module.cpp":
             import pybind11
 
-            command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+            headers = sysconfig.get_paths()["include"]
+            command += [f"-I{pybind11.get_include()}", f"-I{headers}"]
+            # Debian's headers of Python include <x86_64-linux-gnu/...> from /usr/include, which zig does not search.
+            command += ["-idirafter", str(Path(headers).parent)]
             return [*command, f'-DLIT_DID_OLDEST_TORCH="{".".join(map(str, OLDEST_TORCH))}"']
         target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}" + 12 * "0"
         command += [f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(self.torch.include)]
