@@ -80,7 +80,7 @@ bench: install  ## measures the operators beside torch, a few minutes: ARGS="--r
 
 docs: $(DOCS_VENV)/installed  ## builds the docs site in site/, without network once its packages are installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
-	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
+	@echo "Open site/index.html."
 
 notebook: install  ## runs examples/demo.ipynb and writes its outputs into it, a few minutes
 	$(BIN)/python -m tools.notebook
