@@ -130,10 +130,8 @@ class Case {
     const auto label_of = [&](const Logits& side) {
       return effective_logit(side.value(row, labels_[row]), limit) * scale;
     };
-    const auto s = sums.finish(vocabulary_, label_of(policy_), label_of(reference_), normalizers + row);
-    static_assert(sizeof(s) == kNumStatistics * sizeof(Real), "nine numbers");
-    for (int i = 0; i < kNumStatistics; ++i)
-      std::memcpy(static_cast<Real*>(outputs[i]) + row, reinterpret_cast<const Real*>(&s) + i, sizeof(Real));
+    write_statistics<Real>(sums.finish(vocabulary_, label_of(policy_), label_of(reference_), normalizers + row),
+                           outputs, row);
   }
 
   template <typename Real>
