@@ -20,6 +20,13 @@ std::vector<int64_t> sequence_sizes(const Tensor& labels, const std::optional<Te
   return labels.sizes().slice(0, labels.dim() - 1).vec();
 }
 
+InverseSoftcaps::InverseSoftcaps(std::optional<double> policy_softcap, std::optional<double> reference_softcap) {
+  for (const auto& softcap : {policy_softcap, reference_softcap})
+    need(!softcap || (*softcap > 0 && 1 / *softcap > 0), "softcaps that are positive and finite");
+  if (policy_softcap) policy = 1 / *policy_softcap;
+  if (reference_softcap) reference = 1 / *reference_softcap;
+}
+
 void check_token_arguments(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels,
                            double temperature) {
   const Sizes sizes = policy_logits.sizes();

@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(lit_did, m) {
   m.def(
       "token_statistics_backward_(Tensor?[] grads, Tensor(a!) policy_logits, Tensor(b!) reference_logits, "
       "Tensor labels, Tensor[] statistics, Tensor normalizers, int ignore_index, float temperature, "
-      "bool policy_needs_grad, bool reference_needs_grad, int first_entry=0) -> ()");
+      "bool policy_needs_grad, bool reference_needs_grad, int first_entry=0, float? policy_softcap=None, "
+      "float? reference_softcap=None) -> ()");
   m.def(
       "token_partials_(Tensor policy_logits, Tensor reference_logits, Tensor labels, Tensor(a!) partials, "
       "int slice_entries, int first_entry, int ignore_index, float temperature) -> ()");

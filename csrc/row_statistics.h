@@ -216,6 +216,13 @@ struct GradientCoefficients {
   bool careful;  // the row holds infinities
 };
 
+// dy / dx of a softcapped logit y = c tanh(x / c), from y and 1 / c. Numbers or vectors.
+template <typename V, typename Real>
+LIT_DID_INLINE V softcap_slope(V capped, Real inverse_softcap) {
+  const V t = capped * inverse_softcap;
+  return Real(1) - t * t;
+}
+
 // What rounding took from a normalizer; nothing where it is -inf, for supports without a common entry.
 template <typename Real>
 LIT_DID_INLINE double rounding(double exact, Real rounded) {

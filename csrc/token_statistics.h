@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "row_partials.h"
 #include "tensors.h"
@@ -26,12 +27,14 @@ std::tuple<Tensor, Tensor> token_statistics_backward_cpu(const OptionalTensorLis
 
 // The same gradients, bit for bit, each written over its side's logits; a side that needs none is left alone. The
 // logits may be a slice of the vocabulary that begins at `first_entry`, while labels count from the whole vocabulary's
-// first.
+// first. With a softcap c, a side's logits are c tanh(x / c), and the gradient is that in x.
 void token_statistics_backward_inplace_cpu(const OptionalTensorList& grads, const Tensor& policy_logits,
                                            const Tensor& reference_logits, const Tensor& labels,
                                            const TensorList& statistics, const Tensor& normalizers,
                                            int64_t ignore_index, double temperature, bool policy_needs_grad,
-                                           bool reference_needs_grad, int64_t first_entry);
+                                           bool reference_needs_grad, int64_t first_entry,
+                                           std::optional<double> policy_softcap,
+                                           std::optional<double> reference_softcap);
 
 // Writes RowPartials of slices of the vocabulary, of `slice_entries` each, which lie one after the other from
 // `first_entry` on, to `partials` [slices, rows, 16] float64, but for ignored rows. Labels [rows] count from the whole
@@ -46,6 +49,14 @@ void merge_token_partials_cpu(const Tensor& partials, const Tensor& labels, int6
 // The statistics of all slices together, float32 or float64; 0 for ignored rows.
 TokenTensors finish_token_partials_cpu(const Tensor& partials, const Tensor& labels, int64_t ignore_index,
                                        bool float64);
+
+// What the kernels take instead of softcaps: their reciprocals, 0 for none. Raises if one is not positive.
+struct InverseSoftcaps {
+  double policy = 0, reference = 0;
+
+  InverseSoftcaps() = default;
+  InverseSoftcaps(std::optional<double> policy_softcap, std::optional<double> reference_softcap);
+};
 
 // What both devices demand of their input. Raises where it does not fit.
 void check_token_arguments(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels,

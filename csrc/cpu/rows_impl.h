@@ -294,14 +294,15 @@ void accumulate(const void* policy_row, const void* reference_row, int64_t size,
 // ---------------------------------------------------------------------------------------------------------
 
 // Gradient of the two log-probabilities alone: one distribution a side, each side needs only its own logits.
-template <typename Real, typename T>
+template <typename Real, bool kCapped, typename T>
 LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, Real normalizer, Real coefficient,
-                                     T* grad, bool past_caches) {
+                                     Real inverse_softcap, T* grad, bool past_caches) {
   using V = Vector<Real>;
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
   const auto gradient = [&](V z) __attribute__((always_inline)) {
     z = effective(z, limit);
     V p = exp2(V(z * scale - normalizer));
+    if constexpr (kCapped) p *= softcap_slope(z, inverse_softcap);
     p = z == minus_infinity<Real>() ? V{} : p;
     return V(coefficient * p);
   };
@@ -313,10 +314,19 @@ LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, 
   }
 }
 
+template <typename Real, typename T>
+LIT_DID_INLINE void logprob_gradient(const T* logits, int64_t size, Real scale, Real normalizer, Real coefficient,
+                                     Real inverse_softcap, T* grad, bool past_caches) {
+  if (inverse_softcap != 0) {
+    logprob_gradient<Real, true>(logits, size, scale, normalizer, coefficient, inverse_softcap, grad, past_caches);
+  } else {
+    logprob_gradient<Real, false>(logits, size, scale, normalizer, coefficient, inverse_softcap, grad, past_caches);
+  }
+}
+
 template <typename Real, bool kCareful, bool kPolicy, bool kReference, typename P, typename R>
 LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
-                                  const GradientCoefficients<Real>& c, P* grad_policy, R* grad_reference,
-                                  bool past_caches) {
+                                  const RowCoefficients<Real>& c, P* grad_policy, R* grad_reference, bool past_caches) {
   using V = Vector<Real>;
   const Real limit = static_cast<Real>(kLargestLogit * kLog2e / scale);
   // Overwrites both logits with their gradients.
@@ -333,6 +343,7 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
     V pi = exp2(log_pi);
     V rho = exp2(log_rho);
     V q = exp2(log_q);
+    [[maybe_unused]] V policy_slope, reference_slope;
     if constexpr (kCareful) {
       const auto z_hole = z == minus_infinity<Real>();
       const auto r_hole = r == minus_infinity<Real>();
@@ -344,10 +355,14 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
       q = d_hole ? V{} : q;
       log_q = d_hole ? V{} : log_q;
       x = d_hole ? V{} : x;
+      policy_slope = softcap_slope(V(z_hole ? V{} : z), c.policy_inverse_softcap);
+      reference_slope = softcap_slope(V(r_hole ? V{} : r), c.reference_inverse_softcap);
     }
     const V from_q = q * (c.q_0 + c.q_1 * log_q);
     if constexpr (kPolicy) z = pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho;
     if constexpr (kReference) r = rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi;
+    if constexpr (kCareful && kPolicy) z *= policy_slope;
+    if constexpr (kCareful && kReference) r *= reference_slope;
   };
   constexpr bool interleaved = kInterleaved<P, R>;
   for (int64_t i = 0; i < size; i += kPair<Real>) {
@@ -365,7 +380,7 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
 
 template <typename Real, typename P, typename R>
 LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t size, Real scale,
-                                  const GradientCoefficients<Real>& c, bool careful, P* grad_policy, R* grad_reference,
+                                  const RowCoefficients<Real>& c, bool careful, P* grad_policy, R* grad_reference,
                                   bool past_caches) {
   const auto run = [&](auto kCareful, auto kPolicy, auto kReference) __attribute__((always_inline)) {
     full_gradient<Real, kCareful, kPolicy, kReference>(policy, reference, size, scale, c, grad_policy, grad_reference,
@@ -394,7 +409,7 @@ LIT_DID_INLINE void full_gradient(const P* policy, const R* reference, int64_t s
 // label's term in full precision before rounding. `label` counts from the first entry, -1 for none.
 template <typename Real, typename P, typename R>
 LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, int64_t size, int64_t label, Real scale,
-                                         const GradientCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
+                                         const RowCoefficients<Real>& c, bool logprobs_only, P* grad_policy,
                                          R* grad_reference) {
   constexpr int64_t n = kPair<Real>;
   alignas(64) Real z[n], r[n], grad_z[n] = {}, grad_r[n] = {};
@@ -403,15 +418,19 @@ LIT_DID_INLINE void few_entries_gradient(const P* policy, const R* reference, in
     r[i] = i < size && reference ? Real(to_float(reference[i])) : minus_infinity<Real>();
   }
   if (logprobs_only) {
-    if (grad_policy) logprob_gradient(z, n, scale, c.policy_origin, c.pi_0, grad_z, false);
-    if (grad_reference) logprob_gradient(r, n, scale, c.reference_origin, c.rho_0, grad_r, false);
+    if (grad_policy) logprob_gradient(z, n, scale, c.policy_origin, c.pi_0, c.policy_inverse_softcap, grad_z, false);
+    if (grad_reference)
+      logprob_gradient(r, n, scale, c.reference_origin, c.rho_0, c.reference_inverse_softcap, grad_r, false);
   } else {
     full_gradient<Real, Real, Real>(z, r, n, scale, c, true, grad_policy ? grad_z : nullptr,
                                     grad_reference ? grad_r : nullptr, false);
   }
   if (label >= 0) {
-    grad_z[label] += c.policy_label;
-    grad_r[label] += c.reference_label;
+    const auto slope = [](Real logit, Real inverse_softcap) {  // a logit without a softcap may be -inf
+      return inverse_softcap != 0 ? softcap_slope(logit, inverse_softcap) : Real(1);
+    };
+    grad_z[label] += c.policy_label * slope(z[label], c.policy_inverse_softcap);
+    grad_r[label] += c.reference_label * slope(r[label], c.reference_inverse_softcap);
   }
   for (int64_t i = 0; i < size; ++i) {
     if (grad_policy) from_real(grad_z[i], grad_policy[i]);
@@ -428,7 +447,7 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
   P* grad_policy = static_cast<P*>(grad_policy_row);
   R* grad_reference = static_cast<R*>(grad_reference_row);
   const Real scale = static_cast<Real>(scale_);
-  const auto& c = *static_cast<const GradientCoefficients<Real>*>(coefficients);
+  const auto& c = *static_cast<const RowCoefficients<Real>*>(coefficients);
   constexpr int64_t pair = kPair<Real>;
   const auto aligned = [](const void* row) { return reinterpret_cast<uintptr_t>(row) % sizeof(Vector<Real>) == 0; };
   const bool past_caches = large && aligned(grad_policy) && aligned(grad_reference);
@@ -442,10 +461,11 @@ void gradient(const void* policy_row, const void* reference_row, int64_t size, i
       return;
     }
     if (grad_policy)
-      logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, grad_policy + begin, past_caches);
+      logprob_gradient(policy + begin, end - begin, scale, c.policy_origin, c.pi_0, c.policy_inverse_softcap,
+                       grad_policy + begin, past_caches);
     if (grad_reference)
-      logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, grad_reference + begin,
-                       past_caches);
+      logprob_gradient(reference + begin, end - begin, scale, c.reference_origin, c.rho_0, c.reference_inverse_softcap,
+                       grad_reference + begin, past_caches);
   };
   const auto few_entries = [&](int64_t begin, int64_t n) {
     const bool has_label = label >= begin && label < begin + n;

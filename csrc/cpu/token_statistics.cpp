@@ -222,7 +222,8 @@ Gradient new_gradient(const Tensor& logits) {
 template <typename Real>
 void backward(const OptionalTensorList& grads, const Tensor& policy_logits, const Tensor& reference_logits,
               const Tensor& labels, const TensorList& statistics, const Tensor& normalizers, int64_t first_entry,
-              int64_t ignore_index, double temperature, const Gradient* grad_policy, const Gradient* grad_reference) {
+              int64_t ignore_index, double temperature, const InverseSoftcaps& softcaps, const Gradient* grad_policy,
+              const Gradient* grad_reference) {
   const Rows policy(policy_logits), reference(reference_logits);
   const ScalarKind policy_kind = kind_of(policy_logits), reference_kind = kind_of(reference_logits);
   const GradientFn gradient = cpu::rows().gradient[static_cast<int>(policy_kind)][static_cast<int>(reference_kind)];
@@ -264,8 +265,9 @@ void backward(const OptionalTensorList& grads, const Tensor& policy_logits, cons
         fill_row(reference_at, size, reference_kind, !ignored);
       return;
     }
-    const GradientCoefficients<Real> coefficients =
-        gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], 1 / temperature);
+    const RowCoefficients<Real> coefficients(
+        gradient_coefficients(gather(grad, row), gather(value, row), normalizer[row], 1 / temperature), softcaps.policy,
+        softcaps.reference);
     gradient(policy.at(row, begin), reference.at(row, begin), size, label[row] - first_entry - begin, scale,
              &coefficients, logprobs_only, large, policy_at, reference_at);
   });
@@ -275,13 +277,13 @@ void backward(const OptionalTensorList& grads, const Tensor& policy_logits, cons
 // before it is written.
 void write_gradients(const OptionalTensorList& grads, const Tensor& policy_logits, const Tensor& reference_logits,
                      const Tensor& labels, const TensorList& statistics, const Tensor& normalizers, int64_t first_entry,
-                     int64_t ignore_index, double temperature, const Gradient* grad_policy,
-                     const Gradient* grad_reference) {
+                     int64_t ignore_index, double temperature, const InverseSoftcaps& softcaps,
+                     const Gradient* grad_policy, const Gradient* grad_reference) {
   const BackwardTensors t = check_backward_arguments(grads, labels, statistics, normalizers);
   if (!grad_policy && !grad_reference) return;
   const auto write = statistics_dtype(policy_logits) == ScalarType::Double ? backward<double> : backward<float>;
   write(t.grads, policy_logits, reference_logits, t.labels, t.statistics, t.normalizers, first_entry, ignore_index,
-        temperature, grad_policy, grad_reference);
+        temperature, softcaps, grad_policy, grad_reference);
 }
 
 }  // namespace
@@ -309,7 +311,7 @@ std::tuple<Tensor, Tensor> token_statistics_backward_cpu(const OptionalTensorLis
   const Gradient grad_policy = new_or_empty(policy_logits, policy_needs_grad);
   const Gradient grad_reference = new_or_empty(reference_logits, reference_needs_grad);
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, 0, ignore_index, temperature,
-                  policy_needs_grad ? &grad_policy : nullptr, reference_needs_grad ? &grad_reference : nullptr);
+                  {}, policy_needs_grad ? &grad_policy : nullptr, reference_needs_grad ? &grad_reference : nullptr);
   return {grad_policy.tensor, grad_reference.tensor};
 }
 
@@ -317,14 +319,16 @@ void token_statistics_backward_inplace_cpu(const OptionalTensorList& grads, cons
                                            const Tensor& reference_logits, const Tensor& labels,
                                            const TensorList& statistics, const Tensor& normalizers,
                                            int64_t ignore_index, double temperature, bool policy_needs_grad,
-                                           bool reference_needs_grad, int64_t first_entry) {
+                                           bool reference_needs_grad, int64_t first_entry,
+                                           std::optional<double> policy_softcap,
+                                           std::optional<double> reference_softcap) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
   if (policy_needs_grad) own_memory(policy_logits);
   if (reference_needs_grad) own_memory(reference_logits);
   const Gradient over_policy{policy_logits}, over_reference{reference_logits};
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, first_entry, ignore_index,
-                  temperature, policy_needs_grad ? &over_policy : nullptr,
-                  reference_needs_grad ? &over_reference : nullptr);
+                  temperature, InverseSoftcaps(policy_softcap, reference_softcap),
+                  policy_needs_grad ? &over_policy : nullptr, reference_needs_grad ? &over_reference : nullptr);
 }
 
 void token_partials_cpu(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels_,

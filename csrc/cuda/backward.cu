@@ -17,7 +17,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
     return with_types(problem.policy.kind, problem.reference.kind, [&](auto p, auto r) {
       using P = decltype(p);
       using R = decltype(r);
-      const Scaling<typename RealOf<P>::type> by(problem.temperature);
+      const GradientScaling<typename RealOf<P>::type> by(a);
       LIT_DID_LAUNCH((backward_kernel<P, R>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });
@@ -26,7 +26,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
   if (a.grad_policy.data) {
     error = with_type(problem.policy.kind, [&](auto p) {
       using P = decltype(p);
-      const Scaling<typename RealOf<P>::type> by(problem.temperature);
+      const GradientScaling<typename RealOf<P>::type> by(a);
       LIT_DID_LAUNCH((logprob_backward_kernel<P, true>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });
@@ -34,7 +34,7 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
   if (a.grad_reference.data && error == cudaSuccess) {
     error = with_type(problem.reference.kind, [&](auto r) {
       using R = decltype(r);
-      const Scaling<typename RealOf<R>::type> by(problem.temperature);
+      const GradientScaling<typename RealOf<R>::type> by(a);
       LIT_DID_LAUNCH((logprob_backward_kernel<R, false>), grid, threads, stream, a, by, 1 / problem.temperature, count);
       return cudaGetLastError();
     });

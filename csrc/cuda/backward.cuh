@@ -3,6 +3,7 @@
 // Computes   what row_statistics.h says below GradientCoefficients, entry by entry.
 // Reads      the rows once (of the log-probabilities' gradient alone: one side's row for that side's gradient).
 // Writes     the gradient once, where the logits lie if the caller gave them up; 0 for a row whose label is ignored.
+// Softcaps   A row with a softcap takes the careful path, as one with infinities does.
 // Threads    one block a stretch of a row, a chunk a thread at a time; chunks begin where the gradient's memory lies on
 //            a 16-byte boundary. No entry depends on another, so neither do the bits on any of this. The first chunks
 //            are on their way while a thread of each of three warps works out a part of the row's coefficients.
@@ -20,6 +21,17 @@ template <typename Real>
 constexpr int kLogprobBackwardBlocks = sizeof(Real) == 4 ? 4 : 2;
 // Entries that a block takes: enough to pay for the coefficients, for which most of its threads wait.
 constexpr int kBackwardStretch = kEntriesABlock;
+
+// And the reciprocals of the softcaps, 0 for none. Kernel parameters, because operands from there take no register.
+template <typename Real>
+struct GradientScaling : Scaling<Real> {
+  Real policy_inverse_softcap, reference_inverse_softcap;
+
+  explicit GradientScaling(const BackwardArguments& a)
+      : Scaling<Real>(a.problem.temperature),
+        policy_inverse_softcap(Real(a.policy_inverse_softcap)),
+        reference_inverse_softcap(Real(a.reference_inverse_softcap)) {}
+};
 
 // A side's row in one block's stretch: `size` entries from here, chunks counted from the first.
 template <typename T>
@@ -74,7 +86,7 @@ struct Chunks {
 
 template <typename Real, bool kCareful, typename P, typename R, int kEntries>
 __device__ __forceinline__ void chunk_gradient(const Chunk<P, kEntries>& policy, const Chunk<R, kEntries>& reference,
-                                               const GradientCoefficients<Real>& c, const Scaling<Real>& by,
+                                               const GradientCoefficients<Real>& c, const GradientScaling<Real>& by,
                                                Real (&grad_policy)[kEntries], Real (&grad_reference)[kEntries]) {
 #pragma unroll
   for (int i = 0; i < kEntries; ++i) {
@@ -98,6 +110,10 @@ __device__ __forceinline__ void chunk_gradient(const Chunk<P, kEntries>& policy,
     const Real from_q = q * (c.q_0 + c.q_1 * log_q);
     grad_policy[i] = pi * (c.pi_0 + c.pi_1 * log_pi + c.pi_x * x) + from_q + c.rho_for_policy * rho;
     grad_reference[i] = rho * (c.rho_0 + c.rho_1 * log_rho - c.rho_x * x) - from_q + c.pi_for_reference * pi;
+    if constexpr (kCareful) {
+      grad_policy[i] *= softcap_slope(z_inside ? z : Real(0), by.policy_inverse_softcap);
+      grad_reference[i] *= softcap_slope(r_inside ? r : Real(0), by.reference_inverse_softcap);
+    }
   }
 }
 
@@ -108,12 +124,19 @@ __device__ __forceinline__ void add_at_label(Real (&grad)[kEntries], int label, 
     if (i == label) grad[i] += value;
 }
 
+// What a label's log-probability adds to the gradient at the label, whose logit is not overwritten yet.
+template <bool kCareful, typename Real, typename T>
+__device__ __forceinline__ Real label_term(const Stretch<T>& side, int label, Real value, Real inverse_softcap) {
+  if (!kCareful || inverse_softcap == 0) return value;  // without a softcap, the logit may be infinite
+  return value * softcap_slope(load_entry(side.logits + label), inverse_softcap);
+}
+
 // `z` and `r` hold what the thread has at `first`.
 template <typename Real, bool kCareful, typename P, typename R, int kEntries, int kUnroll>
 __device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const Stretch<R>& reference,
                                                  Chunks<P, kEntries, kUnroll>& z, Chunks<R, kEntries, kUnroll>& r,
                                                  int first, int size, int label, const GradientCoefficients<Real>& c,
-                                                 const Scaling<Real>& by) {
+                                                 const GradientScaling<Real>& by) {
   constexpr int kStep = kBackwardThreads * kEntries;
 #pragma unroll 1
   while (first < size) {
@@ -124,8 +147,10 @@ __device__ __forceinline__ void stretch_gradient(const Stretch<P>& policy, const
       Real grad_policy[kEntries], grad_reference[kEntries];
       chunk_gradient<Real, kCareful>(z[u], r[u], c, by, grad_policy, grad_reference);
       if (label >= at && label < at + kEntries) [[unlikely]] {
-        add_at_label(grad_policy, label - at, c.policy_label);
-        add_at_label(grad_reference, label - at, c.reference_label);
+        add_at_label(grad_policy, label - at,
+                     label_term<kCareful>(policy, label, c.policy_label, by.policy_inverse_softcap));
+        add_at_label(grad_reference, label - at,
+                     label_term<kCareful>(reference, label, c.reference_label, by.reference_inverse_softcap));
       }
       if (policy.grad) store_chunk(policy.grad, at, size, Chunk<P, kEntries>::of(grad_policy));
       if (reference.grad) store_chunk(reference.grad, at, size, Chunk<R, kEntries>::of(grad_reference));
@@ -186,6 +211,7 @@ __device__ __forceinline__ const RowCoefficients<Real>& coefficients_of(const Ba
       parts.reference(shared);
     } else {
       parts.difference(shared);
+      shared.careful = shared.careful || a.policy_inverse_softcap != 0 || a.reference_inverse_softcap != 0;
     }
   }
   __syncthreads();
@@ -221,8 +247,8 @@ __device__ __forceinline__ void fill_both(const Stretch<P>& policy, const Stretc
 // The gradient of all statistics, in one side's logits or both's. One block a stretch: row * stretches + stretch.
 template <typename P, typename R>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename RealOf<P>::type>)
-    backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<P>::type> by, double inverse_temperature,
-                    int stretches) {
+    backward_kernel(const BackwardArguments a, const GradientScaling<typename RealOf<P>::type> by,
+                    double inverse_temperature, int stretches) {
   using Real = typename RealOf<P>::type;
   constexpr int kEntries = kChunk<P, R>;
   constexpr int kUnroll = sizeof(P) == sizeof(R) ? 2 : 1;  // a wider side takes two loads a chunk already
@@ -245,19 +271,23 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<typename Rea
     fill_both(policy, reference, t.size, std::numeric_limits<Real>::quiet_NaN());
     return;
   }
-  if (c.careful) [[unlikely]] {
-    stretch_gradient<Real, true>(policy, reference, z, r, first, t.size, t.label, c, by);
+  if (c.careful) [[unlikely]] {  // a chunk at a time, for want of registers
+    Chunks<P, kEntries, 1> one_z;
+    Chunks<R, kEntries, 1> one_r;
+    one_z.load(policy, first, t.size);
+    one_r.load(reference, first, t.size);
+    stretch_gradient<Real, true>(policy, reference, one_z, one_r, first, t.size, t.label, c, by);
   } else {
     stretch_gradient<Real, false>(policy, reference, z, r, first, t.size, t.label, c, by);
   }
 }
 
-// coefficient * 2^(scale z - normalizer), and `at_label` besides at the label. kCareful: the row holds infinities.
-// `chunks` holds what the thread has at `first`.
+// coefficient * 2^(scale z - normalizer), and `at_label` besides at the label. kCareful: the row holds infinities, or
+// has a softcap. `chunks` holds what the thread has at `first`.
 template <typename Real, bool kCareful, typename T, int kEntries, int kUnroll>
 __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, Chunks<T, kEntries, kUnroll>& chunks,
                                                  int first, int size, int label, Real normalizer, Real coefficient,
-                                                 Real at_label, const Scaling<Real>& by) {
+                                                 Real at_label, Real inverse_softcap, const GradientScaling<Real>& by) {
   constexpr int kStep = kBackwardThreads * kEntries;
 #pragma unroll 1
   while (first < size) {
@@ -271,9 +301,10 @@ __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, Chunks<
         const Real z = kCareful ? effective_logit<Real>(chunks[u][i], by.limit) : chunks[u][i];
         const bool outside = kCareful && z == minus_infinity<Real>();
         values[i] = outside ? Real(0) : coefficient * fast_exp2(multiply_add(z, by.scale, -normalizer));
+        if constexpr (kCareful) values[i] *= softcap_slope(outside ? Real(0) : z, inverse_softcap);
       }
       if (label >= at && label < at + kEntries) [[unlikely]] {
-        add_at_label(values, label - at, at_label);
+        add_at_label(values, label - at, label_term<kCareful>(side, label, at_label, inverse_softcap));
       }
       store_chunk(side.grad, at, size, Chunk<T, kEntries>::of(values));
     }
@@ -286,7 +317,7 @@ __device__ __forceinline__ void logprob_gradient(const Stretch<T>& side, Chunks<
 // The gradient of one side's log-probabilities alone, in that side's logits: nothing of the other side is read.
 template <typename T, bool kPolicy>
 __global__ void __launch_bounds__(kBackwardThreads, kLogprobBackwardBlocks<typename RealOf<T>::type>)
-    logprob_backward_kernel(const BackwardArguments a, const Scaling<typename RealOf<T>::type> by,
+    logprob_backward_kernel(const BackwardArguments a, const GradientScaling<typename RealOf<T>::type> by,
                             double inverse_temperature, int stretches) {
   using Real = typename RealOf<T>::type;
   constexpr int kEntries = 16 / sizeof(T), kUnroll = 4;
@@ -310,10 +341,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kLogprobBackwardBlocks<typen
   const Real normalizer = kPolicy ? c.policy_origin : c.reference_origin;
   const Real coefficient = kPolicy ? c.pi_0 : c.rho_0;
   const Real at_label = kPolicy ? c.policy_label : c.reference_label;
+  const Real inverse_softcap = kPolicy ? by.policy_inverse_softcap : by.reference_inverse_softcap;
   if (c.careful) [[unlikely]] {
-    logprob_gradient<Real, true>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label, by);
+    logprob_gradient<Real, true>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label,
+                                 inverse_softcap, by);
   } else {
-    logprob_gradient<Real, false>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label, by);
+    logprob_gradient<Real, false>(side, chunks, first, t.size, t.label, normalizer, coefficient, at_label,
+                                  inverse_softcap, by);
   }
 }
 

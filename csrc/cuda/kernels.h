@@ -70,6 +70,8 @@ struct BackwardArguments {
   const void* statistics[kNumStatistics];  // [rows], as `forward` left them
   const RowNormalizers* normalizers;       // [rows]
   Logits grad_policy, grad_reference;      // data null where that side needs none; kinds as those of the logits
+  // 1 / c for logits c tanh(x / c) of a softcap c, whose gradient is to be that in x; 0 for none.
+  double policy_inverse_softcap, reference_inverse_softcap;
 };
 
 cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream);

@@ -73,8 +73,8 @@ TokenTensors token_statistics_cuda(const Tensor& policy_logits, const Tensor& re
 // Null for a side that needs no gradient. A gradient may be its side's logits.
 void write_gradients(const OptionalTensorList& grads, const Tensor& policy_logits, const Tensor& reference_logits,
                      const Tensor& labels, const TensorList& statistics, const Tensor& normalizers,
-                     int64_t ignore_index, double temperature, int64_t first_entry, const Tensor* grad_policy,
-                     const Tensor* grad_reference) {
+                     int64_t ignore_index, double temperature, int64_t first_entry, const InverseSoftcaps& softcaps,
+                     const Tensor* grad_policy, const Tensor* grad_reference) {
   const BackwardTensors t = check_backward_arguments(grads, labels, statistics, normalizers);
   const auto dtype = statistics_dtype(policy_logits);
   const auto address = [&](const Tensor& tensor) {
@@ -93,6 +93,8 @@ void write_gradients(const OptionalTensorList& grads, const Tensor& policy_logit
   arguments.normalizers = reinterpret_cast<const RowNormalizers*>(t.normalizers.const_data_ptr<double>());
   if (grad_policy) arguments.grad_policy = logits_of(*grad_policy);
   if (grad_reference) arguments.grad_reference = logits_of(*grad_reference);
+  arguments.policy_inverse_softcap = softcaps.policy;
+  arguments.reference_inverse_softcap = softcaps.reference;
   STD_CUDA_CHECK(cuda::backward(arguments, cuda::current_stream(labels)));
 }
 
@@ -109,7 +111,7 @@ std::tuple<Tensor, Tensor> token_statistics_backward_cuda(const OptionalTensorLi
   const Tensor grad_policy = new_or_empty(policy_logits, policy_needs_grad);
   const Tensor grad_reference = new_or_empty(reference_logits, reference_needs_grad);
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature, 0,
-                  policy_needs_grad ? &grad_policy : nullptr, reference_needs_grad ? &grad_reference : nullptr);
+                  {}, policy_needs_grad ? &grad_policy : nullptr, reference_needs_grad ? &grad_reference : nullptr);
   return {grad_policy, grad_reference};
 }
 
@@ -117,14 +119,16 @@ void token_statistics_backward_inplace_cuda(const OptionalTensorList& grads, con
                                             const Tensor& reference_logits, const Tensor& labels,
                                             const TensorList& statistics, const Tensor& normalizers,
                                             int64_t ignore_index, double temperature, bool policy_needs_grad,
-                                            bool reference_needs_grad, int64_t first_entry) {
+                                            bool reference_needs_grad, int64_t first_entry,
+                                            std::optional<double> policy_softcap,
+                                            std::optional<double> reference_softcap) {
   check_token_arguments(policy_logits, reference_logits, labels, temperature);
   const cuda::DeviceGuard guard(policy_logits.get_device_index());
   if (policy_needs_grad) own_memory(policy_logits);
   if (reference_needs_grad) own_memory(reference_logits);
   write_gradients(grads, policy_logits, reference_logits, labels, statistics, normalizers, ignore_index, temperature,
-                  first_entry, policy_needs_grad ? &policy_logits : nullptr,
-                  reference_needs_grad ? &reference_logits : nullptr);
+                  first_entry, InverseSoftcaps(policy_softcap, reference_softcap),
+                  policy_needs_grad ? &policy_logits : nullptr, reference_needs_grad ? &reference_logits : nullptr);
 }
 
 void token_partials_cuda(const Tensor& policy_logits, const Tensor& reference_logits, const Tensor& labels_,

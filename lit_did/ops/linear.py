@@ -79,7 +79,8 @@ def linear_token_statistics(
         max_extra_bytes: Bound of the memory for logits and their gradients, forward to backward. The backward does not
             compute again what fits in the bound. The least is one token and 512 entries of both models' logits, in
             bfloat16 2 KiB. None: 1 GiB on CUDA, 256 MiB elsewhere. These come on top: the gradients of the arguments,
-            with float32 sums of those of hidden states in half precision; up to 1.2 KB a token of partial sums; tensors
+            with float32 sums of those of hidden states in half precision; partial sums, up to 1.2 KB a token, or on
+            CUDA up to 1% of the bound if that is more; tensors
             of the size of `labels`; and a copy of both hidden states without the ignored tokens (on CUDA with zeros in
             their place, and always unless `ignore_index` is None). If tokens are cut, also the gradient of one block of
             the weight in float32.
@@ -282,7 +283,7 @@ def _token_statistics(
         policy, referenced = (_of_rows(layer, kept, masked, len(labels), double) for layer in layers.values())
         plan = None
         if chosen == "fused" and len(kept_labels) > 0:  # without a token the reference keeps the graph whole
-            plan = tiles.plan_of(policy, referenced, softcap, chunk_tokens, extra_bytes)
+            plan = tiles.plan_of(policy, referenced, chunk_tokens, extra_bytes)
     first_entry, vocabulary = agree_on_slices(len(policy.weight), len(referenced.weight), kept_labels, process_group)
     if chosen == "reference" or on_host(labels):
         check_labels(labels, vocabulary, ignored)

@@ -20,6 +20,7 @@ from lit_did.ops.partials import Partials
 from lit_did.ops.statistics import TokenStatistics
 
 NARROWEST = 512  # entries of the narrowest block of the vocabulary, on any device
+_MOST_SLICES = 8  # of a block, if tokens are cut: they are in memory for all tokens.
 _MULTIPLE = 64  # Blocks are a multiple of this many entries wide, because matrix products are slow in others.
 
 
@@ -30,24 +31,29 @@ class Tiling(NamedTuple):
     """the default of `max_extra_bytes`"""
     narrowest: int
     """Entries of the narrowest block, if the memory allows it. Matrix products are slow in narrower ones."""
-    widest: int
-    """Entries of the widest block."""
     slice_entries: int
     """The kernel sums up at most as many entries of a token together."""
     tile: int
     """Entries of a tile: enough for products at full speed, few enough that the rest of the memory can keep others."""
+    single_tile: int
+    """Entries of a tile if no other is kept."""
     wide_products: bool
     """Whether a product of half precision can return float32, in which it is summed."""
 
 
 TILING = {
     "cpu": Tiling(
-        extra_bytes=2**28, narrowest=NARROWEST, widest=2**62, slice_entries=2**62, tile=2**23, wide_products=False
+        extra_bytes=2**28,
+        narrowest=NARROWEST,
+        slice_entries=2**62,
+        tile=2**23,
+        single_tile=2**23,  # Memory costs time where it is first touched.
+        wide_products=False,
     ),
     # Calculated for an H200: a product of 8,192 tokens by 4,096 entries takes 0.3 ms, a launch 5 us. A warp sums up one
     # slice (kPartEntries in csrc/cuda/kernels.h), and blocks are whole slices.
     "cuda": Tiling(
-        extra_bytes=2**30, narrowest=4096, widest=32_768, slice_entries=4096, tile=2**25, wide_products=True
+        extra_bytes=2**30, narrowest=4096, slice_entries=4096, tile=2**25, single_tile=2**62, wide_products=True
     ),
 }
 
@@ -94,6 +100,12 @@ def linear_token_statistics(
         plan: Of `plan_of`.
         first_entry: Of this process's slice of the vocabulary.
     """
+    of_policy, of_reference = softcap
+    if of_policy is not None and of_reference is not None:
+        # Logits and temperature are divided by the policy's softcap, so that tanh alone computes a tile.
+        softcap = 1.0, of_reference / of_policy
+        scale = scale[0] / of_policy, scale[1] / of_policy
+        temperature /= of_policy
     options = Options(softcap, scale, ignore_index, float(temperature), plan, process_group, first_entry)
     return TokenStatistics(*_LinearTokenStatistics.apply(*policy, *reference, labels, options))
 
@@ -118,26 +130,27 @@ class Plan(NamedTuple):
 def plan_of(
     policy: Layer,
     reference: Layer,
-    softcap: tuple[float | None, float | None],
     chunk_tokens: int | Literal["auto"],
     max_extra_bytes: int,
 ) -> Plan:
     """`make_plan` for these layers."""
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*policy, *reference))
+    trained = tuple(
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer)
+        for layer in (policy, reference)
+    )
     itemsizes = policy.hidden.element_size(), reference.hidden.element_size()
     tokens, vocabulary = len(policy.hidden), len(policy.weight)
     tiling = tiling_on(policy.hidden.device)
-    return make_plan(tokens, vocabulary, itemsizes, softcap, chunk_tokens, max_extra_bytes, keep, tiling)
+    return make_plan(tokens, vocabulary, itemsizes, chunk_tokens, max_extra_bytes, trained, tiling)
 
 
 def make_plan(
     tokens: int,
     vocabulary: int,
     itemsizes: tuple[int, int],
-    softcaps: tuple[float | None, float | None],
     chunk_tokens: int | Literal["auto"],
     max_extra_bytes: int,
-    keep: bool,
+    trained: tuple[bool, ...],
     tiling: Tiling,
 ) -> Plan:
     """Cuts [tokens, vocabulary] so that the tiles in memory at a time take at most `max_extra_bytes`.
@@ -146,15 +159,15 @@ def make_plan(
 
     Args:
         itemsizes: Bytes of a policy and of a reference logit.
-        keep: Whether a backward will come: the memory left over then holds tiles for it, the policy's first.
+        trained: Whether a backward of the policy and of the reference will come: the memory left over then holds tiles
+            for it, the policy's first. A frozen reference's are kept only if all fit, because losses of
+            log-probabilities do not read them again.
         tiling: Of `tiling_on`.
 
     Raises:
         ValueError: `max_extra_bytes` is too small for one token and a block of `NARROWEST` entries.
     """
-    # The backward of a softcap needs the capped logits beside their gradient.
-    spare = sum(size for size, softcap in zip(itemsizes, softcaps, strict=True) if keep and softcap is not None)
-    entry = sum(itemsizes) + spare
+    entry = sum(itemsizes)
     least = min(vocabulary, NARROWEST)
     entries = max_extra_bytes // entry
     if entries < least:
@@ -162,24 +175,26 @@ def make_plan(
             f"Expected `max_extra_bytes` to be at least {least * entry}, for one token and {least} entries of "
             f"the vocabulary, but got {max_extra_bytes}."
         )
-    tile = min(entries, tiling.tile)
+    tile = min(entries, tiling.tile if any(trained) else tiling.single_tile)
     wide = entries >= tiling.narrowest > NARROWEST
     narrowest = min(vocabulary, tiling.narrowest) if wide else least
     multiple = tiling.slice_entries if wide else _MULTIPLE
     chunk = tokens if chunk_tokens == "auto" else chunk_tokens
     rows = max(1, min(chunk, tokens, tile // narrowest))
-    widest = min(max(narrowest, tile // rows // multiple * multiple), tiling.widest)
+    widest = max(narrowest, tile // rows // multiple * multiple)
+    if rows < tokens:
+        widest = min(widest, _MOST_SLICES * tiling.slice_entries)
     blocks = -(-vocabulary // widest)
     columns = -(-vocabulary // blocks)
     columns = min(vocabulary, columns + -columns % multiple)
     tiles = blocks * -(-tokens // rows)
     policy_slots = reference_slots = 1
-    if keep:
+    if any(trained):
         policy_tile, reference_tile = (rows * columns * size for size in itemsizes)
-        left = max_extra_bytes - rows * columns * entry
+        left = max_extra_bytes - policy_tile - reference_tile
         policy_slots += min(tiles - 1, left // policy_tile)
-        if left >= (tiles - 1) * (policy_tile + reference_tile):
-            reference_slots = tiles
+        more = min(tiles - 1, (left - (policy_slots - 1) * policy_tile) // reference_tile)
+        reference_slots += more if trained[1] or more == tiles - 1 else 0
     return Plan(rows, columns, policy_slots, reference_slots)
 
 
@@ -211,6 +226,12 @@ class _Tiles:
         self.hidden, self.weight, self.bias = layer
         self.softcap, self.scale = softcap, scale
         self.tiles, self.buffer, self.held = tiles, buffer, held
+        self.alpha = self.beta = scale
+        self.added = self.bias
+        if softcap is not None:
+            self.alpha /= softcap
+            self.beta = 1.0  # On CUDA, torch copies a bias into the tile for any other factor.
+            self.added = None if self.bias is None else self.bias * self.alpha
 
     def memory(self, index: int) -> Tensor:
         """[rows, columns]: where the tile lies. It may hold another tile now."""
@@ -223,11 +244,12 @@ class _Tiles:
         tile = self.memory(index)
         if self.held[self._slot(index)] != index:
             rows, columns = self.tiles[index]
-            alpha = self.scale if self.softcap is None else self.scale / self.softcap
-            added, beta = (tile, 0) if self.bias is None else (self.bias[columns], alpha)
-            torch.addmm(added, self.hidden[rows], self.weight[columns].T, beta=beta, alpha=alpha, out=tile)
+            added, beta = (tile, 0) if self.added is None else (self.added[columns], self.beta)
+            torch.addmm(added, self.hidden[rows], self.weight[columns].T, beta=beta, alpha=self.alpha, out=tile)
             if self.softcap is not None:
-                tile.tanh_().mul_(self.softcap)
+                tile.tanh_()
+                if self.softcap != 1:
+                    tile.mul_(self.softcap)
             self.held[self._slot(index)] = index
         return tile
 
@@ -253,7 +275,6 @@ class _Gradients:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.block: Tensor | None = None
-        self.capped: Tensor | None = None
         if needed[0]:
             self.hidden = torch.empty_like(hidden, dtype=sum_dtype if blocks or across else hidden.dtype)
         if needed[1]:
@@ -263,23 +284,13 @@ class _Gradients:
         if needed[2] and logits.bias is not None:
             self.bias = torch.zeros_like(logits.bias, dtype=sum_dtype)
             self.ones = hidden.new_ones(1, logits.tiles[0][0].stop)
-        if logits.softcap is not None:
-            self.capped = torch.empty_like(logits.buffer[0])
 
-    def before(self, index: int) -> None:
-        """Keeps what the tile's gradient, which takes the place of its logits, needs of them."""
-        if self.capped is not None and self.logits.softcap is not None:
-            tile = self.logits.memory(index)
-            torch.div(tile, self.logits.softcap, out=self._capped(self.capped, tile))
-
-    def after(self, index: int) -> None:
-        """Adds the tile's share; in its memory is the gradient of its logits."""
+    def add(self, index: int) -> None:
+        """Adds the tile's share; in its memory is the gradient of its logits before the softcap."""
         self.logits.overwritten(index)
         tile = self.logits.memory(index)
         rows, columns = self.logits.tiles[index]
         last_rows, last_columns = self.logits.tiles[-1]
-        if self.capped is not None:
-            torch.ops.aten.tanh_backward.grad_input(tile, self._capped(self.capped, tile), grad_input=tile)
         if self.hidden is not None:
             _multiply(
                 self.hidden[rows], tile, self.logits.weight[columns], self.logits.scale, add=columns != last_columns
@@ -293,10 +304,6 @@ class _Gradients:
         if self.bias is not None:
             # A product, because a sum to another dtype copies the tile first.
             _multiply(self.bias[None, columns], self.ones[:, : len(tile)], tile, self.logits.scale, add=True)
-
-    @staticmethod
-    def _capped(memory: Tensor, tile: Tensor) -> Tensor:
-        return memory[: tile.numel()].view_as(tile)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, scale: float, *, add: bool) -> None:
@@ -373,8 +380,6 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
             side.logits(index) if reads_both or write else side.memory(index)
             for side, write in zip(sides, writes, strict=True)
         ]
-        for gradient in filter(None, gradients):
-            gradient.before(index)
         torch.ops.lit_did.token_statistics_backward_(
             [None if grad is None else grad[rows] for grad in grads],
             *logits,
@@ -385,9 +390,10 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
             options.temperature,
             *writes,
             options.first_entry + columns.start,
+            *options.softcaps,
         )
         for gradient in filter(None, gradients):
-            gradient.after(index)
+            gradient.add(index)
     return [
         *_results(layers[:3], needed[0], gradients[0], options),
         *_results(layers[3:], needed[1], gradients[1], options),

@@ -111,6 +111,7 @@ class Case {
       if (i >= 2) logprobs_only = false;
     }
     const Logits policy = gradient_of(policy_), reference = gradient_of(reference_);
+    read(inverse_softcaps_, sizeof(inverse_softcaps_));
     for (int64_t row = 0; row < rows_; ++row)
       backward<Real>(row, scale, grads, statistics, normalizers[row], logprobs_only, policy, reference);
     answer(0);
@@ -153,8 +154,9 @@ class Case {
         fill(reference, row, begin, size, ignored);
         continue;
       }
-      const auto coefficients =
-          gradient_coefficients<Real>(gather(grads), gather(statistics), normalizers, 1 / temperature_);
+      const RowCoefficients<Real> coefficients(
+          gradient_coefficients<Real>(gather(grads), gather(statistics), normalizers, 1 / temperature_),
+          inverse_softcaps_[0], inverse_softcaps_[1]);
       write(policy_.at(row, begin), reference_.at(row, begin), size, labels_[row] - begin, scale, &coefficients,
             logprobs_only, false, policy.at(row, begin), reference.at(row, begin));
     }
@@ -220,7 +222,7 @@ class Case {
   Buffer buffers_[kMostBuffers];
   int num_buffers_ = 0;
   int64_t rows_, vocabulary_, ignore_index_;
-  double temperature_;
+  double temperature_, inverse_softcaps_[2];
   Logits policy_, reference_;
   const int64_t* labels_;
 };

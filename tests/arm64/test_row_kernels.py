@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.arm64.conftest import QEMU
-from tests.cuda.comparing import PAIRS, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, moved, random_case, run_and_check, softcapped_cases
 from tests.cuda.emulator import Layout, TokenCase
 from tests.cuda.test_support import PLACES, VALUES, assert_as_specified, rows_of
 from tests.processes import run_program
@@ -23,6 +23,11 @@ VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 255, 256, 257, 531, 1030, SP
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_values_and_gradients(pair, row_kernels):
     run_and_check(row_kernels, [random_case(3, vocabulary, pair, seed=vocabulary) for vocabulary in VOCABULARIES])
+
+
+@pytest.mark.parametrize("pair", [("f32", "f32"), ("bf16", "bf16"), ("f16", "bf16"), ("f64", "f64")], ids="-".join)
+def test_softcaps(pair, row_kernels):
+    run_and_check(row_kernels, softcapped_cases(pair))
 
 
 @pytest.mark.parametrize("pair", [("f32", "f32"), ("bf16", "bf16"), ("f16", "bf16"), ("f64", "f64")], ids="-".join)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 
@@ -29,6 +30,19 @@ def random_case(rows: int, vocabulary: int, pair: tuple[str, str] = ("f32", "f32
     policy, reference, labels = random_logits(rows, vocabulary, DTYPES[pair[0]], DTYPES[pair[1]], seed)
     upstream = list(torch.randn(9, rows, generator=torch.Generator().manual_seed(seed)))
     return TokenCase(policy, reference, labels, **{"upstream": upstream, "seed": seed + 1} | more)
+
+
+def softcapped_cases(pair: tuple[str, str], **more) -> list[TokenCase]:
+    """Softcaps of one side and of both, with gradients of all statistics and of log-probabilities alone."""
+    cases = []
+    for seed, softcaps in enumerate([(3.0, 2.0), (None, 2.0), (3.0, None), (1.0, 1.0)]):
+        case = random_case(4, 1001, pair, seed, softcaps=softcaps, grads=("in place", "apart"), **more)
+        for logits, softcap in zip((case.policy, case.reference), softcaps, strict=True):
+            if softcap is not None:
+                logits.copy_(softcap * torch.tanh(logits.double() / softcap))
+        case.labels[:3] = torch.tensor([63, 1000, -100])
+        cases += [case, replace(case, upstream=case.upstream[:2] + [None] * 7)]
+    return cases
 
 
 def among_many(case: TokenCase) -> TokenCase:
@@ -84,6 +98,8 @@ def assert_right(case: TokenCase, result: TokenResult) -> None:
     of_naive = torch.autograd.grad(plain, (policy, reference), list(upstream.to(plain[0].dtype)))
     truths = [expected.policy_grad, expected.reference_grad]
     terms = [expected.policy_terms, expected.reference_terms]
-    for i, side in enumerate(("policy", "reference")):
+    for i, (side, logits) in enumerate((("policy", policy), ("reference", reference))):
+        slope = torch.ones(1) if case.softcaps[i] is None else 1 - (logits.detach().double() / case.softcaps[i]) ** 2
         if grads[i] is not None:
-            assert_no_worse_than(grads[i][kept], of_naive[i], truths[i], terms[i], what + f"{side}'s gradient")
+            theirs, right = (of_naive[i] * slope).to(logits.dtype), truths[i] * slope.numpy()
+            assert_no_worse_than(grads[i][kept], theirs, right, terms[i], what + f"{side}'s gradient")

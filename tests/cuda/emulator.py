@@ -81,6 +81,8 @@ class TokenCase:
     grads: tuple[str, str] = ("apart", "apart")
     """each side's gradient: "apart", "in place" of its logits, or "none" """
     grad_layouts: tuple[Layout, Layout] = (Layout(), Layout())
+    softcaps: tuple[float | None, float | None] = (None, None)
+    """of softcapped logits: the gradients are those in what was capped"""
     slices: list[int] = field(default_factory=list)
     """where slices of the vocabulary begin, each with calls of its own; none: one call for the whole"""
     seed: int = 1
@@ -226,6 +228,8 @@ class _Tokens:
                 if case.grads[i] == "apart":
                     self.grads[i] = _Rows(torch.full_like(logits, torch.nan), case.grad_layouts[i], everything)
                     self.grads[i].write(out)
+            for softcap in case.softcaps:
+                out.real(0.0 if softcap is None else 1 / softcap)
         self.memories = out.memories
 
     def read(self, results: _Reader) -> TokenResult:

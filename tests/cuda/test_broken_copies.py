@@ -71,6 +71,13 @@ def two_turns():
     return [case]
 
 
+def softcapped():
+    case = random_case(2, 1000, softcaps=(3.0, None))
+    case.policy = 3 * torch.tanh(case.policy / 3)
+    case.upstream[2:] = [None] * 7
+    return [case]
+
+
 def misaligned():
     return [moved(random_case(2, 1000), 1, 3, gap=16)]
 
@@ -112,6 +119,10 @@ BREAKAGES = {
     "the first chunks taken for the next ones": (
         *("backward.cuh", "    chunks.load(side, first, size);\n", ""),
         *(two_turns, "plain", "worse than naive"),
+    ),
+    "a label's part that goes around the softcap": (
+        *("backward.cuh", "return value * softcap_slope(", "return value + 0 * softcap_slope("),
+        *(softcapped, "plain", "worse than naive"),
     ),
     "no barrier in the sequences' sums": (
         *("sequences.cuh", "  __syncthreads();\n", ""),

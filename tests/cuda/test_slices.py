@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_did.ops.extension import EXTENSION
-from tests.cuda.comparing import PAIRS, PART, moved, random_case, run_and_check
+from tests.cuda.comparing import PAIRS, PART, moved, random_case, run_and_check, softcapped_cases
 from tests.cuda.emulator import TokenCase
 from tests.helpers import DTYPES, FIELDS, random_logits
 
@@ -32,6 +32,11 @@ def test_values_and_gradients(pair, emulator):
         case.upstream = [u if seed < 2 or i < 2 else None for i, u in enumerate(case.upstream)]
         cases.append(case)
     run_and_check(emulator, cases)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_softcaps(pair, emulator):
+    run_and_check(emulator, [moved(case, 1, 3) for case in softcapped_cases(pair, slices=CUTS["two"])])
 
 
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("f32", "f32")], ids="-".join)

@@ -83,6 +83,40 @@ def test_same_bits(dtypes, used, needs):
             assert ours[2].isnan().all()
 
 
+@pytest.mark.parametrize("softcaps", [(3.0, 2.0), (3.0, None), (None, 2.0), (1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "bf16"), ("f16", "bf16"), ("f64", "f64")], ids="-".join)
+def test_softcaps(dtypes, used, softcaps):
+    """The gradient in x where the logits are softcap * tanh(x / softcap): that in the logits by the softcap's slope."""
+    policy, reference, labels = random_logits(ROWS, VOCABULARY, *(DTYPES[name] for name in dtypes))
+    labels[:3] = torch.tensor([0, -100, VOCABULARY - 1])  # the last entry: in what vectors leave over
+    logits = policy, reference
+    for side, softcap in zip(logits, softcaps, strict=True):
+        if softcap is not None:
+            side.copy_(softcap * torch.tanh(side.double() / softcap))
+        else:
+            side[3, 7::9] = -torch.inf
+    labels[3] = 0
+    arguments = operator_arguments(*logits, labels, USED[used])
+    before = [side.to(torch.float64, copy=True) for side in logits]
+    # The same in a wider dtype, so that the product with the slope is rounded once.
+    wide = operator_arguments(*(side.float() if side.itemsize == 2 else side for side in logits), labels, USED[used])
+    expected = torch.ops.lit_did.token_statistics_backward(*wide, True, True)
+    torch.ops.lit_did.token_statistics_backward_(*arguments, True, True, 0, *softcaps)
+    for ours, grad, side, softcap in zip(logits, expected, before, softcaps, strict=True):
+        slope = 1 if softcap is None else 1 - (side / softcap) ** 2
+        eps = torch.finfo(ours.dtype).eps
+        floor = 2**-24 if ours.dtype == torch.float16 else 16 * torch.finfo(grad.dtype).eps * grad.abs().max().item()
+        torch.testing.assert_close(ours.double(), grad.double() * slope, rtol=2 * eps, atol=floor)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -3.0, torch.inf, torch.nan])
+def test_refused_softcaps(softcap):
+    arguments = operator_arguments(*batch())
+    with pytest.raises(RuntimeError, match="softcaps that are positive and finite"):
+        torch.ops.lit_did.token_statistics_backward_(*arguments, True, True, 0, softcap, None)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "apart"])
 def test_strides(layout):
     """The gradient has the logits' strides; entries of the same memory that are not the logits' stay."""

@@ -48,6 +48,8 @@ class Recorded(TorchDispatchMode):
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
         if packet in PRODUCTS:
             self.launches["products"] += 1
+            # cuBLASLt adds a bias. With another factor than 1, torch first copies it into every row of the product.
+            self.launches["bias"] += args[0].dim() == 1 and kwargs.get("beta", 1) != 1
         elif packet is lit_did.token_statistics_backward_:
             # Each side has a kernel of its own where only log-probabilities have a gradient.
             grads, writes = args[0], args[8:10]
@@ -95,66 +97,51 @@ def recorded(case: Case, **options) -> tuple[Counter[str], Counter[str]]:
 
 
 LOGPROBS = FIELDS[:2]
-# What else than products is launched for a tile: forward and backward, with the statistics that the loss uses.
+TWO, EQUAL, ONE = {"softcap": (5.0, 3.0)}, {"softcap": (3.0, 3.0)}, {"softcap": (None, 3.0)}
+OUTER = {"bias": True, "scale": (0.5, 2.0)}
+# What else than products is launched for a tile, with the statistics that the loss uses: in the forward, in the
+# backward of a tile that was kept, and in that of one that is computed again. docs/kernels.md has this as a table.
 LAUNCHES = {
-    "all": ({}, FIELDS, 1, 1),
-    "log-probabilities": ({}, LOGPROBS, 1, 2),
-    "one side's": ({}, FIELDS[:1], 1, 1),
-    "softcap": ({"softcap": (5.0, 3.0)}, FIELDS, 5, 5),
-    "one softcap, bias and scale": ({"softcap": (None, 3.0), "scale": (0.5, 2.0), "bias": True}, FIELDS, 3, 3),
+    "all": ({}, FIELDS, 1, 1, 1),
+    "log-probabilities": ({}, LOGPROBS, 1, 2, 2),
+    "one side's": ({}, FIELDS[:1], 1, 1, 1),
+    "one softcap": (ONE, FIELDS, 3, 1, 3),
+    "one softcap, log-probabilities": (ONE, LOGPROBS, 3, 2, 4),
+    "equal softcaps": (EQUAL, FIELDS, 3, 1, 3),
+    "equal softcaps, log-probabilities": (EQUAL, LOGPROBS, 3, 2, 4),
+    "two softcaps": (TWO, FIELDS, 4, 1, 4),
+    "two softcaps, log-probabilities": (TWO, LOGPROBS, 4, 2, 5),
+    "two softcaps, bias and scale": (TWO | OUTER, LOGPROBS, 4, 2, 5),
+    "one softcap, bias and scale": (ONE | OUTER, LOGPROBS, 4, 2, 5),
+    "bias and scale": (OUTER, LOGPROBS, 3, 2, 4),
+    "bias": ({"bias": True}, FIELDS, 1, 1, 1),
 }
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launches_of_a_tile(dtype, name):
-    """From the difference that more blocks of the vocabulary make; and nothing waits."""
-    options, used, of_forward, of_backward = LAUNCHES[name]
+def test_launches_of_a_tile(dtype, name, again):
+    """At most 5, from the difference that more blocks of the vocabulary make; and nothing waits."""
+    options, used, of_forward, *of_backward = LAUNCHES[name]
     more_blocks = 6
+    memory = {"max_extra_bytes": 2 * 4 * 4096 * dtype.itemsize} if again else {}  # a tile of each model
     counts = []
     for vocabulary in (VOCABULARY, VOCABULARY + more_blocks * 4096):
         case = case_of(dtype, vocabulary, **options)
         case.upstream = {field: case.upstream[field] for field in used}
-        counts.append(recorded(case))
+        counts.append(recorded(case, **memory))
     forward, backward = (more - fewer for fewer, more in zip(*counts, strict=True))
-    more_tiles = more_blocks * CHUNKS
+    more_tiles, sides = more_blocks * CHUNKS, 1 if name == "one side's" else 2
     assert forward.pop("products") == 2 * more_tiles
     assert forward.pop("merge_token_partials_") == 1  # for every 8 blocks, one
     assert sum(forward.values()) == of_forward * more_tiles, forward
-    del backward["products"]
+    gradients_of_side = 3 if "bias" in options else 2
+    assert backward.pop("products") == (gradients_of_side + again) * sides * more_tiles
     if dtype == torch.bfloat16:  # a block's weight gradient is summed over the chunks in float32, and cast once
-        assert backward.pop("copy_") == more_blocks * (1 if name == "one side's" else 2)
-    assert sum(backward.values()) == of_backward * more_tiles, backward
-    assert max(of_forward, of_backward) <= 5
-
-
-@pytest.mark.parametrize(
-    ("options", "used", "of_backward"),
-    [
-        ({}, FIELDS, 1),
-        ({"softcap": (None, 3.0)}, FIELDS, 5),
-        ({"softcap": (None, 3.0)}, LOGPROBS, 6),
-        ({"softcap": (5.0, 3.0)}, FIELDS, 9),
-        ({"softcap": (5.0, 3.0)}, LOGPROBS, 10),
-    ],
-    ids=str,
-)
-def test_launches_of_a_tile_that_is_computed_again(options, used, of_backward):
-    """Softcaps are computed again too. docs/kernels.md lists these."""
-    more_blocks = 6
-    counts = []
-    for vocabulary in (VOCABULARY, VOCABULARY + more_blocks * 4096):
-        case = case_of(torch.float32, vocabulary, **options)
-        case.upstream = {field: case.upstream[field] for field in used}
-        softcaps = options.get("softcap", (None, None))
-        logits = 2 + sum(softcap is not None for softcap in softcaps)
-        counts.append(recorded(case, max_extra_bytes=4 * 4096 * 4 * logits))
-    forward, backward = (more - fewer for fewer, more in zip(*counts, strict=True))
-    more_tiles = more_blocks * CHUNKS
-    assert forward["products"] == 2 * more_tiles
-    products = backward.pop("products")
-    assert products == 6 * more_tiles  # the logits again, and two gradients of each
-    assert sum(backward.values()) == of_backward * more_tiles, backward
+        assert backward.pop("copy_") == more_blocks * sides
+    assert sum(backward.values()) == of_backward[again] * more_tiles, backward
+    assert max(of_forward, *of_backward) <= 5
 
 
 def test_launches_of_a_call():

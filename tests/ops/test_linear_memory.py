@@ -72,6 +72,13 @@ def test_products(name, monkeypatch):
     assert products.counts == expected
 
 
+def test_as_much_of_a_trained_reference_is_kept_as_fits(monkeypatch):
+    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(tile=TOKENS * 512))
+    with Products() as products:
+        LOSSES["all"](linear_token_statistics(*layers(), LABELS, max_extra_bytes=(BLOCKS + 8) * BLOCK)).backward()
+    assert products.counts == {"logits": 3 * BLOCKS - 8, "hidden": 2 * BLOCKS, "weight": 2 * BLOCKS}
+
+
 @pytest.mark.parametrize(("change", "logits"), [({}, 1), ({"scale": (1.0, 2.0)}, 2), ({"softcap": (None, 3.0)}, 2)])
 def test_a_policy_beside_itself(change, logits):
     hidden, weight = layers()[:2]
@@ -151,9 +158,23 @@ def test_the_bound_holds(dtype, blocks, loss, chunk_tokens, softcap):
         assert peak >= 2 * LOGITS
 
 
+@pytest.mark.parametrize("trained", ["policy", "both", "none", "no_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [12, 16])
+def test_the_bound_is_filled(dtype, blocks, trained, monkeypatch):
+    """As on CUDA: by one tile of each side, or, where a backward will come, by smaller ones that are kept for it."""
+    tiling = TILING["cuda"]._replace(narrowest=1024, slice_entries=1024, tile=TOKENS * 1024)
+    monkeypatch.setitem(TILING, "cpu", tiling)
+    tensors = layers(dtype, frozen={"policy": (2, 3), "none": range(4)}.get(trained, ()))
+    bound = blocks * TOKENS * 512 * dtype.itemsize
+    with torch.set_grad_enabled(trained != "no_grad"):
+        peak = peak_bytes(lambda: linear_token_statistics(*tensors, LABELS, max_extra_bytes=bound))
+    assert 0.8 * bound + PARTIALS <= peak <= bound + PARTIALS
+
+
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     """One tile a side, though there is memory for all."""
-    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(tile=TOKENS * 512))
+    monkeypatch.setitem(TILING, "cpu", TILING["cpu"]._replace(tile=TOKENS * 512, single_tile=TOKENS * 512))
     tensors = layers()
     frozen = [value.detach() for value in tensors]
     with torch.no_grad():
@@ -188,11 +209,12 @@ def test_the_reference_is_bounded_too(options):
     assert peak_bytes(run) < LOGITS + 8 * sum(value.nbytes for value in tensors)
 
 
-def plan(
-    tokens, vocabulary, *, itemsize=4, softcap=None, chunk_tokens="auto", max_extra_bytes=2**28, keep=True, device="cpu"
-):
-    itemsizes, softcaps = (itemsize, itemsize), (softcap, softcap)
-    return make_plan(tokens, vocabulary, itemsizes, softcaps, chunk_tokens, max_extra_bytes, keep, TILING[device])
+POLICY, BOTH, NONE = (True, False), (True, True), (False, False)  # which model is trained
+
+
+def plan(tokens, vocabulary, *, itemsize=4, chunk_tokens="auto", max_extra_bytes=2**28, trained=POLICY, device="cpu"):
+    itemsizes = itemsize, itemsize
+    return make_plan(tokens, vocabulary, itemsizes, chunk_tokens, max_extra_bytes, trained, TILING[device])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 511, 512, 513, 1030, 49_152, 50_257, 262_144])
@@ -200,16 +222,16 @@ def plan(
 @pytest.mark.parametrize("device", TILING)
 def test_plans(device, tokens, vocabulary):
     """Tiles cover everything once, in the bound, in blocks that are not narrow."""
-    for itemsize, softcap, chunk_tokens in ((4, None, "auto"), (2, 3.0, 7), (8, None, 1000)):
-        entry = itemsize * (4 if softcap else 2)
+    for itemsize, chunk_tokens, trained in ((4, "auto", BOTH), (4, "auto", NONE), (2, 7, POLICY), (8, 1000, NONE)):
+        entry = 2 * itemsize
         for bound in (min(512, vocabulary) * entry, 5_000_000, 2**28):
             made = plan(
                 tokens,
                 vocabulary,
                 itemsize=itemsize,
-                softcap=softcap,
                 chunk_tokens=chunk_tokens,
                 max_extra_bytes=bound,
+                trained=trained,
                 device=device,
             )
             assert 1 <= made.rows <= (tokens if chunk_tokens == "auto" else min(tokens, chunk_tokens))
@@ -217,10 +239,9 @@ def test_plans(device, tokens, vocabulary):
             assert made.columns % 64 == 0 or made.columns == vocabulary
             if device == "cuda" and bound >= 4096 * entry:  # tokens are cut first
                 assert made.columns % 4096 == 0 or made.columns == vocabulary
-                assert made.columns <= 32_768
+                assert made.columns <= 32_768 or made.rows == tokens
             tile = made.rows * made.columns * itemsize
-            slots = made.policy_slots + made.reference_slots + (2 if softcap else 0)
-            assert slots * tile <= bound
+            assert (made.policy_slots + made.reference_slots) * tile <= bound
             if -(-tokens // made.rows) * -(-vocabulary // made.columns) < 5000:  # there are plans of millions
                 tiles = made.tiles(tokens, vocabulary)
                 assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in tiles) == tokens * vocabulary
@@ -229,14 +250,15 @@ def test_plans(device, tokens, vocabulary):
 
 
 def test_the_default_keeps_the_policy():
-    """816 tokens of 49,152 entries in 256 MiB: all of the policy's logits, one tile of the reference's."""
+    """816 tokens of 49,152 entries in 256 MiB: all of the policy's logits, one tile of the frozen reference's."""
     made = plan(816, 49_152)
     assert made.rows == 816
-    assert made.policy_slots == len(made.tiles(816, 49_152))
+    assert made.policy_slots == len(made.tiles(816, 49_152)) == 5
     assert made.reference_slots == 1
+    assert plan(816, 49_152, trained=BOTH) == made._replace(reference_slots=3)
     half = plan(816, 49_152, itemsize=2)
     assert half.policy_slots == half.reference_slots == len(half.tiles(816, 49_152))
-    assert plan(816, 49_152, keep=False)[2:] == (1, 1)
+    assert plan(816, 49_152, trained=NONE)[2:] == (1, 1)
 
 
 def test_tiles_on_cuda():
@@ -246,6 +268,23 @@ def test_tiles_on_cuda():
     assert (made.policy_slots + made.reference_slots) * made.rows * made.columns * 2 == 2**30
     assert len(made.tiles(8192, 128_256)) == 32
     assert plan(816, 128_256, itemsize=2, max_extra_bytes=2**30, device="cuda") == (816, 32_768, 4, 4)
+    assert plan(8192, 128_256, itemsize=2, max_extra_bytes=2**30, trained=NONE, device="cuda") == (8192, 32_768, 1, 1)
+
+
+@pytest.mark.parametrize("trained", [POLICY, BOTH, NONE], ids=str)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("vocabulary", [128_256, 262_144])
+@pytest.mark.parametrize("tokens", [4096, 6000, 8192, 70_000])
+def test_the_default_is_filled_on_cuda(tokens, vocabulary, itemsize, trained):
+    """Except that blocks are even: a single tile may take less, if it takes as many."""
+    bound = TILING["cuda"].extra_bytes
+    made = plan(tokens, vocabulary, itemsize=itemsize, max_extra_bytes=bound, trained=trained, device="cuda")
+    filled = made.rows * made.columns * itemsize * (made.policy_slots + made.reference_slots)
+    fewer_blocks = max(1, -(-vocabulary // made.columns) - 1)
+    wider = -(-vocabulary // fewer_blocks // 4096) * 4096
+    assert filled <= bound
+    assert filled >= 0.8 * bound or (trained == NONE and made.rows * wider * 2 * itemsize > bound)
+    assert made.columns >= 4096
 
 
 def test_the_default_of_the_device(monkeypatch):

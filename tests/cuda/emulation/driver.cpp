@@ -202,6 +202,8 @@ void token_statistics(Cases& cases, Results& results) {
     backward.normalizers = forward.normalizers;
     backward.grad_policy = cases.gradient(problem.policy, buffers);
     backward.grad_reference = cases.gradient(problem.reference, buffers);
+    backward.policy_inverse_softcap = cases.real();
+    backward.reference_inverse_softcap = cases.real();
     if (first.empty()) first = {0};
     int64_t any_error = 0;
     for (size_t slice = 0; slice < first.size(); ++slice) {
