@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Builds everything in build/wheels, then moves it to dist/."""
     parser = argparse.ArgumentParser(prog="python -m tools.wheels", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--cuda", action="store_true", help="also the wheel of the CUDA kernels: many minutes")
+    parser.add_argument("--zig", action="store_true", help="no container: for the Pythons here, in a minute or two")
     options = parser.parse_args(arguments)
     for name in ("source", "raw", "done"):
         shutil.rmtree(WORK / name, ignore_errors=True)
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (source,) = (WORK / "source").iterdir()
 
     left_out = [] if options.cuda else ["CUDA (ARGS=--cuda builds it)"]
-    engine = next((name for name in ("docker", "podman") if succeeds(name, "info")), None)
+    engine = next((name for name in ("docker", "podman") if not options.zig and succeeds(name, "info")), None)
     if engine:
         say(f"wheels in a container of {engine}, by cibuildwheel")
         environment = os.environ | {"CIBW_CONTAINER_ENGINE": engine}
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {version: python for version in PYTHONS if (python := find_python(version))}
         left_out += [f"CPython {version} (not found)" for version in PYTHONS if version not in found]
         for version, python in found.items():
-            say(f"the wheel for CPython {version}, with zig, because no container runs here")
+            say(f"the wheel for CPython {version}, with zig")
             build("--wheel", source, WORK / "raw", python=python, env=compiling(LIT_DID_CUDA="0"))
     if options.cuda:
         say("the wheel of the CUDA kernels")
