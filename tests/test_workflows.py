@@ -38,6 +38,7 @@ def test_commands(path):
     made = []
     for text in texts:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        assert not re.search(r"^\s*! .*\n.", text, re.MULTILINE), "`set -e` ignores what `!` negates"
         for called in re.findall(r"(?:^|(?<=[;&] ))\s*make ((?:[a-z-]+ ?)+)", text, re.MULTILINE):
             made += called.split()
         for name in re.findall(r"(?<![\w/-])(?:(?:tests|tools)/[\w./-]+|[\w-]+\.(?:md|toml|txt))\b", text):
