@@ -33,7 +33,7 @@ class BlockMasks:
 
     def __init__(self, segments: Tensor, device: torch.device) -> None:
         """`segments`: [1, 1, segments, 2] int64 on the CPU, see `lit_did.batches.layout.packed_layout`."""
-        self.segments, self.device = segments[0, 0].numpy().copy(), device  # which frees the tensor
+        self.segments, self.device = segments[0, 0].numpy(), device
         self.longest = int(_keys(self.segments).max(initial=0))
         self.masks: dict[int | None, list[Tensor]] = {}
         self.refused: str | None = None  # why a layer did not use the kernel, and what to do

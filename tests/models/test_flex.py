@@ -100,17 +100,18 @@ def blocks(counts: Tensor, columns: Tensor) -> set[tuple[int, int]]:
     return {(row, c) for row, n in enumerate(counts[0, 0].tolist()) for c in columns[0, 0, row, :n].tolist()}
 
 
-def test_sinks_and_a_softcap():
+@pytest.mark.parametrize("softcap", [1.5, 2.5])
+def test_sinks_and_a_softcap(softcap):
     """As GPT-OSS and Gemma 2 have them: against a softmax with one more score for each head."""
     given, segments = inputs(), torch.tensor(SEGMENTS)[None, None]
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     there = attends(np.array(SEGMENTS), 3)
     query, key, value = given[0], *(x.repeat_interleave(2, dim=1) for x in given[1:])
-    scores = (1.5 * torch.tanh(query @ key.mT / DIM**0.5 / 1.5)).masked_fill(~there, -torch.inf)
+    scores = (softcap * torch.tanh(query @ key.mT / DIM**0.5 / softcap)).masked_fill(~there, -torch.inf)
     weights = torch.cat([scores, sinks[:, None, None].expand(1, -1, len(there), 1)], dim=-1).softmax(-1)
     expected = (weights[..., :-1] @ value).transpose(1, 2)
     with flex.on_the_cpu():
-        output = attend(given, segments, sliding_window=3, softcap=1.5, s_aux=sinks)
+        output = attend(given, segments, sliding_window=3, softcap=softcap, s_aux=sinks)
         gradients = torch.autograd.grad(output.square().sum(), [*given, sinks])
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)  # sums of weights are in float32
     truths = torch.autograd.grad(expected.square().sum(), [*given, sinks])
@@ -118,7 +119,7 @@ def test_sinks_and_a_softcap():
 
 
 def test_masks_go_with_the_batch():
-    segments = torch.from_numpy(SOME)[None, None]
+    segments = torch.tensor(SOME[None, None])
     attention.prepare(segments, CPU, FLEX)
     masks = weakref.ref(attention._prepared[segments])
     assert masks().of(1130) is masks().of(None) is not masks().of(1129)
