@@ -82,7 +82,7 @@ docs: $(DOCS_VENV)/installed  ## builds the docs site in site/, without network 
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
 	@echo "Open site/index.html."
 
-notebook: install  ## runs examples/demo.ipynb and writes its outputs into it, a few minutes
+notebook: install  ## runs examples/demo.ipynb and writes its outputs into it, two minutes
 	$(BIN)/python -m tools.notebook
 
 # The site is built from the sources: it needs neither torch nor this package.
