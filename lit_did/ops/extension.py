@@ -89,7 +89,7 @@ def _load_cuda() -> tuple[str | None, str | None]:
     return describe().decode(), None
 
 
-EXTENSION = _load()
+EXTENSION: Extension = _load()
 if EXTENSION.problem:
     warnings.warn(
         f"lit_did uses its plain PyTorch implementation: results are the same, but slower. {EXTENSION.problem}",

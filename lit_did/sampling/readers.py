@@ -25,6 +25,7 @@ from lit_did.models.quiet import adapter_off, evaluating
 from lit_did.models.wrappers import inner, is_peft, unwrapped
 from lit_did.ops.reference import LARGEST_LOGIT
 
+CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and the one before
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -36,7 +37,7 @@ def unmasked(logits: Tensor) -> Tensor:
 class CachedModel:
     """A transformers causal language model that reads token by token, in eval mode, without gradients.
 
-    It keeps the model's own cache (`past_key_values`). A model without a cache, or whose cache fails, reads everything
+    It keeps the model's own cache of keys and values. A model without a cache, or whose cache fails, reads everything
     again at every step, each row without its padding. The results are the same, but it is slower, so one warning says
     so.
 
@@ -64,7 +65,8 @@ class CachedModel:
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self._accepts.values())
         if "input_ids" not in self._accepts and not takes_any:
             raise TypeError(f"Expected a causal language model, which takes `input_ids`, but got {self.name}.")
-        self.caches = cache and "past_key_values" in self._accepts
+        self._cache_name = next((name for name in CACHES if name in self._accepts), "")
+        self.caches = cache and bool(self._cache_name)
         self.has_cached = False
         """whether any logits so far came from a cache"""
         self._warned = not cache
@@ -162,13 +164,14 @@ class CachedModel:
         return bool(((values - expected)[finite].abs() <= (5e-2 if half else 1e-3) * scale).all())
 
     def _read_on(self, input_ids: Tensor) -> Tensor:
-        inputs = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        inputs = {"attention_mask": self._mask, self._cache_name: self._cache, "use_cache": True}
         # Models count positions themselves, each in its own way. Padding on the left takes none.
         if "position_ids" in self._accepts and not self._mask.all():
             inputs["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         outputs = self._run(input_ids=input_ids, **inputs, **self._options(1))
         self.has_cached |= self._cache is not None
-        self._cache = getattr(outputs, "past_key_values", None)
+        given = (getattr(outputs, name, None) for name in CACHES)
+        self._cache = next((cache for cache in given if cache is not None), None)
         if self._cache is None:
             self.give_up_cache("returns no cache")
         return outputs.logits[:, -1]

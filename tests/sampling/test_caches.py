@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,3 +178,28 @@ def test_a_padding_token_that_was_drawn_is_no_padding():
     got, warned = draw(policy, reference, seed=1)  # which draws the padding token
     assert any("RobertaForCausalLM" in warning and "own forward pass" in warning for warning in warned)
     assert got.isfinite().all()
+
+
+class Renamed(nn.Module):
+    """A Llama with transformers' newer name for a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama(0).eval()
+        self.lengths: list[int] = []
+
+    def forward(self, input_ids: Tensor, attention_mask=None, cache=None, use_cache=None):
+        self.lengths.append(input_ids.shape[1])
+        name = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
+        outputs = self.model(input_ids, attention_mask, use_cache=use_cache, **{name: cache})
+        return SimpleNamespace(logits=outputs.logits, cache=getattr(outputs, name))
+
+
+def test_the_newer_name_of_a_cache():
+    model = Renamed()
+    reader = CachedModel(model)
+    ids = torch.arange(5, 14)[None]
+    read = [reader.read(ids[:, :5]), reader.read(ids[:, 5:6])]
+    assert model.lengths == [5, 1]
+    expected = model.model(input_ids=ids[:, :6]).logits[:, 4:]
+    torch.testing.assert_close(torch.stack(read, 1), expected)
