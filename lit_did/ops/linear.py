@@ -80,10 +80,9 @@ def linear_token_statistics(
             compute again what fits in the bound. The least is one token and 512 entries of both models' logits, in
             bfloat16 2 KiB. None: 1 GiB on CUDA, 256 MiB elsewhere. These come on top: the gradients of the arguments,
             with float32 sums of those of hidden states in half precision; partial sums, up to 1.2 KB a token, or on
-            CUDA up to 1% of the bound if that is more; tensors
-            of the size of `labels`; and a copy of both hidden states without the ignored tokens (on CUDA with zeros in
-            their place, and always unless `ignore_index` is None). If tokens are cut, also the gradient of one block of
-            the weight in float32.
+            CUDA up to 1% of the bound if that is more; tensors of the size of `labels`; and a copy of both hidden
+            states without the ignored tokens (on CUDA with zeros in their place, and always unless `ignore_index` is
+            None). If tokens are cut, also the gradient of one block of the weight in float32.
         process_group: The processes that each hold a slice of the vocabulary. See below.
         backend: "fused" (compiled), "reference" (plain torch) or "auto": fused if it supports the device. Under
             `torch.func`'s transforms and forward-mode differentiation only the reference works, and it holds the logits
