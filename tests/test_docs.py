@@ -36,3 +36,10 @@ def test_make_commands(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", page.read_text(), re.MULTILINE)
     assert {target for command in commands for target in command.split()} <= targets
+
+
+@each
+def test_lists_go_on_after_a_blank_line(page):
+    """Where a paragraph in a list's item ends without one, the site shows the next items as its text."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\n\n +[^\s-].*(?:\n +.*)*\n- .*", text)

@@ -36,6 +36,7 @@ def as_sequences(
 
     Args:
         policy_logits: One of
+
             - logits [..., T, V] (or packed, [tokens, V], with `cu_seqlens`), with `reference_logits` and `labels`;
             - `TokenStatistics` [..., T] (or [tokens] with `cu_seqlens`), with the `labels` that they were made with,
               because their zeros do not show which tokens were ignored;

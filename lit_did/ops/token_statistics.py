@@ -58,6 +58,7 @@ def token_statistics(
     another loss, a second backward) then raises autograd's error for variables "modified by an inplace operation". Code
     that reads them outside the graph, after the backward, reads gradients. Values and gradients are the same, bit for
     bit.
+
     - Only the logits that the kernel itself reads are written. If this function copies first (one side float64 and the
       other not, or a last dimension that is not contiguous), the copy is written and the caller's logits stay.
     - Logits that require no gradient, or under `torch.no_grad`, are left alone.
