@@ -18,6 +18,11 @@ PROMPT = torch.tensor([[5, 6, 7]])
 TOKENS = 8
 
 
+def cache_name(model: nn.Module) -> str:
+    """The installed transformers' name for a cache."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
 class Forgetful(nn.Module):
     """A Llama whose cache goes wrong once it holds `after` tokens, in one of several ways."""
 
@@ -30,13 +35,14 @@ class Forgetful(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask=None, past_key_values=None, use_cache=None):
         options = {"attention_mask": attention_mask} if past_key_values is not None else {}
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
-        outputs = self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **options)
+        name = cache_name(self.model)
+        outputs = self.model(input_ids=input_ids, use_cache=use_cache, **{name: past_key_values}, **options)
         self.cached_reads += use_cache is True
         if use_cache and held >= self.after:
             if self.how == "raises" or (self.how == "other, then raises" and held >= self.after + 2):
                 raise IndexError("list index out of range")
             if self.how == "none":
-                outputs.past_key_values = None
+                outputs[name] = None
             if self.how.startswith("other"):
                 outputs.logits = outputs.logits.roll(1, -1)
         return outputs
@@ -190,7 +196,7 @@ class Renamed(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask=None, cache=None, use_cache=None):
         self.lengths.append(input_ids.shape[1])
-        name = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
+        name = cache_name(self.model)
         outputs = self.model(input_ids, attention_mask, use_cache=use_cache, **{name: cache})
         return SimpleNamespace(logits=outputs.logits, cache=getattr(outputs, name))
 

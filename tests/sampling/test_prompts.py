@@ -22,6 +22,7 @@ from lit_did.sampling.sequential import Settings
 from tests.models import zoo
 from tests.modules.tiny import tiny_gpt2, tiny_llama
 from tests.sampling.bigrams import bigrams
+from tests.sampling.test_caches import cache_name
 
 PROMPTS = [[5, 6, 7], [9], [8, 4, 2, 11, 30], [12, 13]]
 OPTIONS = {"max_new_tokens": 6, "num_samples": 16, "eos_token_id": 3}
@@ -145,9 +146,9 @@ class Changed(nn.Module):
         return self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_ids=position_ids,
+            **{cache_name(self.model): past_key_values},
         )
 
 
