@@ -63,7 +63,7 @@ def test_the_module_needs_no_torch():
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="needs `nm` on Linux")
 @pytest.mark.parametrize("library", [*LIBRARIES.glob("*.so"), EXTENSION.module and EXTENSION.module.__file__])
 def test_what_is_exported(library):
-    """Nothing of a C++ runtime, which may be linked in: `operator new` among it would serve other libraries too."""
+    """Nothing of a C++ runtime that is linked in. Other libraries would use an exported `operator new` too."""
     listed = subprocess.check_output(["nm", "-D", "--defined-only", str(library)], text=True)
     names = [line.split()[-1] for line in listed.splitlines()]
     assert set(names) <= {"lit_did_cuda_build", "PyInit__C"}
@@ -107,7 +107,7 @@ for rows, vocabulary, *dtypes in cases:
         found[name + "in place"] = digest([policy, reference]) == digest(gradients)
 try:
     ops.token_statistics(policy, reference, labels + 65536, -100, 0.9)
-except RuntimeError as error:  # torch raises it, whatever C++ library ours was built with
+except RuntimeError as error:  # torch raises it, with any C++ library that ours was built with
     found["refused"] = str(error).splitlines()[0]
 print(json.dumps([torch.__version__, found]))
 """

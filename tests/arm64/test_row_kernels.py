@@ -45,7 +45,7 @@ def test_some_gradients(pair, row_kernels):
 
 @pytest.mark.parametrize("pair", [("f32", "f32"), ("bf16", "f16"), ("f64", "f64")], ids="-".join)
 def test_the_same_bits_for_the_same_row(pair, row_kernels):
-    """Wherever it begins, whatever its neighbours are, and whether or not they are ignored."""
+    """They do not depend on where the row begins, on its neighbours, or on which of these are ignored."""
     for vocabulary in (9, 531, SPLIT + 9):
         case = random_case(5, vocabulary, pair, seed=vocabulary)
         case.labels[[1, 3]] = case.ignore_index
